@@ -1,7 +1,8 @@
 """Compile and link the native code with ninja: what setup.py and the tests' emulator builds share.
 
 Everything that is a list lives in build.json; sources are globbed, so a new op needs no edit here. CPU kernel files
-(csrc/cpu) are compiled once per instruction-set level, everything else once. Incremental: ninja follows headers and flags.
+(csrc/cpu) are compiled once per instruction-set level, everything else once. Incremental:
+ninja follows headers and flags.
 """
 
 import json
@@ -42,7 +43,9 @@ def cuda_archs(nvcc: str) -> list[str]:
     known = set(re.findall(r"compute_(\d+)\b", subprocess.check_output([nvcc, "--list-gpu-arch"], text=True)))
     dropped = [a for a in wanted if a not in known]
     if dropped:
-        print(f"pyvidx: this nvcc cannot target sm_{', sm_'.join(dropped)} (V100, sm_70, needs CUDA 12)", file=sys.stderr)
+        print(
+            f"pyvidx: this nvcc cannot target sm_{', sm_'.join(dropped)} (V100, sm_70, needs CUDA 12)", file=sys.stderr
+        )
     return [a for a in wanted if a in known]
 
 
@@ -149,6 +152,6 @@ def info_module(build: Build, out: Path, nvcc: str | None, archs: list[str]) -> 
 
     flags = CONFIG["cxx_flags"] + INCLUDE + [f"-isystem {pybind11.get_include()}"]
     flags += [f"-isystem {sysconfig.get_paths()['include']}"]
-    flags += [f'-DPYVIDX_BUILD_TORCH=\'"{torch.__version__}"\'', f'-DPYVIDX_BUILD_ARCHS=\'"{" ".join(archs)}"\'']
+    flags += [f"-DPYVIDX_BUILD_TORCH='\"{torch.__version__}\"'", f"-DPYVIDX_BUILD_ARCHS='\"{' '.join(archs)}\"'"]
     objects = [build.compile(s, flags, tag="info") for s in sources("common") + sources("python")]
     return build.link(out, objects, [])

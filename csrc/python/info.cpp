@@ -8,6 +8,7 @@ PYBIND11_MODULE(_C, m) {
   m.attr("compiler") = __VERSION__;
   m.attr("built_with_torch") = PYVIDX_BUILD_TORCH;
   m.attr("cuda_archs") = PYVIDX_BUILD_ARCHS;
-  m.def("isa", [] { return pyvidx::isa_name(pyvidx::isa()); },
-        "The instruction-set level the CPU kernels run at: v2, v3 or v4 (x86-64), baseline elsewhere.");
+  m.def(
+      "isa", [] { return pyvidx::isa_name(pyvidx::isa()); },
+      "The instruction-set level the CPU kernels run at: v2, v3, v4 or v4bf16 (x86-64), baseline elsewhere.");
 }
