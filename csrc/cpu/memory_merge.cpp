@@ -54,9 +54,26 @@ PYVIDX_INLINE bool better(A x, A best) {
   return x > best || (x != x && best == best);
 }
 
+// Vectors as they are stored: what is only moved needs no conversion, what is written and used is converted once.
 template <typename T>
-PYVIDX_INLINE Vec<T> rounded(Vec<T> v) {  // the value as it is stored
-  return simd::Lane<T>::up(simd::Lane<T>::down(v));
+using Raw = typename simd::Lane<T>::Raw;
+template <typename T>
+PYVIDX_INLINE Raw<T> load_raw(const T* p, simd::Full) {
+  return simd::read<Raw<T>>(p);
+}
+template <typename T>
+PYVIDX_INLINE Raw<T> load_raw(const T* p, simd::Part part) {
+  Raw<T> raw = {};
+  __builtin_memcpy(&raw, p, part.n * sizeof(T));
+  return raw;
+}
+template <typename T>
+PYVIDX_INLINE void store_raw(T* p, Raw<T> raw, simd::Full) {
+  simd::write(p, raw);
+}
+template <typename T>
+PYVIDX_INLINE void store_raw(T* p, Raw<T> raw, simd::Part part) {
+  __builtin_memcpy(p, &raw, part.n * sizeof(T));
 }
 
 // Choose, and bring order, sizes and the cached similarities up to date, but for those that need the rows.
@@ -122,16 +139,32 @@ PYVIDX_INLINE void prefetch(const T* row, int64_t begin, int64_t end) {  // elem
   for (const char* last = reinterpret_cast<const char*>(row + end); p < last; p += kLine) __builtin_prefetch(p, 0, 2);
 }
 
+// (s0 x + s1 y) / (s0 + s1)
 template <typename T>
-PYVIDX_INLINE Vec<T> merged(Vec<T> x, Vec<T> y, const Plan& p) {
-  return rounded<T>((x * Acc<T>(p.s0) + y * Acc<T>(p.s1)) / (Acc<T>(p.s0) + Acc<T>(p.s1)));
-}
+struct Mean {
+  Acc<T> s0, s1, total, inverse, first, second;
+
+  explicit Mean(const Plan& p)
+      : s0(p.s0), s1(p.s1), total(s0 + s1), inverse(1 / total), first(s0 / total), second(s1 / total) {}
+
+  PYVIDX_INLINE Vec<T> operator()(Vec<T> x, Vec<T> y) const {
+    if constexpr (sizeof(T) == 2) return x * first + y * second;  // rounded to 16 bits below
+    const Vec<T> dividend = x * s0 + y * s1;
+#if defined(__FMA__)  // a vector division takes as long as all the rest: one Newton step on the product rounds as well
+    const Vec<T> quotient = dividend * inverse;
+    return (dividend - quotient * total) * inverse + quotient;
+#else
+    return dividend / total;
+#endif
+  }
+};
 
 // The bank's rows of one position. `next`: the rows to prefetch, of the next position.
 template <typename T, bool kMerge, bool kAppend>
 void bank_rows(const MemoryStepArgs& a, const Plan& p, const Plan* next) {
   const int64_t C = a.bank.size[3];
   const Rows<T> r = rows_of<T>(p, a.bank, a.frame);
+  const Mean<T> mean(p);
   Vec<T> keep2{}, left2{}, right2{}, last2{}, frame2{}, left_keep{}, keep_right{}, keep_frame{}, last_frame{};
   constexpr int64_t kBlock = 1024 / sizeof(T);
   for (int64_t begin = 0; begin < C; begin += kBlock) {
@@ -145,20 +178,24 @@ void bank_rows(const MemoryStepArgs& a, const Plan& p, const Plan* next) {
     }
     each<T>(end - begin, [&](int64_t i, auto part) {
       const int64_t c = begin + i;
-      Vec<T> keep{}, frame{};
+      using L = simd::Lane<T>;
+      Raw<T> raw_keep, raw_frame;
+      Vec<T> keep{};
       if constexpr (kMerge) {
-        keep = merged<T>(load(r.keep + c, part), load(r.gone + c, part), p);
+        raw_keep = L::down(mean(load(r.keep + c, part), load(r.gone + c, part)));
+        keep = L::up(raw_keep);
         const Vec<T> left = load(r.left + c, part), right = load(r.right + c, part);
         keep2 += keep * keep, left2 += left * left, right2 += right * right;
         left_keep += left * keep, keep_right += keep * right;
       }
       if constexpr (kAppend) {
         const Vec<T> last = load(r.last + c, part);
-        frame = load(r.frame + c, part);
+        raw_frame = load_raw(r.frame + c, part);
+        const Vec<T> frame = L::up(raw_frame);
         frame2 += frame * frame, last2 += last * last, last_frame += last * frame, keep_frame += keep * frame;
       }
-      if constexpr (kMerge) store(r.keep + c, keep, part);
-      if constexpr (kAppend) store(r.target + c, frame, part);
+      if constexpr (kMerge) store_raw(r.keep + c, raw_keep, part);
+      if constexpr (kAppend) store_raw(r.target + c, raw_frame, part);
     });
   }
   auto similarity = [&](int64_t j, Acc<T> value) { *a.similarity.at<float>(p.b, p.n, j) = float(value); };
@@ -170,25 +207,25 @@ void bank_rows(const MemoryStepArgs& a, const Plan& p, const Plan* next) {
   }
 }
 
+// One attached tensor's rows of a position. `next`: the tensor and position to prefetch (its rows have dtype T too).
 template <typename T>
-void attached_rows(const MemoryAttached& a, const Plan* plans, int64_t count) {
+void attached_rows(const MemoryAttached& a, const Plan& p, const MemoryAttached* next_of, const Plan& next) {
   const int64_t C = a.rows.size[3];
-  for (int64_t i = 0; i < count; ++i) {
-    const Plan& p = plans[i];
-    if (i + 1 < count) {
-      const Rows<T> ahead = rows_of<T>(plans[i + 1], a.rows, a.frame);
-      prefetch(ahead.keep, 0, C), prefetch(ahead.gone, 0, C);
-      if (ahead.frame) prefetch(ahead.frame, 0, C);
+  const Rows<T> r = rows_of<T>(p, a.rows, a.frame);
+  const Rows<T> ahead = next_of ? rows_of<T>(next, next_of->rows, next_of->frame) : Rows<T>{};
+  const Mean<T> mean(p);
+  constexpr int64_t kBlock = 1024 / sizeof(T);
+  for (int64_t begin = 0; begin < C; begin += kBlock) {
+    const int64_t count = begin + kBlock < C ? kBlock : C - begin;
+    if (next_of && begin < next_of->rows.size[3]) {
+      prefetch(ahead.keep, begin, begin + count), prefetch(ahead.gone, begin, begin + count);
+      if (ahead.frame) prefetch(ahead.frame, begin, begin + count);
     }
-    const Rows<T> r = rows_of<T>(p, a.rows, a.frame);
-    if (p.k >= 0) {
-      each<T>(C, [&](int64_t c, auto part) {
-        store(r.keep + c, merged<T>(load(r.keep + c, part), load(r.gone + c, part), p), part);
-        if (r.frame) store(r.target + c, load(r.frame + c, part), part);
-      });
-    } else if (p.target >= 0) {
-      each<T>(C, [&](int64_t c, auto part) { store(r.target + c, load(r.frame + c, part), part); });
-    }
+    each<T>(count, [&](int64_t i, auto part) {
+      const int64_t c = begin + i;
+      if (p.k >= 0) store(r.keep + c, mean(load(r.keep + c, part), load(r.gone + c, part)), part);
+      if (r.frame) store_raw(r.target + c, load_raw(r.frame + c, part), part);
+    });
   }
 }
 
@@ -233,8 +270,14 @@ void step(const MemoryStepArgs& a, const Executor& executor) {
         }
       }
       for (int i = 0; i < a.attached_count; ++i) {
-        visit_floating("memory_merge_", a.attached[i].rows.dtype,
-                       [&](auto t) { attached_rows<typename decltype(t)::type>(a.attached[i], plans, count); });
+        const MemoryAttached *now = &a.attached[i], *later = i + 1 < a.attached_count ? now + 1 : nullptr;
+        if (later && later->rows.dtype != now->rows.dtype) later = nullptr;
+        visit_floating("memory_merge_", now->rows.dtype, [&](auto t) {
+          for (int64_t j = 0; j < count; ++j) {
+            const bool more = j + 1 < count;
+            attached_rows<typename decltype(t)::type>(*now, plans[j], more ? now : later, plans[more ? j + 1 : 0]);
+          }
+        });
       }
     }
   });
@@ -264,13 +307,16 @@ void copy_row(const T* from, T* to, int64_t C, bool stream) {
 
 template <typename T>
 int64_t most_similar(const View<4>& bank, int64_t b, int64_t n) {
+  const int64_t next_n = n + 1 < bank.size[2] ? n + 1 : n;
   const int64_t C = bank.size[3];
   int64_t k = 0;
   Acc<T> best = 0, norm = 0;  // of the row before, squared
   for (int64_t t = 0; t + 1 < bank.size[1]; ++t) {
     const T *x = bank.at<const T>(b, t, n), *y = bank.at<const T>(b, t + 1, n);
     Vec<T> dot{}, xx{}, yy{};
+    const T* next_row = bank.at<const T>(b, t + 2 < bank.size[1] ? t + 2 : 0, t + 2 < bank.size[1] ? n : next_n);
     each<T>(C, [&](int64_t c, auto part) {
+      __builtin_prefetch(next_row + c);  // rows of a position are far apart
       const Vec<T> u = load(x + c, part), v = load(y + c, part);
       dot += u * v, yy += v * v;
       if (t == 0) xx += u * u;
