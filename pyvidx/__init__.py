@@ -1,4 +1,4 @@
-"""Fast video encoders for language models. Names are imported when they are first used; importing pyvidx does no work."""
+"""Fast video encoders for language models. Names are imported when first used; importing pyvidx does no work."""
 
 import importlib
 

@@ -30,6 +30,9 @@ class Encoded:
     error: str | None = None
 
 
+PARTS = ("read", "preprocess", "encode", "write")
+
+
 @dataclass
 class Timing:
     """Where the time went, in seconds. `read` runs ahead in threads of its own, so the parts may exceed the wall time."""
@@ -38,9 +41,7 @@ class Timing:
     frames: int = 0
     failed: int = 0
     wall: float = 0.0
-    parts: dict[str, float] = field(
-        default_factory=lambda: {"read": 0.0, "preprocess": 0.0, "encode": 0.0, "write": 0.0}
-    )
+    parts: dict[str, float] = field(default_factory=lambda: dict.fromkeys(PARTS, 0.0))
 
     @contextmanager
     def of(self, part: str) -> Iterator[None]:

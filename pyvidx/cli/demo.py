@@ -1,4 +1,4 @@
-"""python -m pyvidx demo [VIDEO]: one video through the whole library, with a picture and the speed against eager torch."""
+"""python -m pyvidx demo [VIDEO]: one video through the whole library, with a picture and a speed test."""
 
 import argparse
 import statistics

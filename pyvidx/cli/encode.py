@@ -109,8 +109,11 @@ def load_model(path: Path | None, device: str, dtype: str | None) -> BTAdapter:
     """The model folded for inference, and a warning if its weights were never trained."""
     model = BTAdapter.default() if path is None else BTAdapter.from_pretrained(path)
     if model.is_random:
-        print("NOTE: random weights with a fixed seed (no trained model is built in yet): the embeddings show that and "
-              "how fast everything runs, not what is in the video. Give weights with --model.", file=sys.stderr)  # fmt: skip
+        print(
+            "NOTE: random weights with a fixed seed, as no trained model is built in yet: the embeddings show that and "
+            "how fast everything runs, not what is in the video. Give weights with --model.",
+            file=sys.stderr,
+        )
     wanted = DTYPES[dtype] if dtype else (torch.float16 if device.startswith("cuda") else torch.float32)
     return model.to(device).fold(wanted)
 
