@@ -35,7 +35,7 @@ PARTS = ("read", "preprocess", "encode", "write")
 
 @dataclass
 class Timing:
-    """Where the time went, in seconds. `read` runs ahead in threads of its own, so the parts may exceed the wall time."""
+    """Where the time went, in seconds. `read` runs ahead in its own threads, so the parts may exceed the wall time."""
 
     videos: int = 0
     frames: int = 0
