@@ -1,0 +1,197 @@
+// Pieces kernels are made of: 16-byte loads and stores of any floating type through its accumulator type, and sums,
+// maxima and arg-maxima over a warp or a block. Reductions are deterministic: a fixed tree, no atomics.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include "launch.cuh"
+#include "pyvidx/view.h"
+#ifndef __CUDACC_RTC__
+#include "pyvidx/dispatch.h"
+#endif
+
+namespace pyvidx {
+
+#ifndef __CUDACC_RTC__
+template <>
+struct DTypeOf<__half> {
+  static constexpr DType value = DType::f16;
+};
+template <>
+struct DTypeOf<__nv_bfloat16> {
+  static constexpr DType value = DType::bf16;
+};
+#endif
+
+namespace cuda {
+
+// ---- one element ----
+
+// The type arithmetic is done in: float, and double for double (gradcheck).
+template <typename T>
+struct AccOf {
+  using type = float;
+};
+template <>
+struct AccOf<double> {
+  using type = double;
+};
+template <typename T>
+using Acc = typename AccOf<T>::type;
+
+__device__ __forceinline__ float to_acc(float x) { return x; }
+__device__ __forceinline__ double to_acc(double x) { return x; }
+__device__ __forceinline__ float to_acc(__half x) { return __half2float(x); }
+__device__ __forceinline__ float to_acc(__nv_bfloat16 x) { return __bfloat162float(x); }
+
+// Round to T (to nearest even).
+template <typename T>
+__device__ __forceinline__ T from_acc(Acc<T> x) {
+  return x;
+}
+template <>
+__device__ __forceinline__ __half from_acc<__half>(float x) {
+  return __float2half_rn(x);
+}
+template <>
+__device__ __forceinline__ __nv_bfloat16 from_acc<__nv_bfloat16>(float x) {
+  return __float2bfloat16_rn(x);
+}
+
+// ---- 16 bytes ----
+
+template <typename T>
+constexpr int kVec = 16 / sizeof(T);  // elements of one 16-byte access
+
+// p must be 16-byte aligned. Going through uint4 makes it one load instruction for every T.
+template <typename T>
+__device__ __forceinline__ void load_vec(const T* p, Acc<T> (&out)[kVec<T>]) {
+  const uint4 bits = *reinterpret_cast<const uint4*>(p);
+  T element[kVec<T>];
+  memcpy(element, &bits, sizeof bits);
+#pragma unroll
+  for (int i = 0; i < kVec<T>; ++i) out[i] = to_acc(element[i]);
+}
+
+template <typename T>
+__device__ __forceinline__ void store_vec(T* p, const Acc<T> (&x)[kVec<T>]) {
+  T element[kVec<T>];
+#pragma unroll
+  for (int i = 0; i < kVec<T>; ++i) element[i] = from_acc<T>(x[i]);
+  uint4 bits;
+  memcpy(&bits, element, sizeof bits);
+  *reinterpret_cast<uint4*>(p) = bits;
+}
+
+#ifndef __CUDACC_RTC__
+// May every row (last dimension) of the view be read with load_vec<T>, with no tail? A view of length 0 may.
+template <typename T, int kDims>
+bool vectorizable(const View<kDims>& view) {
+  if (view.size[kDims - 1] % kVec<T> != 0 || reinterpret_cast<uintptr_t>(view.data) % 16 != 0) return false;
+  if (view.stride[kDims - 1] != 1 && view.size[kDims - 1] > 1) return false;
+  for (int d = 0; d < kDims - 1; ++d) {
+    if (view.size[d] > 1 && view.stride[d] % kVec<T> != 0) return false;
+  }
+  return true;
+}
+#endif
+
+// ---- a warp; all 32 lanes take part and all get the result ----
+
+template <typename T>
+__device__ __forceinline__ T warp_sum(T x) {
+#pragma unroll
+  for (int offset = 16; offset > 0; offset /= 2) x += __shfl_xor_sync(kFullWarp, x, offset);
+  return x;
+}
+
+template <typename T>
+__device__ __forceinline__ T warp_max(T x) {
+#pragma unroll
+  for (int offset = 16; offset > 0; offset /= 2) {
+    const T other = __shfl_xor_sync(kFullWarp, x, offset);
+    x = other > x ? other : x;
+  }
+  return x;
+}
+
+template <typename T>
+struct ArgMax {
+  T value;
+  int index;
+};
+
+// The larger value, the smaller index on ties; NaN is larger than every number, as in torch.argmax.
+template <typename T>
+__device__ __forceinline__ ArgMax<T> better(ArgMax<T> a, ArgMax<T> b) {
+  const bool nan_a = a.value != a.value, nan_b = b.value != b.value;
+  const bool tie = a.value == b.value || (nan_a && nan_b);
+  const bool take_b = tie ? b.index < a.index : nan_b || (!nan_a && b.value > a.value);
+  return take_b ? b : a;
+}
+
+template <typename T>
+__device__ __forceinline__ ArgMax<T> warp_argmax(ArgMax<T> x) {
+#pragma unroll
+  for (int offset = 16; offset > 0; offset /= 2) {
+    x = better(x, {__shfl_xor_sync(kFullWarp, x.value, offset), __shfl_xor_sync(kFullWarp, x.index, offset)});
+  }
+  return x;
+}
+
+// ---- a block of kThreads threads; every thread takes part and all get the result ----
+
+// Reduce kCount values at once; `combine` works on a warp, `neutral` changes nothing.
+template <int kThreads, int kCount, typename T, typename Combine>
+__device__ __forceinline__ void block_reduce(T (&x)[kCount], T neutral, Combine combine) {
+  static_assert(kThreads % 32 == 0 && kThreads <= 1024, "whole warps");
+  constexpr int kWarps = kThreads / 32;
+  // Raw storage, because a shared variable must not have a constructor.
+  __shared__ __align__(16) unsigned char storage[kWarps * kCount * sizeof(T)];
+  T* const partial = reinterpret_cast<T*>(storage);
+  const int thread = threadIdx.x + blockDim.x * (threadIdx.y + blockDim.y * threadIdx.z);
+  const int lane = thread % 32, warp = thread / 32;
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) x[i] = combine(x[i]);
+  if constexpr (kWarps > 1) {
+    __syncthreads();  // the last call's results have been read
+    if (lane == 0) {
+#pragma unroll
+      for (int i = 0; i < kCount; ++i) partial[warp * kCount + i] = x[i];
+    }
+    __syncthreads();
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) x[i] = combine(lane < kWarps ? partial[lane * kCount + i] : neutral);
+  }
+}
+
+template <int kThreads, int kCount, typename T>
+__device__ __forceinline__ void block_sum(T (&x)[kCount]) {
+  block_reduce<kThreads>(x, T(0), [](T v) { return warp_sum(v); });
+}
+
+template <int kThreads, typename T>
+__device__ __forceinline__ T block_sum(T x) {
+  T values[1] = {x};
+  block_sum<kThreads>(values);
+  return values[0];
+}
+
+template <int kThreads, typename T>
+__device__ __forceinline__ T block_max(T x, T lowest) {
+  T values[1] = {x};
+  block_reduce<kThreads>(values, lowest, [](T v) { return warp_max(v); });
+  return values[0];
+}
+
+// Threads without a candidate pass {anything <= lowest, INT_MAX}.
+template <int kThreads, typename T>
+__device__ __forceinline__ ArgMax<T> block_argmax(ArgMax<T> x, T lowest) {
+  ArgMax<T> values[1] = {x};
+  block_reduce<kThreads>(values, ArgMax<T>{lowest, 0x7fffffff}, [](ArgMax<T> v) { return warp_argmax(v); });
+  return values[0];
+}
+
+}  // namespace cuda
+}  // namespace pyvidx
