@@ -20,7 +20,7 @@ class CLIPVisionConfig:
         width, heads, layers, mlp_width: C, H, L and the width of the MLP.
         embed_dim: E of the projection to the shared space; None where the weights have none.
         hidden_act: "quick_gelu" (OpenAI, MetaCLIP, DFN weights) or "gelu" (LAION, DataComp). Both have the same weight
-            names and shapes, so a wrong one loads without complaint and gives wrong numbers: always take it from the source.
+            names and shapes: a wrong one loads without complaint and gives wrong numbers.
         eps: of every LayerNorm.
     """
 
@@ -38,8 +38,10 @@ class CLIPVisionConfig:
         if self.hidden_act not in ("quick_gelu", "gelu"):
             raise ValueError(f"CLIPVisionConfig: hidden_act must be quick_gelu or gelu, got {self.hidden_act!r}")
         if self.image_size % self.patch_size:
-            raise ValueError("CLIPVisionConfig: image_size must be a multiple of patch_size, "
-                             f"got {self.image_size} and {self.patch_size}")
+            raise ValueError(
+                "CLIPVisionConfig: image_size must be a multiple of patch_size, "
+                f"got {self.image_size} and {self.patch_size}"
+            )
 
     @property
     def patches(self) -> int:
@@ -57,8 +59,9 @@ class CLIPVision(nn.Module):
         head: hold the last LayerNorm and the projection.
     """
 
-    def __init__(self, config: CLIPVisionConfig, *, layers: range | None = None, embeddings: bool = True,
-                 head: bool = True):
+    def __init__(
+        self, config: CLIPVisionConfig, *, layers: range | None = None, embeddings: bool = True, head: bool = True
+    ):
         super().__init__()
         self.config = config
         C, P, p = config.width, config.patches, config.patch_size
@@ -69,8 +72,9 @@ class CLIPVision(nn.Module):
             self.norm_pre = nn.LayerNorm(C, eps=config.eps)
         indices = range(config.layers) if layers is None else layers
         # A dict by original index: a tower that lacks layers can not be filled with the wrong ones.
-        self.blocks = nn.ModuleDict({
-            str(i): Block(C, config.heads, config.mlp_width, config.hidden_act, config.eps) for i in indices})
+        self.blocks = nn.ModuleDict(
+            {str(i): Block(C, config.heads, config.mlp_width, config.hidden_act, config.eps) for i in indices}
+        )
         self.norm_post = nn.LayerNorm(C, eps=config.eps) if head else None
         has_projection = head and config.embed_dim is not None
         self.projection = nn.Linear(C, config.embed_dim, bias=False) if has_projection else None
@@ -81,8 +85,9 @@ class CLIPVision(nn.Module):
         indices = [int(i) for i in self.blocks]
         return range(indices[0], indices[-1] + 1)
 
-    def forward(self, pixels: Tensor, layers: Sequence[int] | None = None, *, interpolate: bool = False
-                ) -> tuple[Tensor, ...]:
+    def forward(
+        self, pixels: Tensor, layers: Sequence[int] | None = None, *, interpolate: bool = False
+    ) -> tuple[Tensor, ...]:
         """Tokens of the chosen layers.
 
         Args:
@@ -116,13 +121,15 @@ class CLIPVision(nn.Module):
         """LN([class; patches W] + position): the input of layer 0. [..., 3, h, w] -> [..., 1+P, C]."""
         p = self.config.patch_size
         if not pixels.is_floating_point() or pixels.dim() < 4 or pixels.shape[-3] != 3:
-            raise ValueError("CLIPVision: pixels must be floating, normalized, [..., 3, h, w], "
-                             f"got {tuple(pixels.shape)} {pixels.dtype}")
+            raise ValueError(
+                "CLIPVision: pixels must be floating, normalized, [..., 3, h, w], "
+                f"got {tuple(pixels.shape)} {pixels.dtype}"
+            )
         *lead, _, h, w = pixels.shape
         if h % p or w % p:
             raise ValueError(f"CLIPVision: height and width must be multiples of the patch size {p}, got {h}x{w}")
         rows, columns = h // p, w // p
-        # The patch convolution as one GEMM: any dtype on any device, and faster than a strided convolution of 3 channels.
+        # The patch convolution as one GEMM: any dtype on any device, faster than a strided convolution of 3 channels.
         x = pixels.to(self.patch.dtype).reshape(-1, 3, rows, p, columns, p)
         x = x.permute(0, 2, 4, 1, 3, 5).reshape(-1, rows * columns, 3 * p * p)
         x = F.linear(x, self.patch.flatten(1))
@@ -136,14 +143,16 @@ class CLIPVision(nn.Module):
             return self.position
         if not interpolate:
             size, p = self.config.image_size, self.config.patch_size
-            raise ValueError(f"CLIPVision: images must be {size}x{size}, got {rows * p}x{columns * p}; "
-                             "pass interpolate=True to resize the position table")
+            raise ValueError(
+                f"CLIPVision: images must be {size}x{size}, got {rows * p}x{columns * p}; "
+                "pass interpolate=True to resize the position table"
+            )
         grid = self.position[1:].view(1, side, side, -1).permute(0, 3, 1, 2).float()
         grid = F.interpolate(grid, size=(rows, columns), mode="bicubic", align_corners=False)
         return torch.cat([self.position[:1], grid.flatten(2)[0].T.to(self.position.dtype)])
 
     def embedding(self, tokens: Tensor) -> Tensor:
-        """The image embedding: projection(LN(class token of the last layer)). [..., N, C] -> [..., E], not normalized."""
+        """The image embedding, projection(LN(class token)). Last tokens [..., N, C] -> [..., E], not normalized."""
         if self.norm_post is None:
             raise ValueError("CLIPVision: this tower was built without its head")
         x = self.norm_post(tokens[..., 0, :])

@@ -19,7 +19,7 @@ ACTIVATIONS = {"quick_gelu": quick_gelu, "gelu": F.gelu, "silu": silu}
 
 
 def residual(x: Tensor, y: Tensor) -> Tensor:
-    """x + y, written into y where the dtypes allow: y is the fresh output of a linear layer, which no gradient needs."""
+    """x + y, written into y where the dtypes allow: y is the fresh output of a linear layer, no gradient needs it."""
     return y.add_(x) if y.dtype == x.dtype else x + y
 
 
@@ -54,7 +54,7 @@ class Block(nn.Module):
         """MHA(LN x) without the residual. [..., N, C] -> [..., N, C]."""
         *rows, N, C = x.shape
         qkv = self.qkv(self.norm1(x)).view(-1, N, 3, self.heads, C // self.heads)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)                                  # [rows, H, N, D] each
+        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # [rows, H, N, D] each
         y = F.scaled_dot_product_attention(q, k, v)
         return self.out(y.transpose(1, 2).reshape(*rows, N, C))
 

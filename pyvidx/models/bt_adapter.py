@@ -46,12 +46,26 @@ class BTAdapter(nn.Module):
         self.backbone = CLIPVision(v, layers=config.backbone_layers, embeddings=config.part != "features", head=full)
         self.backbone.requires_grad_(False)
         self.branch = BTAdapterBranch(
-            v.width, v.heads, v.mlp_width, depth=config.branch_layers, time_length=config.time_length,
-            gated=config.gated, gate_scale=config.gate_scale, hidden_act=v.hidden_act, eps=config.branch_eps)
+            v.width,
+            v.heads,
+            v.mlp_width,
+            depth=config.branch_layers,
+            time_length=config.time_length,
+            gated=config.gated,
+            gate_scale=config.gate_scale,
+            hidden_act=v.hidden_act,
+            eps=config.branch_eps,
+        )
         self.output_gate = nn.Parameter(torch.zeros(v.width)) if full and config.gated else None
 
-    def forward(self, pixels: Tensor, *, outputs: Sequence[str] | None = None, times: Tensor | None = None,
-                mask: Tensor | None = None) -> Encoding:
+    def forward(
+        self,
+        pixels: Tensor,
+        *,
+        outputs: Sequence[str] | None = None,
+        times: Tensor | None = None,
+        mask: Tensor | None = None,
+    ) -> Encoding:
         """Encode videos.
 
         Args:
@@ -72,10 +86,13 @@ class BTAdapter(nn.Module):
         if self.config.part == "features":
             return self.encode_features(pixels, outputs=outputs, times=times)
         layers = self._branch_inputs(self._wanted(outputs))
-        return self.encode_layers(self.backbone(self.read_pixels(pixels), layers), outputs=outputs, times=times, mask=mask)
+        return self.encode_layers(
+            self.backbone(self.read_pixels(pixels), layers), outputs=outputs, times=times, mask=mask
+        )
 
-    def encode_features(self, features: Tensor, *, outputs: Sequence[str] | None = None, times: Tensor | None = None
-                        ) -> Encoding:
+    def encode_features(
+        self, features: Tensor, *, outputs: Sequence[str] | None = None, times: Tensor | None = None
+    ) -> Encoding:
         """The same from stored backbone tokens: the input of backbone layer L - d, for any part of the model.
 
         Args:
@@ -89,8 +106,14 @@ class BTAdapter(nn.Module):
             xs.append(x)
         return self.encode_layers(xs, outputs=outputs, times=times)
 
-    def encode_layers(self, xs: Sequence[Tensor], *, outputs: Sequence[str] | None = None, times: Tensor | None = None,
-                      mask: Tensor | None = None) -> Encoding:
+    def encode_layers(
+        self,
+        xs: Sequence[Tensor],
+        *,
+        outputs: Sequence[str] | None = None,
+        times: Tensor | None = None,
+        mask: Tensor | None = None,
+    ) -> Encoding:
         """The branch and the heads on backbone outputs, which may be cached: the branch never feeds the backbone.
 
         Args:
@@ -98,17 +121,21 @@ class BTAdapter(nn.Module):
         """
         wanted = self._wanted(outputs)
         if len(xs) != len(self._branch_inputs(wanted)):
-            raise ValueError(f"BTAdapter: {' and '.join(wanted)} need the outputs of backbone layers "
-                             f"{list(self._branch_inputs(wanted))}, got {len(xs)} tensors")
+            raise ValueError(
+                f"BTAdapter: {' and '.join(wanted)} need the outputs of backbone layers "
+                f"{list(self._branch_inputs(wanted))}, got {len(xs)} tensors"
+            )
         group, position, last = self.grouping(xs[0], mask), self.backbone.position, len(xs) - 1
         states = self.branch(xs[:last], position, group)
         mixed = self.branch.mix(last, xs[last], states[-1] if states else None, position, group)
         if wanted == ("tokens",):
-            return Encoding(tokens=_tokens(xs[last], *self.branch.spatial[last].mean_tokens(*mixed, group)), times=times)
+            return Encoding(
+                tokens=fused_tokens(xs[last], *self.branch.spatial[last].mean_tokens(*mixed, group)), times=times
+            )
         tokens = None
         if "tokens" in wanted:
             z, cls = states[-1]
-            tokens = _tokens(xs[last - 1], group.patch_mean(z), cls)
+            tokens = fused_tokens(xs[last - 1], group.patch_mean(z), cls)
         frames = self.frame_vectors(xs[last], self.branch.spatial[last].class_token(*mixed)).mean(dim=1)
         # The projection has no bias: the mean of the frames' projections is the projection of their mean.
         projection = self.backbone.projection
@@ -120,16 +147,28 @@ class BTAdapter(nn.Module):
         x [B, T, 1+P, C] of the last backbone layer, cls [B, C] of the last branch layer -> [B, T, C].
         """
         norm = self.backbone.norm_post
-        return output_gate(x[:, :, 0], cls, self.output_gate, scale=self.config.output_gate_scale,
-                           norm=(norm.weight, norm.bias, norm.eps))
+        return output_gate(
+            x[:, :, 0],
+            cls,
+            self.output_gate,
+            scale=self.config.output_gate_scale,
+            norm=(norm.weight, norm.bias, norm.eps),
+        )
 
     def grouping(self, x: Tensor, mask: Tensor | None = None) -> Grouping:
         """The arrangement of the branch tokens of backbone tokens x [B, T, 1+P, C]."""
         P, C = self.config.vision.patches, self.config.vision.width
         if x.dim() != 4 or x.shape[2] != 1 + P or x.shape[3] != C:
             raise ValueError(f"BTAdapter: backbone tokens must be [B, T, {1 + P}, {C}], got {tuple(x.shape)}")
-        return grouping(x.shape[1], P, compat=self.compat, tower=self.tower, time_length=self.config.time_length,
-                        mask=mask, device=x.device)
+        return grouping(
+            x.shape[1],
+            P,
+            compat=self.compat,
+            tower=self.tower,
+            time_length=self.config.time_length,
+            mask=mask,
+            device=x.device,
+        )
 
     def read_pixels(self, pixels: Tensor) -> Tensor:
         """The forms `forward` takes -> [B, T, 3, h, w]."""
@@ -141,15 +180,19 @@ class BTAdapter(nn.Module):
                 pixels = pixels[None] if self.tower == "llava" else pixels[:, None]
         if pixels.dim() != 5 or pixels.shape[2] != 3:
             hint = "; channel-first clips are pixels.transpose(1, 2)" if axes == 5 and shape[1] == 3 else ""
-            raise ValueError(f"BTAdapter: pixels must be [B, T, 3, h, w] (each frame its 3 channels), got {shape}{hint}")
+            raise ValueError(
+                f"BTAdapter: pixels must be [B, T, 3, h, w] (each frame its 3 channels), got {shape}{hint}"
+            )
         return pixels
 
     def _read_features(self, features: Tensor) -> Tensor:
         shape = tuple(features.shape)
         if self.compat == "official" and self.tower == "llava":
             if len(shape) == 4 and shape[1] == 3:
-                raise ValueError("BTAdapter (official llava tower): features of 3 frames are taken for pixels by the "
-                                 f"public code and fail, got {shape}")
+                raise ValueError(
+                    "BTAdapter (official llava tower): features of 3 frames are taken for pixels by the "
+                    f"public code and fail, got {shape}"
+                )
             if len(shape) == 3:
                 features = features[None]
         if features.dim() != 4 or not features.is_floating_point():
@@ -161,8 +204,10 @@ class BTAdapter(nn.Module):
         have = have[1:] if self.config.depth == 1 else have  # the tokens are those after branch layer d - 2
         wanted = have if outputs is None else tuple(o for o in OUTPUTS if o in outputs)
         if not wanted or not set(wanted) <= set(have) or (outputs is not None and not set(outputs) <= set(OUTPUTS)):
-            raise ValueError(f"BTAdapter: outputs must be some of {have} for part {self.config.part!r} and depth "
-                             f"{self.config.depth}, got {outputs!r}")
+            raise ValueError(
+                f"BTAdapter: outputs must be some of {have} for part {self.config.part!r} and depth "
+                f"{self.config.depth}, got {outputs!r}"
+            )
         return wanted
 
     def _branch_inputs(self, wanted: tuple[str, ...]) -> range:
@@ -194,8 +239,13 @@ class BTAdapter(nn.Module):
             raise RuntimeError("BTAdapter: save the model itself, not its folded copy")
         path = _file(path)
         path.parent.mkdir(parents=True, exist_ok=True)
-        header = {"model": "bt_adapter", "config": self.config.to_dict(), "compat": self.compat, "tower": self.tower,
-                  "is_random": self.is_random}
+        header = {
+            "model": "bt_adapter",
+            "config": self.config.to_dict(),
+            "compat": self.compat,
+            "tower": self.tower,
+            "is_random": self.is_random,
+        }
         weights = {name: p.detach().cpu().contiguous() for name, p in self.state_dict().items()}
         save_file(weights, path, {"format": "pt", "pyvidx": json.dumps(header)})
         return path
@@ -212,12 +262,17 @@ class BTAdapter(nn.Module):
         with safe_open(path, "pt") as file:
             header = json.loads((file.metadata() or {}).get("pyvidx", "{}"))
             if header.get("model") != "bt_adapter":
-                raise ValueError(f"BTAdapter: {path} was not written by BTAdapter.save; "
-                                 "for published weights use pyvidx.integrations.checkpoints")
+                raise ValueError(
+                    f"BTAdapter: {path} was not written by BTAdapter.save; "
+                    "for published weights use pyvidx.integrations.checkpoints"
+                )
             weights = {name: file.get_tensor(name) for name in file.keys()}
         with torch.device("meta"):
-            model = cls(BTAdapterConfig.from_dict(header["config"]), compat=compat or header["compat"],
-                        tower=tower or header["tower"])
+            model = cls(
+                BTAdapterConfig.from_dict(header["config"]),
+                compat=compat or header["compat"],
+                tower=tower or header["tower"],
+            )
         model.load_state_dict(weights, strict=True, assign=True)
         model.backbone.requires_grad_(False)
         model.is_random = header["is_random"]
@@ -234,8 +289,11 @@ class BTAdapter(nn.Module):
         return model.eval()
 
 
-def _tokens(x: Tensor, patches: Tensor, cls: Tensor) -> Tensor:
-    """Means of backbone and branch, patches first: x [B, T, 1+P, C], patches [B, P, C], cls [B, C] -> [B, 1+P, C]."""
+def fused_tokens(x: Tensor, patches: Tensor, cls: Tensor) -> Tensor:
+    """What a language model gets: means over time of backbone and branch, averaged; patches first, class token last.
+
+    x [B, T, 1+P, C] of the backbone, patches [B, P, C] (frame means) and cls [B, C] of the branch -> [B, 1+P, C].
+    """
     x = x.mean(dim=1)
     return torch.cat([x[:, 1:] + patches, (x[:, 0] + cls)[:, None]], dim=1) / 2
 

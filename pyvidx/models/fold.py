@@ -1,6 +1,7 @@
 """Products of weights worked out once, for inference: the same function with fewer operations.
 
-* temporal_fc after the time attention's output projection: W = Wfc Wo, b = Wfc bo + bfc (training puts DropPath between).
+* temporal_fc after the time attention's output projection: W = Wfc Wo, b = Wfc bo + bfc (in training DropPath is
+  between them).
 * quick_gelu(h) = silu(1.702 h) / 1.702: one factor goes into fc1, the other into fc2, and what is left runs in place.
 
 The scale of the attention scores stays where it is: both attention kernels apply it in registers.
@@ -27,8 +28,10 @@ def fold(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
     """
     if model.folded:
         raise RuntimeError("BTAdapter: this is a folded copy already")
-    shared = {id(p): nn.Parameter(p.detach() if dtype is None else p.detach().to(dtype), requires_grad=False)
-              for p in model.parameters()}
+    shared = {
+        id(p): nn.Parameter(p.detach() if dtype is None else p.detach().to(dtype), requires_grad=False)
+        for p in model.parameters()
+    }
     folded = copy.deepcopy(model, shared)
     sources = dict(model.named_modules())
     for name, module in folded.named_modules():

@@ -109,8 +109,10 @@ class ReferenceBTAdapter(nn.Module):
             if T > rows:
                 raise ValueError(f"{self.tower} tower: T must be at most {rows}, the rows of the time table, got {T}")
         elif T < 2 or (T > rows and (T % 2 or T // 2 > rows)) or (T <= rows and P * T % (T // 2)):
-            raise ValueError(f"llava tower: T must be at least 2; T // 2 must divide {P} * T up to T = {rows}; "
-                             f"T must be even and at most {2 * rows} above, got {T}")
+            raise ValueError(
+                f"llava tower: T must be at least 2; T // 2 must divide {P} * T up to T = {rows}; "
+                f"T must be even and at most {2 * rows} above, got {T}"
+            )
 
     def _embed(self, x: Tensor) -> Tensor:  # [B*T, 3, h, w] -> [B*T, 1+P, C]
         patches = self.patch_embedding(x).flatten(2).transpose(1, 2)

@@ -1,13 +1,13 @@
 """The branch of BT-Adapter (One For All, arXiv:2309.15785): time and space attention beside a frozen CLIP tower.
 
-Branch layer j reads the output X of backbone layer L - d + j. Tokens stay where they are: patches z [B, S, K, C] (S frame
-slots, K patches; see pyvidx.temporal.grouping) and one class token [B, C] per video.
+Branch layer j reads the output X of backbone layer L - d + j. Its tokens are patches z [B, S, K, C] (S frame slots, K
+patches; see pyvidx.temporal.grouping) and one class token [B, C] per video; nothing is transposed.
 
     layer 0        z = X + position + time             cls = (mean_t X_cls + seed + position[0]) / 2
     layers 1..     z = (1 - w) z + w X                 cls = (1 - w) cls + w mean_t X_cls,   w = sigmoid(100 * gate)
     time           z = z + FC(MHA_t(LN z))             over the slots of one group; the class token passes by
-    space          [cls; z_s] + MHA([cls; z_s])        in each slot with the same class token, whose results are averaged
-                   then both + MLP
+    space          [cls; z_s] + MHA(LN [cls; z_s])     in each slot s, all with the same class token; its results are
+                                                       averaged over the slots. Then both + MLP(LN)
 """
 
 from collections.abc import Sequence
@@ -76,13 +76,13 @@ class SpatialLayer(Block):
         """
         B, S, K, C = z.shape
         H, D = self.heads, C // self.heads
-        n = self.norm1(_with_class(z, a, cls))                                             # [B, S, 1 + K, C]
+        n = self.norm1(_with_class(z, a, cls))  # [B, S, 1 + K, C]
         wq, wk, wv = self.qkv.weight.view(3, H, D, C)
         bq, _, bv = self.qkv.bias.view(3, H, D)
         q = F.linear(self.norm1(cls), wq.flatten(0, 1), bq.flatten()).view(B, H, D)
         probe = torch.einsum("bhd,hdc->bch", q * D**-0.5, wk)
-        weights = (n @ probe[:, None]).softmax(dim=2)                                      # [B, S, 1 + K, H]
-        mixed = (weights.transpose(2, 3) @ n).mean(dim=1)                                  # [B, H, C], over the slots
+        weights = (n @ probe[:, None]).softmax(dim=2)  # [B, S, 1 + K, H]
+        mixed = (weights.transpose(2, 3) @ n).mean(dim=1)  # [B, H, C], over the slots
         y = (torch.einsum("bhc,hdc->bhd", mixed, wv) + bv).reshape(B, C)
         cls = residual(cls, self.out(y))
         return residual(cls, self.mlp(cls))
@@ -111,8 +111,19 @@ class BTAdapterBranch(nn.Module):
         gate_scale: the gate's weight is sigmoid(gate_scale * gate), 0.5 at first.
     """
 
-    def __init__(self, width: int, heads: int, mlp_width: int, *, depth: int, time_length: int = 64, gated: bool = True,
-                 gate_scale: float = 100.0, hidden_act: str = "quick_gelu", eps: float = 1e-5):
+    def __init__(
+        self,
+        width: int,
+        heads: int,
+        mlp_width: int,
+        *,
+        depth: int,
+        time_length: int = 64,
+        gated: bool = True,
+        gate_scale: float = 100.0,
+        hidden_act: str = "quick_gelu",
+        eps: float = 1e-5,
+    ):
         super().__init__()
         self.gate_scale = gate_scale
         self.seed = nn.Parameter(torch.zeros(width))
@@ -134,13 +145,14 @@ class BTAdapterBranch(nn.Module):
         """
         states = []
         for j, x in enumerate(xs):
-            z, cls, a = self.mix(j, x, states[-1] if states else None, position, group)
-            states.append(self.spatial[j](z, a, cls))
+            mixed = self.mix(j, x, states[-1] if states else None, position, group)
+            states.append(self.spatial[j](*mixed))
         return states
 
-    def mix(self, j: int, x: Tensor, state: tuple[Tensor, Tensor] | None, position: Tensor, group: Grouping
-            ) -> tuple[Tensor, Tensor, Tensor]:
-        """Fusion and time attention of layer j: z [B, S, K, C], cls [B, C] and what time attention adds to z."""
+    def mix(
+        self, j: int, x: Tensor, state: tuple[Tensor, Tensor] | None, position: Tensor, group: Grouping
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Fusion and time attention of layer j: z [B, S, K, C], what time attention adds to it, and cls [B, C]."""
         layer = self.temporal[j]
         norm = (layer.norm.weight, layer.norm.bias, layer.norm.eps)
         where = {"keep": group.keep, "pair": group.pair, "norm": norm}
@@ -148,4 +160,4 @@ class BTAdapterBranch(nn.Module):
             z, cls, normed = fusion_input(x, position, self.time, self.seed, **where)
         else:
             z, cls, normed = gated_fusion(x, *state, self.gate, scale=self.gate_scale, **where)
-        return z, cls, layer(normed)
+        return z, layer(normed), cls

@@ -46,8 +46,16 @@ class Grouping:
         return z.reshape(B, S * K, F)[:, where].view(B, -1, self.patches, F).mean(dim=1)
 
 
-def grouping(T: int, P: int, *, compat: str = "paper", tower: str = "mma", time_length: int = 64,
-             mask: Tensor | None = None, device: torch.device | None = None) -> Grouping:
+def grouping(
+    T: int,
+    P: int,
+    *,
+    compat: str = "paper",
+    tower: str = "mma",
+    time_length: int = 64,
+    mask: Tensor | None = None,
+    device: torch.device | None = None,
+) -> Grouping:
     """The grouping of a clip.
 
     Args:
@@ -62,7 +70,9 @@ def grouping(T: int, P: int, *, compat: str = "paper", tower: str = "mma", time_
         ValueError: the frame count or the mask does not fit.
     """
     if compat not in COMPATS or tower not in TOWERS:
-        raise ValueError(f"BT-Adapter: compat must be one of {COMPATS} and tower of {TOWERS}, got {compat!r}, {tower!r}")
+        raise ValueError(
+            f"BT-Adapter: compat must be one of {COMPATS} and tower of {TOWERS}, got {compat!r}, {tower!r}"
+        )
     if mask is not None:
         mask = mask.bool()
     if compat == "official" and tower == "mma":
@@ -72,8 +82,10 @@ def grouping(T: int, P: int, *, compat: str = "paper", tower: str = "mma", time_
     least = 2 if compat == "official" else 1
     pair = T > time_length
     if T < least or (pair and (T % 2 or T > 2 * time_length)):
-        raise ValueError(f"BT-Adapter ({compat}): T must be in [{least}, {time_length}], or even and at most "
-                         f"{2 * time_length} (frames are averaged in pairs), got {T}")
+        raise ValueError(
+            f"BT-Adapter ({compat}): T must be in [{least}, {time_length}], or even and at most "
+            f"{2 * time_length} (frames are averaged in pairs), got {T}"
+        )
     if compat == "paper":
         return Grouping(T, P, pair, _tube(mask, P, device), masked=mask is not None)
     if mask is not None:
@@ -97,8 +109,9 @@ def _official_mask(mask, T, P, device):  # [B, T*P] -> [B, S = T, K]
         raise ValueError(f"BT-Adapter (official): mask must be [B, T*P] with T*P = {T * P}, got {tuple(mask.shape)}")
     kept = _kept_indices(mask).to(device)
     if kept.shape[1] % T:
-        raise ValueError(f"BT-Adapter (official): the number of kept tokens must be a multiple of T = {T}, "
-                         f"got {kept.shape[1]}")
+        raise ValueError(
+            f"BT-Adapter (official): the number of kept tokens must be a multiple of T = {T}, got {kept.shape[1]}"
+        )
     return _source(kept.view(mask.shape[0], -1, T).transpose(1, 2), T, P)
 
 
@@ -118,6 +131,7 @@ def _kept_indices(mask: Tensor) -> Tensor:
     """bool [B, n], True = removed -> the indices of the others, ascending, int64 [B, kept]."""
     counts = (~mask).sum(dim=1)
     if not bool((counts == counts[0]).all()) or int(counts[0]) == 0:
-        raise ValueError(f"BT-Adapter: a mask must keep the same number of tokens, at least 1, in every video, "
-                         f"got {counts.tolist()}")
+        raise ValueError(
+            f"BT-Adapter: a mask must keep the same number of tokens, at least 1, in every video, got {counts.tolist()}"
+        )
     return (~mask).nonzero()[:, 1].view(mask.shape[0], -1)
