@@ -101,6 +101,7 @@ class BTAdapter(nn.Module):
         """
         layers = self._branch_inputs(self._wanted(outputs))
         x, xs = self._read_features(features), []
+        self.grouping(x)  # refuses a wrong shape or frame count before the work
         for i in layers:
             x = self.backbone.blocks[str(i)](x)
             xs.append(x)
@@ -266,7 +267,8 @@ class BTAdapter(nn.Module):
                     f"BTAdapter: {path} was not written by BTAdapter.save; "
                     "for published weights use pyvidx.integrations.checkpoints"
                 )
-            weights = {name: file.get_tensor(name) for name in file.keys()}
+            # Cloned: tensors of a mapped file start at any address, which makes CPU GEMMs slower.
+            weights = {name: file.get_tensor(name).clone() for name in file.keys()}
         with torch.device("meta"):
             model = cls(
                 BTAdapterConfig.from_dict(header["config"]),

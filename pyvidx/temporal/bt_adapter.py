@@ -89,9 +89,10 @@ class SpatialLayer(Block):
 
 
 def _with_class(z: Tensor, a: Tensor, cls: Tensor) -> Tensor:
-    """[cls; z + a] of every slot, [B, S, 1 + K, C]; one pass where no gradient is wanted."""
+    """[cls; z + a] of every slot, [B, S, 1 + K, C]; one pass where no gradient is wanted and no compiler does it."""
     B, S, K, C = z.shape
-    if torch.is_grad_enabled() and (z.requires_grad or a.requires_grad or cls.requires_grad):
+    wants_grad = torch.is_grad_enabled() and (z.requires_grad or a.requires_grad or cls.requires_grad)
+    if wants_grad or torch.compiler.is_compiling():
         return torch.cat([cls[:, None, None].expand(B, S, 1, C), z + a], dim=2)
     x = z.new_empty(B, S, 1 + K, C, dtype=torch.promote_types(z.dtype, a.dtype))
     torch.add(z, a, out=x[:, :, 1:])
