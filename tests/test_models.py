@@ -141,6 +141,7 @@ def test_what_is_not_asked_for_changes_nothing(compat, tower, T):
     states = model.branch(xs, model.backbone.position, group)  # every layer in full
     close(both.tokens, fused_tokens(xs[-2], group.patch_mean(states[-2][0]), states[-2][1]))
     close(both.pooled, model.backbone.projection(model.frame_vectors(xs[-1], states[-1][1])).mean(1))
+    close(model.encode_frames(pixels), model.frame_vectors(xs[-1], states[-1][1]))
     close(model.encode_layers(xs).pooled, both.pooled)
     features = model.backbone(pixels, [CONFIG.fork - 1])[0]
     close(model.encode_features(features).pooled, both.pooled)

@@ -126,9 +126,8 @@ class BTAdapter(nn.Module):
                 f"BTAdapter: {' and '.join(wanted)} need the outputs of backbone layers "
                 f"{list(self._branch_inputs(wanted))}, got {len(xs)} tensors"
             )
-        group, position, last = self.grouping(xs[0], mask), self.backbone.position, len(xs) - 1
-        states = self.branch(xs[:last], position, group)
-        mixed = self.branch.mix(last, xs[last], states[-1] if states else None, position, group)
+        group, last = self.grouping(xs[0], mask), len(xs) - 1
+        states, mixed = self._run_branch(xs, group)
         if wanted == ("tokens",):
             return Encoding(
                 tokens=fused_tokens(xs[last], *self.branch.spatial[last].mean_tokens(*mixed, group)), times=times
@@ -137,10 +136,22 @@ class BTAdapter(nn.Module):
         if "tokens" in wanted:
             z, cls = states[-1]
             tokens = fused_tokens(xs[last - 1], group.patch_mean(z), cls)
-        frames = self.frame_vectors(xs[last], self.branch.spatial[last].class_token(*mixed)).mean(dim=1)
         # The projection has no bias: the mean of the frames' projections is the projection of their mean.
+        frames = self.frame_vectors(xs[last], self.branch.spatial[last].class_token(*mixed)).mean(dim=1)
         projection = self.backbone.projection
         return Encoding(tokens, frames if projection is None else projection(frames), times)
+
+    def encode_frames(self, pixels: Tensor) -> Tensor:
+        """One vector per frame, whose mean, projected, is "pooled". pixels as in `forward` -> [B, T, C]."""
+        xs = self.backbone(self.read_pixels(pixels), self._branch_inputs(self._wanted(("pooled",))))
+        _, mixed = self._run_branch(xs, self.grouping(xs[0]))
+        return self.frame_vectors(xs[-1], self.branch.spatial[-1].class_token(*mixed))
+
+    def _run_branch(self, xs: Sequence[Tensor], group: Grouping) -> tuple[list, tuple[Tensor, Tensor, Tensor]]:
+        """States of all layers but the last, and the last up to its space attention: of that less may be needed."""
+        position, last = self.backbone.position, len(xs) - 1
+        states = self.branch(xs[:last], position, group)
+        return states, self.branch.mix(last, xs[last], states[-1] if states else None, position, group)
 
     def frame_vectors(self, x: Tensor, cls: Tensor) -> Tensor:
         """LN((1 - w) cls + w X_cls) of every frame, w = sigmoid(1e4 * output_gate); ungated LN(cls + X_cls).

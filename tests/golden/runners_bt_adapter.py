@@ -157,6 +157,7 @@ def llava_infer(file, run, variant, check):
         llm_tokens = model(pixels, outputs=("tokens",)).tokens
         both = model(pixels)
         check(out + "llm_tokens", both.tokens)
+        check(out + "pooler", model.encode_frames(pixels).flatten(0, 1))
         want = file.tensors[out + "pooler"].view(clip.shape[0], clip.shape[1], -1).mean(dim=1)
         assert (both.pooled - want).abs().max() <= 2e-5 * max(1.0, want.abs().max())
     for i, state in enumerate(hidden):
