@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from pyvidx.backbones.clip import CLIPVisionConfig
+from pyvidx.backbones.clip import CLIPVision, CLIPVisionConfig
 from pyvidx.integrations.checkpoints import load_official, load_weights, read
 from pyvidx.integrations.keys import rename
 from pyvidx.models import BTAdapter, BTAdapterConfig
@@ -193,6 +193,16 @@ def test_tuned_branch_on_a_clip():
     expect_branch(model, 3)
     assert sorted(report.left_out) == ["logit_scale", "text_model.final_layer_norm.weight"]
     assert model(torch.randn(1, 2, 3, 8, 8)).tokens.shape == (1, 5, 64)
+
+
+def test_a_clip_brings_what_weights_do_not_tell():
+    clip = CLIPVision(dataclasses.replace(VISION, heads=4, hidden_act="gelu", eps=1e-6))
+    tuned = state(*tower(0, 3, head=False, embeddings=False, gates=False))
+    model, report = load_official(clip, tuned, part="tokens", gated=True, allow_missing=["branch.gate"])
+    vision = model.config.vision
+    assert (vision.heads, vision.hidden_act, vision.eps) == (4, "gelu", 1e-6)
+    assert torch.equal(model.backbone.blocks["2"].fc1.weight, clip.blocks["2"].fc1.weight)
+    assert "projection.weight" in " ".join(report.unused)
 
 
 def test_later_sources_replace():

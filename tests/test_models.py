@@ -334,6 +334,21 @@ def test_times_pass_through():
     assert BTAdapter(CONFIG)(clip(1, 2, torch.float32), times=times).times is times
 
 
+def test_autocast():
+    """Mixed precision: float32 parameters and residual streams, bfloat16 products, gradients in float32."""
+    model = randomized(BTAdapter(CONFIG))
+    pixels = clip(dtype=torch.float32)
+    with torch.no_grad():
+        want = model(pixels)
+    with torch.autocast("cpu", torch.bfloat16):
+        got = model(pixels)
+        got.pooled.float().square().sum().backward()
+    for name in ("tokens", "pooled"):
+        a, b = getattr(got, name).float(), getattr(want, name)
+        assert (a - b).norm() < 0.03 * b.norm()
+    assert model.branch.time.grad.dtype == torch.float32 and model.branch.time.grad.isfinite().all()
+
+
 @torch.no_grad()
 def test_compiles_without_breaks():
     model = randomized(BTAdapter(CONFIG))

@@ -18,12 +18,12 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from pyvidx.backbones.clip import CLIPVisionConfig
+from pyvidx.backbones.clip import CLIPVision, CLIPVisionConfig
 from pyvidx.integrations.keys import Renamed, rename
 from pyvidx.models.bt_adapter import BTAdapter
 from pyvidx.models.config import BTAdapterConfig
 
-Source = str | Path | Mapping[str, Tensor]
+Source = str | Path | Mapping[str, Tensor] | CLIPVision
 
 
 @dataclass
@@ -94,7 +94,8 @@ def load_official(
     Args:
         sources: files or state dicts; later ones replace weights of earlier ones (e.g. a CLIP, then a branch).
             Understood: the mma pretraining file, the llava tower (inference or training), the instruction-tuned branch,
-            STAN, transformers' and open_clip's CLIP; with their wrappers and old spellings.
+            STAN, transformers' and open_clip's CLIP; with their wrappers and old spellings. Or a CLIPVision (from
+            pyvidx.integrations.huggingface or open_clip), which also brings its heads, activation and eps.
         part: see BTAdapterConfig; "tokens" for the tuned branch (3 of 4 layers) on a CLIP.
         allow_missing: see load_weights.
         compat, tower: see BTAdapter; the default tower is "mma" where there is a projection, else "llava".
@@ -103,8 +104,9 @@ def load_official(
     Returns:
         the model in eval mode, and the report.
     """
-    tables = [rename(_state(source)) for source in sources]
-    config = infer_config(tables, part=part, **sizes)
+    tables = [_table(source) for source in sources]
+    known = next((source.config for source in sources if isinstance(source, CLIPVision)), None)
+    config = infer_config(tables, part=part, clip=known, **sizes)
     has_projection = any("backbone.projection.weight" in table.weights for table in tables)
     model = BTAdapter(config, compat=compat, tower=tower or ("mma" if has_projection else "llava"))
     return model, _fill(model, tables, allow_missing)
@@ -124,27 +126,29 @@ def load_weights(model: BTAdapter, *sources: Source, allow_missing: Sequence[str
         ValueError: a parameter is missing and not allowed to be, a pattern matches no missing one, or a shape differs.
             The model is not changed then.
     """
-    return _fill(model, [rename(_state(source)) for source in sources], allow_missing)
+    return _fill(model, [_table(source) for source in sources], allow_missing)
 
 
 def infer_config(
     tables: Sequence[Renamed],
     *,
     part: str = "full",
+    clip: CLIPVisionConfig | None = None,
     depth: int | None = None,
     layers: int | None = None,
     heads: int | None = None,
     gated: bool | None = None,
-    hidden_act: str = "quick_gelu",
+    hidden_act: str | None = None,
 ) -> BTAdapterConfig:
     """Sizes from renamed weights.
 
     Args:
+        clip: of the backbone, where it is known; in place of the defaults below.
         depth: d; default the branch layers there are, plus one where they come without a whole tower, as in tuning.
         layers: L of the whole CLIP, needed where no source holds a whole one.
         heads: default width / 64, as in every published CLIP.
         gated: default whether there are gates.
-        hidden_act: the official code always runs OpenAI's CLIP, "quick_gelu".
+        hidden_act: default "quick_gelu": the official code always runs OpenAI's CLIP.
     """
     names = {name: value for table in tables for name, value in table.weights.items()}
     needed = ["backbone.position", "branch.time", "branch.spatial.0.fc1.weight"]
@@ -152,6 +156,7 @@ def infer_config(
     if absent:
         raise ValueError(f"checkpoint: no sizes without {', '.join(absent)}")
     tokens, width = names["backbone.position"].shape
+    heads = clip.heads if heads is None and clip else heads
     if heads is None and width % 64:
         raise ValueError(f"checkpoint: width {width} is not a multiple of 64, so pass heads=")
     if depth is None:
@@ -174,7 +179,8 @@ def infer_config(
         layers=layers,
         mlp_width=names["branch.spatial.0.fc1.weight"].shape[0],
         embed_dim=None if projection is None else projection.shape[0],
-        hidden_act=hidden_act,
+        hidden_act=hidden_act or (clip.hidden_act if clip else "quick_gelu"),
+        eps=clip.eps if clip else 1e-5,
     )
     return BTAdapterConfig(
         vision,
@@ -185,8 +191,11 @@ def infer_config(
     )
 
 
-def _state(source: Source) -> Mapping[str, Tensor]:
-    return _unwrapped(source, "state dict") if isinstance(source, Mapping) else read(source)
+def _table(source: Source) -> Renamed:
+    if isinstance(source, CLIPVision):
+        weights = {f"backbone.{name}": p.detach() for name, p in source.named_parameters()}
+        return Renamed(weights, origin={name: [name] for name in weights})
+    return rename(_unwrapped(source, "state dict") if isinstance(source, Mapping) else read(source))
 
 
 def _unwrapped(content, where) -> dict[str, Tensor]:
