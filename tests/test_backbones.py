@@ -8,6 +8,9 @@ import torch
 from pyvidx.backbones.clip import CLIPVision, CLIPVisionConfig
 from pyvidx.integrations import huggingface
 from pyvidx.integrations import open_clip as open_clip_weights
+from tests.torchvision_shim import mend_torchvision
+
+mend_torchvision()
 
 SIZES = CLIPVisionConfig(
     image_size=28, patch_size=7, width=32, heads=4, layers=3, mlp_width=64, embed_dim=24, hidden_act="quick_gelu"
