@@ -1,0 +1,109 @@
+"""Timing for the benches. A bench file yields Cases; `measure` (bench/conftest.py) does the rest.
+
+All contenders of a case are timed in turn, round by round, so that a machine that drifts drifts for all of them. The floor
+is a plain copy that moves as many bytes as the case must (half read, half written), timed in the same rounds.
+"""
+
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+
+
+@dataclass
+class Case:
+    """One op at one size.
+
+    run, eager: the op, and the same mathematics in plain torch; both take no argument. eager is also what torch.compile
+        is given, unless `compiled` is False (an op that plain torch cannot be compiled for says why in its bench).
+    bytes: what must cross memory: each input read once, each output written once.
+    flops: operations, where those may bind instead; 0 if they never do.
+    """
+
+    op: str
+    shape: dict[str, int]
+    dtype: torch.dtype
+    run: Callable[[], object]
+    eager: Callable[[], object]
+    bytes: int
+    flops: int = 0
+    compiled: bool = True
+    extra: dict = field(default_factory=dict)
+
+
+def nbytes(*tensors) -> int:
+    return sum(t.numel() * t.element_size() for t in tensors if t is not None)
+
+
+class Timer:
+    """Seconds of one call. On a GPU the L2 cache is flushed first; that also hides the launches behind queued work."""
+
+    def __init__(self, device: str):
+        self.device = device
+        if device == "cuda":
+            self.flush = torch.empty(256 << 20, dtype=torch.int8, device="cuda")
+            self.events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
+
+    def __call__(self, function: Callable[[], object]) -> float:
+        if self.device == "cuda":
+            self.flush.zero_()
+            self.events[0].record()
+            function()
+            self.events[1].record()
+            torch.cuda.synchronize()
+            return self.events[0].elapsed_time(self.events[1]) / 1e3
+        start = time.perf_counter()
+        function()
+        return time.perf_counter() - start
+
+
+def interleaved(contenders: dict[str, Callable[[], object]], device: str, seconds: float) -> dict[str, list[float]]:
+    """Times of every contender, one call each per round, for `seconds` in all (at least 5 rounds)."""
+    timer = Timer(device)
+    for function in contenders.values():
+        function()
+        timer(function)
+    times = {name: [] for name in contenders}
+    stop = time.perf_counter() + seconds
+    while len(next(iter(times.values()))) < 5 or time.perf_counter() < stop:
+        for name, function in contenders.items():
+            times[name].append(timer(function))
+    return times
+
+
+def copy_of(bytes_moved: int, device: str) -> Callable[[], object]:
+    """A copy that reads and writes bytes_moved bytes in total."""
+    source = torch.ones(max(1, bytes_moved // 2), dtype=torch.uint8, device=device)
+    target = torch.ones_like(source)
+    return lambda: target.copy_(source)
+
+
+def compare(case: Case, device: str, seconds: float, with_compile: bool) -> dict:
+    """The extra_info of a case: medians, bandwidths and ratios, all from the same rounds."""
+    contenders = {"pyvidx": case.run, "copy": copy_of(case.bytes, device), "eager": case.eager}
+    if with_compile and case.compiled:
+        torch._dynamo.reset()
+        contenders["compile"] = torch.compile(case.eager, dynamic=False)
+    times = interleaved(contenders, device, seconds)
+    ms = {name: statistics.median(t) * 1e3 for name, t in times.items()}
+    quartiles = statistics.quantiles(times["pyvidx"], n=4)
+    info = {
+        "op": case.op, "shape": case.shape, "dtype": str(case.dtype).removeprefix("torch."), "device": device_name(device),
+        "threads": torch.get_num_threads(), "rounds": len(times["pyvidx"]), "bytes": case.bytes, "flops": case.flops,
+        "ms": ms["pyvidx"], "spread": (quartiles[2] - quartiles[0]) * 1e3 / ms["pyvidx"], "copy_ms": ms["copy"],
+        "eager_ms": ms["eager"], "gbps": case.bytes / ms["pyvidx"] / 1e6, "copy_gbps": case.bytes / ms["copy"] / 1e6,
+        "floor_share": ms["copy"] / ms["pyvidx"], "vs_eager": ms["eager"] / ms["pyvidx"], "torch": torch.__version__,
+    }  # fmt: skip
+    if case.flops:
+        info["gflops"] = case.flops / ms["pyvidx"] / 1e6
+    info["compile_ms"] = ms.get("compile")
+    info["vs_compile"] = ms["compile"] / ms["pyvidx"] if "compile" in ms else None
+    return info | case.extra
+
+
+def device_name(device: str) -> str:
+    if device == "cuda":
+        return torch.cuda.get_device_name()
+    return f"cpu ({torch.backends.cpu.get_cpu_capability()})"

@@ -1,0 +1,154 @@
+"""Compile and link the native code with ninja: what setup.py and the tests' emulator builds share.
+
+Everything that is a list lives in build.json; sources are globbed, so a new op needs no edit here. CPU kernel files
+(csrc/cpu) are compiled once per instruction-set level, everything else once. Incremental: ninja follows headers and flags.
+"""
+
+import json
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+CONFIG = json.loads((ROOT / "cmake/build.json").read_text())
+INCLUDE = ["-Icsrc/include"]
+
+
+def isa_levels() -> dict[str, list[str]]:
+    """Level name -> compiler flags, for this machine's architecture."""
+    levels = CONFIG["isa_levels"]
+    return levels.get(platform.machine(), levels["other"])
+
+
+def find_nvcc() -> str | None:
+    """nvcc of CUDA_HOME, /usr/local/cuda or PATH; None without one, or with PYVIDX_CUDA=0."""
+    if os.environ.get("PYVIDX_CUDA") == "0":
+        return None
+    nvcc = Path(os.environ.get("CUDA_HOME", "/usr/local/cuda")) / "bin/nvcc"
+    found = str(nvcc) if nvcc.exists() else shutil.which("nvcc")
+    if found is None and os.environ.get("PYVIDX_CUDA") == "1":
+        sys.exit("pyvidx: PYVIDX_CUDA=1 but no nvcc in CUDA_HOME, /usr/local/cuda or PATH")
+    return found
+
+
+def cuda_archs(nvcc: str) -> list[str]:
+    """The wanted architectures (PYVIDX_CUDA_ARCHS, else build.json) that this nvcc can compile for."""
+    wanted = os.environ.get("PYVIDX_CUDA_ARCHS", "").split() or CONFIG["cuda_archs"]
+    known = set(re.findall(r"compute_(\d+)\b", subprocess.check_output([nvcc, "--list-gpu-arch"], text=True)))
+    dropped = [a for a in wanted if a not in known]
+    if dropped:
+        print(f"pyvidx: this nvcc cannot target sm_{', sm_'.join(dropped)} (V100, sm_70, needs CUDA 12)", file=sys.stderr)
+    return [a for a in wanted if a in known]
+
+
+class Build:
+    """A build.ninja in `folder`. Add objects and libraries, then run()."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder.resolve()
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.lines: list[str] = ["ninja_required_version = 1.5"]
+        self.rules: dict[tuple, str] = {}
+
+    def _rule(self, command: str, deps: bool) -> str:
+        name = self.rules.get((command, deps))
+        if name is None:
+            name = self.rules[command, deps] = f"r{len(self.rules)}"
+            self.lines += [f"rule {name}", f"  command = {command}", "  description = $out"]
+            if deps:
+                self.lines += ["  depfile = $out.d", "  deps = gcc"]
+        return name
+
+    def compile(self, source: Path, flags: list[str], tag: str = "", compiler: str | None = None) -> Path:
+        """One object of one source; `tag` tells several objects of one source apart."""
+        compiler = compiler or os.environ.get("CXX", "g++")
+        out = self.folder / "obj" / f"{source.parent.name}.{source.stem}{'.' + tag if tag else ''}.o"
+        log = " > $out.log 2>&1 || (cat $out.log; exit 1)" if "nvcc" in Path(compiler).name else ""
+        rule = self._rule(f"cd {ROOT} && {compiler} {' '.join(flags)} -MD -MF $out.d -c $in -o $out{log}", deps=True)
+        self.lines.append(f"build {out}: {rule} {source.resolve()}")
+        return out
+
+    def link(self, out: Path, objects: list[Path], flags: list[str]) -> Path:
+        rule = self._rule(f"{os.environ.get('CXX', 'g++')} -shared $in -o $out {' '.join(flags)}", deps=False)
+        self.lines.append(f"build {out}: {rule} {' '.join(map(str, objects))}")
+        return out
+
+    def run(self) -> None:
+        text = "\n".join(self.lines) + "\n"
+        file = self.folder / "build.ninja"
+        if not file.exists() or file.read_text() != text:
+            file.write_text(text)
+        jobs = os.environ.get("MAX_JOBS") or str(os.cpu_count())
+        import ninja
+
+        subprocess.check_call([str(Path(ninja.BIN_DIR) / "ninja"), "-C", str(self.folder), "-j", jobs, "--quiet"])
+
+
+def sources(folder: str, suffix: str = "cpp") -> list[Path]:
+    return sorted((ROOT / "csrc" / folder).glob(f"*.{suffix}"))
+
+
+def torch_flags() -> list[str]:
+    """Compile flags for csrc/torch: the stable ABI of torch 2.10, which newer versions keep."""
+    from torch.utils import cpp_extension
+
+    return [f"-isystem {p}" for p in cpp_extension.include_paths()] + ["-DTORCH_TARGET_VERSION=0x020a000000000000"]
+
+
+def torch_link_flags() -> list[str]:
+    """libtorch is needed even if no symbol asks for it: on a CUDA torch it brings in libtorch_cuda."""
+    from torch.utils import cpp_extension
+
+    return [f"-L{p}" for p in cpp_extension.library_paths()] + ["-Wl,--no-as-needed", "-ltorch", "-ltorch_cpu", "-lc10"]
+
+
+def kernel_objects(build: Build) -> list[Path]:
+    """The CPU kernels of every level, and what they share."""
+    flags = CONFIG["cxx_flags"] + INCLUDE
+    objects = [build.compile(s, flags) for s in sources("common")]
+    for level, level_flags in isa_levels().items():
+        define = [f"-DPYVIDX_LEVEL={level}"]
+        objects += [build.compile(s, flags + level_flags + define, tag=level) for s in sources("cpu")]
+    return objects
+
+
+def cuda_objects(build: Build, nvcc: str, archs: list[str]) -> list[Path]:
+    """The CUDA kernels: code for every architecture, and PTX of the last for newer GPUs."""
+    targets = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in archs]
+    targets.append(f"-gencode=arch=compute_{archs[-1]},code=compute_{archs[-1]}")
+    flags = CONFIG["nvcc_flags"] + INCLUDE + ["-Xptxas=-v"] + targets
+    return [build.compile(s, flags, compiler=nvcc) for s in sources("cuda", "cu")]
+
+
+def cuda_link_flags(nvcc: str) -> list[str]:
+    """The static runtime: the same library then also loads where no CUDA is installed."""
+    home = Path(os.path.realpath(nvcc)).parents[1]
+    return [f"-L{home}/lib64", f"-L{home}/lib", "-lcudart_static", "-ldl", "-lrt", "-lpthread"]
+
+
+def ops_library(build: Build, out: Path, nvcc: str | None, archs: list[str]) -> Path:
+    """pyvidx/_ops: kernels and their torch bindings."""
+    flags = CONFIG["cxx_flags"] + INCLUDE + torch_flags() + (["-DPYVIDX_CUDA"] if nvcc else [])
+    objects = kernel_objects(build) + [build.compile(s, flags) for s in sources("torch")]
+    link = torch_link_flags()
+    if nvcc:
+        objects += cuda_objects(build, nvcc, archs)
+        link += cuda_link_flags(nvcc)
+    return build.link(out, objects, link)
+
+
+def info_module(build: Build, out: Path, nvcc: str | None, archs: list[str]) -> Path:
+    """pyvidx/_C: a pybind11 module for what is not a tensor operation."""
+    import pybind11
+    import torch
+
+    flags = CONFIG["cxx_flags"] + INCLUDE + [f"-isystem {pybind11.get_include()}"]
+    flags += [f"-isystem {sysconfig.get_paths()['include']}"]
+    flags += [f'-DPYVIDX_BUILD_TORCH=\'"{torch.__version__}"\'', f'-DPYVIDX_BUILD_ARCHS=\'"{" ".join(archs)}"\'']
+    objects = [build.compile(s, flags, tag="info") for s in sources("common") + sources("python")]
+    return build.link(out, objects, [])

@@ -1,0 +1,279 @@
+// Vectors of the level this file is compiled for: GCC/Clang vector extensions, and intrinsics where those are slow (16-bit
+// conversions, streaming stores). A kernel loads any storage type T into a vector of its accumulator type (float, or
+// double for double), computes there, and stores back rounded to nearest even.
+//
+//   each<T>(n, [&](int64_t i, auto part) { store(out + i, load(a + i, part) + load(b + i, part), part); });
+#pragma once
+#include <cstdint>
+
+#include "pyvidx/dispatch.h"
+#include "pyvidx/view.h"
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+namespace pyvidx {
+
+struct Half {
+  uint16_t bits;
+};
+struct BFloat16 {
+  uint16_t bits;
+};
+template <>
+struct DTypeOf<Half> {
+  static constexpr DType value = DType::f16;
+};
+template <>
+struct DTypeOf<BFloat16> {
+  static constexpr DType value = DType::bf16;
+};
+
+namespace {
+namespace simd {
+
+#define PYVIDX_SIMD PYVIDX_INLINE
+#if defined(__AVX512F__)
+constexpr int kBytes = 64;
+#elif defined(__AVX2__)
+constexpr int kBytes = 32;
+#else
+constexpr int kBytes = 16;
+#endif
+constexpr int kFloats = kBytes / 4, kDoubles = kBytes / 8;
+
+typedef float VF __attribute__((vector_size(kBytes)));
+typedef double VD __attribute__((vector_size(kBytes)));
+typedef int32_t VI __attribute__((vector_size(kBytes)));
+typedef uint32_t VU __attribute__((vector_size(kBytes)));
+typedef uint16_t VH __attribute__((vector_size(kBytes / 2)));
+
+template <typename V>
+PYVIDX_SIMD V read(const void* p) {
+  V v;
+  __builtin_memcpy(&v, p, sizeof v);
+  return v;
+}
+template <typename V>
+PYVIDX_SIMD void write(void* p, V v) {
+  __builtin_memcpy(p, &v, sizeof v);
+}
+
+// --- 16-bit conversions -------------------------------------------------------------------------------------------
+
+PYVIDX_SIMD VU widen(VH h) {
+#if defined(__AVX512F__)
+  return (VU)_mm512_cvtepu16_epi32((__m256i)h);
+#elif defined(__AVX2__)
+  return (VU)_mm256_cvtepu16_epi32((__m128i)h);
+#else
+  return __builtin_convertvector(h, VU);
+#endif
+}
+
+PYVIDX_SIMD VH narrow(VU u) {  // u < 65536
+#if defined(__AVX512F__)
+  return (VH)_mm512_cvtepi32_epi16((__m512i)u);
+#elif defined(__AVX2__)
+  const __m256i packed = _mm256_packus_epi32((__m256i)u, (__m256i)u);
+  return (VH)_mm256_castsi256_si128(_mm256_permute4x64_epi64(packed, 0x08));
+#else
+  return __builtin_convertvector(u, VH);
+#endif
+}
+
+PYVIDX_SIMD VF from_bf16(VH h) { return (VF)(widen(h) << 16); }
+
+PYVIDX_SIMD VH to_bf16(VF v) {
+  const VU u = (VU)v;
+  const VU rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
+  const VU nan = (VU)(v != v);
+  return narrow((rounded & ~nan) | (nan & 0x7fc0u));
+}
+
+PYVIDX_SIMD VF from_f16(VH h) {
+#if defined(__AVX512F__)
+  return (VF)_mm512_cvtph_ps((__m256i)h);
+#elif defined(__F16C__)
+  return (VF)_mm256_cvtph_ps((__m128i)h);
+#else
+  const VU u = widen(h), magnitude = (u & 0x7fffu) << 13;
+  const VF scaled = (VF)magnitude * 0x1p+112f;  // rebias the exponent; subnormals come out right
+  const VU special = (VU)(magnitude >= 0x0f800000u) & 0x7f800000u;
+  return (VF)((VU)scaled | special | ((u & 0x8000u) << 16));
+#endif
+}
+
+PYVIDX_SIMD VH to_f16(VF v) {
+#if defined(__AVX512F__)
+  return (VH)_mm512_cvtps_ph((__m512)v, 0);
+#elif defined(__F16C__)
+  return (VH)_mm256_cvtps_ph((__m256)v, 0);
+#else
+  VU u = (VU)v;
+  const VU sign = (u >> 16) & 0x8000u;
+  u &= 0x7fffffffu;
+  const VU subnormal = (VU)((VF)u + 0.5f) - 0x3f000000u;
+  const VU normal = (u + 0xc8000fffu + ((u >> 13) & 1u)) >> 13;
+  const VU infinite = 0x7c00u | ((VU)(u > 0x7f800000u) & 0x0200u);
+  const VU small = (VU)(u < 0x38800000u), large = (VU)(u >= 0x47800000u);
+  const VU finite = (subnormal & small) | (normal & ~small);
+  return narrow((((infinite & large) | (finite & ~large)) & 0xffffu) | sign);
+#endif
+}
+
+// --- storage type T <-> vector ------------------------------------------------------------------------------------
+
+template <typename T>
+struct Lane;
+template <>
+struct Lane<float> {
+  using Acc = float;
+  using V = VF;
+  using Raw = VF;
+  static PYVIDX_SIMD V up(Raw r) { return r; }
+  static PYVIDX_SIMD Raw down(V v) { return v; }
+};
+template <>
+struct Lane<double> {
+  using Acc = double;
+  using V = VD;
+  using Raw = VD;
+  static PYVIDX_SIMD V up(Raw r) { return r; }
+  static PYVIDX_SIMD Raw down(V v) { return v; }
+};
+template <>
+struct Lane<Half> {
+  using Acc = float;
+  using V = VF;
+  using Raw = VH;
+  static PYVIDX_SIMD V up(Raw r) { return from_f16(r); }
+  static PYVIDX_SIMD Raw down(V v) { return to_f16(v); }
+};
+template <>
+struct Lane<BFloat16> {
+  using Acc = float;
+  using V = VF;
+  using Raw = VH;
+  static PYVIDX_SIMD V up(Raw r) { return from_bf16(r); }
+  static PYVIDX_SIMD Raw down(V v) { return to_bf16(v); }
+};
+template <typename T>
+using Acc = typename Lane<T>::Acc;  // what T is computed in
+template <typename T>
+using Vec = typename Lane<T>::V;
+template <typename T>
+constexpr int kWidth = sizeof(typename Lane<T>::Raw) / sizeof(T);  // elements of T per vector
+
+struct Full {};    // a whole vector
+struct Stream {};  // a whole vector, stored past the caches: the address must be a multiple of the stored bytes
+struct Part {      // the first n elements of a vector; the others read as 0 and are not written
+  int64_t n;
+};
+
+template <typename T>
+PYVIDX_SIMD Vec<T> load(const T* p, Full = {}) {
+  return Lane<T>::up(read<typename Lane<T>::Raw>(p));
+}
+template <typename T>
+PYVIDX_SIMD Vec<T> load(const T* p, Stream) {
+  return load(p, Full{});
+}
+template <typename T>
+PYVIDX_SIMD Vec<T> load(const T* p, Part part) {
+  typename Lane<T>::Raw raw = {};
+  __builtin_memcpy(&raw, p, part.n * sizeof(T));
+  return Lane<T>::up(raw);
+}
+template <typename T>
+PYVIDX_SIMD void store(T* p, Vec<T> v, Full = {}) {
+  write(p, Lane<T>::down(v));
+}
+template <typename T>
+PYVIDX_SIMD void store(T* p, Vec<T> v, Part part) {
+  const auto raw = Lane<T>::down(v);
+  __builtin_memcpy(p, &raw, part.n * sizeof(T));
+}
+template <typename T>
+PYVIDX_SIMD void store(T* p, Vec<T> v, Stream) {
+  const auto raw = Lane<T>::down(v);
+#if defined(__AVX512F__)
+  if constexpr (sizeof raw == 64) return _mm512_stream_si512((__m512i*)p, read<__m512i>(&raw));
+#endif
+#if defined(__AVX2__)
+  if constexpr (sizeof raw == 32) return _mm256_stream_si256((__m256i*)p, read<__m256i>(&raw));
+#endif
+#if defined(__x86_64__)
+  if constexpr (sizeof raw == 16) return _mm_stream_si128((__m128i*)p, read<__m128i>(&raw));
+  if constexpr (sizeof raw == 8) return _mm_stream_si64((long long*)p, read<long long>(&raw));
+#endif
+  write(p, raw);
+}
+
+// After streaming stores, before another thread may read them.
+PYVIDX_SIMD void fence() {
+#if defined(__x86_64__)
+  _mm_sfence();
+#endif
+}
+
+// Outputs beyond this size leave the caches anyway: writing them past the caches saves reading them first.
+constexpr int64_t kStreamBytes = 4 << 20;
+
+// f(i, Full{}) for each whole vector of n elements, then f(i, Part{rest}).
+template <typename T, typename F>
+PYVIDX_SIMD void each(int64_t n, F&& f) {
+  int64_t i = 0;
+  for (; i + kWidth<T> <= n; i += kWidth<T>) f(i, Full{});
+  if (i < n) f(i, Part{n - i});
+}
+// The same with Stream{} for whole vectors, where `stream` says so and the row `out` allows it.
+template <typename T, typename F>
+PYVIDX_SIMD void each(int64_t n, const T* out, bool stream, F&& f) {
+  if (!stream || reinterpret_cast<uintptr_t>(out) % kBytes != 0) return each<T>(n, f);
+  int64_t i = 0;
+  for (; i + kWidth<T> <= n; i += kWidth<T>) f(i, Stream{});
+  if (i < n) f(i, Part{n - i});
+}
+
+// --- mathematics --------------------------------------------------------------------------------------------------
+
+template <typename V>
+PYVIDX_SIMD auto sum(V v) {
+  decltype(v[0] + v[0]) total = 0;
+  for (int i = 0; i < int(sizeof v / sizeof v[0]); ++i) total += v[i];
+  return total;
+}
+
+PYVIDX_SIMD VF select(VI mask, VF a, VF b) { return (VF)(((VI)a & mask) | ((VI)b & ~mask)); }
+
+// e^x, relative error below 2e-7 on [-87, 88], clamped outside. Coefficients: Cephes expf.
+PYVIDX_SIMD VF exp(VF x) {
+  x = select(x < -87.3f, VF{} - 87.3f, x);
+  x = select(x > 88.3f, VF{} + 88.3f, x);
+  VF n = x * 1.44269504088896f + 12582912.f;  // 1.5 * 2^23: rounds to an integer held in the low bits
+  const VI exponent = (VI)n;
+  n -= 12582912.f;
+  VF r = x - n * 0.693359375f;
+  r = r + n * 2.12194440e-4f;
+  VF p = VF{} + 1.9875691500e-4f;
+  p = p * r + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * r * r + r + 1.f;
+  return p * (VF)((exponent + (127 - 0x4b400000)) << 23);
+}
+PYVIDX_SIMD VD exp(VD x) {  // float64 is for checking gradients, not for speed
+  for (int i = 0; i < kDoubles; ++i) x[i] = __builtin_exp(x[i]);
+  return x;
+}
+template <typename V>
+PYVIDX_SIMD V sigmoid(V x) {
+  return 1 / (1 + exp(-x));
+}
+
+}  // namespace simd
+}  // namespace
+}  // namespace pyvidx

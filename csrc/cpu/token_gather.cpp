@@ -1,0 +1,79 @@
+// One pass over the kept rows: reads x at its own strides, adds the position and time rows, writes out.
+// Traffic: 2 passes over the kept rows (position and time stay in the caches).
+#include "pyvidx/token_gather.h"
+
+#include "level.h"
+#include "parallel.h"
+#include "simd.h"
+
+namespace pyvidx {
+namespace {
+
+using simd::each;
+using simd::load;
+using simd::store;
+
+template <typename T, bool kPosition, bool kTime>
+void gather_row(const T* x, const T* position, const T* time, T* out, int64_t C, bool stream) {
+  each<T>(C, out, stream, [&](int64_t c, auto part) {
+    auto v = load(x + c, part);
+    if constexpr (kPosition) v += load(position + c, part);
+    if constexpr (kTime) v += load(time + c, part);
+    store(out + c, v, part);
+  });
+}
+
+template <typename T>
+void gather(const TokenGatherArgs& a, const Executor& executor) {
+  const int64_t P = a.x.size[2], C = a.x.size[3], S = a.out.size[1], K = a.out.size[2];
+  const int64_t rows = a.out.size[0] * S * K;
+  const bool stream = rows * C * int64_t(sizeof(T)) > simd::kStreamBytes;
+  const auto row_kernel = a.position ? (a.time ? &gather_row<T, true, true> : &gather_row<T, true, false>)
+                                     : (a.time ? &gather_row<T, false, true> : &gather_row<T, false, false>);
+  parallel_for(executor, rows, kGrainElements / (C + 1) + 1, [&](int64_t begin, int64_t end) {
+    for (int64_t row = begin; row < end; ++row) {
+      const int64_t b = row / (S * K), s = row / K % S, k = row % K;
+      const int64_t index = *a.keep.at<const int64_t>(b, a.tube ? 0 : s, k);
+      const int64_t t = a.tube ? s : index / P, p = a.tube ? index : index % P;
+      row_kernel(a.x.at<const T>(b, t, p), a.position ? a.position.at<const T>(p) : nullptr,
+                 a.time ? a.time.at<const T>(t) : nullptr, a.out.at<T>(b, s, k), C, stream);
+    }
+    simd::fence();
+  });
+}
+
+template <typename T>
+void scatter(const TokenGatherBackwardArgs& a, const Executor& executor) {
+  const int64_t T_ = a.grad_x.size[1], P = a.grad_x.size[2], C = a.grad_x.size[3], K = a.grad_out.size[2];
+  const int64_t rows = a.grad_x.size[0] * T_ * P;
+  const bool stream = rows * C * int64_t(sizeof(T)) > simd::kStreamBytes;
+  parallel_for(executor, rows, kGrainElements / (C + 1) + 1, [&](int64_t begin, int64_t end) {
+    for (int64_t row = begin; row < end; ++row) {
+      const int64_t b = row / (T_ * P), t = row / P % T_, p = row % P;
+      const int64_t source = *a.source.at<const int64_t>(b, t, p);
+      T* out = a.grad_x.at<T>(b, t, p);
+      if (source < 0) {
+        each<T>(C, out, stream, [&](int64_t c, auto part) { store(out + c, simd::Vec<T>{}, part); });
+      } else {
+        gather_row<T, false, false>(a.grad_out.at<const T>(b, source / K, source % K), nullptr, nullptr, out, C, stream);
+      }
+    }
+    simd::fence();
+  });
+}
+
+void forward(const TokenGatherArgs& args, const Executor& executor) {
+  visit_dtype<float, double, Half, BFloat16>("token_gather", args.x.dtype,
+                                             [&](auto t) { gather<typename decltype(t)::type>(args, executor); });
+}
+
+void backward(const TokenGatherBackwardArgs& args, const Executor& executor) {
+  visit_dtype<float, double, Half, BFloat16>("token_gather_backward", args.grad_x.dtype,
+                                             [&](auto t) { scatter<typename decltype(t)::type>(args, executor); });
+}
+
+}  // namespace
+}  // namespace pyvidx
+
+PYVIDX_CPU_ENTRY(token_gather, TokenGatherArgs, forward)
+PYVIDX_CPU_ENTRY(token_gather_backward, TokenGatherBackwardArgs, backward)

@@ -1,0 +1,107 @@
+// One warp per output row, 16 bytes per lane and access; rows are 1 KB and longer, so a gathered row is read coalesced.
+// Traffic: 2 passes over the kept rows (position and time rows stay in L2). The backward kernel is the same walk over
+// the rows of grad_x, each of which has one source row or none.
+#include "block.cuh"
+#include "pyvidx/token_gather.h"
+
+namespace pyvidx::cuda {
+
+constexpr int kGatherThreads = 256;
+constexpr int kGatherWarps = kGatherThreads / 32;
+
+// out = x + position + time, over the C elements of a row; absent rows are nullptr.
+template <typename T, bool kVectorized>
+__device__ __forceinline__ void gather_row(const T* x, const T* position, const T* time, T* out, int64_t C) {
+  const int lane = threadIdx.x % 32;
+  if constexpr (kVectorized) {
+    for (int64_t c = lane * kVec<T>; c < C; c += 32 * kVec<T>) {
+      Acc<T> sum[kVec<T>] = {}, row[kVec<T>];
+      if (x) load_vec(x + c, sum);
+      if (position) {
+        load_vec(position + c, row);
+#pragma unroll
+        for (int i = 0; i < kVec<T>; ++i) sum[i] += row[i];
+      }
+      if (time) {
+        load_vec(time + c, row);
+#pragma unroll
+        for (int i = 0; i < kVec<T>; ++i) sum[i] += row[i];
+      }
+      store_vec(out + c, sum);
+    }
+  } else {
+    for (int64_t c = lane; c < C; c += 32) {
+      Acc<T> sum = x ? to_acc(x[c]) : Acc<T>(0);
+      if (position) sum += to_acc(position[c]);
+      if (time) sum += to_acc(time[c]);
+      out[c] = from_acc<T>(sum);
+    }
+  }
+}
+
+template <typename T, bool kVectorized>
+__global__ __launch_bounds__(kGatherThreads) void token_gather_kernel(TokenGatherArgs a) {
+  const int64_t T_ = a.x.size[1], P = a.x.size[2], C = a.x.size[3], S = a.out.size[1], K = a.out.size[2];
+  const int64_t row = int64_t(blockIdx.x) * kGatherWarps + threadIdx.x / 32;
+  if (row >= a.out.size[0] * S * K) return;
+  const int64_t b = row / (S * K), s = row / K % S, k = row % K;
+  const int64_t index = *a.keep.at<const int64_t>(b, a.tube ? 0 : s, k);
+  const int64_t t = a.tube ? s : index / P, p = a.tube ? index : index % P;
+  if (index < 0 || t >= T_ || p >= P) __trap();  // an index out of range: as index_select does
+  gather_row<T, kVectorized>(a.x.at<const T>(b, t, p), a.position ? a.position.at<const T>(p) : nullptr,
+                             a.time ? a.time.at<const T>(t) : nullptr, a.out.at<T>(b, s, k), C);
+}
+
+template <typename T, bool kVectorized>
+__global__ __launch_bounds__(kGatherThreads) void token_gather_backward_kernel(TokenGatherBackwardArgs a) {
+  const int64_t T_ = a.grad_x.size[1], P = a.grad_x.size[2], C = a.grad_x.size[3], K = a.grad_out.size[2];
+  const int64_t row = int64_t(blockIdx.x) * kGatherWarps + threadIdx.x / 32;
+  if (row >= a.grad_x.size[0] * T_ * P) return;
+  const int64_t b = row / (T_ * P), t = row / P % T_, p = row % P;
+  const int64_t source = *a.source.at<const int64_t>(b, t, p);
+  const T* grad = source < 0 ? nullptr : a.grad_out.at<const T>(b, source / K, source % K);
+  gather_row<T, kVectorized>(grad, nullptr, nullptr, a.grad_x.at<T>(b, t, p), C);
+}
+
+}  // namespace pyvidx::cuda
+
+#ifndef __CUDACC_RTC__
+namespace pyvidx {
+
+using namespace cuda;
+
+void token_gather_cuda(const TokenGatherArgs& args, cudaStream_t stream) {
+  const int64_t rows = args.out.size[0] * args.out.size[1] * args.out.size[2];
+  if (rows == 0 || args.x.size[3] == 0) return;
+  const unsigned blocks = unsigned((rows + kGatherWarps - 1) / kGatherWarps);
+  visit_dtype<float, double, __half, __nv_bfloat16>("token_gather", args.x.dtype, [&](auto t) {
+    using T = typename decltype(t)::type;
+    const bool vectorized = vectorizable<T>(args.x) && vectorizable<T>(args.out) &&
+                            (!args.position || vectorizable<T>(args.position)) &&
+                            (!args.time || vectorizable<T>(args.time));
+    if (vectorized) {
+      PYVIDX_LAUNCH((token_gather_kernel<T, true>), blocks, kGatherThreads, 0, stream, args);
+    } else {
+      PYVIDX_LAUNCH((token_gather_kernel<T, false>), blocks, kGatherThreads, 0, stream, args);
+    }
+  });
+  check_launch("token_gather_kernel");
+}
+
+void token_gather_backward_cuda(const TokenGatherBackwardArgs& args, cudaStream_t stream) {
+  const int64_t rows = args.grad_x.size[0] * args.grad_x.size[1] * args.grad_x.size[2];
+  if (rows == 0 || args.grad_x.size[3] == 0) return;
+  const unsigned blocks = unsigned((rows + kGatherWarps - 1) / kGatherWarps);
+  visit_dtype<float, double, __half, __nv_bfloat16>("token_gather_backward", args.grad_x.dtype, [&](auto t) {
+    using T = typename decltype(t)::type;
+    if (vectorizable<T>(args.grad_out) && vectorizable<T>(args.grad_x)) {
+      PYVIDX_LAUNCH((token_gather_backward_kernel<T, true>), blocks, kGatherThreads, 0, stream, args);
+    } else {
+      PYVIDX_LAUNCH((token_gather_backward_kernel<T, false>), blocks, kGatherThreads, 0, stream, args);
+    }
+  });
+  check_launch("token_gather_backward_kernel");
+}
+
+}  // namespace pyvidx
+#endif

@@ -1,0 +1,33 @@
+// visit_dtype<Ts...>: call f(Type<T>{}) for the T of a runtime dtype. The caller spells the list of types, so that
+// what a kernel supports can be read next to the kernel.
+#pragma once
+#include "pyvidx/view.h"
+
+namespace pyvidx {
+
+template <typename T>
+struct Type {
+  using type = T;
+};
+
+template <typename T>
+struct DTypeOf;  // float and double here; the 16-bit types of a side in csrc/cpu/simd.h and csrc/cuda/block.cuh
+template <>
+struct DTypeOf<float> {
+  static constexpr DType value = DType::f32;
+};
+template <>
+struct DTypeOf<double> {
+  static constexpr DType value = DType::f64;
+};
+
+// Throws std::invalid_argument. Compiled once (csrc/common/isa.cpp), so that kernel files need no <string>.
+[[noreturn]] void throw_unsupported_dtype(const char* op, DType dtype);
+
+template <typename... Ts, typename F>
+PYVIDX_INLINE void visit_dtype(const char* op, DType dtype, F&& f) {
+  const bool done = ((DTypeOf<Ts>::value == dtype ? (f(Type<Ts>{}), true) : false) || ...);
+  if (!done) throw_unsupported_dtype(op, dtype);
+}
+
+}  // namespace pyvidx

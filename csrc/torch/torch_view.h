@@ -1,0 +1,86 @@
+// The only bridge between torch tensors and views. Torch's stable ABI: light headers, and one binary for torch 2.10 and
+// newer, with and without CUDA.
+#pragma once
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <optional>
+
+#include "pyvidx/executor.h"
+#include "pyvidx/view.h"
+
+struct CUstream_st;
+
+namespace pyvidx {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+
+DType dtype_of(const Tensor& x);    // binding.cpp
+Executor torch_executor();          // torch's thread pool
+CUstream_st* current_stream(const Tensor& on);
+
+template <int kDims>
+View<kDims> view(const Tensor& x) {
+  STD_TORCH_CHECK(x.dim() == kDims, "pyvidx: a kernel wants ", kDims, " dimensions, got ", x.dim());
+  View<kDims> v;
+  v.data = x.data_ptr();
+  v.dtype = dtype_of(x);
+  for (int i = 0; i < kDims; ++i) v.size[i] = x.size(i), v.stride[i] = x.stride(i);
+  return v;
+}
+
+template <int kDims>
+View<kDims> view(const OptionalTensor& x) {
+  return x ? view<kDims>(*x) : View<kDims>{};
+}
+
+// Kernels read rows with vector loads: the last stride must be 1.
+inline Tensor unit_last_stride(const Tensor& x) {
+  return x.stride(x.dim() - 1) == 1 || x.size(x.dim() - 1) <= 1 ? x : torch::stable::contiguous(x);
+}
+inline OptionalTensor unit_last_stride(const OptionalTensor& x) {
+  return x ? OptionalTensor(unit_last_stride(*x)) : x;
+}
+
+template <typename Args>
+struct Entry {
+  using Cpu = void (*)(const Args&, const Executor&);
+  using Cuda = void (*)(const Args&, CUstream_st*);
+};
+
+template <typename Args>
+void run(const Tensor& on, const Args& args, typename Entry<Args>::Cpu cpu, typename Entry<Args>::Cuda cuda) {
+  if (cpu != nullptr && on.is_cpu()) return cpu(args, torch_executor());
+  STD_TORCH_CHECK(cuda != nullptr, "pyvidx: this build has no CUDA kernels");
+  if (on.is_cpu()) return cuda(args, nullptr);  // the emulator
+  torch::stable::accelerator::DeviceGuard guard(on.get_device_index());
+  cuda(args, current_stream(on));
+}
+
+}  // namespace pyvidx
+
+// PYVIDX_REGISTER(kernels): calls kernels(library) for every device that this build has kernels for.
+#if defined(PYVIDX_CUDA)
+#define PYVIDX_REGISTER(kernels)                                            \
+  STABLE_TORCH_LIBRARY_IMPL(pyvidx, CPU, library) { kernels(library); }     \
+  STABLE_TORCH_LIBRARY_IMPL(pyvidx, CUDA, library) { kernels(library); }
+#else
+#define PYVIDX_REGISTER(kernels) \
+  STABLE_TORCH_LIBRARY_IMPL(pyvidx, CPU, library) { kernels(library); }
+#endif
+
+// PYVIDX_RUN(op, on, args): call op_cpu or op_cuda, by the device of the tensor `on`.
+// PYVIDX_EMU: the CUDA kernels run in the emulator, on CPU tensors (tests/cuda_emu).
+#if defined(PYVIDX_EMU)
+#define PYVIDX_RUN(op, on, args) ::pyvidx::run(on, args, nullptr, &op##_cuda)
+#elif defined(PYVIDX_CUDA)
+#define PYVIDX_RUN(op, on, args) ::pyvidx::run(on, args, &op##_cpu, &op##_cuda)
+#else
+#define PYVIDX_RUN(op, on, args) ::pyvidx::run(on, args, &op##_cpu, nullptr)
+#endif

@@ -1,0 +1,50 @@
+"""Build pyvidx against the torch that is installed; see cmake/native_build.py for how, cmake/build.json for what.
+
+PYVIDX_CUDA=0|1          leave the CUDA kernels out, or insist on them (default: built when there is an nvcc)
+PYVIDX_CUDA_ARCHS="80 90"   only these architectures
+MAX_JOBS                 parallel compilations
+"""
+
+import sys
+import sysconfig
+from pathlib import Path
+
+from setuptools import Extension, find_packages, setup
+from setuptools.command.build_ext import build_ext
+
+sys.path.insert(0, str(Path(__file__).parent / "cmake"))
+
+
+class NinjaBuild(build_ext):
+    """Both libraries in one incremental ninja build, in place or into the wheel."""
+
+    def run(self):
+        try:
+            import torch  # noqa: F401
+        except ImportError:
+            sys.exit(
+                "pyvidx builds against the torch you run: install torch first, then\n"
+                "    pip install --no-build-isolation -e ."
+            )
+        import native_build as native
+
+        package = Path("pyvidx") if self.inplace else Path(self.build_lib) / "pyvidx"
+        package.mkdir(parents=True, exist_ok=True)
+        nvcc = native.find_nvcc()
+        archs = native.cuda_archs(nvcc) if nvcc else []
+        build = native.Build(Path("build/native"))
+        native.ops_library(build, package.resolve() / "_ops.abi3.so", nvcc, archs)
+        suffix = sysconfig.get_config_var("EXT_SUFFIX")
+        native.info_module(build, package.resolve() / f"_C{suffix}", nvcc, archs)
+        build.run()
+
+    def get_outputs(self):
+        return [str(p) for p in (Path(self.build_lib) / "pyvidx").glob("*.so")]
+
+
+setup(
+    packages=find_packages(include=["pyvidx*"]),
+    package_data={"pyvidx": ["py.typed", "models/configs/*.json"]},
+    ext_modules=[Extension("pyvidx._ops", []), Extension("pyvidx._C", [])],  # so that setuptools knows of native code
+    cmdclass={"build_ext": NinjaBuild},
+)
