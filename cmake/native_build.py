@@ -36,6 +36,13 @@ def find_nvcc() -> str | None:
     return found
 
 
+def cuda_headers() -> Path:
+    """The folder of driver_types.h and cuda_fp16.h, for what compiles CUDA sources without nvcc."""
+    nvcc = find_nvcc()
+    home = Path(os.path.realpath(nvcc)).parents[1] if nvcc else Path(os.environ.get("CUDA_HOME", "/usr/local/cuda"))
+    return home / "include"
+
+
 def cuda_archs(nvcc: str) -> list[str]:
     """The wanted architectures (PYVIDX_CUDA_ARCHS, else build.json) that this nvcc can compile for."""
     wanted = os.environ.get("PYVIDX_CUDA_ARCHS", "").split() or CONFIG["cuda_archs"]

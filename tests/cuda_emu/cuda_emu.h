@@ -166,6 +166,8 @@ T __reduce_max_sync(unsigned mask, T x, cuemu::Site site = cuemu::here()) {
   return cuemu::reduce(mask, x, site, [](T a, T b) { return a < b ? b : a; });
 }
 
+[[noreturn]] inline void __trap(cuemu::Site site = cuemu::here()) { cuemu::fail("__trap", site); }
+
 // ---- runtime API: what launch.cuh calls ----
 
 cudaError_t cudaGetLastError();
