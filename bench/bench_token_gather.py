@@ -18,10 +18,14 @@ def case(model, B, T, dtype, device):
     keep = torch.stack([torch.randperm(P)[:K].sort().values for _ in range(B)]).to(device)
     position, time = torch.randn(P, C, device=device).to(dtype), torch.randn(64, C, device=device).to(dtype)
     out = torch.empty(B, T, K, C, device=device, dtype=dtype)
-    return Case("token_gather", {"B": B, "T": T, "P": P, "K": K, "C": C}, dtype,
-                lambda: token_gather(x, keep, position, time, out=out),
-                lambda: reference(x, keep, position, time),
-                bytes=2 * nbytes(out) + nbytes(position, time[:T]))
+    return Case(
+        "token_gather",
+        {"B": B, "T": T, "P": P, "K": K, "C": C},
+        dtype,
+        lambda: token_gather(x, keep, position, time, out=out),
+        lambda: reference(x, keep, position, time),
+        bytes=2 * nbytes(out) + nbytes(position, time[:T]),
+    )
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))

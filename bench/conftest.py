@@ -9,10 +9,16 @@ from bench.harness import Case, Timer, compare
 def pytest_addoption(parser):
     group = parser.getgroup("pyvidx benches")
     group.addoption("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cpu", "cuda"])
-    group.addoption("--threads", type=int, default=1,
-                    help="CPU threads (default 1: a contended second core makes each parallel region cost milliseconds)")
+    group.addoption(
+        "--threads",
+        type=int,
+        default=1,
+        help="CPU threads (default 1: a contended second core makes each parallel region cost milliseconds)",
+    )
     group.addoption("--seconds", type=float, default=1.0, help="time per case, all contenders together")
-    group.addoption("--smallest", action="store_true", help="only the first case of every bench, once: does it still run?")
+    group.addoption(
+        "--smallest", action="store_true", help="only the first case of every bench, once: does it still run?"
+    )
     group.addoption("--no-compile", action="store_true", help="leave torch.compile out")
 
 
@@ -38,7 +44,9 @@ def measure(request, benchmark, device):
         smallest = option("--smallest")
         torch.set_num_threads(option("--threads"))
         with torch.no_grad():
-            info = compare(case, device, 0.0 if smallest else option("--seconds"), not (smallest or option("--no-compile")))
+            info = compare(
+                case, device, 0.0 if smallest else option("--seconds"), not (smallest or option("--no-compile"))
+            )
             timer = Timer(device)
             benchmark.pedantic(timer, args=(case.run,), rounds=1 if smallest else 10, warmup_rounds=1)
         benchmark.group = case.op

@@ -1,7 +1,7 @@
 """Timing for the benches. A bench file yields Cases; `measure` (bench/conftest.py) does the rest.
 
-All contenders of a case are timed in turn, round by round, so that a machine that drifts drifts for all of them. The floor
-is a plain copy that moves as many bytes as the case must (half read, half written), timed in the same rounds.
+All contenders of a case are timed in turn, round by round, so that a machine that drifts drifts for all of them. The
+floor is a plain copy that moves as many bytes as the case must (half read, half written), timed in the same rounds.
 """
 
 import statistics
@@ -90,7 +90,7 @@ def compare(case: Case, device: str, seconds: float, with_compile: bool) -> dict
     ms = {name: statistics.median(t) * 1e3 for name, t in times.items()}
     quartiles = statistics.quantiles(times["pyvidx"], n=4)
     info = {
-        "op": case.op, "shape": case.shape, "dtype": str(case.dtype).removeprefix("torch."), "device": device_name(device),
+        "op": case.op, "shape": case.shape, "dtype": str(case.dtype)[6:], "device": device_name(device),
         "threads": torch.get_num_threads(), "rounds": len(times["pyvidx"]), "bytes": case.bytes, "flops": case.flops,
         "ms": ms["pyvidx"], "spread": (quartiles[2] - quartiles[0]) * 1e3 / ms["pyvidx"], "copy_ms": ms["copy"],
         "eager_ms": ms["eager"], "gbps": case.bytes / ms["pyvidx"] / 1e6, "copy_gbps": case.bytes / ms["copy"] / 1e6,

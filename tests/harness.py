@@ -1,4 +1,4 @@
-"""What the tests of every op share: devices, awkward inputs, poisoned outputs, and one criterion for rounding errors."""
+"""What the tests of every op share: devices, awkward inputs, poisoned outputs, one criterion for rounding errors."""
 
 from collections.abc import Callable, Sequence
 
@@ -14,7 +14,7 @@ FLOOR = {torch.float64: 1e-13, torch.float32: 1e-6, torch.float16: 1e-3, torch.b
 
 
 def randn(*shape: int, dtype=torch.float32, device="cpu", seed=0, sliced=True) -> Tensor:
-    """Normal values in the dtype. sliced: a window of a larger tensor, so that no stride is what it would be by luck."""
+    """Normal values in the dtype. sliced: a window of a larger tensor, so no stride is what it would be by luck."""
     generator = torch.Generator().manual_seed(seed)
     pad = [n + 1 for n in shape[:-1]] + [shape[-1] + 3] if sliced else list(shape)
     x = torch.randn(pad, generator=generator, dtype=torch.float64).to(device, dtype)
@@ -57,8 +57,10 @@ def assert_gradients_close(run: Callable, reference: Callable, inputs: Sequence,
     def gradients(function, arguments):
         leaves = [a.detach().requires_grad_() if _wants_grad(a) else a for a in arguments]
         outputs = [t for t in tensors_of(function(*leaves)) if t.is_floating_point()]
-        loss = sum((t * randn(*t.shape, dtype=t.dtype, device=t.device, seed=7 + i, sliced=False)).double().sum()
-                   for i, t in enumerate(outputs))
+        loss = sum(
+            (t * randn(*t.shape, dtype=t.dtype, device=t.device, seed=7 + i, sliced=False)).double().sum()
+            for i, t in enumerate(outputs)
+        )
         return torch.autograd.grad(loss, [a for a in leaves if _wants_grad(a)])
 
     assert_close_to_reference(lambda *a: gradients(run, a), lambda *a: gradients(reference, a), inputs, slack=slack)

@@ -12,7 +12,7 @@ namespace {
 Isa best_level() {
 #if defined(__x86_64__)
   __builtin_cpu_init();
-  if (__builtin_cpu_supports("x86-64-v4")) return Isa::v4;
+  if (__builtin_cpu_supports("x86-64-v4")) return __builtin_cpu_supports("avx512bf16") ? Isa::v4bf16 : Isa::v4;
   if (__builtin_cpu_supports("x86-64-v3")) return Isa::v3;
 #endif
   return Isa::baseline;
@@ -22,13 +22,13 @@ Isa choose_level() {
   const Isa best = best_level();
   const char* wish = std::getenv("PYVIDX_ISA");
   if (!wish || !*wish) return best;
-  for (Isa level : {Isa::baseline, Isa::v3, Isa::v4}) {
+  for (Isa level : {Isa::baseline, Isa::v3, Isa::v4, Isa::v4bf16}) {
     if (std::string(wish) != isa_name(level)) continue;
     if (level > best)
       throw std::runtime_error(std::string("PYVIDX_ISA=") + wish + ": this CPU has up to " + isa_name(best));
     return level;
   }
-  throw std::runtime_error(std::string("PYVIDX_ISA must be v2, v3 or v4, got ") + wish);
+  throw std::runtime_error(std::string("PYVIDX_ISA must be v2, v3, v4 or v4bf16, got ") + wish);
 }
 
 }  // namespace
@@ -40,8 +40,10 @@ Isa isa() {
 
 const char* isa_name(Isa level) {
 #if defined(__x86_64__)
-  return level == Isa::v4 ? "v4" : level == Isa::v3 ? "v3" : "v2";
+  static const char* names[] = {"v2", "v3", "v4", "v4bf16"};
+  return names[int(level)];
 #else
+  (void)level;
   return "baseline";
 #endif
 }

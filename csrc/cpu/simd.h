@@ -1,6 +1,6 @@
-// Vectors of the level this file is compiled for: GCC/Clang vector extensions, and intrinsics where those are slow (16-bit
-// conversions, streaming stores). A kernel loads any storage type T into a vector of its accumulator type (float, or
-// double for double), computes there, and stores back rounded to nearest even.
+// Vectors of the level this file is compiled for: GCC/Clang vector extensions, and intrinsics where those are slow
+// (16-bit conversions, streaming stores). A kernel loads any storage type T into a vector of its accumulator type
+// (float, or double for double), computes there, and stores back rounded to nearest even.
 //
 //   each<T>(n, [&](int64_t i, auto part) { store(out + i, load(a + i, part) + load(b + i, part), part); });
 #pragma once
@@ -85,10 +85,20 @@ PYVIDX_SIMD VH narrow(VU u) {  // u < 65536
 PYVIDX_SIMD VF from_bf16(VH h) { return (VF)(widen(h) << 16); }
 
 PYVIDX_SIMD VH to_bf16(VF v) {
+#if defined(__AVX512BF16__)  // flushes results below 2^-126 to zero, where the others keep them
+  return (VH)_mm512_cvtneps_pbh((__m512)v);
+#elif defined(__AVX512F__)  // GCC turns the comparison below into a vector and back: the mask register saves a third
+  const __m512i u = (__m512i)v, odd = _mm512_and_si512(_mm512_srli_epi32(u, 16), _mm512_set1_epi32(1));
+  const __m512i rounded = _mm512_add_epi32(_mm512_add_epi32(u, _mm512_set1_epi32(0x7fff)), odd);
+  const __mmask16 nan = _mm512_cmp_ps_mask((__m512)v, (__m512)v, _CMP_UNORD_Q);
+  const __m512i bits = _mm512_mask_mov_epi32(rounded, nan, _mm512_set1_epi32(0x7fc00000));
+  return (VH)_mm512_cvtepi32_epi16(_mm512_srli_epi32(bits, 16));
+#else
   const VU u = (VU)v;
   const VU rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
   const VU nan = (VU)(v != v);
   return narrow((rounded & ~nan) | (nan & 0x7fc0u));
+#endif
 }
 
 PYVIDX_SIMD VF from_f16(VH h) {

@@ -14,8 +14,9 @@ using simd::load;
 using simd::store;
 
 template <typename T, bool kPosition, bool kTime>
-void gather_row(const T* x, const T* position, const T* time, T* out, int64_t C, bool stream) {
+void gather_row(const T* x, const T* position, const T* time, const T* next, T* out, int64_t C, bool stream) {
   each<T>(C, out, stream, [&](int64_t c, auto part) {
+    __builtin_prefetch(next + c);  // hardware prefetchers stop at each page, and gathered rows are short
     auto v = load(x + c, part);
     if constexpr (kPosition) v += load(position + c, part);
     if constexpr (kTime) v += load(time + c, part);
@@ -30,13 +31,21 @@ void gather(const TokenGatherArgs& a, const Executor& executor) {
   const bool stream = rows * C * int64_t(sizeof(T)) > simd::kStreamBytes;
   const auto row_kernel = a.position ? (a.time ? &gather_row<T, true, true> : &gather_row<T, true, false>)
                                      : (a.time ? &gather_row<T, false, true> : &gather_row<T, false, false>);
+  struct Place {
+    int64_t b, s, k, t, p;
+  };
+  const auto locate = [&](int64_t row) {
+    const int64_t b = row / (S * K), s = row / K % S, k = row % K;
+    const int64_t index = *a.keep.at<const int64_t>(b, a.tube ? 0 : s, k);
+    return a.tube ? Place{b, s, k, s, index} : Place{b, s, k, index / P, index % P};
+  };
   parallel_for(executor, rows, kGrainElements / (C + 1) + 1, [&](int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; ++row) {
-      const int64_t b = row / (S * K), s = row / K % S, k = row % K;
-      const int64_t index = *a.keep.at<const int64_t>(b, a.tube ? 0 : s, k);
-      const int64_t t = a.tube ? s : index / P, p = a.tube ? index : index % P;
+      const auto [b, s, k, t, p] = locate(row);
+      const Place next = locate(row + 1 < end ? row + 1 : row);
       row_kernel(a.x.at<const T>(b, t, p), a.position ? a.position.at<const T>(p) : nullptr,
-                 a.time ? a.time.at<const T>(t) : nullptr, a.out.at<T>(b, s, k), C, stream);
+                 a.time ? a.time.at<const T>(t) : nullptr, a.x.at<const T>(next.b, next.t, next.p),
+                 a.out.at<T>(b, s, k), C, stream);
     }
     simd::fence();
   });
@@ -55,7 +64,8 @@ void scatter(const TokenGatherBackwardArgs& a, const Executor& executor) {
       if (source < 0) {
         each<T>(C, out, stream, [&](int64_t c, auto part) { store(out + c, simd::Vec<T>{}, part); });
       } else {
-        gather_row<T, false, false>(a.grad_out.at<const T>(b, source / K, source % K), nullptr, nullptr, out, C, stream);
+        const T* grad = a.grad_out.at<const T>(b, source / K, source % K);
+        gather_row<T, false, false>(grad, nullptr, nullptr, grad, out, C, stream);
       }
     }
     simd::fence();

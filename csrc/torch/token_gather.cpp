@@ -24,7 +24,7 @@ void token_gather_out(const Tensor& x, const Tensor& keep, const OptionalTensor&
                       Tensor out) {
   const Tensor x_ = unit_last_stride(x);
   const OptionalTensor position_ = unit_last_stride(position), time_ = unit_last_stride(time);
-  TokenGatherArgs args{view<4>(x_), keep_view(keep, x.size(0)), view<2>(position_), view<2>(time_), view<4>(out),
+  TokenGatherArgs args{view<4>(x_),    keep_view(keep, x.size(0)), view<2>(position_), view<2>(time_), view<4>(out),
                        keep.dim() == 2};
   PYVIDX_RUN(token_gather, x, args);
 }

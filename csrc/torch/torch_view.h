@@ -21,8 +21,8 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
-DType dtype_of(const Tensor& x);    // binding.cpp
-Executor torch_executor();          // torch's thread pool
+DType dtype_of(const Tensor& x);  // binding.cpp
+Executor torch_executor();        // torch's thread pool
 CUstream_st* current_stream(const Tensor& on);
 
 template <int kDims>
@@ -44,9 +44,7 @@ View<kDims> view(const OptionalTensor& x) {
 inline Tensor unit_last_stride(const Tensor& x) {
   return x.stride(x.dim() - 1) == 1 || x.size(x.dim() - 1) <= 1 ? x : torch::stable::contiguous(x);
 }
-inline OptionalTensor unit_last_stride(const OptionalTensor& x) {
-  return x ? OptionalTensor(unit_last_stride(*x)) : x;
-}
+inline OptionalTensor unit_last_stride(const OptionalTensor& x) { return x ? OptionalTensor(unit_last_stride(*x)) : x; }
 
 template <typename Args>
 struct Entry {
@@ -67,8 +65,8 @@ void run(const Tensor& on, const Args& args, typename Entry<Args>::Cpu cpu, type
 
 // PYVIDX_REGISTER(kernels): calls kernels(library) for every device that this build has kernels for.
 #if defined(PYVIDX_CUDA)
-#define PYVIDX_REGISTER(kernels)                                            \
-  STABLE_TORCH_LIBRARY_IMPL(pyvidx, CPU, library) { kernels(library); }     \
+#define PYVIDX_REGISTER(kernels)                                        \
+  STABLE_TORCH_LIBRARY_IMPL(pyvidx, CPU, library) { kernels(library); } \
   STABLE_TORCH_LIBRARY_IMPL(pyvidx, CUDA, library) { kernels(library); }
 #else
 #define PYVIDX_REGISTER(kernels) \

@@ -1,4 +1,4 @@
-"""How an op comes to life: schema, reference, fake, autograd and autocast in one call; compiled kernels attach themselves.
+"""How an op comes to life: schema, reference, fake, autograd and autocast in one call; kernels attach themselves.
 
 The reference is registered for every backend; a compiled CPU or CUDA kernel takes precedence where there is one. So an
 op runs on any device of any machine, and `python -m pyvidx.info` says whether a kernel or the reference will run.
@@ -15,8 +15,15 @@ _lib = torch.library.Library("pyvidx", "DEF")
 REFERENCES: dict[str, Callable] = {}  # op name -> reference, in order of definition
 
 
-def define(schema: str, *, reference: Callable, fake: Callable, backward: Callable | None = None,
-           setup_context: Callable | None = None, autocast: str | None = None) -> torch._ops.OpOverload:
+def define(
+    schema: str,
+    *,
+    reference: Callable,
+    fake: Callable,
+    backward: Callable | None = None,
+    setup_context: Callable | None = None,
+    autocast: str | None = None,
+) -> torch._ops.OpOverload:
     """Register torch.ops.pyvidx.<name> and return it.
 
     Args:
@@ -49,7 +56,8 @@ def define(schema: str, *, reference: Callable, fake: Callable, backward: Callab
 
 def _autocast_rule(op, device: str, rule: str) -> Callable:
     keys = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU) | torch._C.DispatchKeySet(
-        torch._C.DispatchKey.AutocastCUDA)
+        torch._C.DispatchKey.AutocastCUDA
+    )
 
     def call(*args):
         floating = [a.dtype for a in args if isinstance(a, Tensor) and a.is_floating_point()]
@@ -78,7 +86,8 @@ def require(ok: bool, message: str, *tensors: Tensor | None) -> None:
     if not ok:
         got = ", ".join(
             "None" if t is None else f"{tuple(t.shape)} {str(t.dtype).removeprefix('torch.')} on {t.device}"
-            for t in tensors)
+            for t in tensors
+        )
         raise ValueError(f"{message}, got {got}" if tensors else message)
 
 

@@ -1,4 +1,4 @@
-"""Masked token gathering: the kept patch tokens of a clip, with position and time rows added (BT-Adapter, section 3.2)."""
+"""Masked token gathering: the kept patch tokens of a clip, plus position and time rows (BT-Adapter, section 3.2)."""
 
 import torch
 from torch import Tensor
@@ -6,8 +6,9 @@ from torch import Tensor
 from pyvidx.ops._library import define, require, require_floating, require_out
 
 
-def token_gather(x: Tensor, keep: Tensor, position: Tensor | None = None, time: Tensor | None = None, *,
-                 out: Tensor | None = None) -> Tensor:
+def token_gather(
+    x: Tensor, keep: Tensor, position: Tensor | None = None, time: Tensor | None = None, *, out: Tensor | None = None
+) -> Tensor:
     """Gather the kept patch tokens of a masked clip and add their position and time embeddings, in one pass.
 
         out[b, s, k] = x[b, t, p] + position[p] + time[t],  (t, p) the source of (s, k)
@@ -49,12 +50,24 @@ def _check(x, keep, position, time):
     require(x.dim() == 4, "token_gather: x must be [B, T, P, C]", x)
     B, T, P, C = x.shape
     require_floating("token_gather", x=x, position=position, time=time)
-    require(keep.dtype == torch.int64 and keep.device == x.device, "token_gather: keep must be int64 on x's device", keep, x)
-    require(keep.dim() in (2, 3) and keep.shape[0] in (1, B),
-            "token_gather: keep must be [B or 1, K] (a tube) or [B or 1, S, K]", keep, x)
-    require(position is None or tuple(position.shape) == (P, C), "token_gather: position must be [P, C] of x", position, x)
-    require(time is None or (time.dim() == 2 and time.shape[0] >= T and time.shape[1] == C),
-            "token_gather: time must be [T or more, C] of x", time, x)
+    require(
+        keep.dtype == torch.int64 and keep.device == x.device, "token_gather: keep must be int64 on x's device", keep, x
+    )
+    require(
+        keep.dim() in (2, 3) and keep.shape[0] in (1, B),
+        "token_gather: keep must be [B or 1, K] (a tube) or [B or 1, S, K]",
+        keep,
+        x,
+    )
+    require(
+        position is None or tuple(position.shape) == (P, C), "token_gather: position must be [P, C] of x", position, x
+    )
+    require(
+        time is None or (time.dim() == 2 and time.shape[0] >= T and time.shape[1] == C),
+        "token_gather: time must be [T or more, C] of x",
+        time,
+        x,
+    )
     if x.device.type == "cpu" and keep.numel() and not torch.compiler.is_compiling():
         low, high = torch.aminmax(keep)
         limit = P if keep.dim() == 2 else T * P
@@ -71,20 +84,19 @@ def flat_index(keep: Tensor, B: int, T: int, P: int) -> Tensor:
 
 def reference(x, keep, position, time):
     B, T, P, C = x.shape
-    rows = x
+    index = flat_index(keep, B, T, P)  # [B, S, K]
+    rows = x.reshape(B, T * P, C).gather(1, index.reshape(B, -1, 1).expand(-1, -1, C)).reshape(*index.shape, C)
     if position is not None:
-        rows = rows + position
+        rows = rows + position[index % P]
     if time is not None:
-        rows = rows + time[:T, None]
-    index = flat_index(keep, B, T, P)                                              # [B, S, K]
-    flat = rows.reshape(B, T * P, C).gather(1, index.reshape(B, -1, 1).expand(-1, -1, C))
-    return flat.reshape(B, *index.shape[1:], C)
+        rows = rows + time[index // P]
+    return rows
 
 
 def reference_backward(grad_out, source):
     B, T, P = source.shape
     C = grad_out.shape[3]
-    rows = grad_out.reshape(B, -1, C)                                              # [B, S * K, C]
+    rows = grad_out.reshape(B, -1, C)  # [B, S * K, C]
     rows = torch.cat([rows, rows.new_zeros(B, 1, C)], dim=1)
     index = torch.where(source < 0, rows.shape[1] - 1, source).reshape(B, T * P, 1)
     return rows.gather(1, index.expand(-1, -1, C)).reshape(B, T, P, C)
@@ -124,10 +136,21 @@ def _backward(ctx, grad_out):
     return (grad_x if ctx.needs_input_grad[0] else None), None, grad_position, grad_time
 
 
-_op = define("token_gather(Tensor x, Tensor keep, Tensor? position, Tensor? time) -> Tensor",
-             reference=reference, fake=_fake, backward=_backward, setup_context=_setup_context, autocast="widest")
-_op_out = define("token_gather_out(Tensor x, Tensor keep, Tensor? position, Tensor? time, Tensor(a!) out) -> ()",
-                 reference=_reference_out, fake=lambda x, keep, position, time, out: None)
-_op_backward = define("token_gather_backward(Tensor grad_out, Tensor source) -> Tensor",
-                      reference=reference_backward,
-                      fake=lambda grad_out, source: grad_out.new_empty(*source.shape, grad_out.shape[3]))
+_op = define(
+    "token_gather(Tensor x, Tensor keep, Tensor? position, Tensor? time) -> Tensor",
+    reference=reference,
+    fake=_fake,
+    backward=_backward,
+    setup_context=_setup_context,
+    autocast="widest",
+)
+_op_out = define(
+    "token_gather_out(Tensor x, Tensor keep, Tensor? position, Tensor? time, Tensor(a!) out) -> ()",
+    reference=_reference_out,
+    fake=lambda x, keep, position, time, out: None,
+)
+_op_backward = define(
+    "token_gather_backward(Tensor grad_out, Tensor source) -> Tensor",
+    reference=reference_backward,
+    fake=lambda grad_out, source: grad_out.new_empty(*source.shape, grad_out.shape[3]),
+)

@@ -15,14 +15,18 @@ def inputs(shape, mask, device="cpu", dtype=torch.float32):
     K = max(1, int(0.3 * P))
     if mask == "tube":
         keep = torch.stack([torch.randperm(P, generator=g)[:K] for _ in range(B)])
-    elif mask == "shared":                           # one table for all videos
+    elif mask == "shared":  # one table for all videos
         keep = torch.randperm(P, generator=g)[None, :K]
-    else:                                            # any order, another number of slots than frames
+    else:  # any order, another number of slots than frames
         keep = torch.stack([torch.randperm(T * P, generator=g)[: K * (T + 1) // 2 * 2] for _ in range(B)])
         keep = keep.reshape(B, 2, -1) if keep.shape[1] % 2 == 0 else keep[:, None]
     tokens = randn(B, T, P + 1, C, dtype=dtype, device=device)
-    return tokens[:, :, 1:], keep.to(device), randn(P, C, dtype=dtype, device=device, seed=2), \
-        randn(T + 2, C, dtype=dtype, device=device, seed=3)
+    return (
+        tokens[:, :, 1:],
+        keep.to(device),
+        randn(P, C, dtype=dtype, device=device, seed=2),
+        randn(T + 2, C, dtype=dtype, device=device, seed=3),
+    )
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -56,7 +60,7 @@ def test_optional(missing, device):
 @pytest.mark.parametrize("device", DEVICES)
 def test_out_and_transposed_input(device):
     x, keep, position, time = inputs((2, 3, 5, 17), "tube", device)
-    x = x.transpose(-1, -2).contiguous().transpose(-1, -2)      # last stride is not 1
+    x = x.transpose(-1, -2).contiguous().transpose(-1, -2)  # last stride is not 1
     out = poisoned((2, 3, keep.shape[1], 17), x)
     assert token_gather(x, keep, position, time, out=out) is out
     assert torch.equal(out, token_gather(x, keep, position, time))
@@ -89,8 +93,9 @@ def test_gradcheck(mask):
 def test_registration():
     x, keep, position, time = inputs((2, 2, 3, 4), "tube")
     torch.library.opcheck(op.default, (x.detach().requires_grad_(), keep, position, time))
-    torch.library.opcheck(torch.ops.pyvidx.token_gather_out.default,
-                          (x, keep, position, time, x.new_empty(2, 2, keep.shape[1], 4)))
+    torch.library.opcheck(
+        torch.ops.pyvidx.token_gather_out.default, (x, keep, position, time, x.new_empty(2, 2, keep.shape[1], 4))
+    )
 
 
 def test_compiled():
@@ -105,15 +110,18 @@ def test_autocast_takes_the_widest():
         assert token_gather(x.bfloat16(), keep, position, time).dtype == torch.float32
 
 
-@pytest.mark.parametrize("change, error, message", [
-    (lambda x, k, p, t: (x[0], k, p, t), ValueError, r"x must be \[B, T, P, C\]"),
-    (lambda x, k, p, t: (x, k.int(), p, t), ValueError, "keep must be int64"),
-    (lambda x, k, p, t: (x, k[:, None, None], p, t), ValueError, "keep must be"),
-    (lambda x, k, p, t: (x, k, p[1:], t), ValueError, r"position must be \[P, C\]"),
-    (lambda x, k, p, t: (x, k, p, t[:1]), ValueError, "time must be"),
-    (lambda x, k, p, t: (x, k, p.double(), t), ValueError, "position must have the dtype"),
-    (lambda x, k, p, t: (x, k + 5, p, t), IndexError, r"in \[0, 3\)"),
-])
+@pytest.mark.parametrize(
+    "change, error, message",
+    [
+        (lambda x, k, p, t: (x[0], k, p, t), ValueError, r"x must be \[B, T, P, C\]"),
+        (lambda x, k, p, t: (x, k.int(), p, t), ValueError, "keep must be int64"),
+        (lambda x, k, p, t: (x, k[:, None, None], p, t), ValueError, "keep must be"),
+        (lambda x, k, p, t: (x, k, p[1:], t), ValueError, r"position must be \[P, C\]"),
+        (lambda x, k, p, t: (x, k, p, t[:1]), ValueError, "time must be"),
+        (lambda x, k, p, t: (x, k, p.double(), t), ValueError, "position must have the dtype"),
+        (lambda x, k, p, t: (x, k + 5, p, t), IndexError, r"in \[0, 3\)"),
+    ],
+)
 def test_rejects(change, error, message):
     with pytest.raises(error, match=message):
         token_gather(*change(*inputs((2, 2, 3, 4), "tube")))
