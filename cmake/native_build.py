@@ -42,11 +42,10 @@ def find_nvcc() -> str | None:
     return found
 
 
-def cuda_headers() -> Path:
-    """The folder of driver_types.h and cuda_fp16.h, for what compiles CUDA sources without nvcc."""
-    nvcc = find_nvcc()
-    home = Path(os.path.realpath(nvcc)).parents[1] if nvcc else Path(os.environ.get("CUDA_HOME", "/usr/local/cuda"))
-    return home / "include"
+def cuda_headers() -> Path | None:
+    """The folder of cuda_fp16.h and its like in CUDA_HOME or /usr/local/cuda, for what reads CUDA sources with g++."""
+    include = Path(os.environ.get("CUDA_HOME", "/usr/local/cuda")) / "include"
+    return include if (include / "cuda_fp16.h").exists() else None
 
 
 def cuda_archs(nvcc: str) -> list[str]:

@@ -7,9 +7,10 @@ library when PYVIDX_OPS_LIBRARY names it. Variants:
     asan    AddressSanitizer and UndefinedBehaviorSanitizer: out of bounds, misaligned, overflowing
     tsan    ThreadSanitizer with every CUDA thread a thread: missing barriers
 
-    python tests/cuda_emu/build.py [variant ...]     builds incrementally, prints the paths
+    python -m tests.cuda_emu.build [variant ...]     builds incrementally, prints the paths
 """
 
+import functools
 import sys
 from pathlib import Path
 
@@ -18,13 +19,18 @@ sys.path.insert(0, str(ROOT / "cmake"))
 
 import native_build as native  # noqa: E402
 
-SANITIZE = {
-    "plain": ["-O2"],
-    "asan": ["-O1", "-fno-omit-frame-pointer", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"],
-    "tsan": ["-O1", "-fno-omit-frame-pointer", "-fsanitize=thread"],
+# Flags of the kernels; of the engine, which is not what is tested and only tells the sanitizer of its fibers; and of
+# linking.
+VARIANTS = {
+    "plain": (["-O2"], ["-O2"], []),
+    "asan": (
+        ["-O1", "-fno-omit-frame-pointer", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"],
+        ["-O2", "-DCUEMU_ASAN"],
+        ["-fsanitize=address,undefined"],
+    ),
+    "tsan": (["-O1", "-fno-omit-frame-pointer", "-fsanitize=thread"], ["-O2", "-DCUEMU_TSAN"], ["-fsanitize=thread"]),
 }
-ENGINE = {"plain": [], "asan": ["-DCUEMU_ASAN"], "tsan": ["-DCUEMU_TSAN"]}
-RUNTIME = {"plain": [], "asan": ["-fsanitize=address,undefined"], "tsan": ["-fsanitize=thread"]}
+ENGINE = ["engine", "threads", "runtime", "shared_memory"]
 
 
 def _flags() -> list[str]:
@@ -32,39 +38,37 @@ def _flags() -> list[str]:
     # in its symbol table, where the emulator looks for shared variables.
     flags = ["-std=c++17", "-g1", "-fPIC", "-fno-strict-aliasing", "-fno-gnu-unique", "-fvisibility=hidden"]
     flags += ["-Wall", "-Wextra", "-Wno-unknown-pragmas", "-Wno-maybe-uninitialized", "-Wno-unused-variable"]
-    flags += ["-DPYVIDX_EMU", "-Itests/cuda_emu", "-Icsrc/cuda", *native.INCLUDE]
-    return flags + [f"-isystem {native.cuda_headers()}"]
+    flags += [f"-ffile-prefix-map={ROOT}/=", "-DPYVIDX_EMU", "-Itests/cuda_emu", "-Icsrc/cuda", *native.INCLUDE]
+    return [*flags, f"-isystem {native.cuda_headers()}"]
 
 
-def _engine(build: native.Build, variant: str) -> list[Path]:
-    flags = [*_flags(), "-O2", *ENGINE[variant]]  # what is tested is instrumented, the engine is not
-    names = ("engine", "threads", "runtime", "shared_memory")
-    return [build.compile(ROOT / f"tests/cuda_emu/{name}.cpp", flags) for name in names]
+def _library(name: str, variant: str, kernels: list[Path], bindings: bool) -> Path:
+    flags, (kernel, engine, link) = _flags(), VARIANTS[variant]
+    build = native.Build(ROOT / "build/emu" / name)
+    objects = [build.compile(ROOT / f"tests/cuda_emu/{e}.cpp", flags + engine, tag=variant) for e in ENGINE]
+    link = [*link, "-ldl"]
+    if bindings:  # the same for all variants: they hold no kernels, and torch's headers take long to compile
+        objects += [build.compile(s, [*flags, "-O1", *native.torch_flags()]) for s in native.sources("torch")]
+        objects += [build.compile(s, [*flags, "-O1"]) for s in native.sources("common")]
+        link += native.torch_link_flags()
+    # Last, so that no small variable fills the red zone behind a kernel's shared memory.
+    objects += [build.compile(s, ["-x c++", *flags, *kernel], tag=variant) for s in kernels]
+    out = build.folder / f"{name}_{variant}.so"
+    build.link(out, objects, link)
+    build.run()
+    return out
 
 
+@functools.cache
 def ops_library(variant: str) -> Path:
     """Build the emulated counterpart of pyvidx/_ops.abi3.so; its path."""
-    build = native.Build(ROOT / "build/emu" / variant)
-    flags = _flags() + SANITIZE[variant]
-    objects = _engine(build, variant)
-    objects += [build.compile(s, ["-x c++", *flags]) for s in native.sources("cuda", "cu")]
-    objects += [build.compile(s, flags) for s in native.sources("common")]
-    objects += [build.compile(s, flags + native.torch_flags()) for s in native.sources("torch")]
-    out = build.folder / f"_ops_emu_{variant}.so"
-    build.link(out, objects, RUNTIME[variant] + native.torch_link_flags() + ["-ldl"])
-    build.run()
-    return out
+    return _library("ops", variant, native.sources("cuda", "cu"), bindings=True)
 
 
+@functools.cache
 def faults_library(variant: str) -> Path:
     """Build faults.cu, the kernels with planted bugs that test the emulator itself; its path."""
-    build = native.Build(ROOT / "build/emu" / f"{variant}_faults")
-    objects = _engine(build, variant)
-    objects.append(build.compile(ROOT / "tests/cuda_emu/faults.cu", ["-x c++", *_flags(), *SANITIZE[variant]]))
-    out = build.folder / f"faults_{variant}.so"
-    build.link(out, objects, RUNTIME[variant] + ["-ldl"])
-    build.run()
-    return out
+    return _library("faults", variant, [ROOT / "tests/cuda_emu/faults.cu"], bindings=False)
 
 
 if __name__ == "__main__":

@@ -33,12 +33,14 @@
 #undef __forceinline__
 #undef __launch_bounds__
 #undef __grid_constant__
+#undef __noinline__
 #define __global__
 #define __device__
 #define __host__
 #define __constant__ static
 #define __forceinline__ inline
 #define __grid_constant__
+#define __noinline__  // empty: headers of g++ use the word as the name of an attribute
 #define __launch_bounds__(...)
 #if defined(__SANITIZE_ADDRESS__)
 #define __shared__ alignas(65536) static  // leaves room that shared_memory.cpp turns into red zones

@@ -197,6 +197,7 @@ void run_grid(const Kernel& kernel, dim3 grid, dim3 block, size_t shared_bytes) 
     run_block(block, schedule);
     if (!engine.error.empty()) {
       abandon_fibers();
+      forget_launch();
       throw std::runtime_error("cuda_emu: " + engine.error);
     }
   }

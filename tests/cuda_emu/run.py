@@ -1,6 +1,6 @@
 """Run pytest with pyvidx's CUDA kernels in the emulator.
 
-    python tests/cuda_emu/run.py [--variant plain|asan|tsan] [--order forward|reverse|random[:seed]] [pytest arguments]
+    python -m tests.cuda_emu.run [--variant plain|asan|tsan] [--order forward|reverse|random[:seed]] [pytest arguments]
 
 A sanitizer must be loaded before Python itself, so the tests always run in a process of their own. Its reports go to
 files, which are printed at the end, and fail the run.
@@ -15,11 +15,15 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
+from tests.cuda_emu import build
+
 ROOT = Path(__file__).resolve().parents[2]
 
 OPTIONS = {
-    "asan": {"ASAN_OPTIONS": "detect_leaks=0:allocator_may_return_null=1:log_path={log}",
-             "UBSAN_OPTIONS": "print_stacktrace=1:halt_on_error=1:log_path={log}"},
+    "asan": {
+        "ASAN_OPTIONS": "detect_leaks=0:allocator_may_return_null=1:log_path={log}",
+        "UBSAN_OPTIONS": "print_stacktrace=1",
+    },
     "tsan": {"TSAN_OPTIONS": "ignore_noninstrumented_modules=1:report_signal_unsafe=0:exitcode=66:log_path={log}"},
     "plain": {},
 }
@@ -30,7 +34,7 @@ PRELOAD = {"asan": ["libasan.so", "libubsan.so"], "tsan": ["libtsan.so"], "plain
 class Result:
     returncode: int
     output: str
-    reports: str  # what the sanitizers wrote
+    reports: str  # what the sanitizers wrote to files; UndefinedBehaviorSanitizer writes to the output
 
 
 def run_process(variant: str, command: list[str], environment: dict[str, str], timeout: float = 3600) -> Result:
@@ -45,8 +49,9 @@ def run_process(variant: str, command: list[str], environment: dict[str, str], t
             # ThreadSanitizer's shadow memory does not fit newer kernels' address space randomization.
             if subprocess.run(["setarch", "-R", "true"], capture_output=True).returncode == 0:
                 command = ["setarch", "-R", *command]
-        done = subprocess.run(command, env=env, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-                              timeout=timeout)
+        done = subprocess.run(
+            command, env=env, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=timeout
+        )
         reports = "".join(p.read_text() for p in sorted(Path(folder).iterdir()))
     return Result(done.returncode, done.stdout, reports)
 
@@ -57,11 +62,9 @@ def _library(name: str) -> str:
 
 def run_tests(variant: str, order: str, arguments: list[str], environment: dict[str, str] | None = None) -> Result:
     """Run pytest in a process whose torch.ops.pyvidx.* are the emulated CUDA kernels."""
-    sys.path.insert(0, str(Path(__file__).parent))
-    import build
-
     env = {"PYVIDX_OPS_LIBRARY": str(build.ops_library(variant)), "PYVIDX_EMU_ORDER": order, "PYVIDX_STRICT": "1"}
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-q", *arguments]
+    # Not captured: a sanitizer that ends the process would take what pytest has captured with it.
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-q", "--capture=no", *arguments]
     return run_process(variant, command, {**env, **(environment or {})})
 
 

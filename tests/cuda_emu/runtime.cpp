@@ -62,6 +62,8 @@ bool may_launch(const Kernel& kernel, dim3 grid, dim3 block, size_t shared_bytes
   return true;
 }
 
+void forget_launch() { unchecked.clear(); }
+
 }  // namespace cuemu
 
 cudaError_t cudaGetLastError() {

@@ -31,6 +31,7 @@ struct Module {
 };
 
 constexpr size_t kSlot = 65536;  // the alignment of __shared__ under AddressSanitizer
+constexpr size_t kPage = 4096;
 
 // The name of the outermost function: N6pyvidx4cuda10some_kernelIfE... -> some_kernel.
 std::string function_of(const std::string& name) {
@@ -85,7 +86,7 @@ Module read_module(const char* path, char* base) {
       if (section.sh_type != SHT_NOBITS) continue;
       objects.push_back(address);
       if (starts_with(name, "_ZZ") && name.find_first_not_of('Z', 2) == qualified) {  // ZZ: of a lambda in a function
-        bss_end = base + section.sh_addr + section.sh_size;
+        bss_end = base + (section.sh_addr + section.sh_size + kPage - 1) / kPage * kPage;
         module.shared.push_back({name.substr(qualified), address, symbol.st_size});
       }
     }

@@ -91,5 +91,7 @@ size_t static_shared_bytes(const void* kernel);
 void poison_static_shared(const void* kernel);
 // Would the GPU take this launch? If not, sets the error of cudaGetLastError. (runtime.cpp)
 bool may_launch(const Kernel& kernel, dim3 grid, dim3 block, size_t shared_bytes);
+// The launch ended in an exception: check_launch is not reached, and not missed. (runtime.cpp)
+void forget_launch();
 
 }  // namespace cuemu
