@@ -134,11 +134,11 @@ def as_text(info: dict, kernels: bool = False) -> str:
     return "\n".join(lines)
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m pyvidx.info", description=__doc__)
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.add_argument("--kernels", action="store_true", help="also print registers and shared memory per CUDA kernel")
-    options, info = parser.parse_args(), collect()
+    options, info = parser.parse_args(argv), collect()
     print(json.dumps(info, indent=2) if options.json else as_text(info, options.kernels))
 
 
