@@ -1,8 +1,9 @@
 // Kernels with planted bugs, each beside its correct self: they test the emulator (tests/test_cuda_emu.py).
+#include "block.cuh"
+#ifndef __CUDACC_RTC__
 #include <cstdio>
 #include <vector>
-
-#include "block.cuh"
+#endif
 
 namespace pyvidx::cuda {
 
@@ -141,6 +142,8 @@ __global__ void uninitialized_dynamic_kernel(float* out) {
   out[threadIdx.x] = s[threadIdx.x];
 }
 
+#ifndef __CUDACC_RTC__
+
 template <bool kBug>
 void launch(const std::string& name, const float* x, float* out) {
   const auto bytes = [](int n) { return sizeof(float) * size_t(n); };
@@ -187,7 +190,11 @@ void launch(const std::string& name, const float* x, float* out) {
 #undef ONE
 }
 
+#endif
+
 }  // namespace pyvidx::cuda
+
+#ifndef __CUDACC_RTC__
 
 // Runs a kernel on x[i] = i; result: the kThreads outputs. Returns 0, or 1 and a message.
 extern "C" __attribute__((visibility("default"))) int run_fault(const char* name, int bug, float* result, char* message,
@@ -208,3 +215,4 @@ extern "C" __attribute__((visibility("default"))) int run_fault(const char* name
   std::copy(out.begin(), out.end(), result);
   return 0;
 }
+#endif
