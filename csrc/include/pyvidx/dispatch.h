@@ -25,7 +25,7 @@ struct DTypeOf<double> {
 [[noreturn]] void throw_unsupported_dtype(const char* op, DType dtype);
 
 template <typename... Ts, typename F>
-PYVIDX_INLINE void visit_dtype(const char* op, DType dtype, F&& f) {
+__attribute__((always_inline)) inline void visit_dtype(const char* op, DType dtype, F&& f) {
   const bool done = ((DTypeOf<Ts>::value == dtype ? (f(Type<Ts>{}), true) : false) || ...);
   if (!done) throw_unsupported_dtype(op, dtype);
 }
