@@ -69,7 +69,7 @@ template <typename T>
 __device__ __forceinline__ void load_vec(const T* p, Acc<T> (&out)[kVec<T>]) {
   const uint4 bits = *reinterpret_cast<const uint4*>(p);
   T element[kVec<T>];
-  memcpy(element, &bits, sizeof bits);
+  memcpy(static_cast<void*>(element), &bits, sizeof bits);
 #pragma unroll
   for (int i = 0; i < kVec<T>; ++i) out[i] = to_acc(element[i]);
 }
