@@ -1,3 +1,4 @@
+from pyvidx.ops.gated_fusion import fusion_input, gated_fusion, output_gate
 from pyvidx.ops.token_gather import token_gather
 
-__all__ = ["token_gather"]
+__all__ = ["fusion_input", "gated_fusion", "output_gate", "token_gather"]
