@@ -228,9 +228,9 @@ def _fake(x, z, cls, gate, position, time, keep, weight, bias, scale, eps, pair)
 
 def _setup_context(ctx, inputs, output):
     x, z, cls, gate, position, time, keep, weight, bias, scale, eps, pair = inputs
-    out, _, _, stats = output
+    out, _, normed, stats = output
     ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(stats)
+    ctx.mark_non_differentiable(stats, *([normed] if weight is None else []))
     need_gate = gate is not None and ctx.needs_input_grad[3]
     # The gate's gradient reads x and z: then the row before the norm is computed from them, else it is the saved out.
     inputs_too = (x, z, cls) if need_gate else (None, None, None)

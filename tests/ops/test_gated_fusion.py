@@ -250,17 +250,19 @@ def test_gradcheck_output(norm):
     assert torch.autograd.gradcheck(lambda *a: output_public(*a, *(None,) * (5 - len(a))), present)
 
 
-def test_registration():
-    for variant in [("first", "tube", True, True), ("gate", "table", False, True), ("sum", "all", False, False)]:
-        args = inputs((2, 2, 3, 4), variant)
-        buffers = [poisoned(t.shape, t) for t in public(*args)]
-        out = (*buffers, None)[:3]
-        torch.library.opcheck(torch.ops.pyvidx.gated_fusion_out.default, (*args, *out))
-        torch.library.opcheck(torch.ops.pyvidx.gated_fusion.default, tuple(wanting_grad(args)))
-    for norm in (False, True):
-        args = (*output_inputs(norm, True, shape=(2, 3, 4)), SCALE, 1e-5)
-        torch.library.opcheck(torch.ops.pyvidx.gated_output_out.default, (*args, torch.empty(2, 3, 4)))
-        torch.library.opcheck(torch.ops.pyvidx.gated_output.default, tuple(wanting_grad(args)))
+@pytest.mark.parametrize("variant", [("first", "tube", True, True), ("sum", "all", False, False)], ids=str)
+def test_registration(variant):
+    args = inputs((2, 2, 3, 4), variant)
+    torch.library.opcheck(torch.ops.pyvidx.gated_fusion.default, tuple(wanting_grad(args)))
+
+
+def test_registration_of_the_rest():
+    args = inputs((2, 2, 3, 4), ("gate", "table", False, True))
+    out = tuple(poisoned(t.shape, t) for t in public(*args))
+    torch.library.opcheck(torch.ops.pyvidx.gated_fusion_out.default, (*args, *out))
+    args = (*output_inputs(True, True, shape=(2, 3, 4)), SCALE, 1e-5)
+    torch.library.opcheck(torch.ops.pyvidx.gated_output_out.default, (*args, torch.empty(2, 3, 4)))
+    torch.library.opcheck(torch.ops.pyvidx.gated_output.default, tuple(wanting_grad(args)))
 
 
 def test_compiled():
@@ -292,7 +294,7 @@ def test_autocast_takes_the_widest():
         assert [t.dtype for t in gated_fusion(x.bfloat16(), z, cls, gate)] == [torch.float32] * 2
         assert output_gate(x[:, :, 0].bfloat16(), cls, gate).dtype == torch.float32
         with pytest.raises(ValueError, match="one dtype"):
-            gated_fusion(x.bfloat16(), z, cls, gate, out=(z, cls))
+            gated_fusion(x.bfloat16(), z, cls, gate, out=(z.bfloat16(), cls.bfloat16()))
 
 
 @pytest.mark.parametrize(
