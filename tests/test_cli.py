@@ -79,7 +79,11 @@ def test_files(videos, suffix, tmp_path, capsys):
         assert note["about"]["is_random"] is True and list(note["errors"]) == [str(videos / "broken.mp4")]
     elif suffix == "npz":
         arrays = np.load(out)
-        paths, pooled, tokens = list(arrays["paths"]), torch.tensor(arrays["pooled"][0]), torch.tensor(arrays["tokens"][0])
+        paths, pooled, tokens = (
+            list(arrays["paths"]),
+            torch.tensor(arrays["pooled"][0]),
+            torch.tensor(arrays["tokens"][0]),
+        )
     else:
         rows = pyarrow.parquet.read_table(out).to_pylist()
         paths = [row["path"] for row in rows if row["error"] is None]
