@@ -1,6 +1,6 @@
-"""The memory bank's streaming step at MA-LMM's sizes (257 tokens of width 1408), alone and with 12 cached K and V of width 768.
+"""The memory bank's streaming step at MA-LMM's sizes: 257 tokens of width 1408, and 12 cached K and V of width 768.
 
-Against the step as the published code takes it: similarities of the whole bank, and a bank shorter by one as new tensors.
+Against the step as the published code takes it: similarities of the whole bank, and the shorter bank in new tensors.
 """
 
 import itertools
@@ -16,12 +16,12 @@ DTYPES = [torch.float32, torch.bfloat16]
 
 
 def official_step(bank, sizes, frame, attached, attached_frame):
-    """bank [B, M, N, C], sizes [B, M, N] float32; the bank after frame [B, N, C] came in, and its sizes and attached rows."""
+    """bank [B, M, N, C], sizes [B, M, N] float32: bank, sizes and attached rows after frame [B, N, C] has come in."""
     grown = torch.cat([bank, frame[:, None]], 1)
     counts = torch.cat([sizes, torch.ones_like(sizes[:, :1])], 1)
-    k = torch.nn.functional.cosine_similarity(grown[:, :-1], grown[:, 1:], dim=-1).argmax(1, keepdim=True)   # [B, 1, N]
+    k = torch.nn.functional.cosine_similarity(grown[:, :-1], grown[:, 1:], dim=-1).argmax(1, keepdim=True)  # [B, 1, N]
     kept = torch.arange(sizes.shape[1], device=k.device)[None, :, None]
-    kept = kept + (kept > k)                                                                                 # [B, M, N]
+    kept = kept + (kept > k)  # [B, M, N]
     total = counts.gather(1, kept).scatter_add_(1, k, counts.gather(1, k + 1))
 
     def merge(rows):
@@ -44,8 +44,11 @@ def step_case(B, M, dtype, layers, device):
     for i in range(M + 1):
         memory_merge_(*state[:5], frames[i % 16], state.attached, projected)
     ours, theirs = itertools.cycle(frames), itertools.cycle(frames)
-    old = [torch.randn(B, M, N, C, device=device).to(dtype), torch.ones(B, M, N, device=device),
-           [torch.randn(B, M, N, width, device=device).to(dtype) for width in widths]]
+    old = [
+        torch.randn(B, M, N, C, device=device).to(dtype),
+        torch.ones(B, M, N, device=device),
+        [torch.randn(B, M, N, width, device=device).to(dtype) for width in widths],
+    ]
 
     def eager():
         old[:] = official_step(old[0], old[1], next(theirs), old[2], projected)

@@ -1,12 +1,10 @@
 // The streaming step on slots, and one merge as a function.
 //
-// A step moves 8 rows of the bank per position: it reads both rows of the pair, their outer neighbours, the last entry and
-// the frame, and writes the merged row and (into the slot that became free) the frame. All in one walk over C, with the
-// sums of the three cosines taken on the way. Attached rows: 5 (read 3, write 2). Both written rows have just been read,
-// so plain stores cost no extra traffic and streaming stores gain nothing.
+// A step moves 8 rows of the bank per position: it reads both rows of the pair, their outer neighbors, the last entry
+// and the frame, and writes the merged row and (into the slot that became free) the frame. All in one walk over C, with
+// the sums of the three cosines taken on the way. Attached rows: 5 (read 3, write 2). Both written rows have just been
+// read, so plain stores cost no extra traffic and streaming stores gain nothing.
 #include "pyvidx/memory_merge.h"
-
-#include <stdexcept>
 
 #include "level.h"
 #include "parallel.h"
@@ -33,7 +31,7 @@ constexpr int64_t kPlans = 32;  // positions planned ahead: so the rows of the n
 struct Plan {
   int64_t b, n;
   int32_t k;                        // the merged pair is (k, k + 1); -1: nothing merges
-  int32_t keep, gone, left, right;  // the pair, and its neighbours in time
+  int32_t keep, gone, left, right;  // the pair, and its neighbors in time
   int32_t last, target;             // the newest entry after the merge (may be `keep`), and where the frame goes
   int32_t last_index;               // of `last` in time
   int32_t s0, s1;                   // weights of the pair
@@ -127,7 +125,12 @@ template <typename T>
 PYVIDX_INLINE Rows<T> rows_of(const Plan& p, const View<4>& rows, const View<3>& frame) {
   const int32_t any = p.k >= 0 ? p.keep : p.target;
   auto row = [&](int32_t slot) { return rows.at<T>(p.b, slot < 0 ? any : slot, p.n); };
-  return {row(p.keep), row(p.target), row(p.gone), row(p.left), row(p.right), row(p.last),
+  return {row(p.keep),
+          row(p.target),
+          row(p.gone),
+          row(p.left),
+          row(p.right),
+          row(p.last),
           frame ? frame.at<const T>(p.b, p.n) : nullptr};
 }
 
@@ -171,10 +174,9 @@ void bank_rows(const MemoryStepArgs& a, const Plan& p, const Plan* next) {
     const int64_t end = begin + kBlock < C ? begin + kBlock : C;
     if (next) {
       const Rows<T> ahead = rows_of<T>(*next, a.bank, a.frame);
-      for (const T* row : {(const T*)ahead.keep, ahead.gone, ahead.left, ahead.right, ahead.last}) {
-        prefetch(row, begin, end);
-      }
-      if (kAppend) prefetch(ahead.frame, begin, end);
+      prefetch(ahead.keep, begin, end), prefetch(ahead.gone, begin, end);
+      prefetch(ahead.left, begin, end), prefetch(ahead.right, begin, end);
+      if (kAppend) prefetch(ahead.last, begin, end), prefetch(ahead.frame, begin, end);
     }
     each<T>(end - begin, [&](int64_t i, auto part) {
       const int64_t c = begin + i;
@@ -235,12 +237,12 @@ void check_state(const MemoryStepArgs& a) {
   for (int64_t b = 0; b < size[0]; ++b) {
     const int32_t length = *a.length.at<const int32_t>(b);
     if (length < 0 || length > size[2]) {
-      throw std::out_of_range("memory_merge_: length must be between 0 and M + 1");
+      throw_out_of_range("memory_merge_: length must be between 0 and M + 1");
     }
     for (int64_t n = 0; n < size[1]; ++n) {
       for (int64_t j = 0; j < size[2]; ++j) {
         const int32_t slot = *a.order.at<const int32_t>(b, n, j);
-        if (slot < 0 || slot >= size[2]) throw std::out_of_range("memory_merge_: order must hold slots 0 .. M");
+        if (slot < 0 || slot >= size[2]) throw_out_of_range("memory_merge_: order must hold slots 0 .. M");
       }
     }
   }

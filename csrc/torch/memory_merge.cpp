@@ -17,9 +17,9 @@ Tensor memory_merge_(Tensor bank, Tensor sizes, Tensor order, Tensor similarity,
   for (size_t i = 0; i < attached.size(); ++i) {
     followers.push_back({view<4>(attached[i]), frame ? view<3>(attached_frame[i]) : View<3>{}});
   }
-  MemoryStepArgs args{view<4>(bank),   view<3>(sizes),  view<3>(order),  view<3>(similarity), view<1>(length),
-                      view<3>(frame_), view<1>(active), view<2>(index), followers.data(),    int(followers.size()),
-                      weighted};
+  MemoryStepArgs args{view<4>(bank),    view<3>(sizes),        view<3>(order),  view<3>(similarity),
+                      view<1>(length),  view<3>(frame_),       view<1>(active), view<2>(index),
+                      followers.data(), int(followers.size()), weighted};
   PYVIDX_RUN(memory_step, bank, args);
   return index;
 }

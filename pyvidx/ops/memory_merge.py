@@ -1,4 +1,4 @@
-"""Merging the most similar neighbours of a memory bank (MA-LMM, arXiv:2404.05726, section 3.2), in place and as a function."""
+"""Merging the most similar neighbors of a memory bank (MA-LMM, arXiv:2404.05726, section 3.2), in place or not."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -17,17 +17,24 @@ class MemoryState(NamedTuple):
     An entry never moves: merging rewrites one slot and frees another, the next frame lands in the free one.
     """
 
-    bank: Tensor                         # [B, M+1, N, C]   rows by slot
-    sizes: Tensor                        # [B, N, M+1]      int32, frames merged into each slot, 0 if free
-    order: Tensor                        # [B, N, M+1]      int32, a permutation: the first `length` slots in time order
-    similarity: Tensor                   # [B, N, M]        float32, cosines between consecutive entries
-    length: Tensor                       # [B]              int32, entries stored; on the device, so videos may be ragged
-    attached: tuple[Tensor, ...] = ()    # [B, M+1, N, Ci]  rows that merge with those of the bank
+    bank: Tensor  # [B, M+1, N, C]   rows by slot
+    sizes: Tensor  # [B, N, M+1]      int32, frames merged into each slot, 0 if free
+    order: Tensor  # [B, N, M+1]      int32, a permutation: the first `length` slots in time order
+    similarity: Tensor  # [B, N, M]        float32, cosines between consecutive entries
+    length: Tensor  # [B]              int32, entries stored; on the device, so videos may be ragged
+    attached: tuple[Tensor, ...] = ()  # [B, M+1, N, Ci]  rows that merge with those of the bank
 
 
-def new_state(B: int, M: int, N: int, C: int, dtype: torch.dtype = torch.float32,
-              device: torch.device | str = "cpu", attached_widths: Sequence[int] = (),
-              attached_dtype: torch.dtype | None = None) -> MemoryState:
+def new_state(
+    B: int,
+    M: int,
+    N: int,
+    C: int,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    attached_widths: Sequence[int] = (),
+    attached_dtype: torch.dtype | None = None,
+) -> MemoryState:
     """An empty memory of M entries for B videos with N positions of width C, and one attached tensor per width.
 
     Keep the bank in float32: the similarities of 16-bit rows choose other pairs. The attached may be 16-bit.
@@ -40,8 +47,9 @@ def new_state(B: int, M: int, N: int, C: int, dtype: torch.dtype = torch.float32
         order=slots.expand(B, N, M + 1).contiguous(),
         similarity=torch.zeros(B, N, M, device=device),
         length=torch.zeros(B, dtype=torch.int32, device=device),
-        attached=tuple(torch.zeros(B, M + 1, N, width, dtype=attached_dtype or dtype, device=device)
-                       for width in attached_widths),
+        attached=tuple(
+            torch.zeros(B, M + 1, N, width, dtype=attached_dtype or dtype, device=device) for width in attached_widths
+        ),
     )
 
 
@@ -61,33 +69,45 @@ def in_order(state: MemoryState, length: int | None = None) -> tuple[Tensor, Ten
 
 def rows_in_order(rows: Tensor, order: Tensor, length: int) -> Tensor:
     """The first `length` entries [B, length, N, Ci] of a bank or an attached tensor [B, M+1, N, Ci]."""
-    index = order[..., :length].long().transpose(1, 2)[..., None]                  # [B, L, N, 1]
+    index = order[..., :length].long().transpose(1, 2)[..., None]  # [B, L, N, 1]
     return rows.gather(1, index.expand(-1, -1, -1, rows.shape[-1]))
 
 
-def memory_merge_(bank: Tensor, sizes: Tensor, order: Tensor, similarity: Tensor, length: Tensor,
-                  frame: Tensor | None = None, attached: Sequence[Tensor] = (), attached_frame: Sequence[Tensor] = (), *,
-                  weighted: bool = True, active: Tensor | None = None) -> Tensor:
+def memory_merge_(
+    bank: Tensor,
+    sizes: Tensor,
+    order: Tensor,
+    similarity: Tensor,
+    length: Tensor,
+    frame: Tensor | None = None,
+    attached: Sequence[Tensor] = (),
+    attached_frame: Sequence[Tensor] = (),
+    *,
+    weighted: bool = True,
+    active: Tensor | None = None,
+) -> Tensor:
     """One streaming step of a memory bank, in place: merge where it is full, then append a frame.
 
     At every position (b, n) whose bank holds M + 1 entries e[0..M] in time order, with s[j] frames in entry j,
 
         k = argmax_j cos(e[j], e[j+1]),  e[k] <- (s[k] e[k] + s[k+1] e[k+1]) / (s[k] + s[k+1]),  s[k] <- s[k] + s[k+1]
 
-    and e[k+1] is gone; the first k wins a tie, a NaN wins over all. Then, if given, the frame becomes the last entry, of
-    size 1. (MA-LMM, equations 6 and 7; equation 7 prints the plain mean, `weighted=False`, the published code and this
-    default take the mean of all frames.) MA-LMM appends, attends and then merges: that is this function with a frame,
-    the attention, and at the next frame the merge. Calling it without a frame brings the merge forward.
+    and e[k+1] is gone; the first k wins a tie, a NaN wins over all. Then, if given, the frame becomes the last entry,
+    of size 1. (MA-LMM, equations 6 and 7; equation 7 prints the plain mean, `weighted=False`; the published code and
+    this default take the mean of all frames.) MA-LMM appends, attends and then merges: that is this function with a
+    frame, the attention, and at the next frame the merge. Calling it without a frame brings the merge forward.
 
     Rows stay in their slots and similarities are cached, so a step moves 8 rows per position whatever M is. Nothing is
     read back by the host: ragged videos, streams and CUDA graphs work. The tensors are those of a MemoryState:
     `memory_merge_(*state[:5], frame, state.attached, frames)`.
 
     Args:
-        bank: [B, M+1, N, C], any floating dtype and strides, but the last stride is 1. As in every other argument that
-            is written, no two elements share memory.
-        sizes: int32 [B, N, M+1], frames merged into each slot. order: int32 [B, N, M+1], a permutation of the slots, the
-            stored ones first, in time order. similarity: float32 [B, N, M]. length: int32 [B], entries stored.
+        bank: [B, M+1, N, C], any floating dtype and strides, but the last stride is 1. As in all other arguments that
+            are written, no two elements share memory.
+        sizes: int32 [B, N, M+1], frames merged into each slot, 0 if free.
+        order: int32 [B, N, M+1], a permutation of the slots, the stored ones first, in time order.
+        similarity: float32 [B, N, M], cosines between consecutive entries, each norm at least 1e-8.
+        length: int32 [B], entries stored.
         frame: [B, N, C], dtype of bank, or None: only merge.
         attached: tensors [B, M+1, N, Ci], of any dtype and width each, whose rows merge with the same k and weights
             (cached keys and values: an affine map of the rows stays one, because the weights sum to 1).
@@ -99,8 +119,8 @@ def memory_merge_(bank: Tensor, sizes: Tensor, order: Tensor, similarity: Tensor
         index: int32 [B, N], the k that merged, -1 where nothing did. Not differentiable.
 
     Raises:
-        ValueError: a shape, dtype, device or stride does not fit, or a gradient is asked for: use memory_merge for that.
-        RuntimeError: length or order is out of range (CPU; on CUDA it stops the kernel).
+        ValueError: a shape, dtype, device or stride does not fit, or a gradient is asked for: memory_merge has one.
+        IndexError: length or order is out of range (CPU; on CUDA it stops the kernel).
     """
     attached, attached_frame = list(attached), list(attached_frame)
     _check_step(bank, sizes, order, similarity, length, frame, attached, attached_frame, active)
@@ -109,7 +129,7 @@ def memory_merge_(bank: Tensor, sizes: Tensor, order: Tensor, similarity: Tensor
 
 
 def memory_merge(bank: Tensor, sizes: Tensor, *, weighted: bool = True) -> tuple[Tensor, Tensor, Tensor]:
-    """Shorten a memory bank by one entry at every position: memory_merge_ without frame, as a function of rows in order.
+    """Shorten a memory bank by one entry at every position: one merge of memory_merge_, of rows in time order.
 
     Args:
         bank: [B, T, N, C], T >= 2 entries in time order, any strides.
@@ -149,21 +169,36 @@ def _check_step(bank, sizes, order, similarity, length, frame, attached, attache
     if active is not None:
         state("active", active, (B,), torch.bool)
     require(frame is None or frame.shape == (B, N, C), f"{name}: frame must be [B, N, C] of bank", frame, bank)
-    require(len(attached_frame) == (0 if frame is None else len(attached)),
-            f"{name}: with a frame, attached_frame must hold one frame per attached tensor, without one none, "
-            f"got {len(attached_frame)} for {len(attached)}")
+    require(
+        len(attached_frame) == (0 if frame is None else len(attached)),
+        f"{name}: with a frame, attached_frame must hold one frame per attached tensor, without one none, "
+        f"got {len(attached_frame)} for {len(attached)}",
+    )
     for i, rows in enumerate(attached):
         fits = rows.dim() == 4 and rows.shape[:3] == (B, slots, N) and rows.dtype in FLOATING
-        require(fits and rows.device == bank.device,
-                f"{name}: attached[{i}] must be a floating [B, M+1, N, Ci] on the device of bank", rows, bank)
+        require(
+            fits and rows.device == bank.device,
+            f"{name}: attached[{i}] must be a floating [B, M+1, N, Ci] on the device of bank",
+            rows,
+            bank,
+        )
     for i, (rows, new) in enumerate(zip(attached, attached_frame)):
-        require(new.shape == (B, N, rows.shape[3]) and new.dtype == rows.dtype and new.device == rows.device,
-                f"{name}: attached_frame[{i}] must be [B, N, Ci] with the dtype and device of attached[{i}]", new, rows)
+        require(
+            new.shape == (B, N, rows.shape[3]) and new.dtype == rows.dtype and new.device == rows.device,
+            f"{name}: attached_frame[{i}] must be [B, N, Ci] with the dtype and device of attached[{i}]",
+            new,
+            rows,
+        )
     for rows in (bank, *attached):
-        require(rows.stride(3) == 1 or rows.shape[3] <= 1, f"{name}: rows are changed in place: their stride must be 1", rows)
+        require(
+            rows.stride(3) == 1 or rows.shape[3] <= 1,
+            f"{name}: rows are changed in place: their stride must be 1",
+            rows,
+        )
     if torch.is_grad_enabled():
         wants = any(t.requires_grad for t in (bank, similarity, *attached, *attached_frame)) or (
-            frame is not None and frame.requires_grad)
+            frame is not None and frame.requires_grad
+        )
         require(not wants, f"{name}: the step in place has no gradient; detach its inputs, or call memory_merge")
 
 
@@ -206,8 +241,8 @@ def _set(values: Tensor, index: Tensor, new: Tensor, where: Tensor) -> None:
 def reference_step(bank, sizes, order, similarity, length, frame, attached, attached_frame, weighted, active):
     M = similarity.shape[2]
     on = torch.ones_like(length, dtype=torch.bool) if active is None else active != 0
-    full = (on & (length == M + 1))[:, None]                                       # [B, 1]
-    k = similarity.argmax(2)                                                       # [B, N]
+    full = (on & (length == M + 1))[:, None]  # [B, 1]
+    k = similarity.argmax(2)  # [B, N]
     at = lambda e: order.gather(2, e.clamp(0, M)[..., None]).squeeze(2).long()  # noqa: E731  slot of entry e [B, N]
     keep, gone = at(k), at(k + 1)
     s_keep, s_gone = sizes.gather(2, keep[..., None]).squeeze(2), sizes.gather(2, gone[..., None]).squeeze(2)
@@ -223,7 +258,7 @@ def reference_step(bank, sizes, order, similarity, length, frame, attached, atta
     moved = similarity.gather(2, (entry[:M] + (entry[:M] >= k[..., None])).clamp_max(M - 1))
     moved[..., M - 1] = 0
     similarity.copy_(torch.where(full[..., None], moved, similarity))
-    for e in (k - 1, k):                                                           # the pairs (e, e + 1) around entry k
+    for e in (k - 1, k):  # the pairs (e, e + 1) around entry k
         value = cosine(_wide(_row(bank, at(e))), _wide(_row(bank, at(e + 1))))
         _set(similarity, e, value, full & (e >= 0) & (e + 1 < M))
     length -= full.squeeze(1).to(length.dtype)
@@ -240,15 +275,15 @@ def reference_step(bank, sizes, order, similarity, length, frame, attached, atta
 
 def merge_at(bank, sizes, index, weighted):
     """The continuous part of memory_merge: the merge at a given index [B, N]."""
-    t = torch.arange(bank.shape[1] - 1, device=bank.device)[None, :, None]         # [1, T-1, 1]
-    k = index[:, None]                                                             # [B, 1, N]
+    t = torch.arange(bank.shape[1] - 1, device=bank.device)[None, :, None]  # [1, T-1, 1]
+    k = index[:, None]  # [B, 1, N]
     mean = _weighted_mean(bank[:, :-1], bank[:, 1:], sizes[:, :-1], sizes[:, 1:], weighted)
     out = torch.where((t == k)[..., None], mean, torch.where((t < k)[..., None], bank[:, :-1], bank[:, 1:]))
     return out, torch.where(t <= k, sizes[:, :-1], 0) + torch.where(t >= k, sizes[:, 1:], 0)
 
 
 def reference(bank, sizes, weighted):
-    index = cosine(_wide(bank[:, :-1]), _wide(bank[:, 1:])).argmax(1)              # [B, N]
+    index = cosine(_wide(bank[:, :-1]), _wide(bank[:, 1:])).argmax(1)  # [B, N]
     return (*merge_at(bank, sizes, index, weighted), index.to(torch.int32))
 
 
@@ -279,9 +314,18 @@ def _backward(ctx, grad_out, _grad_sizes, _grad_index):
 _op_step = define(
     "memory_merge_(Tensor(a!) bank, Tensor(b!) sizes, Tensor(c!) order, Tensor(d!) similarity, Tensor(e!) length, "
     "Tensor? frame, Tensor(f!)[] attached, Tensor[] attached_frame, bool weighted, Tensor? active) -> Tensor",
-    reference=reference_step, fake=_fake_step)
-_op = define("memory_merge(Tensor bank, Tensor sizes, bool weighted) -> (Tensor out, Tensor out_sizes, Tensor index)",
-             reference=reference, fake=_fake, backward=_backward, setup_context=_setup_context)
-_op_backward = define("memory_merge_backward(Tensor grad_out, Tensor sizes, Tensor index, bool weighted) -> Tensor",
-                      reference=reference_backward,
-                      fake=lambda grad_out, sizes, index, weighted: grad_out.new_empty(*sizes.shape, grad_out.shape[-1]))
+    reference=reference_step,
+    fake=_fake_step,
+)
+_op = define(
+    "memory_merge(Tensor bank, Tensor sizes, bool weighted) -> (Tensor out, Tensor out_sizes, Tensor index)",
+    reference=reference,
+    fake=_fake,
+    backward=_backward,
+    setup_context=_setup_context,
+)
+_op_backward = define(
+    "memory_merge_backward(Tensor grad_out, Tensor sizes, Tensor index, bool weighted) -> Tensor",
+    reference=reference_backward,
+    fake=lambda grad_out, sizes, index, weighted: grad_out.new_empty(*sizes.shape, grad_out.shape[-1]),
+)

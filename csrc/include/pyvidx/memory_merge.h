@@ -1,4 +1,4 @@
-// memory_merge: shorten a memory bank by merging its most similar neighbours (MA-LMM, arXiv:2404.05726, section 3.2).
+// memory_merge: shorten a memory bank by merging its most similar neighbors (MA-LMM, arXiv:2404.05726, section 3.2).
 //
 // At every position (b, n), over the stored entries e in time order:
 //   k    = argmax_j cos(e[j], e[j+1])                             first one on ties, NaN above all
