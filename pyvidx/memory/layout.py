@@ -69,13 +69,14 @@ def batched(banks: Sequence[Bank]) -> Bank:
         require(layout(bank, named) == wanted, f"batched: bank {i} must have the sizes, dtypes and device of bank 0")
     joined = {name: torch.cat([named[name] for named in tensors]) for name in tensors[0]}
     bounds = {bank.bound for bank in banks}
+    head = None if banks[0].head is None else batched([bank.head for bank in banks])
     return dataclasses.replace(
         banks[0],
         **{name: x for name, x in joined.items() if not name.startswith("attached.")},
         attached=tuple(joined[f"attached.{i}"] for i in range(len(banks[0].attached))),
         bound=max(bounds),
-        ragged=len(bounds) > 1 or any(bank.ragged for bank in banks),
-        head=None if banks[0].head is None else batched([bank.head for bank in banks]),
+        ragged=len(bounds) > 1 or any(bank.ragged for bank in banks) or (head is not None and head.ragged),
+        head=head,
     )
 
 

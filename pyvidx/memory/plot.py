@@ -115,16 +115,18 @@ def plot(
         axis.sharex(axes[0])
     _boxes(axes[0], [(now[:, n], n, n + 1) for n in range(now.shape[1])], step, norm)
     axes[0].set(xlabel="source time (s)", ylabel="position", xlim=(begin, end + step), ylim=(now.shape[1], 0))
-    if now.shape[1] == 1:
-        axes[0].set_yticks([])
-    figure.colorbar(ScalarMappable(norm, "viridis_r"), ax=figure.axes[bool(thumbnails) :], label="size of the slot")
+    places = range(0, now.shape[1], -(-now.shape[1] // 16))
+    axes[0].set_yticks([n + 0.5 for n in places], map(str, places))
+    figure.colorbar(
+        ScalarMappable(norm, "viridis_r"), ax=figure.axes[bool(thumbnails) :], label="frames in the slot", format="%d"
+    )
     figure.savefig(path, dpi=110)
     return Path(path)
 
 
 def _boxes(axis, rows: Sequence[tuple[np.ndarray, float, float]], step: float, norm) -> None:
     """rows: (spans [L, 3], low, high); long ones first, so that overlapping short ones stay visible."""
-    from matplotlib.collections import PolyCollection
+    from matplotlib.collections import LineCollection, PolyCollection
 
     corners, sizes = [], []
     for spans, low, high in rows:
@@ -132,12 +134,10 @@ def _boxes(axis, rows: Sequence[tuple[np.ndarray, float, float]], step: float, n
             if not np.isnan(first):
                 corners.append([(first, low), (last + step, low), (last + step, high), (first, high)])
                 sizes.append(size)
-    line = 0.4 if len(rows) <= 64 else 0.0
-    boxes = PolyCollection(
-        corners, cmap="viridis_r", norm=norm, edgecolors="white" if line else "face", linewidths=line
-    )
+    boxes = PolyCollection(corners, cmap="viridis_r", norm=norm, edgecolors="none", antialiaseds=False)
     boxes.set_array(np.array(sizes))
     axis.add_collection(boxes)
+    axis.add_collection(LineCollection([(c[0], c[3]) for c in corners], colors="white", linewidths=0.5))
 
 
 def _thumbnails(axis, thumbnails: Sequence[tuple[float, np.ndarray]], begin: float, end: float) -> None:

@@ -52,7 +52,7 @@ def join_(bank: Bank, i: Tensor, j: Tensor, on: Tensor | None, how: str) -> None
     s, t = (bank.sizes.gather(2, slot[..., None]) for slot in (keep, gone))  # [B, G, 1]
     if how == "weighted":
         for rows in (bank.rows, *bank.attached):
-            x, y = (_wide(rows_at(rows, slot)) for slot in (keep, gone))
+            x, y = (wide(rows_at(rows, slot)) for slot in (keep, gone))
             mean = (x * s.to(x.dtype) + y * t.to(x.dtype)) / (s + t).to(x.dtype)
             set_rows_(rows, keep, mean.to(rows.dtype), on)
     set_(bank.sizes, keep, (s + t).squeeze(2), on)
@@ -104,5 +104,6 @@ def _index(rows: Tensor, slot: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return torch.arange(B, device=rows.device)[:, None], slot, torch.arange(G, device=rows.device)
 
 
-def _wide(x: Tensor) -> Tensor:
+def wide(x: Tensor) -> Tensor:
+    """x in the dtype that means and cosines are computed in: float32, or float64."""
     return x if x.dtype == torch.float64 else x.float()

@@ -12,7 +12,7 @@ from pyvidx.memory.bank import Bank
 from pyvidx.memory.policies import Concat, Fifo, full
 from pyvidx.memory.policy import Policy
 from pyvidx.memory.registry import register
-from pyvidx.memory.slots import join_
+from pyvidx.memory.slots import join_, wide
 from pyvidx.ops._library import require
 from pyvidx.ops.memory_merge import EPS, rows_in_order
 
@@ -22,16 +22,17 @@ def match(x: Tensor) -> Tensor:
 
     A zero vector is unlike everything (0), where a plain division gives NaN.
     """
-    x = x if x.dtype == torch.float64 else x.float()
+    x = wide(x)
     x = x / x.norm(dim=-1, keepdim=True).clamp_min(EPS)
     return x[..., 0::2, :] @ x[..., 1::2, :].transpose(-1, -2)
 
 
-def merge_tokens(x: Tensor, sizes: Tensor, r: int) -> tuple[Tensor, Tensor, Tensor]:
+def merge_tokens(x: Tensor, sizes: Tensor, r: int, metric: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
     """One round of bipartite soft matching: the r tokens of A that are most like a token of B are merged into it.
 
     Args:
         x: [B, n, C] floating. sizes: [B, n], what each token counts in a mean. r: 1 to floor(n / 2).
+        metric: [B, n, D], whose cosines say what is alike (attention keys, say). None: x.
 
     Returns:
         x [B, n-r, C] and sizes [B, n-r]: the kept tokens of A, by falling similarity, then all of B; and holder
@@ -39,18 +40,20 @@ def merge_tokens(x: Tensor, sizes: Tensor, r: int) -> tuple[Tensor, Tensor, Tens
     """
     B, n, C = x.shape
     require(1 <= r <= n // 2, f"merge_tokens: r must be 1 to floor(n / 2) = {n // 2}, got {r}")
-    best, b = match(x).max(dim=2)  # [B, ceil(n/2)]: for each of A, its likeness to and number of the best of B
+    best, b = match(x if metric is None else metric).max(
+        dim=2
+    )  # [B, ceil(n/2)]: for each of A, its likeness to and number of the best of B
     by_likeness = best.argsort(dim=1, descending=True, stable=True)
     gone, kept = by_likeness[:, :r], by_likeness[:, r:]
     into = b.gather(1, gone)
-    wide = x if x.dtype == torch.float64 else x.float()
-    count = sizes.to(wide.dtype)
+    y = wide(x)
+    count = sizes.to(y.dtype)
     # A product with zeros and ones instead of scatter_add, whose order of additions varies on CUDA.
     share = (into[:, None] == torch.arange(n // 2, device=x.device)[:, None]) * count[:, 0::2].gather(1, gone)[:, None]
-    merged = wide[:, 0::2].gather(1, gone[..., None].expand(-1, -1, C))
-    sums = wide[:, 1::2] * count[:, 1::2, None] + share @ merged
+    merged = y[:, 0::2].gather(1, gone[..., None].expand(-1, -1, C))
+    sums = y[:, 1::2] * count[:, 1::2, None] + share @ merged
     counts = count[:, 1::2] + share.sum(2)
-    rows = wide[:, 0::2].gather(1, kept[..., None].expand(-1, -1, C))
+    rows = y[:, 0::2].gather(1, kept[..., None].expand(-1, -1, C))
     rows = torch.cat([rows, sums / counts[..., None]], dim=1).to(x.dtype)
     places = torch.arange(n - r, device=x.device).expand(B, -1)
     holder = places.new_empty(B, n)
@@ -67,7 +70,7 @@ def reduce_tokens(x: Tensor, tokens: int) -> tuple[Tensor, Tensor, Tensor]:
     """The tokens of a frame merged down to a few, by rounds that halve their number at most.
 
     Args:
-        x: [B, N, C] floating. tokens: q, at least 1; N <= q leaves x as it is.
+        x: [B, N, C] floating; every round rounds to its dtype. tokens: q, at least 1; N <= q leaves x as it is.
 
     Returns:
         x [B, q, C], sizes int32 [B, q] (their sum is N), and holder [B, N] int64, the output token that holds each.
@@ -136,7 +139,7 @@ class ToMeSpace(Policy):
         return min(N, self.tokens)
 
     def _reduce(self, frame: Tensor, attached: Sequence[Tensor]) -> tuple[Tensor, Sequence[Tensor], Tensor]:
-        rows, sizes, _ = reduce_tokens(frame, self.tokens)
+        rows, sizes, _ = reduce_tokens(wide(frame), self.tokens)
         return rows, attached, sizes
 
     def _first_slots(self) -> int:
