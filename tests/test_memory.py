@@ -317,6 +317,19 @@ def test_dtypes(name, dtype):
 
 
 @every_policy
+@pytest.mark.parametrize("anchors", [0, 2])
+def test_nothing_is_read_back(name, anchors):
+    """On the meta device there is nothing to read, and any tensor of another device is an error."""
+    policy = policy_of(name, anchors=anchors)
+    bank = policy.new(2, N, C, device="meta")
+    active = torch.empty(2, dtype=torch.bool, device="meta")
+    for t in range(24):
+        bank = policy.push(bank, torch.empty(2, N, C, device="meta"), active=active if t > 12 else None)
+        assert bank.entries().rows.shape[0] == len(bank.slots().rows) == 2
+    assert bank.reset(active).select(torch.empty(5, dtype=torch.int64, device="meta")).rows.is_meta
+
+
+@every_policy
 def test_memory_stays_flat(name):
     policy = policy_of(name)
     bank = policy.new(1, N, C, times=False)

@@ -47,20 +47,38 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         policy = policy_of(options)
         features = colors if options.features == "colors" else model_features(options.model, options.device)
-        chunks = stream(options.video, chunk=8, fps=options.fps)
+        bank, history, thumbnails = watch(policy, features, options)
     except (FileNotFoundError, ValueError) as error:
         p.error(str(error))
+    except RuntimeError as error:
+        print(f"FAILED {options.video}: {error}", file=sys.stderr)
+        return 1
+    what = ", ".join(f"{k} {v}" for k, v in policy.spec().items() if k != "name" and v)
+    what = f"policy {policy.name} ({what}), features: {options.features}"
+    title = f"{Path(options.video).name}: {int(bank.frames)} frames, {what}"
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    memory.plot(history, options.out, title=title, thumbnails=thumbnails)
+    print(title)
+    print(table(bank, options.position))
+    print(f"wrote {options.out}")
+    if options.save is not None:
+        print(f"wrote {memory.save(options.save, policy, bank)}")
+    return 0
+
+
+def watch(policy: memory.Policy, features: Callable[[Tensor], Tensor], options: argparse.Namespace):
+    """The bank after the whole video, its history, and a few (seconds, picture) spread over the video."""
     pictures = memory.create("uniform", capacity=12)
     bank = shown = None
     history = memory.History(position=options.position)
-    for clip in chunks:
+    for clip in stream(options.video, chunk=8, fps=options.fps):
         rows = features(clip.frames.to(options.device))  # [T, N, C]
         small = F.interpolate(clip.frames.permute(0, 3, 1, 2).float(), size=thumbnail_size(clip.frames), mode="area")
         if bank is None:
             bank = policy.new(1, *rows.shape[1:], device=options.device)
             shown = pictures.new(1, 1, small[0].numel())
             if not 0 <= options.position < bank.positions:
-                p.error(f"--position must be in [0, {bank.positions}), got {options.position}")
+                raise ValueError(f"memory: position must be in [0, {bank.positions}), got {options.position}")
         for row, picture, second in zip(rows, small, clip.seconds):
             bank = policy.push(bank, row[None], second[None].to(options.device))
             shown = pictures.push(shown, picture.reshape(1, 1, -1), second[None])
@@ -70,17 +88,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         (second.item(), row.reshape(small.shape[1:]).permute(1, 2, 0).round().byte().numpy())
         for row, second in zip(kept.rows[0], kept.first[0, :, 0])
     ]
-    what = ", ".join(f"{k} {v}" for k, v in policy.spec().items() if k != "name" and v)
-    name = Path(options.video).name
-    title = f"{name}: {int(bank.frames)} frames, policy {policy.name} ({what}), features: {options.features}"
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    memory.plot(history, options.out, title=title, thumbnails=thumbnails)
-    print(title)
-    print(table(bank, options.position))
-    print(f"wrote {options.out}")
-    if options.save is not None:
-        print(f"wrote {memory.save(options.save, policy, bank)}")
-    return 0
+    return bank, history, thumbnails
 
 
 def policy_of(options: argparse.Namespace) -> memory.Policy:

@@ -30,7 +30,7 @@ class History:
         """Call it after each push."""
         self.state = bank
         if self._calls % self._stride == 0:
-            spans = spans_of(bank, self.video)[:, self.position]
+            spans = spans_of(bank, self.video, self.position)[:, 0]
             self.records.append(spans[~np.isnan(spans[:, 0])])
             self._entries += len(self.records[-1])
         self._calls += 1
@@ -40,18 +40,22 @@ class History:
             self._entries = sum(map(len, self.records))
 
 
-def spans_of(bank: Bank, video: int) -> np.ndarray:
-    """[L, N, 3] float64: first second, last second and size of each entry of a video; NaN where nothing is stored."""
+def spans_of(bank: Bank, video: int, position: int | None = None) -> np.ndarray:
+    """[L, N, 3] float64, or [L, 1, 3] for one position: first second, last second and size of each entry of a video;
+    NaN where nothing is stored."""
     require(bank.first is not None, "memory.plot: the bank must keep times; make it with times=True")
-    parts = [p for p in (bank.head, bank) if p is not None]
     spans = []
-    for part in parts:
-        slot = part.order[video, :, : part.bound].long()  # [G, L]
-        stored = torch.arange(part.bound, device=slot.device) < part.length[video]
-        columns = [x[video].gather(1, slot).double() for x in (part.first, part.last, part.sizes)]
-        columns = [x.where(stored, torch.nan).T.expand(-1, bank.positions) for x in columns]
-        spans.append(torch.stack(columns, dim=2))
-    return torch.cat(spans).cpu().numpy()
+    for part in (bank.head, bank):
+        if part is None:
+            continue
+        order, *columns = (x[video].cpu() for x in (part.order, part.first, part.last, part.sizes))  # [G, S]
+        if position is not None:
+            chosen = slice(position, position + 1) if len(order) > 1 else slice(1)
+            order, *columns = (x[chosen] for x in (order, *columns))
+        stored = torch.arange(part.bound) < part.length[video].cpu()
+        columns = [x.gather(1, order[:, : part.bound].long()).double().where(stored, torch.nan).T for x in columns]
+        spans.append(torch.stack([x.expand(-1, bank.positions if position is None else 1) for x in columns], dim=2))
+    return torch.cat(spans).numpy()
 
 
 def plot(

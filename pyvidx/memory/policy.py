@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -268,7 +268,9 @@ class Policy:
 @contextmanager
 def _plain(bank: Bank) -> Iterator[None]:
     """No graph, and no autocast: the choices are made in float32."""
-    with torch.no_grad(), torch.autocast(bank.rows.device.type, enabled=False):
+    device = bank.rows.device.type
+    plain = torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
+    with torch.no_grad(), plain:
         yield
 
 

@@ -40,9 +40,8 @@ def merge_tokens(x: Tensor, sizes: Tensor, r: int, metric: Tensor | None = None)
     """
     B, n, C = x.shape
     require(1 <= r <= n // 2, f"merge_tokens: r must be 1 to floor(n / 2) = {n // 2}, got {r}")
-    best, b = match(x if metric is None else metric).max(
-        dim=2
-    )  # [B, ceil(n/2)]: for each of A, its likeness to and number of the best of B
+    # For each of A, how like it is to the best of B, and which that is: [B, ceil(n/2)].
+    best, b = match(x if metric is None else metric).max(dim=2)
     by_likeness = best.argsort(dim=1, descending=True, stable=True)
     gone, kept = by_likeness[:, :r], by_likeness[:, r:]
     into = b.gather(1, gone)
