@@ -14,7 +14,7 @@ from pyvidx.memory.policy import Policy
 from pyvidx.memory.registry import register
 from pyvidx.memory.slots import join_, wide
 from pyvidx.ops._library import require
-from pyvidx.ops.memory_merge import EPS, rows_in_order
+from pyvidx.ops.memory_merge import EPS
 
 
 def match(x: Tensor) -> Tensor:
@@ -23,8 +23,9 @@ def match(x: Tensor) -> Tensor:
     A zero vector is unlike everything (0), where a plain division gives NaN.
     """
     x = wide(x)
-    x = x / x.norm(dim=-1, keepdim=True).clamp_min(EPS)
-    return x[..., 0::2, :] @ x[..., 1::2, :].transpose(-1, -2)
+    a, b = x[..., 0::2, :], x[..., 1::2, :]
+    norm = x.norm(dim=-1).clamp_min(EPS)
+    return a @ b.transpose(-1, -2) / norm[..., 0::2, None] / norm[..., None, 1::2]
 
 
 def merge_tokens(x: Tensor, sizes: Tensor, r: int, metric: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
@@ -103,9 +104,10 @@ class ToMeTime(Policy):
     axis: str = field(default="time", init=False)
 
     def _shrink_(self, bank: Bank, active: Tensor | None) -> None:
-        S = bank.rows.shape[1]
-        likeness = match(rows_in_order(bank.rows, bank.order, S).transpose(1, 2)).flatten(2)  # [B, G, A * B]
-        best = likeness.argmax(2)
+        B, S, G = bank.rows.shape[:3]
+        batch, position = (torch.arange(n, device=bank.rows.device) for n in (B, G))
+        rows = bank.rows[batch[:, None, None], bank.order.long(), position[:, None]]  # [B, G, S, W]
+        best = match(rows).flatten(2).argmax(2)  # [B, G], of A * B pairs
         a, b = best // (S // 2) * 2, best % (S // 2) * 2 + 1
         join_(bank, torch.minimum(a, b), torch.maximum(a, b), full(bank, active), how="weighted")
 
