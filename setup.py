@@ -1,8 +1,8 @@
 """Build pyvidx against the torch that is installed; see cmake/native_build.py for how, cmake/build.json for what.
 
-PYVIDX_CUDA=0|1          leave the CUDA kernels out, or insist on them (default: built when there is an nvcc)
-PYVIDX_CUDA_ARCHS="80 90"   only these architectures
-MAX_JOBS                 parallel compilations
+PYVIDX_CUDA=0|1            leave the CUDA kernels out, or insist on them (default: if torch has CUDA and there is nvcc)
+PYVIDX_CUDA_ARCHS="80 90"  only these architectures (default: those of the GPUs here, or all where there is none)
+MAX_JOBS                   parallel compilations
 """
 
 import sys
@@ -18,6 +18,10 @@ sys.path.insert(0, str(Path(__file__).parent / "cmake"))
 class NinjaBuild(build_ext):
     """Both libraries in one incremental ninja build, in place or into the wheel."""
 
+    def finalize_options(self):
+        self.build_temp = self.build_temp or "build/native"
+        super().finalize_options()
+
     def run(self):
         try:
             import torch  # noqa: F401
@@ -32,11 +36,11 @@ class NinjaBuild(build_ext):
         package.mkdir(parents=True, exist_ok=True)
         nvcc = native.find_nvcc()
         archs = native.cuda_archs(nvcc) if nvcc else []
-        build = native.Build(Path("build/native"))
-        native.ops_library(build, package.resolve() / "_ops.abi3.so", nvcc, archs)
-        suffix = sysconfig.get_config_var("EXT_SUFFIX")
-        native.info_module(build, package.resolve() / f"_C{suffix}", nvcc, archs)
-        build.run()
+        kernels, info = (native.Build(Path(self.build_temp) / room) for room in ("kernels", "info"))
+        native.ops_library(kernels, package.resolve() / "_ops.abi3.so", nvcc, archs)
+        kernels.run()
+        native.info_module(info, package.resolve() / f"_C{sysconfig.get_config_var('EXT_SUFFIX')}", kernels, archs)
+        info.run()
 
     def get_outputs(self):
         return [str(p) for p in (Path(self.build_lib) / "pyvidx").glob("*.so")]

@@ -26,21 +26,48 @@ def isa_levels() -> dict[str, list[str]]:
     return levels.get(platform.machine(), levels["other"])
 
 
-def find_nvcc() -> str | None:
-    """nvcc of CUDA_HOME, /usr/local/cuda or PATH; None without one, or with PYVIDX_CUDA=0."""
-    if os.environ.get("PYVIDX_CUDA") == "0":
-        return None
+def installed_nvcc() -> str | None:
+    """nvcc of CUDA_HOME, /usr/local/cuda or PATH."""
     nvcc = Path(os.environ.get("CUDA_HOME", "/usr/local/cuda")) / "bin/nvcc"
-    found = str(nvcc) if nvcc.exists() else shutil.which("nvcc")
-    if found is None and os.environ.get("PYVIDX_CUDA") == "1":
-        sys.exit("pyvidx: PYVIDX_CUDA=1 but no nvcc in CUDA_HOME, /usr/local/cuda or PATH")
+    return str(nvcc) if nvcc.exists() else shutil.which("nvcc")
+
+
+def known_archs(nvcc: str) -> set[str]:
+    """The architectures this nvcc can compile for."""
+    return set(re.findall(r"compute_(\d+)\b", subprocess.check_output([nvcc, "--list-gpu-arch"], text=True)))
+
+
+def find_nvcc() -> str | None:
+    """The nvcc to build with: None without one, with PYVIDX_CUDA=0, or (unless PYVIDX_CUDA=1) for a torch that could
+    not use the kernels."""
+    import torch
+
+    wish = os.environ.get("PYVIDX_CUDA", "")
+    if wish == "0" or (wish != "1" and torch.version.cuda is None):
+        return None
+    found = installed_nvcc()
+    if found is None:
+        message = "pyvidx: no nvcc in CUDA_HOME, /usr/local/cuda or PATH: the CUDA kernels are not built"
+        sys.exit(message) if wish == "1" else print(message, file=sys.stderr)
     return found
 
 
+def cuda_headers() -> Path | None:
+    """The folder of cuda_fp16.h and its like in CUDA_HOME or /usr/local/cuda, for what reads CUDA sources with g++."""
+    include = Path(os.environ.get("CUDA_HOME", "/usr/local/cuda")) / "include"
+    return include if (include / "cuda_fp16.h").exists() else None
+
+
 def cuda_archs(nvcc: str) -> list[str]:
-    """The wanted architectures (PYVIDX_CUDA_ARCHS, else build.json) that this nvcc can compile for."""
-    wanted = os.environ.get("PYVIDX_CUDA_ARCHS", "").split() or CONFIG["cuda_archs"]
-    known = set(re.findall(r"compute_(\d+)\b", subprocess.check_output([nvcc, "--list-gpu-arch"], text=True)))
+    """The wanted architectures (PYVIDX_CUDA_ARCHS, else those of the GPUs here, else build.json's) that this nvcc can
+    compile for."""
+    import torch
+
+    wanted = os.environ.get("PYVIDX_CUDA_ARCHS", "").split()
+    if not wanted and torch.cuda.is_available():
+        wanted = sorted({"{}{}".format(*torch.cuda.get_device_capability(i)) for i in range(torch.cuda.device_count())})
+    wanted = wanted or CONFIG["cuda_archs"]
+    known = known_archs(nvcc)
     dropped = [a for a in wanted if a not in known]
     if dropped:
         print(
@@ -87,9 +114,13 @@ class Build:
         if not file.exists() or file.read_text() != text:
             file.write_text(text)
         jobs = os.environ.get("MAX_JOBS") or str(os.cpu_count())
-        import ninja
+        subprocess.check_call([_ninja(), "-C", str(self.folder), "-j", jobs, "--quiet"])
 
-        subprocess.check_call([str(Path(ninja.BIN_DIR) / "ninja"), "-C", str(self.folder), "-j", jobs, "--quiet"])
+
+def _ninja() -> str:
+    """The ninja of PATH, or of the PyPI package of the running Python (whose folder need not be in PATH)."""
+    found = shutil.which("ninja", path=os.environ.get("PATH", "") + os.pathsep + str(Path(sys.executable).parent))
+    return found or sys.exit("pyvidx: the build needs ninja: pip install ninja")
 
 
 def sources(folder: str, suffix: str = "cpp") -> list[Path]:
@@ -145,13 +176,20 @@ def ops_library(build: Build, out: Path, nvcc: str | None, archs: list[str]) -> 
     return build.link(out, objects, link)
 
 
-def info_module(build: Build, out: Path, nvcc: str | None, archs: list[str]) -> Path:
-    """pyvidx/_C: a pybind11 module for what is not a tensor operation."""
+def info_module(build: Build, out: Path, kernels: Build, archs: list[str]) -> Path:
+    """pyvidx/_C: a pybind11 module for what is not a tensor operation. `kernels` has been run: its logs are read."""
+    import ptxas
     import pybind11
     import torch
 
+    logs = sorted((kernels.folder / "obj").glob("cuda.*.log")) if archs else []
+    header = f'#define PYVIDX_KERNEL_RESOURCES R"json({json.dumps(ptxas.of_logs(logs))})json"\n'
+    resources = build.folder / "kernel_resources.h"
+    if not resources.exists() or resources.read_text() != header:
+        resources.write_text(header)
+
     flags = CONFIG["cxx_flags"] + INCLUDE + [f"-isystem {pybind11.get_include()}"]
-    flags += [f"-isystem {sysconfig.get_paths()['include']}"]
+    flags += [f"-isystem {sysconfig.get_paths()['include']}", f"-I{build.folder}"]
     flags += [f"-DPYVIDX_BUILD_TORCH='\"{torch.__version__}\"'", f"-DPYVIDX_BUILD_ARCHS='\"{' '.join(archs)}\"'"]
     objects = [build.compile(s, flags, tag="info") for s in sources("common") + sources("python")]
     return build.link(out, objects, [])

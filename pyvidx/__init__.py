@@ -1,0 +1,23 @@
+"""Fast video encoders for language models. Names are imported when first used; importing pyvidx does no work."""
+
+import importlib
+
+_HOME = {
+    "BTAdapter": "pyvidx.models",
+    "Encoding": "pyvidx.models",
+    "Clip": "pyvidx.video",
+    "read": "pyvidx.video",
+    "stream": "pyvidx.video",
+    "encode_videos": "pyvidx.encode",
+}
+__all__ = list(_HOME)
+
+
+def __getattr__(name: str):
+    if name in _HOME:
+        return getattr(importlib.import_module(_HOME[name]), name)
+    raise AttributeError(f"module 'pyvidx' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

@@ -84,14 +84,13 @@ def flat_index(keep: Tensor, B: int, T: int, P: int) -> Tensor:
 
 def reference(x, keep, position, time):
     B, T, P, C = x.shape
-    rows = x
-    if position is not None:
-        rows = rows + position
-    if time is not None:
-        rows = rows + time[:T, None]
     index = flat_index(keep, B, T, P)  # [B, S, K]
-    flat = rows.reshape(B, T * P, C).gather(1, index.reshape(B, -1, 1).expand(-1, -1, C))
-    return flat.reshape(B, *index.shape[1:], C)
+    rows = x.reshape(B, T * P, C).gather(1, index.reshape(B, -1, 1).expand(-1, -1, C)).reshape(*index.shape, C)
+    if position is not None:
+        rows = rows + position[index % P]
+    if time is not None:
+        rows = rows + time[index // P]
+    return rows
 
 
 def reference_backward(grad_out, source):

@@ -1,0 +1,51 @@
+# make demo [VIDEO=clip.mp4]   set up, build, encode a video, show what came out
+# make test                    set up, build, run all tests (and make check)
+# make env                     the set-up alone: leaves a ready .venv
+# make check                   ruff and clang-format
+# make bench                   every bench at the papers' sizes, with a table and a plot
+# make cuda-check              compile the CUDA kernels for every architecture: registers, spills, shared memory
+# make emu-test                run the CUDA kernels on the CPU: the op tests under every schedule and sanitizer
+# make gpu-check               on a machine with an NVIDIA GPU: build, test, sanitize, bench, write bench/results
+PY = .venv/bin/python
+CXX_FILES = $(shell find csrc tests cmake -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+ISA_LEVELS = v2 v3 v4 v4bf16
+
+.PHONY: env demo test check isa-test bench cuda-check emu-test gpu-check clean
+
+env:
+	bash cmake/env.sh
+
+demo: env
+	$(PY) -m pyvidx demo $(VIDEO)
+
+test: env check
+	$(PY) -m pytest tests -q -m "not slow"
+	$(MAKE) isa-test
+
+check:
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check -q .
+	$(PY) -m clang_format --dry-run -Werror $(CXX_FILES)
+
+# The op tests at every instruction-set level this CPU has (the best one has run already).
+isa-test:
+	@best=$$($(PY) -c 'from pyvidx import _C; print(_C.isa())'); for level in $(ISA_LEVELS); do \
+	  [ $$level = $$best ] && break; echo "tests/ops at level $$level"; \
+	  PYVIDX_ISA=$$level $(PY) -m pytest tests/ops -q || exit 1; done
+
+bench: env
+	mkdir -p bench/out
+	$(PY) -m pytest bench -q --benchmark-json=bench/out/bench.json
+	$(PY) -m pyvidx.bench report bench/out/bench.json
+
+cuda-check:
+	$(PY) cmake/cuda_check.py
+
+emu-test:
+	$(PY) -m pytest -q tests/test_cuda_emu.py
+
+gpu-check:
+	python3 bench/gpu_check.py
+
+clean:
+	rm -rf build bench/out pyvidx/*.so *.egg-info

@@ -1,0 +1,27 @@
+#!/usr/bin/env bash
+# make env: a .venv with everything, and pyvidx built in place. A torch that $PYTHON already has (a GPU machine) is used;
+# otherwise the CPU build is installed. Safe to run again: what is there is kept, and the build is incremental.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+PYTHON=${PYTHON:-python3}
+venv=.venv/bin/python
+extras=${EXTRAS:-video,hosts,cli,test}
+
+[ -x $venv ] || "$PYTHON" -m venv .venv
+constraints=()
+if ! $venv -c 'import torch' 2>/dev/null; then
+  if "$PYTHON" -c 'import torch' 2>/dev/null; then
+    # Not --system-site-packages: $PYTHON may itself be a virtual environment.
+    "$PYTHON" -c 'import sysconfig; print(sysconfig.get_paths()["purelib"])' \
+      > "$($venv -c 'import sysconfig; print(sysconfig.get_paths()["purelib"])')/outer-torch.pth"
+  else
+    $venv -m pip install -q -c cmake/constraints-cpu.txt torch numpy
+  fi
+fi
+$venv -c 'import torch, sys; sys.exit(torch.version.cuda is not None)' && constraints=(-c cmake/constraints-cpu.txt)
+$venv -m pip install -q ${constraints[@]+"${constraints[@]}"} 'setuptools>=77' wheel ninja pybind11
+if ! $venv -m pip install -q ${constraints[@]+"${constraints[@]}"} --no-build-isolation -e ".[$extras]"; then
+  echo "pyvidx: could not install the extras [$extras] (no network?); building without them" >&2
+  $venv -m pip install -q --no-build-isolation --no-deps -e .
+fi
+$venv -m pyvidx.info

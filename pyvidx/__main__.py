@@ -1,0 +1,29 @@
+"""python -m pyvidx COMMAND: encode videos, run the demo, say what is installed."""
+
+import sys
+
+COMMANDS = {
+    "encode": "encode video files into embeddings",
+    "demo": "encode one video and show what comes out",
+    "info": "versions, devices, and which op runs as kernel or reference",
+}
+
+
+def main() -> int:
+    name = sys.argv[1] if len(sys.argv) > 1 else ""
+    if name not in COMMANDS:
+        print("usage: python -m pyvidx COMMAND [--help]\n", file=sys.stderr)
+        for command, what in COMMANDS.items():
+            print(f"  {command:8} {what}", file=sys.stderr)
+        return 0 if name in ("", "-h", "--help") else 2
+    if name == "info":
+        from pyvidx.info import main as run
+    elif name == "encode":
+        from pyvidx.cli.encode import main as run
+    else:
+        from pyvidx.cli.demo import main as run
+    return run(sys.argv[2:]) or 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,146 @@
+"""python -m pyvidx.info [--json]: what this installation is, and for every op and device whether a kernel or the
+reference will run, and why. The first lines of any bug report."""
+
+import argparse
+import importlib.metadata
+import json
+import os
+import platform
+
+import torch
+
+import pyvidx.ops  # noqa: F401  (defines the ops)
+from pyvidx.ops import _library
+
+
+def collect() -> dict:
+    """Versions, devices, build and ops, as plain data."""
+    return {
+        "pyvidx": _version("pyvidx"),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "torch": torch.__version__,
+        "torch_cuda": torch.version.cuda,
+        "packages": {name: _version(name) for name in PACKAGES},
+        "cpu": {"threads": torch.get_num_threads(), "isa": _isa()},
+        "gpus": _gpus(),
+        "build": _build(),
+        "environment": {k: v for k, v in sorted(os.environ.items()) if k.startswith("PYVIDX_")},
+        "ops": {name: {device: _implementation(name, device) for device in ("cpu", "cuda")} for name in OPS()},
+    }
+
+
+PACKAGES = ("transformers", "open_clip_torch", "decord", "av", "torchcodec", "numpy", "safetensors")
+
+
+def OPS() -> list[str]:
+    return list(_library.REFERENCES)
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _native():
+    try:
+        from pyvidx import _C
+    except ImportError:
+        return None
+    return _C
+
+
+def _isa() -> str:
+    if (native := _native()) is None:
+        return "unknown: pyvidx._C is not built"
+    try:
+        return native.isa()
+    except RuntimeError as error:
+        return str(error)
+
+
+def _gpus() -> list[dict]:
+    if not torch.cuda.is_available():
+        return []
+    found = []
+    for i in range(torch.cuda.device_count()):
+        p = torch.cuda.get_device_properties(i)
+        found.append({"name": p.name, "sm": f"{p.major}{p.minor}", "memory_gib": round(p.total_memory / 2**30, 1)})
+    return found
+
+
+def _build() -> dict | None:
+    if (native := _native()) is None:
+        return None
+    return {
+        "compiler": native.compiler,
+        "torch": native.built_with_torch,
+        "cuda_archs": native.cuda_archs.split(),
+        "library_error": _library.LOAD_ERROR,
+        "kernel_resources": json.loads(native.kernel_resources),
+    }
+
+
+def _implementation(name: str, device: str) -> dict:
+    if not _library.has_kernel(name, device):
+        return {"runs": "reference", "why": _library.why_reference(name, device)}
+    why = "compiled kernel"
+    if device == "cuda" and not torch.cuda.is_available():
+        why = "torch sees no GPU here"
+    elif device == "cuda" and (missing := _uncovered_gpus()):
+        return {"runs": "error", "why": f"this build has no code for {missing}: rebuild with PYVIDX_CUDA_ARCHS"}
+    return {"runs": "kernel", "why": why}
+
+
+def _uncovered_gpus() -> str:
+    """GPUs that are older than every architecture built for, or between them without binary code."""
+    native = _native()
+    archs = [int(a) for a in native.cuda_archs.split()] if native else []
+    if not archs:
+        return ""
+    sms = [int(gpu["sm"]) for gpu in _gpus()]
+    # A cubin runs on the same major version from its minor on; the newest architecture is there as PTX for newer GPUs.
+    covered = [any(a // 10 == sm // 10 and a <= sm for a in archs) or sm >= max(archs) for sm in sms]
+    return ", ".join(f"sm_{sm}" for sm, ok in zip(sms, covered) if not ok)
+
+
+def as_text(info: dict, kernels: bool = False) -> str:
+    """The report for people; kernels: with what the CUDA compiler says of each."""
+    build, cpu = info["build"] or {}, info["cpu"]
+    lines = [
+        f"pyvidx {info['pyvidx']} | python {info['python']} | torch {info['torch']} (cuda {info['torch_cuda']})",
+        f"cpu: {cpu['threads']} threads, kernels at level {cpu['isa']}",
+        "gpu: " + (", ".join(f"{g['name']} (sm_{g['sm']}, {g['memory_gib']} GiB)" for g in info["gpus"]) or "none"),
+        "built with: " + (f"{build['compiler']}, torch {build['torch']}" if build else "not built"),
+        "cuda code for: " + (" ".join(f"sm_{a}" for a in build.get("cuda_archs", [])) or "none"),
+        "packages: " + ", ".join(f"{k} {v or '-'}" for k, v in info["packages"].items()),
+    ]
+    if info["environment"]:
+        lines.append("environment: " + " ".join(f"{k}={v}" for k, v in info["environment"].items()))
+    if build.get("library_error"):
+        lines.append(f"LIBRARY NOT LOADED: {build['library_error']}")
+    width = max(len(name) for name in info["ops"])
+    lines.append(f"{'op':{width}}  {'cpu':9}  {'cuda':9}  why")
+    for name, on in info["ops"].items():
+        whys = dict.fromkeys(o["why"] for o in on.values())
+        lines.append(f"{name:{width}}  {on['cpu']['runs']:9}  {on['cuda']['runs']:9}  {'; '.join(whys)}")
+    if kernels and build.get("kernel_resources"):
+        lines.append("kernel (registers / static shared bytes / spilled bytes)")
+        for kernel, archs in build["kernel_resources"].items():
+            used = "  ".join(f"sm_{a}: {r['registers']}/{r['shared']}/{r['spills']}" for a, r in archs.items())
+            lines.append(f"  {kernel}  {used}")
+    return "\n".join(lines)
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m pyvidx.info", description=__doc__)
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.add_argument("--kernels", action="store_true", help="also print registers and shared memory per CUDA kernel")
+    options, info = parser.parse_args(argv), collect()
+    print(json.dumps(info, indent=2) if options.json else as_text(info, options.kernels))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,40 @@
+"""Every bench runs at its smallest size, so that none rots, and the report reads what they write."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from pyvidx import bench
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory) -> Path:
+    file = tmp_path_factory.mktemp("bench") / "out.json"
+    command = [sys.executable, "-m", "pytest", "bench", "--smallest", "-q", f"--benchmark-json={file}"]
+    run = subprocess.run(command, cwd=ROOT, env=os.environ, text=True, capture_output=True)
+    assert run.returncode == 0, run.stdout[-4000:]
+    return file
+
+
+def test_every_bench_gives_its_numbers(results):
+    cases = bench.load(results)
+    assert {c["op"] for c in cases} >= {p.stem.removeprefix("bench_") for p in (ROOT / "bench").glob("bench_*.py")}
+    for case in cases:
+        missing = {"shape", "dtype", "device", "threads", "bytes", "gbps", "copy_gbps", "floor_share", "vs_eager"} - {
+            *case
+        }
+        assert not missing, f"{case['op']} lacks {missing}"
+        assert case["ms"] > 0 and case["bytes"] > 0
+
+
+def test_report(results, tmp_path):
+    picture = tmp_path / "plot.png"
+    command = [sys.executable, "-m", "pyvidx.bench", "report", str(results), "--plot", str(picture)]
+    text = subprocess.check_output(command, cwd=ROOT, text=True)
+    assert "token_gather" in text and "vs eager" in text
+    assert picture.read_bytes().startswith(b"\x89PNG")

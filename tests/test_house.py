@@ -1,0 +1,83 @@
+"""The rules of the house: what may include what, one name for everything of an op, and files that stay short."""
+
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+OPS = sorted(p.stem for p in (ROOT / "csrc/include/pyvidx").glob("*.h") if "_cuda(" in p.read_text())
+TOP = {"setup.py", "csrc", "pyvidx", "bench", "tests", "cmake", "README.md", "pyproject.toml", "Makefile"}
+LINES = 500
+
+
+def tracked() -> list[Path]:
+    if not (ROOT / ".git").exists():
+        pytest.skip("not a git checkout")
+    names = subprocess.check_output(["git", "ls-files"], cwd=ROOT, text=True).split()
+    return [ROOT / n for n in names if (ROOT / n).exists()]
+
+
+def test_top_level():
+    extra = {p.relative_to(ROOT).parts[0] for p in tracked()} - TOP
+    assert all(name.startswith(".") for name in extra), f"not a room of this house: {sorted(extra)}"
+
+
+@pytest.mark.parametrize("folder", ["include", "common", "cpu", "cuda"])
+def test_kernels_know_no_torch(folder):
+    files = [f for f in (ROOT / "csrc" / folder).rglob("*") if f.is_file()]
+    assert files
+    for f in files:
+        bad = re.findall(r'#include\s*[<"](?:torch|ATen|c10|Python|pybind11)\b.*', f.read_text())
+        assert not bad, f"{f.relative_to(ROOT)}: {bad}"
+
+
+def test_bindings_use_the_stable_abi_only():
+    for f in (ROOT / "csrc/torch").iterdir():
+        bad = re.findall(r'#include\s*[<"](?:ATen|c10|torch/(?!csrc/stable|headeronly))\b.*', f.read_text())
+        assert not bad, f"{f.relative_to(ROOT)}: {bad}"
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_an_op_has_all_its_files(op):
+    want = [
+        f"csrc/include/pyvidx/{op}.h", f"csrc/cpu/{op}.cpp", f"csrc/cuda/{op}.cu", f"csrc/torch/{op}.cpp",
+        f"pyvidx/ops/{op}.py", f"tests/ops/test_{op}.py", f"bench/bench_{op}.py",
+    ]  # fmt: skip
+    missing = [w for w in want if not (ROOT / w).exists()]
+    assert not missing, f"{op} lacks {missing}"
+
+
+def test_files_stay_short():
+    long = {}
+    for f in tracked():
+        if f.suffix in {".py", ".cpp", ".cu", ".cuh", ".h", ".md", ".txt"} or f.name == "Makefile":
+            lines = len(f.read_text().splitlines())
+            if lines > LINES:
+                long[str(f.relative_to(ROOT))] = lines
+    assert not long, f"over {LINES} lines: {long}"
+
+
+def test_no_list_of_sources_or_architectures_twice():
+    """Sources are globbed; architectures and instruction sets stand in cmake/build.json alone."""
+    for name in ("setup.py", "cmake/CMakeLists.txt", "cmake/native_build.py", "Makefile"):
+        text = (ROOT / name).read_text()
+        assert not [op for op in OPS if op in text], name
+        assert "x86-64-v" not in text and "sm_80" not in text, name
+
+
+@pytest.mark.skipif(shutil.which("nm") is None, reason="needs nm (binutils)")
+def test_cpu_kernels_leave_nothing_to_share():
+    """A function compiled at several instruction-set levels under one name is a crash on an older CPU: every level's
+    object must define its entry points and nothing else that a linker could pick."""
+    objects = sorted((ROOT / "build/native/kernels/obj").glob("cpu.*.o"))
+    if not objects:
+        pytest.skip("no build here: python setup.py build_ext --inplace")
+    for o in objects:
+        level = o.name.split(".")[-2]
+        symbols = subprocess.check_output(["nm", "-C", "--defined-only", o], text=True).splitlines()
+        shared = [s for s in symbols if s.split(" ", 2)[1] in "WVuT" and f"pyvidx::{level}::" not in s]
+        entries = [s for s in shared if level == "baseline" and re.search(r" T pyvidx::\w+_cpu\(", s)]
+        assert not set(shared) - set(entries), f"{o.name}: {shared}"
