@@ -26,20 +26,36 @@ def isa_levels() -> dict[str, list[str]]:
     return levels.get(platform.machine(), levels["other"])
 
 
+def installed_nvcc() -> str | None:
+    """nvcc of CUDA_HOME, /usr/local/cuda or PATH."""
+    nvcc = Path(os.environ.get("CUDA_HOME", "/usr/local/cuda")) / "bin/nvcc"
+    return str(nvcc) if nvcc.exists() else shutil.which("nvcc")
+
+
+def known_archs(nvcc: str) -> set[str]:
+    """The architectures this nvcc can compile for."""
+    return set(re.findall(r"compute_(\d+)\b", subprocess.check_output([nvcc, "--list-gpu-arch"], text=True)))
+
+
 def find_nvcc() -> str | None:
-    """nvcc of CUDA_HOME, /usr/local/cuda or PATH. None without one, with PYVIDX_CUDA=0, or (unless PYVIDX_CUDA=1) for
-    a torch that could not use the kernels."""
+    """The nvcc to build with: None without one, with PYVIDX_CUDA=0, or (unless PYVIDX_CUDA=1) for a torch that could
+    not use the kernels."""
     import torch
 
     wish = os.environ.get("PYVIDX_CUDA", "")
     if wish == "0" or (wish != "1" and torch.version.cuda is None):
         return None
-    nvcc = Path(os.environ.get("CUDA_HOME", "/usr/local/cuda")) / "bin/nvcc"
-    found = str(nvcc) if nvcc.exists() else shutil.which("nvcc")
+    found = installed_nvcc()
     if found is None:
         message = "pyvidx: no nvcc in CUDA_HOME, /usr/local/cuda or PATH: the CUDA kernels are not built"
         sys.exit(message) if wish == "1" else print(message, file=sys.stderr)
     return found
+
+
+def cuda_headers() -> Path | None:
+    """The folder of cuda_fp16.h and its like in CUDA_HOME or /usr/local/cuda, for what reads CUDA sources with g++."""
+    include = Path(os.environ.get("CUDA_HOME", "/usr/local/cuda")) / "include"
+    return include if (include / "cuda_fp16.h").exists() else None
 
 
 def cuda_archs(nvcc: str) -> list[str]:
@@ -51,7 +67,7 @@ def cuda_archs(nvcc: str) -> list[str]:
     if not wanted and torch.cuda.is_available():
         wanted = sorted({"{}{}".format(*torch.cuda.get_device_capability(i)) for i in range(torch.cuda.device_count())})
     wanted = wanted or CONFIG["cuda_archs"]
-    known = set(re.findall(r"compute_(\d+)\b", subprocess.check_output([nvcc, "--list-gpu-arch"], text=True)))
+    known = known_archs(nvcc)
     dropped = [a for a in wanted if a not in known]
     if dropped:
         print(

@@ -1,0 +1,122 @@
+// The part of the CUDA runtime that launch.cuh uses: errors, attributes, and the limits of a launch.
+#include <cstdio>
+#include <cstdlib>
+#include <map>
+#include <stdexcept>
+#include <utility>
+
+#include "cuda_emu.h"
+#include "state.h"
+
+namespace {
+
+constexpr size_t kNoOptIn = 48 * 1024;  // shared memory any kernel may use
+
+cudaError_t last_error = cudaSuccess;
+std::string unchecked;  // the kernel launched since the last cudaGetLastError
+std::map<const void*, size_t> opted_in;
+
+// The pretended device: sm_70 unless PYVIDX_EMU_SMEM says how many bytes.
+size_t device_shared_bytes() {
+  const char* value = std::getenv("PYVIDX_EMU_SMEM");
+  return value != nullptr ? std::stoul(value) : 96 * 1024;
+}
+
+void log_launch(const cuemu::Kernel& kernel, dim3 grid, dim3 block, size_t shared_bytes) {
+  const char* path = std::getenv("PYVIDX_EMU_LOG");
+  if (path == nullptr) return;
+  FILE* file = std::fopen(path, "a");
+  if (file == nullptr) throw std::runtime_error(std::string("PYVIDX_EMU_LOG: cannot write ") + path);
+  std::fprintf(file, "%s\tgrid %u %u %u\tblock %u %u %u\tshared %zu\n", kernel.name, grid.x, grid.y, grid.z, block.x,
+               block.y, block.z, shared_bytes);
+  std::fclose(file);
+}
+
+cudaError_t check(const cuemu::Kernel& kernel, dim3 grid, dim3 block, size_t shared_bytes) {
+  const uint64_t threads = uint64_t(block.x) * block.y * block.z;
+  if (threads == 0 || threads > 1024 || block.z > 64) return cudaErrorInvalidConfiguration;
+  if (grid.x == 0 || grid.y == 0 || grid.z == 0) return cudaErrorInvalidConfiguration;
+  if (grid.x > 0x7fffffffu || grid.y > 65535 || grid.z > 65535) return cudaErrorInvalidConfiguration;
+  const auto found = opted_in.find(kernel.function);
+  const size_t fixed = cuemu::static_shared_bytes(kernel.function);
+  const size_t limit = found == opted_in.end() ? kNoOptIn - fixed : found->second;
+  return shared_bytes > limit ? cudaErrorInvalidValue : cudaSuccess;
+}
+
+}  // namespace
+
+namespace cuemu {
+
+bool may_launch(const Kernel& kernel, dim3 grid, dim3 block, size_t shared_bytes) {
+  if (!unchecked.empty()) {
+    const std::string name = std::exchange(unchecked, "");
+    throw std::runtime_error("cuda_emu: the launch of " + name + " is not followed by check_launch");
+  }
+  unchecked = kernel.name;
+  if (static_shared_bytes(kernel.function) > kNoOptIn) {
+    throw std::runtime_error(std::string("cuda_emu: ") + kernel.name + " declares more than 48 KB of __shared__");
+  }
+  last_error = check(kernel, grid, block, shared_bytes);
+  if (last_error != cudaSuccess) return false;
+  log_launch(kernel, grid, block, shared_bytes);
+  return true;
+}
+
+void forget_launch() { unchecked.clear(); }
+
+}  // namespace cuemu
+
+cudaError_t cudaGetLastError() {
+  unchecked.clear();
+  return std::exchange(last_error, cudaSuccess);
+}
+
+const char* cudaGetErrorString(cudaError_t error) {
+  switch (error) {
+    case cudaSuccess:
+      return "no error";
+    case cudaErrorInvalidValue:
+      return "invalid argument";
+    case cudaErrorInvalidConfiguration:
+      return "invalid configuration argument";
+    default:
+      return "an error the emulator does not know";
+  }
+}
+
+cudaError_t cudaGetDevice(int* device) {
+  *device = 0;
+  return cudaSuccess;
+}
+
+cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
+  switch (attribute) {
+    case cudaDevAttrMaxSharedMemoryPerBlockOptin:
+      *value = int(device_shared_bytes());
+      return cudaSuccess;
+    case cudaDevAttrMaxSharedMemoryPerBlock:
+      *value = int(kNoOptIn);
+      return cudaSuccess;
+    case cudaDevAttrMultiProcessorCount:
+      *value = 2;  // small, so that grid-stride loops do loop
+      return cudaSuccess;
+    case cudaDevAttrMaxThreadsPerBlock:
+      *value = 1024;
+      return cudaSuccess;
+    case cudaDevAttrComputeCapabilityMajor:
+      *value = 7;
+      return cudaSuccess;
+    case cudaDevAttrComputeCapabilityMinor:
+      *value = 0;
+      return cudaSuccess;
+    default:
+      return cudaErrorInvalidValue;
+  }
+}
+
+cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute attribute, int value) {
+  if (attribute != cudaFuncAttributeMaxDynamicSharedMemorySize || value < 0) return cudaErrorInvalidValue;
+  if (size_t(value) + cuemu::static_shared_bytes(kernel) > device_shared_bytes()) return cudaErrorInvalidValue;
+  opted_in[kernel] = size_t(value);
+  return cudaSuccess;
+}
