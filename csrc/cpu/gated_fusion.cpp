@@ -2,7 +2,8 @@
 // LayerNorm; of the first input 2, or 3; w, position and time stay in the caches.
 //
 // A LayerNorm needs the row three times: mean, variance, result. Nothing is written before the third, so out may be z.
-// The next row is prefetched meanwhile: a hardware prefetcher stops at the end of a page, which a row is about as long as.
+// The next row is prefetched meanwhile: a hardware prefetcher stops at the end of a page, which a row is about as long
+// as.
 #include "pyvidx/gated_fusion.h"
 
 #include "level.h"
@@ -26,7 +27,7 @@ constexpr int64_t kBuffer = 2048;
 
 template <typename T>
 struct Sources {
-  const T *x, *x_pair;   // the second frame of a pair
+  const T *x, *x_pair;  // the second frame of a pair
   const T *z, *position, *time;
 };
 
@@ -166,7 +167,8 @@ void fuse(const GatedFusionArgs& a, const Executor& executor) {
 
 template <typename T, Form kForm>
 void pick(const GatedFusionArgs& a, const Executor& executor) {
-  if (a.normed.size[3] > 0) return a.pair ? fuse<T, kForm, true, true>(a, executor) : fuse<T, kForm, false, true>(a, executor);
+  if (a.normed.size[3] > 0)
+    return a.pair ? fuse<T, kForm, true, true>(a, executor) : fuse<T, kForm, false, true>(a, executor);
   return a.pair ? fuse<T, kForm, true, false>(a, executor) : fuse<T, kForm, false, false>(a, executor);
 }
 

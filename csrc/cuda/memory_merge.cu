@@ -23,24 +23,6 @@ static_assert(sizeof(MemoryStepArgs) + sizeof(AttachedChunk) <= 4096, "kernel pa
 template <typename T, bool kVectorized>
 constexpr int kPack = kVectorized ? kVec<T> : 1;
 
-template <typename T, int kSize>
-__device__ __forceinline__ void load_pack(const T* p, Acc<T> (&x)[kSize]) {
-  if constexpr (kSize == 1) {
-    x[0] = to_acc(*p);
-  } else {
-    load_vec(p, x);
-  }
-}
-
-template <typename T, int kSize>
-__device__ __forceinline__ void store_pack(T* p, const Acc<T> (&x)[kSize]) {
-  if constexpr (kSize == 1) {
-    *p = from_acc<T>(x[0]);
-  } else {
-    store_vec(p, x);
-  }
-}
-
 template <typename A>
 __device__ __forceinline__ A cosine(A dot, A xx, A yy) {
   const A eps = A(kMemoryEps), x = sqrt(xx), y = sqrt(yy);

@@ -244,7 +244,10 @@ def _backward(ctx, grad_out, grad_out_cls, grad_normed, _):
     value, x, z, cls, gate, keep, weight, stats = ctx.saved_tensors
     B, T, N, C = ctx.sizes
     need_x, need_z, need_cls, need_gate, need_position, need_time = ctx.needs_input_grad[:6]
-    first, like = ctx.time_rows is not None, next((g for g in (grad_out, grad_out_cls, grad_normed) if g is not None), None)
+    first, like = (
+        ctx.time_rows is not None,
+        next((g for g in (grad_out, grad_out_cls, grad_normed) if g is not None), None),
+    )
     if like is None:
         return (None,) * 12
     if grad_out_cls is None:
