@@ -2,8 +2,8 @@
 // rows are the first blocks of the same launch, so that their strided reads hide behind the rest. Traffic: 3 passes
 // over the branch's rows (read x, read z, write out), 4 with the LayerNorm; 2 or 3 for the first input. w is computed
 // once per block. The norm's row is in registers; its mean and variance are two sums over the block, for all rows in
-// flight at once. Rows that are not aligned or longer than 8 KB go through a second kernel: w comes from a scratch row,
-// and the norm reads x and z three times (twice from the caches).
+// flight at once. Rows that are not aligned or longer than 2048 channels go through a second kernel: w comes from a
+// scratch row, and the norm reads x and z three times (twice from the caches).
 #include "gated_fusion.cuh"
 
 namespace pyvidx::cuda {
@@ -74,10 +74,11 @@ __device__ __forceinline__ void fuse(const GatedFusionArgs& a, const Chunk& chun
 }
 
 template <typename T, Fusion kForm>
-__global__ __launch_bounds__(kFusionThreads) void gated_fusion_kernel(GatedFusionArgs a, unsigned class_rows,
-                                                                      unsigned chunk_rows, unsigned chunks) {
+__global__ __launch_bounds__(kFusionThreads<T>,
+                             kFusionBlocks<T>) void gated_fusion_kernel(GatedFusionArgs a, unsigned class_rows,
+                                                                        unsigned chunk_rows, unsigned chunks) {
   constexpr int kSize = kVec<T>, kRows = kFusionRows<T>;
-  __shared__ Acc<T> shared[2 * kFusionThreads / 32 * kRows];
+  __shared__ Acc<T> shared[2 * kFusionWarps * kRows];
   const int64_t C = a.x.size[3], c = int64_t(threadIdx.x) * kSize;
   const bool own = c < C, norm = a.normed.size[3] > 0;
   Acc<T> w[kSize] = {}, weight[kSize] = {}, bias[kSize] = {};
@@ -146,7 +147,7 @@ __global__ __launch_bounds__(kFusionThreads) void gated_fusion_kernel(GatedFusio
 template <typename T, Fusion kForm>
 __global__ __launch_bounds__(kFusionLoopThreads) void gated_fusion_loop_kernel(GatedFusionArgs a, unsigned class_rows,
                                                                                unsigned chunk_rows, unsigned chunks) {
-  __shared__ Acc<T> shared[2 * kFusionThreads / 32];
+  __shared__ Acc<T> shared[2 * kFusionWarps];
   const int64_t C = a.x.size[3];
   const auto mix = [&](int64_t c, Acc<T>(&w)[1]) { w[0] = kForm == Fusion::gate ? *a.mix.at<Acc<T>>(c) : Acc<T>(0); };
   if (blockIdx.x < class_rows) {
@@ -208,10 +209,10 @@ namespace {
 
 template <typename T>
 bool whole_rows(const GatedFusionArgs& a) {
-  return a.x.size[3] <= kFusionThreads * kVec<T> && vectorizable<T>(a.x) && vectorizable<T>(a.x_cls) &&
-         vectorizable<T>(a.z) && vectorizable<T>(a.cls) && vectorizable<T>(a.gate) && vectorizable<T>(a.position) &&
-         vectorizable<T>(a.time) && vectorizable<T>(a.weight) && vectorizable<T>(a.bias) && vectorizable<T>(a.out) &&
-         vectorizable<T>(a.out_cls) && vectorizable<T>(a.normed);
+  return a.x.size[3] <= 2048 && vectorizable<T>(a.x) && vectorizable<T>(a.x_cls) && vectorizable<T>(a.z) &&
+         vectorizable<T>(a.cls) && vectorizable<T>(a.gate) && vectorizable<T>(a.position) && vectorizable<T>(a.time) &&
+         vectorizable<T>(a.weight) && vectorizable<T>(a.bias) && vectorizable<T>(a.out) && vectorizable<T>(a.out_cls) &&
+         vectorizable<T>(a.normed);
 }
 
 template <typename T, Fusion kForm>

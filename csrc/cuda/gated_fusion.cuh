@@ -8,8 +8,14 @@
 
 namespace pyvidx::cuda {
 
-constexpr int kFusionThreads = 512;  // at most, where a thread owns 16 bytes: rows of 8 KB. Longer rows are looped over
+// At most, where a thread owns 16 bytes: rows of 2048 channels. Longer rows are looped over.
+template <typename T>
+constexpr int kFusionThreads = 2048 / kVec<T>;
+// Per multiprocessor, so that the compiler keeps a 16-bit kernel to 80 registers: more loads under way.
+template <typename T>
+constexpr int kFusionBlocks = sizeof(T) == 2 ? 3 : 1;
 constexpr int kFusionLoopThreads = 256;
+constexpr int kFusionWarps = 16;  // at most, of any kernel here
 
 enum class Fusion { first, sum, gate };
 
@@ -30,7 +36,7 @@ __device__ __forceinline__ void load_mix(const View<1>& gate, double scale, int6
 // two buffers, so that one barrier per call is enough: when a buffer is written again, all have left it.
 template <int kCount, typename A>
 struct RowSum {
-  A* shared;  // [2][kFusionThreads / 32][kCount]
+  A* shared;  // [2][kFusionWarps][kCount]
   int turn = 0;
 
   __device__ __forceinline__ void operator()(A (&x)[kCount]) {
@@ -38,7 +44,7 @@ struct RowSum {
 #pragma unroll
     for (int i = 0; i < kCount; ++i) x[i] = warp_sum(x[i]);
     if (warps == 1) return;
-    A* const mine = shared + turn * (kFusionThreads / 32) * kCount;
+    A* const mine = shared + turn * kFusionWarps * kCount;
     turn ^= 1;
     if (lane == 0) {
 #pragma unroll

@@ -1,9 +1,9 @@
 // A block takes a part: a chunk of rows of one frame. A thread owns the same channels in all of them and keeps their
 // sums (for the gate, the norm's weight and bias) in registers; it writes them once, and a second kernel adds the parts
 // up in their order. Further blocks of the same launch take the class rows and zero the rows of grad_x that nothing
-// kept. Rows that are not aligned or longer than 8 KB loop over channels, and keep the sums in their scratch row.
-// Traffic: every tensor there is once: the gradients in, the row before the norm or x and z for the gate, grad_z and
-// grad_x out. See csrc/cpu/gated_fusion_backward.cpp for what is saved and what is computed again.
+// kept. Rows that are not aligned or longer than 2048 channels loop over channels, and keep the sums in their scratch
+// row. Traffic: every tensor there is once: the gradients in, the row before the norm or x and z for the gate, grad_z
+// and grad_x out. See csrc/cpu/gated_fusion_backward.cpp for what is saved and what is computed again.
 #include "gated_fusion.cuh"
 
 namespace pyvidx::cuda {
@@ -72,29 +72,28 @@ __device__ __forceinline__ void load_rows(const GatedFusionBackwardArgs& a, cons
       load_pack<T, kSize>(a.grad_normed.at<const T>(chunk.b, chunk.s, k[r], c), rows.normed[r]);
       if (!again) load_pack<T, kSize>(a.value.at<const T>(chunk.b, chunk.s, k[r], c), rows.value[r]);
     }
-    if (!kNorm || a.grad_out) {
-      load_pack<T, kSize>(a.grad_out.at<const T>(chunk.b, chunk.s, k[r], c), rows.grad[r]);
-    } else {
 #pragma unroll
-      for (int i = 0; i < kSize; ++i) rows.grad[r][i] = 0;
-    }
+    for (int i = 0; i < kSize; ++i) rows.grad[r][i] = 0;
+    if (a.grad_out) load_pack<T, kSize>(a.grad_out.at<const T>(chunk.b, chunk.s, k[r], c), rows.grad[r]);
   }
-  if (!again && !(kGate && a.grad_gate)) return;
+  if constexpr (kNorm || kGate) {
+    if (!again && !a.grad_gate) return;
 #pragma unroll
-  for (int r = 0; r < kRows; ++r) {
-    Acc<T> x[kSize], z[kSize];
-    load_pack<T, kSize>(a.x.at<const T>(chunk.b, a.pair ? 2 * from[r].t : from[r].t, from[r].p, c), x);
-    load_pack<T, kSize>(a.z.at<const T>(chunk.b, chunk.s, k[r], c), z);
-    if (a.pair) {
-      Acc<T> second[kSize];
-      load_pack<T, kSize>(a.x.at<const T>(chunk.b, 2 * from[r].t + 1, from[r].p, c), second);
+    for (int r = 0; r < kRows; ++r) {
+      Acc<T> x[kSize], z[kSize];
+      load_pack<T, kSize>(a.x.at<const T>(chunk.b, a.pair ? 2 * from[r].t : from[r].t, from[r].p, c), x);
+      load_pack<T, kSize>(a.z.at<const T>(chunk.b, chunk.s, k[r], c), z);
+      if (a.pair) {
+        Acc<T> second[kSize];
+        load_pack<T, kSize>(a.x.at<const T>(chunk.b, 2 * from[r].t + 1, from[r].p, c), second);
 #pragma unroll
-      for (int i = 0; i < kSize; ++i) x[i] = (x[i] + second[i]) * Acc<T>(0.5);
-    }
+        for (int i = 0; i < kSize; ++i) x[i] = (x[i] + second[i]) * Acc<T>(0.5);
+      }
 #pragma unroll
-    for (int i = 0; i < kSize; ++i) {
-      if (again) rows.value[r][i] = kGate ? (1 - w[i]) * z[i] + w[i] * x[i] : z[i] + x[i];
-      rows.change[r][i] = x[i] - z[i];
+      for (int i = 0; i < kSize; ++i) {
+        if (again) rows.value[r][i] = kGate ? (1 - w[i]) * z[i] + w[i] * x[i] : z[i] + x[i];
+        rows.change[r][i] = x[i] - z[i];
+      }
     }
   }
 }
@@ -148,10 +147,11 @@ __device__ __forceinline__ Patch backward_source(const GatedFusionBackwardArgs& 
 }
 
 template <typename T, bool kNorm, bool kGate>
-__global__ __launch_bounds__(kFusionThreads) void gated_fusion_backward_kernel(GatedFusionBackwardArgs a,
-                                                                               FusionBackwardPlan plan) {
+__global__ __launch_bounds__(kFusionThreads<T>,
+                             kFusionBlocks<T>) void gated_fusion_backward_kernel(GatedFusionBackwardArgs a,
+                                                                                 FusionBackwardPlan plan) {
   constexpr int kSize = kVec<T>, kRows = kFusionBackwardRows<T>;
-  __shared__ Acc<T> shared[2 * kFusionThreads / 32 * 2 * kRows];
+  __shared__ Acc<T> shared[2 * kFusionWarps * 2 * kRows];
   const View<4>& shape = a.rows();
   const int64_t C = shape.size[3], c = int64_t(threadIdx.x) * kSize;
   const bool own = c < C;
@@ -218,7 +218,7 @@ __global__ __launch_bounds__(kFusionThreads) void gated_fusion_backward_kernel(G
 template <typename T, bool kNorm, bool kGate>
 __global__ __launch_bounds__(kFusionLoopThreads) void gated_fusion_backward_loop_kernel(GatedFusionBackwardArgs a,
                                                                                         FusionBackwardPlan plan) {
-  __shared__ Acc<T> shared[2 * kFusionThreads / 32 * 2];
+  __shared__ Acc<T> shared[2 * kFusionWarps * 2];
   const View<4>& shape = a.rows();
   const int64_t C = shape.size[3];
   if (blockIdx.x >= plan.class_rows + plan.parts) {
@@ -310,11 +310,11 @@ namespace {
 
 template <typename T>
 bool whole_rows(const GatedFusionBackwardArgs& a) {
-  return a.rows().size[3] <= kFusionThreads * kVec<T> && vectorizable<T>(a.grad_out) &&
-         vectorizable<T>(a.grad_out_cls) && vectorizable<T>(a.grad_normed) && vectorizable<T>(a.value) &&
-         vectorizable<T>(a.x) && vectorizable<T>(a.x_cls) && vectorizable<T>(a.z) && vectorizable<T>(a.cls) &&
-         vectorizable<T>(a.gate) && vectorizable<T>(a.weight) && vectorizable<T>(a.grad_x) &&
-         vectorizable<T>(a.grad_x_cls) && vectorizable<T>(a.grad_z) && vectorizable<T>(a.grad_cls);
+  return a.rows().size[3] <= 2048 && vectorizable<T>(a.grad_out) && vectorizable<T>(a.grad_out_cls) &&
+         vectorizable<T>(a.grad_normed) && vectorizable<T>(a.value) && vectorizable<T>(a.x) &&
+         vectorizable<T>(a.x_cls) && vectorizable<T>(a.z) && vectorizable<T>(a.cls) && vectorizable<T>(a.gate) &&
+         vectorizable<T>(a.weight) && vectorizable<T>(a.grad_x) && vectorizable<T>(a.grad_x_cls) &&
+         vectorizable<T>(a.grad_z) && vectorizable<T>(a.grad_cls);
 }
 
 template <typename T, bool kNorm, bool kGate>
