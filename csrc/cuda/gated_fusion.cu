@@ -145,8 +145,9 @@ __global__ __launch_bounds__(kFusionThreads<T>,
 }
 
 template <typename T, Fusion kForm>
-__global__ __launch_bounds__(kFusionLoopThreads) void gated_fusion_loop_kernel(GatedFusionArgs a, unsigned class_rows,
-                                                                               unsigned chunk_rows, unsigned chunks) {
+__global__ __launch_bounds__(kFusionLoopThreads,
+                             2) void gated_fusion_loop_kernel(GatedFusionArgs a, unsigned class_rows,
+                                                              unsigned chunk_rows, unsigned chunks) {
   __shared__ Acc<T> shared[2 * kFusionWarps];
   const int64_t C = a.x.size[3];
   const auto mix = [&](int64_t c, Acc<T>(&w)[1]) { w[0] = kForm == Fusion::gate ? *a.mix.at<Acc<T>>(c) : Acc<T>(0); };

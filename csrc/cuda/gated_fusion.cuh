@@ -12,8 +12,13 @@ namespace pyvidx::cuda {
 template <typename T>
 constexpr int kFusionThreads = 2048 / kVec<T>;
 // Per multiprocessor, so that the compiler keeps a 16-bit kernel to 80 registers: more loads under way.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 750
+template <typename T>
+constexpr int kFusionBlocks = sizeof(T) == 2 ? 2 : 1;  // sm_70 would spill at 80
+#else
 template <typename T>
 constexpr int kFusionBlocks = sizeof(T) == 2 ? 3 : 1;
+#endif
 constexpr int kFusionLoopThreads = 256;
 constexpr int kFusionWarps = 16;  // at most, of any kernel here
 

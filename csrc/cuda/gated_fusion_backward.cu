@@ -12,6 +12,9 @@ namespace pyvidx::cuda {
 template <typename T>
 constexpr int kFusionBackwardRows = 8 / kVec<T>;
 constexpr int kZeroRows = 16;  // per block
+// With both a norm and a gate there are 64 values and sums in 16-bit's registers: they do not fit 80 registers.
+template <typename T, bool kNormAndGate>
+constexpr int kBackwardBlocks = kFusionBlocks<T> - (kNormAndGate && sizeof(T) == 2 ? 1 : 0);
 
 struct FusionBackwardPlan {
   unsigned class_rows, parts, chunk, chunks;  // blocks: class rows, then parts, then what zeroes grad_x
@@ -147,9 +150,8 @@ __device__ __forceinline__ Patch backward_source(const GatedFusionBackwardArgs& 
 }
 
 template <typename T, bool kNorm, bool kGate>
-__global__ __launch_bounds__(kFusionThreads<T>,
-                             kFusionBlocks<T>) void gated_fusion_backward_kernel(GatedFusionBackwardArgs a,
-                                                                                 FusionBackwardPlan plan) {
+__global__ __launch_bounds__(kFusionThreads<T>, kBackwardBlocks<T, kNorm && kGate>) void gated_fusion_backward_kernel(
+    GatedFusionBackwardArgs a, FusionBackwardPlan plan) {
   constexpr int kSize = kVec<T>, kRows = kFusionBackwardRows<T>;
   __shared__ Acc<T> shared[2 * kFusionWarps * 2 * kRows];
   const View<4>& shape = a.rows();
@@ -216,8 +218,8 @@ __global__ __launch_bounds__(kFusionThreads<T>,
 }
 
 template <typename T, bool kNorm, bool kGate>
-__global__ __launch_bounds__(kFusionLoopThreads) void gated_fusion_backward_loop_kernel(GatedFusionBackwardArgs a,
-                                                                                        FusionBackwardPlan plan) {
+__global__ __launch_bounds__(kFusionLoopThreads, 2) void gated_fusion_backward_loop_kernel(GatedFusionBackwardArgs a,
+                                                                                           FusionBackwardPlan plan) {
   __shared__ Acc<T> shared[2 * kFusionWarps * 2];
   const View<4>& shape = a.rows();
   const int64_t C = shape.size[3];
@@ -264,13 +266,12 @@ __global__ __launch_bounds__(kFusionLoopThreads) void gated_fusion_backward_loop
       RowSums<1, Acc<T>> sums;
       finish_row<T, 1, 1, kNorm, kGate>(a, chunk, k, from[0], c, w, weight, kNorm ? stats[1] : Acc<T>(0), mean[0],
                                         mean[1], 0, rows, sums);
-      const Acc<T> of_row[3] = {sums.gate[0], sums.weight[0], sums.bias[0]};
-#pragma unroll
-      for (int i = 0; i < 3; ++i) {  // only this thread touches channel c of this part
-        if (i == 0 ? !(kGate && a.grad_gate) : !kNorm) continue;
-        Acc<T>* sum = a.partial.at<Acc<T>>(i, part, c);
-        *sum = (k == chunk.begin ? Acc<T>(0) : *sum) + of_row[i];
-      }
+      const auto add = [&](int which, Acc<T> x) {  // only this thread touches channel c of this part
+        Acc<T>* sum = a.partial.at<Acc<T>>(which, part, c);
+        *sum = k == chunk.begin ? x : *sum + x;
+      };
+      if (kGate && a.grad_gate) add(0, sums.gate[0]);
+      if (kNorm) add(1, sums.weight[0]), add(2, sums.bias[0]);
     }
   }
 }
