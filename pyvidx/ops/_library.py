@@ -124,7 +124,7 @@ def why_reference(name: str, device_type: str) -> str:
     """Why the reference of an op runs on a device."""
     if LOAD_ERROR is not None:
         return f"the compiled library did not load ({LOAD_ERROR}), so the reference runs"
-    return f"{name} has no {device_type} kernel in this build, so the reference runs"
+    return f"no {device_type} kernel in this build, so the reference runs"
 
 
 def _load() -> str | None:
