@@ -32,7 +32,7 @@ FAULTS = {  # the kernel's correct result, for every thread or per thread
     "misaligned": [4 * i for i in range(THREADS)],
     "missing_syncthreads": [THREADS - 1 - i for i in range(THREADS)],
     "missing_syncwarp": [i ^ 1 for i in range(THREADS)],
-    "block_sum": 128 * 128 + 8128 + 126,
+    "block_sum": 128 * 128 + 8128 + 126 + 77,
     "missing_wait": [THREADS - 1 - i for i in range(THREADS)],
     "wait_for_too_few": [i ^ 32 for i in range(THREADS)],
     "missing_barrier_after_wait": [THREADS - 1 - i for i in range(THREADS)],
