@@ -48,6 +48,8 @@ const char* isa_name(Isa level) {
 #endif
 }
 
+void throw_out_of_range(const char* message) { throw std::out_of_range(message); }
+
 void throw_unsupported_dtype(const char* op, DType dtype) {
   static const char* names[] = {"float16", "bfloat16", "float32", "float64", "int32", "int64"};
   throw std::invalid_argument(std::string(op) + ": unsupported dtype " + names[int(dtype)]);

@@ -23,6 +23,7 @@ struct DTypeOf<double> {
 
 // Throws std::invalid_argument. Compiled once (csrc/common/isa.cpp), so that kernel files need no <string>.
 [[noreturn]] void throw_unsupported_dtype(const char* op, DType dtype);
+[[noreturn]] void throw_out_of_range(const char* message);  // std::out_of_range, from there for the same reason
 
 template <typename... Ts, typename F>
 __attribute__((always_inline)) inline void visit_dtype(const char* op, DType dtype, F&& f) {

@@ -1,0 +1,405 @@
+// The streaming step: one block per position (b, n) for the bank, one warp per position and attached tensor.
+//
+// Every launch reads the choice off the cached similarities by itself, so the attached kernels go first, the bank's
+// kernel then changes the state of its position, and a last small kernel the lengths, which all positions of a video
+// read. The order on the stream is all the synchronization there is: no atomics, no scratch memory, no host.
+//
+// Traffic per position: 8 rows of the bank (6 read, 2 written), 5 of every attached tensor (3 read, 2 written).
+#include "block.cuh"
+#include "pyvidx/memory_merge.h"
+
+namespace pyvidx::cuda {
+
+constexpr int kMemoryThreads = 128;
+constexpr int kMemoryWarps = kMemoryThreads / 32;
+constexpr int kMaxAttached = 16;  // per launch: kernel parameters may take 4 KB
+
+struct AttachedChunk {
+  MemoryAttached item[kMaxAttached];
+};
+static_assert(sizeof(MemoryStepArgs) + sizeof(AttachedChunk) <= 4096, "kernel parameters");
+
+// A pack is what a thread takes at a time: 16 bytes, or one element where rows are not aligned.
+template <typename T, bool kVectorized>
+constexpr int kPack = kVectorized ? kVec<T> : 1;
+
+template <typename T, int kSize>
+__device__ __forceinline__ void load_pack(const T* p, Acc<T> (&x)[kSize]) {
+  if constexpr (kSize == 1) {
+    x[0] = to_acc(*p);
+  } else {
+    load_vec(p, x);
+  }
+}
+
+template <typename T, int kSize>
+__device__ __forceinline__ void store_pack(T* p, const Acc<T> (&x)[kSize]) {
+  if constexpr (kSize == 1) {
+    *p = from_acc<T>(x[0]);
+  } else {
+    store_vec(p, x);
+  }
+}
+
+template <typename A>
+__device__ __forceinline__ A cosine(A dot, A xx, A yy) {
+  const A eps = A(kMemoryEps), x = sqrt(xx), y = sqrt(yy);
+  return dot / (x < eps ? eps : x) / (y < eps ? eps : y);  // a NaN stays one
+}
+
+// (s0 x + s1 y) / (s0 + s1); a product and a Newton step round as the division does.
+template <typename A>
+struct Mean {
+  A s0, s1, total, inverse;
+
+  __device__ __forceinline__ Mean(A first, A second)
+      : s0(first), s1(second), total(first + second), inverse(A(1) / total) {}
+  __device__ __forceinline__ A operator()(A x, A y) const {
+    const A dividend = x * s0 + y * s1, quotient = dividend * inverse;
+    return (dividend - quotient * total) * inverse + quotient;
+  }
+};
+
+// What one step does at one position. Slots; -1: none.
+struct StepPlan {
+  int k;                        // the merged pair is (k, k + 1); -1: nothing merges
+  int keep, gone, left, right;  // the pair, and its neighbors in time
+  int last, target;             // the newest entry after the merge (may be `keep`), and where the frame goes
+  int length;                   // after the merge
+  int size0, size1;             // frames in the pair
+};
+
+// All lanes of a warp take part and get the same plan.
+__device__ __forceinline__ StepPlan plan_step(const MemoryStepArgs& a, int64_t b, int64_t n) {
+  StepPlan p{-1, -1, -1, -1, -1, -1, -1, 0, 1, 1};
+  if (a.active && *a.active.at<const int32_t>(b) == 0) return p;
+  const int M = int(a.similarity.size[2]);
+  p.length = *a.length.at<const int32_t>(b);
+  if (p.length < 0 || p.length > M + 1) __trap();
+  auto order = [&](int j) {
+    const int slot = *a.order.at<const int32_t>(b, n, j);
+    if (slot < 0 || slot > M) __trap();  // a broken state: better stop than write elsewhere
+    return slot;
+  };
+  if (p.length == M + 1) {
+    const int lane = threadIdx.x % 32, first = lane < M ? lane : 0;
+    ArgMax<float> best{*a.similarity.at<const float>(b, n, first), first};
+    for (int j = lane + 32; j < M; j += 32) best = better(best, {*a.similarity.at<const float>(b, n, j), j});
+    p.k = warp_argmax(best).index;
+    p.keep = order(p.k), p.gone = order(p.k + 1);
+    if (p.k > 0) p.left = order(p.k - 1);
+    if (p.k + 2 <= M) p.right = order(p.k + 2);
+    p.size0 = *a.sizes.at<const int32_t>(b, n, p.keep), p.size1 = *a.sizes.at<const int32_t>(b, n, p.gone);
+    p.length = M;
+  }
+  if (a.frame) {
+    if (p.k >= 0) {
+      p.target = p.gone;
+      p.last = p.k == M - 1 ? p.keep : order(M);  // entry M was the last, unless it has just been merged away
+    } else {
+      p.target = order(p.length);
+      if (p.length > 0) p.last = order(p.length - 1);
+    }
+  }
+  return p;
+}
+
+template <typename A>
+__device__ __forceinline__ Mean<A> mean_of(const MemoryStepArgs& a, const StepPlan& p) {
+  return a.weighted ? Mean<A>(A(p.size0), A(p.size1)) : Mean<A>(A(1), A(1));
+}
+
+template <typename T, bool kVectorized>
+__global__ __launch_bounds__(kMemoryThreads) void memory_attached_kernel(MemoryStepArgs a, AttachedChunk chunk) {
+  const int64_t N = a.bank.size[2];
+  const int64_t row = int64_t(blockIdx.x) * kMemoryWarps + threadIdx.x / 32;
+  if (row >= a.bank.size[0] * N) return;
+  const int64_t b = row / N, n = row % N;
+  const StepPlan p = plan_step(a, b, n);
+  if (p.k < 0 && p.target < 0) return;
+
+  const MemoryAttached& item = chunk.item[blockIdx.y];
+  const int64_t C = item.rows.size[3];
+  constexpr int kSize = kPack<T, kVectorized>;
+  const Mean<Acc<T>> mean = mean_of<Acc<T>>(a, p);
+  T* const keep = p.k < 0 ? nullptr : item.rows.at<T>(b, p.keep, n);
+  const T* const gone = p.k < 0 ? nullptr : item.rows.at<const T>(b, p.gone, n);
+  T* const target = p.target < 0 ? nullptr : item.rows.at<T>(b, p.target, n);
+  const T* const frame = p.target < 0 ? nullptr : item.frame.at<const T>(b, n);
+  for (int64_t c = threadIdx.x % 32 * kSize; c < C; c += 32 * kSize) {
+    Acc<T> x[kSize] = {}, y[kSize] = {}, fresh[kSize] = {};
+    if (keep) load_pack(keep + c, x), load_pack(gone + c, y);
+    if (target) load_pack(frame + c, fresh);
+    if (keep) {
+#pragma unroll
+      for (int i = 0; i < kSize; ++i) x[i] = mean(x[i], y[i]);
+      store_pack(keep + c, x);
+    }
+    if (target) store_pack(target + c, fresh);  // where `gone` was
+  }
+}
+
+// Entries move up by one behind the merged pair: order and similarities. All threads of the block take part.
+__device__ __forceinline__ void close_gap(const MemoryStepArgs& a, const StepPlan& p, int64_t b, int64_t n) {
+  const int M = int(a.similarity.size[2]);
+  for (int base = p.k; base < M; base += kMemoryThreads) {
+    const int j = base + int(threadIdx.x);
+    int slot = 0;
+    float value = 0;
+    if (j < M) slot = *a.order.at<const int32_t>(b, n, j + 1);
+    if (j + 1 < M) value = *a.similarity.at<const float>(b, n, j + 1);
+    __syncthreads();
+    if (j < M) {
+      if (j > p.k) *a.order.at<int32_t>(b, n, j) = slot;
+      *a.similarity.at<float>(b, n, j) = value;
+    }
+    __syncthreads();
+  }
+}
+
+template <typename T, bool kVectorized>
+__global__ __launch_bounds__(kMemoryThreads) void memory_step_kernel(MemoryStepArgs a) {
+  using A = Acc<T>;
+  const int64_t N = a.bank.size[2], C = a.bank.size[3];
+  const int64_t b = blockIdx.x / N, n = blockIdx.x % N;
+  const StepPlan p = plan_step(a, b, n);
+  if (threadIdx.x == 0) *a.index.at<int32_t>(b, n) = p.k;
+  if (p.k < 0 && p.target < 0) return;
+
+  constexpr int kSize = kPack<T, kVectorized>;
+  const Mean<A> mean = mean_of<A>(a, p);
+  auto row = [&](int slot) { return slot < 0 ? nullptr : a.bank.at<T>(b, slot, n); };
+  T *const keep_row = row(p.keep), *const target_row = row(p.target);
+  const T *const gone_row = row(p.gone), *const left_row = row(p.left), *const right_row = row(p.right);
+  const T* const last_row = p.last == p.keep ? nullptr : row(p.last);
+  const T* const frame_row = p.target < 0 ? nullptr : a.frame.at<const T>(b, n);
+
+  // Squares of keep, left, right, last, frame; then left keep, keep right, last frame (or keep frame).
+  A sums[8] = {};
+  for (int64_t c = int64_t(threadIdx.x) * kSize; c < C; c += kMemoryThreads * kSize) {
+    A keep[kSize] = {}, gone[kSize] = {}, left[kSize] = {}, right[kSize] = {}, last[kSize] = {}, frame[kSize] = {};
+    if (keep_row) load_pack(keep_row + c, keep), load_pack(gone_row + c, gone);
+    if (left_row) load_pack(left_row + c, left);
+    if (right_row) load_pack(right_row + c, right);
+    if (last_row) load_pack(last_row + c, last);
+    if (frame_row) load_pack(frame_row + c, frame);
+#pragma unroll
+    for (int i = 0; i < kSize; ++i) {
+      keep[i] = to_acc(from_acc<T>(mean(keep[i], gone[i])));  // as it is stored
+      const A newest = last_row ? last[i] : keep[i];
+      sums[0] += keep[i] * keep[i], sums[1] += left[i] * left[i], sums[2] += right[i] * right[i];
+      sums[3] += newest * newest, sums[4] += frame[i] * frame[i];
+      sums[5] += left[i] * keep[i], sums[6] += keep[i] * right[i], sums[7] += newest * frame[i];
+    }
+    if (keep_row) store_pack(keep_row + c, keep);
+    if (target_row) store_pack(target_row + c, frame);
+  }
+  block_sum<kMemoryThreads>(sums);  // and every warp has its plan by now: the state may change
+
+  if (p.k >= 0) close_gap(a, p, b, n);
+  if (threadIdx.x != 0) return;
+  const int M = int(a.similarity.size[2]);
+  if (p.k >= 0) {
+    *a.order.at<int32_t>(b, n, M) = p.gone;
+    *a.sizes.at<int32_t>(b, n, p.keep) = p.size0 + p.size1;
+    *a.sizes.at<int32_t>(b, n, p.gone) = 0;
+  }
+  if (p.target >= 0) *a.sizes.at<int32_t>(b, n, p.target) = 1;
+  auto similarity = [&](int j, A value) { *a.similarity.at<float>(b, n, j) = float(value); };
+  if (p.left >= 0) similarity(p.k - 1, cosine(sums[5], sums[1], sums[0]));
+  if (p.right >= 0) similarity(p.k, cosine(sums[6], sums[0], sums[2]));
+  if (p.last >= 0) similarity(p.length - 1, cosine(sums[7], sums[3], sums[4]));
+}
+
+__global__ void memory_length_kernel(MemoryStepArgs a) {
+  const int64_t b = int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
+  if (b >= a.length.size[0] || (a.active && *a.active.at<const int32_t>(b) == 0)) return;
+  int32_t& length = *a.length.at<int32_t>(b);
+  length += (a.frame ? 1 : 0) - (length == a.order.size[2] ? 1 : 0);
+}
+
+// --- one merge as a function --------------------------------------------------------------------------------------
+
+template <typename A>
+__device__ __forceinline__ A size_at(const View<3>& sizes, int64_t b, int64_t t, int64_t n) {
+  return sizes.dtype == DType::i32 ? A(*sizes.at<const int32_t>(b, t, n)) : A(*sizes.at<const float>(b, t, n));
+}
+
+// One block per position. Each warp takes pairs of neighbors in turn (a row is read twice, the second time from a
+// cache), then rows to write. Traffic: the bank read once, or twice where a position's rows do not fit the L1 cache.
+template <typename T, bool kVectorized>
+__global__ __launch_bounds__(kMemoryThreads) void memory_merge_kernel(MemoryMergeArgs a) {
+  using A = Acc<T>;
+  constexpr int kSize = kPack<T, kVectorized>;
+  const int T_ = int(a.bank.size[1]);
+  const int64_t N = a.bank.size[2], C = a.bank.size[3], b = blockIdx.x / N, n = blockIdx.x % N;
+  const int warp = threadIdx.x / 32, first = threadIdx.x % 32 * kSize;
+
+  ArgMax<A> best{A(-3), 0x7fffffff};
+  for (int t = warp; t + 1 < T_; t += kMemoryWarps) {
+    const T *x_row = a.bank.at<const T>(b, t, n), *y_row = a.bank.at<const T>(b, t + 1, n);
+    A dot = 0, xx = 0, yy = 0;
+    for (int64_t c = first; c < C; c += 32 * kSize) {
+      A x[kSize], y[kSize];
+      load_pack(x_row + c, x), load_pack(y_row + c, y);
+#pragma unroll
+      for (int i = 0; i < kSize; ++i) dot += x[i] * y[i], xx += x[i] * x[i], yy += y[i] * y[i];
+    }
+    best = better(best, {cosine(warp_sum(dot), warp_sum(xx), warp_sum(yy)), t});
+  }
+  const int k = block_argmax<kMemoryThreads>(best, A(-3)).index;
+  if (threadIdx.x == 0) *a.index.at<int32_t>(b, n) = k;
+
+  const Mean<A> mean =
+      a.weighted ? Mean<A>(size_at<A>(a.sizes, b, k, n), size_at<A>(a.sizes, b, k + 1, n)) : Mean<A>(A(1), A(1));
+  for (int t = warp; t + 1 < T_; t += kMemoryWarps) {
+    const int from = t <= k ? t : t + 1;
+    const T *x_row = a.bank.at<const T>(b, from, n), *y_row = a.bank.at<const T>(b, k + 1, n);
+    T* const out = a.out.at<T>(b, t, n);
+    for (int64_t c = first; c < C; c += 32 * kSize) {
+      A x[kSize], y[kSize];
+      load_pack(x_row + c, x);
+      if (t == k) {
+        load_pack(y_row + c, y);
+#pragma unroll
+        for (int i = 0; i < kSize; ++i) x[i] = mean(x[i], y[i]);
+      }
+      store_pack(out + c, x);
+    }
+    if (threadIdx.x % 32 != 0) continue;
+    if (a.sizes.dtype == DType::i32) {
+      const int32_t extra = t == k ? *a.sizes.at<const int32_t>(b, k + 1, n) : 0;
+      *a.out_sizes.at<int32_t>(b, t, n) = *a.sizes.at<const int32_t>(b, from, n) + extra;
+    } else {
+      const float extra = t == k ? *a.sizes.at<const float>(b, k + 1, n) : 0;
+      *a.out_sizes.at<float>(b, t, n) = *a.sizes.at<const float>(b, from, n) + extra;
+    }
+  }
+}
+
+template <typename T, bool kVectorized>
+__global__ __launch_bounds__(kMemoryThreads) void memory_merge_backward_kernel(MemoryMergeBackwardArgs a) {
+  using A = Acc<T>;
+  constexpr int kSize = kPack<T, kVectorized>;
+  const int64_t T_ = a.grad_bank.size[1], N = a.grad_bank.size[2], C = a.grad_bank.size[3];
+  const int64_t row = int64_t(blockIdx.x) * kMemoryWarps + threadIdx.x / 32;
+  if (row >= a.grad_bank.size[0] * T_ * N) return;
+  const int64_t b = row / (T_ * N), t = row / N % T_, n = row % N, k = *a.index.at<const int32_t>(b, n);
+  A share = 1;
+  if (t == k || t == k + 1) {
+    const A s0 = a.weighted ? size_at<A>(a.sizes, b, k, n) : A(1);
+    const A s1 = a.weighted ? size_at<A>(a.sizes, b, k + 1, n) : A(1);
+    share = (t == k ? s0 : s1) / (s0 + s1);
+  }
+  const T* grad = a.grad_out.at<const T>(b, t <= k ? t : t - 1, n);
+  T* const out = a.grad_bank.at<T>(b, t, n);
+  for (int64_t c = threadIdx.x % 32 * kSize; c < C; c += 32 * kSize) {
+    A x[kSize];
+    load_pack(grad + c, x);
+#pragma unroll
+    for (int i = 0; i < kSize; ++i) x[i] *= share;
+    store_pack(out + c, x);
+  }
+}
+
+}  // namespace pyvidx::cuda
+
+#ifndef __CUDACC_RTC__
+namespace pyvidx {
+
+using namespace cuda;
+
+namespace {
+
+template <typename F>
+void visit_floating(const char* op, DType dtype, F&& f) {
+  visit_dtype<float, double, __half, __nv_bfloat16>(op, dtype, f);
+}
+
+bool aligned(const MemoryAttached& a) {
+  bool yes = false;
+  visit_floating("memory_merge_", a.rows.dtype, [&](auto t) {
+    using T = typename decltype(t)::type;
+    yes = vectorizable<T>(a.rows) && (!a.frame || vectorizable<T>(a.frame));
+  });
+  return yes;
+}
+
+// Launch runs of attached tensors that share a dtype and an alignment.
+void launch_attached(const MemoryStepArgs& args, cudaStream_t stream) {
+  const int64_t rows = args.bank.size[0] * args.bank.size[2];
+  for (int done = 0; done < args.attached_count;) {
+    const MemoryAttached* const item = args.attached + done;
+    const bool vectorized = aligned(*item);
+    AttachedChunk chunk;
+    int count = 0;
+    while (count < kMaxAttached && done + count < args.attached_count && item[count].rows.dtype == item->rows.dtype &&
+           aligned(item[count]) == vectorized) {
+      chunk.item[count] = item[count];
+      ++count;
+    }
+    const dim3 grid(unsigned((rows + kMemoryWarps - 1) / kMemoryWarps), unsigned(count));
+    visit_floating("memory_merge_", item->rows.dtype, [&](auto t) {
+      using T = typename decltype(t)::type;
+      if (vectorized) {
+        PYVIDX_LAUNCH((memory_attached_kernel<T, true>), grid, kMemoryThreads, 0, stream, args, chunk);
+      } else {
+        PYVIDX_LAUNCH((memory_attached_kernel<T, false>), grid, kMemoryThreads, 0, stream, args, chunk);
+      }
+    });
+    check_launch("memory_attached_kernel");
+    done += count;
+  }
+}
+
+}  // namespace
+
+void memory_step_cuda(const MemoryStepArgs& args, cudaStream_t stream) {
+  const int64_t B = args.bank.size[0], rows = B * args.bank.size[2];
+  if (rows == 0) return;
+  launch_attached(args, stream);
+  visit_floating("memory_merge_", args.bank.dtype, [&](auto t) {
+    using T = typename decltype(t)::type;
+    if (vectorizable<T>(args.bank) && (!args.frame || vectorizable<T>(args.frame))) {
+      PYVIDX_LAUNCH((memory_step_kernel<T, true>), unsigned(rows), kMemoryThreads, 0, stream, args);
+    } else {
+      PYVIDX_LAUNCH((memory_step_kernel<T, false>), unsigned(rows), kMemoryThreads, 0, stream, args);
+    }
+  });
+  check_launch("memory_step_kernel");
+  PYVIDX_LAUNCH(memory_length_kernel, unsigned((B + kMemoryThreads - 1) / kMemoryThreads), kMemoryThreads, 0, stream,
+                args);
+  check_launch("memory_length_kernel");
+}
+
+void memory_merge_cuda(const MemoryMergeArgs& args, cudaStream_t stream) {
+  const int64_t rows = args.bank.size[0] * args.bank.size[2];
+  if (rows == 0) return;
+  visit_floating("memory_merge", args.bank.dtype, [&](auto t) {
+    using T = typename decltype(t)::type;
+    if (vectorizable<T>(args.bank) && vectorizable<T>(args.out)) {
+      PYVIDX_LAUNCH((memory_merge_kernel<T, true>), unsigned(rows), kMemoryThreads, 0, stream, args);
+    } else {
+      PYVIDX_LAUNCH((memory_merge_kernel<T, false>), unsigned(rows), kMemoryThreads, 0, stream, args);
+    }
+  });
+  check_launch("memory_merge_kernel");
+}
+
+void memory_merge_backward_cuda(const MemoryMergeBackwardArgs& args, cudaStream_t stream) {
+  const int64_t rows = args.grad_bank.size[0] * args.grad_bank.size[1] * args.grad_bank.size[2];
+  if (rows == 0 || args.grad_bank.size[3] == 0) return;
+  const unsigned blocks = unsigned((rows + kMemoryWarps - 1) / kMemoryWarps);
+  visit_floating("memory_merge_backward", args.grad_bank.dtype, [&](auto t) {
+    using T = typename decltype(t)::type;
+    if (vectorizable<T>(args.grad_out) && vectorizable<T>(args.grad_bank)) {
+      PYVIDX_LAUNCH((memory_merge_backward_kernel<T, true>), blocks, kMemoryThreads, 0, stream, args);
+    } else {
+      PYVIDX_LAUNCH((memory_merge_backward_kernel<T, false>), blocks, kMemoryThreads, 0, stream, args);
+    }
+  });
+  check_launch("memory_merge_backward_kernel");
+}
+
+}  // namespace pyvidx
+#endif
