@@ -227,6 +227,18 @@ def test_follows_float64(device):
             assert torch.equal(our_sizes.double(), sizes)
 
 
+def test_threads_change_nothing():
+    many, one = (new_state(2, 2, 40, 600, attached_widths=WIDTHS) for _ in range(2))
+    for t in range(5):
+        frames = frames_of(many, t)
+        torch.set_num_threads(2)
+        index = memory_merge_(*many[:5], frames[0], many.attached, frames[1:])
+        torch.set_num_threads(1)
+        assert torch.equal(index, memory_merge_(*one[:5], frames[0], one.attached, frames[1:]))
+    for a, b in zip((*many[:5], *many.attached), (*one[:5], *one.attached)):
+        assert torch.equal(a, b)
+
+
 def long_stream(steps):
     state = new_state(1, 5, 2, 4, attached_widths=[3])
     frames, keys = randn(64, 1, 2, 4, sliced=False), randn(64, 1, 2, 3, seed=1, sliced=False)
