@@ -5,6 +5,7 @@ import sys
 COMMANDS = {
     "encode": "encode video files into embeddings",
     "demo": "encode one video and show what comes out",
+    "memory": "stream one video through a memory bank and draw what its slots hold",
     "info": "versions, devices, and which op runs as kernel or reference",
 }
 
@@ -20,6 +21,8 @@ def main() -> int:
         from pyvidx.info import main as run
     elif name == "encode":
         from pyvidx.cli.encode import main as run
+    elif name == "memory":
+        from pyvidx.cli.memory import main as run
     else:
         from pyvidx.cli.demo import main as run
     return run(sys.argv[2:]) or 0

@@ -85,7 +85,7 @@ def _build() -> dict | None:
 
 def _implementation(name: str, device: str) -> dict:
     if not _library.has_kernel(name, device):
-        return {"runs": "reference", "why": _library.why_reference(name, device)}
+        return {"runs": "reference", "why": _library.why_reference(device)}
     why = "compiled kernel"
     if device == "cuda" and not torch.cuda.is_available():
         why = "torch sees no GPU here"

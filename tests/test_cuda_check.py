@@ -21,15 +21,15 @@ pytestmark = pytest.mark.skipif(cuda_check.native.installed_nvcc() is None, reas
 SPILLS = """
 #include "block.cuh"
 namespace pyvidx::cuda {
-// 64 values kept in the 32 registers that 2048 threads on one multiprocessor leave each
+// 96 values kept in the 64 registers that a block of 1024 threads leaves each
 template <typename T>
-__global__ __launch_bounds__(1024, 2) void greedy_kernel(const T* x, T* y) {
-  T v[64];
+__global__ __launch_bounds__(1024) void greedy_kernel(const T* x, T* y) {
+  T v[96];
 #pragma unroll
-  for (int i = 0; i < 64; ++i) v[i] = x[i * 1024 + threadIdx.x];
+  for (int i = 0; i < 96; ++i) v[i] = x[i * 1024 + threadIdx.x];
   __syncthreads();
 #pragma unroll
-  for (int i = 0; i < 64; ++i) y[i * 1024 + threadIdx.x] = v[i] * v[63 - i] + v[(i * 7) % 64];
+  for (int i = 0; i < 96; ++i) y[i * 1024 + threadIdx.x] = v[i] * v[95 - i] + v[(i * 7) % 96];
 }
 template __global__ void greedy_kernel<float>(const float*, float*);
 }

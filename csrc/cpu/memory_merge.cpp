@@ -43,7 +43,7 @@ PYVIDX_INLINE float root(float x) { return __builtin_sqrtf(x); }
 template <typename A>
 PYVIDX_INLINE A cosine(A dot, A xx, A yy) {
   const A eps = A(kMemoryEps), x = root(xx), y = root(yy);
-  return dot / (x < eps ? eps : x) / (y < eps ? eps : y);
+  return dot / ((x < eps ? eps : x) * (y < eps ? eps : y));  // the same whichever row comes first
 }
 
 // NaN is larger than every number, as in torch.argmax.
@@ -292,14 +292,27 @@ void step(const MemoryStepArgs& a, const Executor& executor) {
 
 // --- one merge as a function --------------------------------------------------------------------------------------
 
+PYVIDX_INLINE double size_at(const View<3>& sizes, int64_t b, int64_t t, int64_t n) {
+  return sizes.dtype == DType::i32 ? *sizes.at<const int32_t>(b, t, n) : *sizes.at<const float>(b, t, n);
+}
+
+// to = from + more, in the dtype of the sizes (float32 or int32).
+void add_sizes(const View<3>& sizes, int64_t b, int64_t from, int64_t more, int64_t n, const View<3>& out, int64_t to) {
+  if (sizes.dtype == DType::i32) {
+    *out.at<int32_t>(b, to, n) =
+        *sizes.at<const int32_t>(b, from, n) + (more < 0 ? 0 : *sizes.at<const int32_t>(b, more, n));
+  } else {
+    *out.at<float>(b, to, n) = *sizes.at<const float>(b, from, n) + (more < 0 ? 0 : *sizes.at<const float>(b, more, n));
+  }
+}
+
 struct Weights {
   double first, second;  // of e[k] and e[k + 1]
 };
 
-template <typename S>
 PYVIDX_INLINE Weights weights(const View<3>& sizes, int64_t b, int64_t k, int64_t n, bool weighted) {
   if (!weighted) return {1, 1};
-  return {double(*sizes.at<const S>(b, k, n)), double(*sizes.at<const S>(b, k + 1, n))};
+  return {size_at(sizes, b, k, n), size_at(sizes, b, k + 1, n)};
 }
 
 template <typename T>
@@ -330,7 +343,7 @@ int64_t most_similar(const View<4>& bank, int64_t b, int64_t n) {
   return k;
 }
 
-template <typename T, typename S>
+template <typename T>
 void merge(const MemoryMergeArgs& a, const Executor& executor) {
   const int64_t B = a.bank.size[0], T_ = a.bank.size[1], N = a.bank.size[2], C = a.bank.size[3];
   const bool stream = B * T_ * N * C * int64_t(sizeof(T)) > simd::kStreamBytes;
@@ -340,16 +353,14 @@ void merge(const MemoryMergeArgs& a, const Executor& executor) {
       *a.index.at<int32_t>(b, n) = int32_t(k);
       for (int64_t t = 0; t + 1 < T_; ++t) {
         const int64_t from = t <= k ? t : t + 1;
-        S* size = a.out_sizes.at<S>(b, t, n);
-        *size = *a.sizes.at<const S>(b, from, n);
+        add_sizes(a.sizes, b, from, t == k ? k + 1 : -1, n, a.out_sizes, t);
         const T* x = a.bank.at<const T>(b, from, n);
         T* out = a.out.at<T>(b, t, n);
         if (t != k) {
           copy_row(x, out, C, stream);
           continue;
         }
-        *size += *a.sizes.at<const S>(b, k + 1, n);
-        const Weights w = weights<S>(a.sizes, b, k, n, a.weighted);
+        const Weights w = weights(a.sizes, b, k, n, a.weighted);
         const Acc<T> first = Acc<T>(w.first), second = Acc<T>(w.second), total = first + second;
         const T* y = a.bank.at<const T>(b, k + 1, n);
         each<T>(C, out, stream, [&](int64_t c, auto part) {
@@ -361,7 +372,7 @@ void merge(const MemoryMergeArgs& a, const Executor& executor) {
   });
 }
 
-template <typename T, typename S>
+template <typename T>
 void merge_backward(const MemoryMergeBackwardArgs& a, const Executor& executor) {
   const int64_t B = a.grad_bank.size[0], T_ = a.grad_bank.size[1], N = a.grad_bank.size[2], C = a.grad_bank.size[3];
   const bool stream = B * T_ * N * C * int64_t(sizeof(T)) > simd::kStreamBytes;
@@ -374,7 +385,7 @@ void merge_backward(const MemoryMergeBackwardArgs& a, const Executor& executor) 
         copy_row(grad, out, C, stream);
         continue;
       }
-      const Weights w = weights<S>(a.sizes, b, k, n, a.weighted);
+      const Weights w = weights(a.sizes, b, k, n, a.weighted);
       const Acc<T> share = Acc<T>((t == k ? w.first : w.second) / (w.first + w.second));
       each<T>(C, out, stream, [&](int64_t c, auto part) { store(out + c, load(grad + c, part) * share, part); });
     }
@@ -391,18 +402,12 @@ void run_step(const MemoryStepArgs& args, const Executor& executor) {
 }
 
 void run_merge(const MemoryMergeArgs& args, const Executor& executor) {
-  visit_floating("memory_merge", args.bank.dtype, [&](auto t) {
-    using T = typename decltype(t)::type;
-    args.sizes.dtype == DType::i32 ? merge<T, int32_t>(args, executor) : merge<T, float>(args, executor);
-  });
+  visit_floating("memory_merge", args.bank.dtype, [&](auto t) { merge<typename decltype(t)::type>(args, executor); });
 }
 
 void run_backward(const MemoryMergeBackwardArgs& args, const Executor& executor) {
-  visit_floating("memory_merge_backward", args.grad_bank.dtype, [&](auto t) {
-    using T = typename decltype(t)::type;
-    args.sizes.dtype == DType::i32 ? merge_backward<T, int32_t>(args, executor)
-                                   : merge_backward<T, float>(args, executor);
-  });
+  visit_floating("memory_merge_backward", args.grad_bank.dtype,
+                 [&](auto t) { merge_backward<typename decltype(t)::type>(args, executor); });
 }
 
 }  // namespace

@@ -38,7 +38,7 @@ def define(
 
     def run_reference(*args, **kwargs):
         if os.environ.get("PYVIDX_STRICT") == "1":
-            raise RuntimeError(f"pyvidx::{name}: PYVIDX_STRICT=1 and {why_reference(name, _device(args))}")
+            raise RuntimeError(f"pyvidx::{name}: PYVIDX_STRICT=1 and {why_reference(_device(args))}")
         return reference(*args, **kwargs)
 
     _lib.define(schema)
@@ -120,11 +120,11 @@ def has_kernel(name: str, device_type: str) -> bool:
     return torch._C._dispatch_has_kernel_for_dispatch_key(f"pyvidx::{name}", device_type.upper())
 
 
-def why_reference(name: str, device_type: str) -> str:
-    """Why the reference of an op runs on a device."""
+def why_reference(device_type: str) -> str:
+    """Why references run on a device where there is no kernel."""
     if LOAD_ERROR is not None:
         return f"the compiled library did not load ({LOAD_ERROR}), so the reference runs"
-    return f"{name} has no {device_type} kernel in this build, so the reference runs"
+    return f"no {device_type} kernel in this build, so the reference runs"
 
 
 def _load() -> str | None:

@@ -42,13 +42,19 @@ def _flags() -> list[str]:
     return [*flags, f"-isystem {native.cuda_headers()}"]
 
 
-def _library(name: str, variant: str, kernels: list[Path], bindings: bool) -> Path:
+def ops() -> list[str]:
+    """The ops that have CUDA kernels."""
+    return [s.stem for s in native.sources("torch") if (ROOT / f"csrc/cuda/{s.stem}.cu").exists()]
+
+
+def _library(name: str, variant: str, kernels: list[Path], torch: bool) -> Path:
     flags, (kernel, engine, link) = _flags(), VARIANTS[variant]
     build = native.Build(ROOT / "build/emu" / name)
     objects = [build.compile(ROOT / f"tests/cuda_emu/{e}.cpp", flags + engine, tag=variant) for e in ENGINE]
     link = [*link, "-ldl"]
-    if bindings:  # the same for all variants: they hold no kernels, and torch's headers take long to compile
-        objects += [build.compile(s, [*flags, "-O1", *native.torch_flags()]) for s in native.sources("torch")]
+    if torch:  # the same for all variants: they hold no kernels, and torch's headers take long to compile
+        bindings = [ROOT / f"csrc/torch/{name}.cpp" for name in ["binding", *ops()]]
+        objects += [build.compile(s, [*flags, "-O1", *native.torch_flags()]) for s in bindings]
         objects += [build.compile(s, [*flags, "-O1"]) for s in native.sources("common")]
         link += native.torch_link_flags()
     # Last, so that no small variable fills the red zone behind a kernel's shared memory.
@@ -62,13 +68,13 @@ def _library(name: str, variant: str, kernels: list[Path], bindings: bool) -> Pa
 @functools.cache
 def ops_library(variant: str) -> Path:
     """Build the emulated counterpart of pyvidx/_ops.abi3.so; its path."""
-    return _library("ops", variant, native.sources("cuda", "cu"), bindings=True)
+    return _library("ops", variant, native.sources("cuda", "cu"), torch=True)
 
 
 @functools.cache
 def faults_library(variant: str) -> Path:
     """Build faults.cu, the kernels with planted bugs that test the emulator itself; its path."""
-    return _library("faults", variant, [ROOT / "tests/cuda_emu/faults.cu"], bindings=False)
+    return _library("faults", variant, [ROOT / "tests/cuda_emu/faults.cu"], torch=False)
 
 
 if __name__ == "__main__":

@@ -68,8 +68,12 @@ __global__ void block_sum_kernel(float* out) {
   float first = block_sum<kThreads>(1.f);
   float second[2] = {first, float(threadIdx.x)};
   block_sum<kThreads>(second);
-  const ArgMax<float> most = block_argmax<kThreads>(ArgMax<float>{float(threadIdx.x / 2), int(threadIdx.x)}, -1.f);
-  out[threadIdx.x] = second[0] + second[1] + float(most.index);  // 128 * 128 + 8128 + 126
+  const int thread = int(threadIdx.x);
+  const ArgMax<float> most = block_argmax<kThreads>(ArgMax<float>{float(thread / 2), thread}, -1.f);
+  const ArgMax<float> nan = block_argmax<kThreads>(ArgMax<float>{thread < 77 ? 1e9f : nanf(""), thread}, -1.f);
+  const float largest = block_max<kThreads>(-float(thread ^ 5), -1e9f);
+  // 128 * 128 + 8128, the first of the largest pair 126, the first NaN 77, and -0
+  out[threadIdx.x] = second[0] + second[1] + float(most.index) + float(nan.index) + largest;
 }
 
 template <bool kBug>

@@ -60,6 +60,11 @@ def _library(name: str) -> str:
     return subprocess.check_output([os.environ.get("CXX", "g++"), f"-print-file-name={name}"], text=True).strip()
 
 
+def op_tests() -> list[str]:
+    """The test files of the ops that have CUDA kernels."""
+    return [f"tests/ops/test_{op}.py" for op in build.ops()]
+
+
 def run_tests(variant: str, order: str, arguments: list[str], environment: dict[str, str] | None = None) -> Result:
     """Run pytest in a process whose torch.ops.pyvidx.* are the emulated CUDA kernels."""
     env = {"PYVIDX_OPS_LIBRARY": str(build.ops_library(variant)), "PYVIDX_EMU_ORDER": order, "PYVIDX_STRICT": "1"}
@@ -74,7 +79,7 @@ def main() -> int:
     parser.add_argument("--variant", choices=list(PRELOAD), default="plain")
     parser.add_argument("--order", default="forward", help="forward, reverse, random or random:<seed>")
     options, arguments = parser.parse_known_args()
-    result = run_tests(options.variant, options.order, arguments or ["tests/ops"])
+    result = run_tests(options.variant, options.order, arguments or op_tests())
     print(result.output)
     if result.reports:
         print(result.reports)

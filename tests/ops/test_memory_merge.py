@@ -169,7 +169,7 @@ def test_merging_early_or_late_is_the_same(device):
     """Append, then merge what is too long (MA-LMM's order) = merge where full, then append."""
     late, early = (new_state(2, 3, 2, 8, device=device, attached_widths=WIDTHS) for _ in range(2))
     for t in range(9):
-        frames = frames_of(late, t)
+        frames = [f.contiguous() for f in frames_of(late, t)]  # as the bank: other alignments sum in another order
         memory_merge_(*late[:5], frames[0], late.attached, frames[1:])
         memory_merge_(*early[:5], frames[0], early.attached, frames[1:])
         merged = memory_merge_(*early[:5], None, early.attached)
@@ -225,6 +225,18 @@ def test_follows_float64(device):
             ours, our_sizes = in_order(state)
             torch.testing.assert_close(ours.double(), rows, rtol=0, atol=1e-5)
             assert torch.equal(our_sizes.double(), sizes)
+
+
+def test_threads_change_nothing():
+    many, one = (new_state(2, 2, 40, 600, attached_widths=WIDTHS) for _ in range(2))
+    for t in range(5):
+        frames = frames_of(many, t)
+        torch.set_num_threads(2)
+        index = memory_merge_(*many[:5], frames[0], many.attached, frames[1:])
+        torch.set_num_threads(1)
+        assert torch.equal(index, memory_merge_(*one[:5], frames[0], one.attached, frames[1:]))
+    for a, b in zip((*many[:5], *many.attached), (*one[:5], *one.attached)):
+        assert torch.equal(a, b)
 
 
 def long_stream(steps):

@@ -1,0 +1,141 @@
+"""python -m pyvidx memory VIDEO --out slots.png"""
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from pyvidx import memory
+from pyvidx.video import stream
+
+GRID, CELL = 4, 8  # "colors": a frame is 4 x 4 positions of 8 x 8 mean colors
+
+
+def parser() -> argparse.ArgumentParser:
+    p = argparse.ArgumentParser(
+        prog="python -m pyvidx memory",
+        description="Stream a video of any length through a memory bank, in constant memory (but for the policies that "
+        "keep everything), and draw which frames each slot holds.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    p.add_argument("video", help="a video file")
+    p.add_argument("--policy", default="merge", choices=memory.names())
+    p.add_argument("--capacity", type=int, help="entries kept, anchors included; default: the policy's own")
+    p.add_argument("--anchors", type=int, default=0, help="keep the first frames as they are")
+    p.add_argument("--unit", choices=["token", "frame"], help="merge: each position for itself, or whole frames")
+    p.add_argument("--plain-mean", action="store_true", help="merge: the mean of two entries, not of all their frames")
+    p.add_argument("--axis", choices=["time", "space"], help="tome: merge over time, or the tokens of each frame")
+    p.add_argument("--fps", type=float, help="frames per second to take; default: all")
+    p.add_argument("--features", default="colors", choices=["colors", "model"],
+                   help="what is remembered: colors, 4 x 4 positions of 8 x 8 mean colors (no model involved); model, "
+                   "the patch tokens of a BT-Adapter model's last backbone layer")  # fmt: skip
+    p.add_argument("--model", type=Path, help="weights written by BTAdapter.save, for --features model")
+    p.add_argument("--position", type=int, default=0, help="position whose slots are drawn over time")
+    p.add_argument("--out", type=Path, default=Path("slots.png"), help="the picture")
+    p.add_argument("--save", type=Path, help="write the bank as well, as .safetensors")
+    p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    return p
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    p = parser()
+    options = p.parse_args(argv)
+    try:
+        policy = policy_of(options)
+        features = colors if options.features == "colors" else model_features(options.model, options.device)
+        bank, history, thumbnails = watch(policy, features, options)
+    except (FileNotFoundError, ValueError) as error:
+        p.error(str(error))
+    except RuntimeError as error:
+        print(f"FAILED {options.video}: {error}", file=sys.stderr)
+        return 1
+    what = ", ".join(f"{k} {v}" for k, v in policy.spec().items() if k != "name" and v)
+    what = f"policy {policy.name} ({what}), features: {options.features}"
+    title = f"{Path(options.video).name}: {int(bank.frames)} frames, {what}"
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    memory.plot(history, options.out, title=title, thumbnails=thumbnails)
+    print(title)
+    print(table(bank, options.position))
+    print(f"wrote {options.out}")
+    if options.save is not None:
+        print(f"wrote {memory.save(options.save, policy, bank)}")
+    return 0
+
+
+def watch(policy: memory.Policy, features: Callable[[Tensor], Tensor], options: argparse.Namespace):
+    """The bank after the whole video, its history, and a few (seconds, picture) spread over the video."""
+    pictures = memory.create("uniform", capacity=12)
+    bank = shown = None
+    history = memory.History(position=options.position)
+    for clip in stream(options.video, chunk=8, fps=options.fps):
+        rows = features(clip.frames.to(options.device))  # [T, N, C]
+        small = F.interpolate(clip.frames.permute(0, 3, 1, 2).float(), size=thumbnail_size(clip.frames), mode="area")
+        if bank is None:
+            bank = policy.new(1, *rows.shape[1:], device=options.device)
+            shown = pictures.new(1, 1, small[0].numel())
+            if not 0 <= options.position < bank.positions:
+                raise ValueError(f"memory: position must be in [0, {bank.positions}), got {options.position}")
+        for row, picture, second in zip(rows, small, clip.seconds):
+            bank = policy.push(bank, row[None], second[None].to(options.device))
+            shown = pictures.push(shown, picture.reshape(1, 1, -1), second[None])
+            history.record(bank)
+    kept = shown.entries()
+    thumbnails = [
+        (second.item(), row.reshape(small.shape[1:]).permute(1, 2, 0).round().byte().numpy())
+        for row, second in zip(kept.rows[0], kept.first[0, :, 0])
+    ]
+    return bank, history, thumbnails
+
+
+def policy_of(options: argparse.Namespace) -> memory.Policy:
+    chosen = {"capacity": options.capacity, "unit": options.unit, "axis": options.axis}
+    chosen |= {"weighted": False if options.plain_mean else None}
+    return memory.create(options.policy, anchors=options.anchors, **{k: v for k, v in chosen.items() if v is not None})
+
+
+def colors(frames: Tensor) -> Tensor:
+    """Mean colors about mid-gray, in [-0.5, 0.5]: frames uint8 [T, H, W, 3] -> [T, 16 positions, 8*8*3]."""
+    x = F.interpolate(frames.permute(0, 3, 1, 2).float(), size=(GRID * CELL, GRID * CELL), mode="area") / 255 - 0.5
+    x = x.unfold(2, CELL, CELL).unfold(3, CELL, CELL)  # [T, 3, 4, 4, 8, 8]
+    return x.permute(0, 2, 3, 4, 5, 1).reshape(len(frames), GRID * GRID, -1)
+
+
+def model_features(path: Path | None, device: str) -> Callable[[Tensor], Tensor]:
+    """Frames uint8 [T, H, W, 3] -> patch tokens [T, P, C] of the last backbone layer, float32."""
+    from pyvidx.models import BTAdapter
+    from pyvidx.preprocess import clip_preprocess
+
+    model = BTAdapter.default() if path is None else BTAdapter.from_pretrained(path)
+    if model.is_random:
+        print("NOTE: random weights: the merges show that everything runs, not what is in the video.", file=sys.stderr)
+    backbone = model.backbone.to(device).eval()
+
+    @torch.inference_mode()
+    def features(frames: Tensor) -> Tensor:
+        pixels = clip_preprocess(frames, model.config.vision.image_size)
+        (tokens,) = backbone(pixels, [model.config.vision.layers - 1])
+        return tokens[:, 1:].float()
+
+    return features
+
+
+def thumbnail_size(frames: Tensor) -> tuple[int, int]:
+    """96 pixels wide at most, in the shape of the frames [T, H, W, 3]."""
+    H, W = frames.shape[1:3]
+    width = min(96, W)
+    return max(1, round(H * width / W)), width
+
+
+def table(bank: memory.Bank, position: int) -> str:
+    """The entries of one position, in time order."""
+    entries = bank.entries()
+    lines = [f"position {position} of {bank.positions}:", "slot    size   first s    last s"]
+    columns = [x[0, :, position].tolist() for x in (entries.sizes, entries.first, entries.last)]
+    shown = list(enumerate(zip(*columns)))
+    for i, (size, first, last) in shown[:40]:
+        lines.append(f"{i:4} {size:7} {first:9.2f} {last:9.2f}")
+    return "\n".join(lines + ([f"... and {len(shown) - 40} more"] if len(shown) > 40 else []))

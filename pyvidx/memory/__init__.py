@@ -1,0 +1,44 @@
+"""Memory banks for videos of any length: what to keep of an endless stream of frames.
+
+    policy = create("merge", capacity=20)           # or fifo, average, concat, uniform, tome
+    bank = policy.new(B, N, C)                      # a value; the policy holds options only
+    bank = policy.push(bank, frame, seconds)        # [B, N, C], [B]; constant time and memory per frame
+    entries = bank.entries()                        # rows [B, L, N, C], sizes, mask, first and last second of each
+
+A new policy is a class in policies.py with one method, `_shrink_`, and @register; tests/test_memory.py then holds it to
+the properties of all.
+"""
+
+from pyvidx.memory.bank import Bank, Entries, log_size_bias
+from pyvidx.memory.files import load, save
+from pyvidx.memory.layout import batched
+from pyvidx.memory.plot import History, plot
+from pyvidx.memory.policies import Average, Concat, Fifo, Merge, Uniform
+from pyvidx.memory.policy import Policy
+from pyvidx.memory.registry import POLICIES, create, names, register
+from pyvidx.memory.tome import ToMeSpace, ToMeTime, merge_tokens, reduce_tokens
+
+__all__ = [
+    "POLICIES",
+    "Average",
+    "Bank",
+    "Concat",
+    "Entries",
+    "Fifo",
+    "History",
+    "Merge",
+    "Policy",
+    "ToMeSpace",
+    "ToMeTime",
+    "Uniform",
+    "batched",
+    "create",
+    "load",
+    "log_size_bias",
+    "merge_tokens",
+    "names",
+    "plot",
+    "reduce_tokens",
+    "register",
+    "save",
+]

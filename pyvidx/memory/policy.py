@@ -1,0 +1,283 @@
+"""What every policy has in common: argument checks, anchors, and the three verbs append, compress, push."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from pyvidx.memory.bank import Bank
+from pyvidx.memory.layout import new_bank
+from pyvidx.memory.slots import put_
+from pyvidx.ops._library import FLOATING, require
+
+
+@dataclass(frozen=True)
+class Policy:
+    """What a bank keeps of an endless stream of frames. Holds options only: one policy serves any number of banks.
+
+    `append` shows a frame to the bank, `compress` brings the bank back to its capacity, `push` is both. MA-LMM's order
+    of one step, in which attention sees the stored entries and the current frame (up to capacity + 1 entries):
+
+        bank = policy.append(bank, frame); attend(bank.slots()); bank = policy.compress(bank)
+
+    The last `compress` may be left out: the next append starts with it where it is due, with the same result. All three
+    change the bank in place and return it under a new name; the one they were given is spent (see Bank).
+    """
+
+    capacity: int | None = None  # entries kept after a push, anchors included; None: no limit
+    anchors: int = 0  # the first frames of a video that are kept as they are, for good
+
+    name: ClassVar[str]
+    whole_frame: ClassVar[bool] = True  # decisions are taken for whole frames; False: at each position
+    similarity: ClassVar[bool] = False  # the bank caches cosines between neighbors
+    endless: ClassVar[bool] = False  # works without a capacity
+
+    def __post_init__(self) -> None:
+        require(self.anchors >= 0, f"{self.name}: anchors must be at least 0, got {self.anchors}")
+        require(
+            self.endless if self.capacity is None else self.capacity > self.anchors,
+            f"{self.name}: capacity must leave room for one entry beside {self.anchors} anchors, got {self.capacity}",
+        )
+
+    @property
+    def room(self) -> int | None:
+        """Entries kept beside the anchors."""
+        return None if self.capacity is None else self.capacity - self.anchors
+
+    def spec(self) -> dict:
+        """Name and options, as `create(**spec)` takes them."""
+        return {"name": self.name, **dataclasses.asdict(self)}
+
+    def new(
+        self,
+        B: int,
+        N: int,
+        C: int,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+        *,
+        attached: Sequence[int] = (),
+        attached_dtype: torch.dtype | None = None,
+        times: bool = True,
+    ) -> Bank:
+        """An empty bank for B videos whose frames are N rows of width C.
+
+        Args:
+            dtype: of the rows. Keep it float32: similarities of 16-bit rows choose other pairs, and means of many
+                frames stand still once a frame's share is below the rounding.
+            attached: widths Ci of further rows that are stored and merged beside the frame's, e.g. cached keys and
+                values (affine maps of the rows, which merging keeps exact). attached_dtype: default dtype.
+            times: keep the first and last source time of each entry.
+
+        Raises:
+            ValueError: a size is below 1, or a dtype is not floating.
+        """
+        require(
+            min(B, N, C, *attached, 1) >= 1, f"{self.name}.new: sizes must be at least 1, got {(B, N, C, *attached)}"
+        )
+        attached_dtype = attached_dtype or dtype
+        require(
+            dtype in FLOATING and attached_dtype in FLOATING,
+            f"{self.name}.new: dtype must be float32, float16, bfloat16 or float64, got {dtype}, {attached_dtype}",
+        )
+        common = dict(dtype=dtype, device=device, attached=attached, attached_dtype=attached_dtype, times=times)
+        N = self._stored_positions(N)
+        bank = new_bank(
+            B, self._first_slots(), N, C, whole_frame=self.whole_frame, similarity=self.similarity, **common
+        )
+        if not self.anchors:
+            return bank
+        return dataclasses.replace(bank, head=new_bank(B, self.anchors, N, C, whole_frame=self.whole_frame, **common))
+
+    def append(
+        self,
+        bank: Bank,
+        frame: Tensor,
+        seconds: Tensor | None = None,
+        active: Tensor | None = None,
+        attached: Sequence[Tensor] = (),
+    ) -> Bank:
+        """Make room where the bank is over its capacity, then add a frame as the last entry.
+
+        Args:
+            bank: of `new`; spent by this call.
+            frame: [B, N, C] floating, any strides; stored in the bank's dtype.
+            seconds: [B], the frame's time in its video. None: the number of the frame.
+            active: bool [B], videos that have this frame; the others stay as they are, bit for bit. None: all.
+            attached: [B, N, Ci] for each of the bank's attached.
+
+        Returns:
+            The bank, with at most capacity + 1 entries.
+
+        Raises:
+            ValueError: a shape, dtype or device does not fit, or a gradient is asked for (detach what is stored).
+            RuntimeError: the bank was spent by an earlier call.
+        """
+        self._check_frame(bank, frame, seconds, active, attached)
+        bank = bank.give_up()
+        with _plain(bank):
+            when = (bank.frames if seconds is None else seconds).to(torch.float64)
+            frame, attached, size = self._reduce(frame, attached)
+            return self._append(bank, frame, attached, when, active, size)
+
+    def compress(self, bank: Bank, active: Tensor | None = None) -> Bank:
+        """Bring the bank back to its capacity. It was at most one entry over it; where it was not, nothing changes."""
+        self._check_active(bank, active)
+        bank = bank.give_up()
+        if self.room is None or bank.bound <= self.room:
+            return bank
+        with _plain(bank):
+            self._shrink_(bank, active)
+        return bank if active is not None else dataclasses.replace(bank, bound=self.room)
+
+    def push(
+        self,
+        bank: Bank,
+        frame: Tensor,
+        seconds: Tensor | None = None,
+        active: Tensor | None = None,
+        attached: Sequence[Tensor] = (),
+    ) -> Bank:
+        """`append`, then `compress` (of the active videos): the bank holds at most `capacity` entries."""
+        was = bank.bound
+        bank = self.compress(self.append(bank, frame, seconds, active, attached), active)
+        if self.room is not None and was <= self.room:  # then no video is over it, active or not
+            bank = dataclasses.replace(bank, bound=min(bank.bound, self.room))
+        return bank
+
+    def extend(
+        self,
+        bank: Bank,
+        frames: Tensor,
+        seconds: Tensor | None = None,
+        active: Tensor | None = None,
+        attached: Sequence[Tensor] = (),
+    ) -> Bank:
+        """Push T frames one after another: [B, T, N, C], seconds [B, T], active [B, T], attached [B, T, N, Ci]."""
+        require(frames.dim() == 4, f"{self.name}.extend: frames must be [B, T, N, C]", frames)
+        for t in range(frames.shape[1]):
+            at = [None if x is None else x[:, t] for x in (seconds, active)]
+            bank = self.push(bank, frames[:, t], *at, [x[:, t] for x in attached])
+        return bank
+
+    def check(self, bank: Bank) -> Bank:
+        """The bank, if this policy can go on with it; ValueError otherwise (say, after load_state_dict)."""
+        W = bank.rows.shape[2] * bank.rows.shape[3]
+        widths = [x.shape[2] * x.shape[3] // bank.positions for x in bank.attached]
+        times = bank.first is not None
+        like = self.new(
+            len(bank), bank.positions, W // bank.positions, bank.rows.dtype, "meta", attached=widths, times=times
+        )
+        pairs = [(like, bank)] if like.head is None or bank.head is None else [(like, bank), (like.head, bank.head)]
+        fits = (like.head is None) == (bank.head is None)
+        for a, b in pairs:
+            mine, given = a.tensors(), b.tensors()
+            fits &= mine.keys() == given.keys() and a.positions == b.positions
+            fits = fits and all(self._fits(mine[name], x) for name, x in given.items())
+        require(
+            fits, f"{self.name}.check: the bank was made by another policy or with other options than {self.spec()}"
+        )
+        return bank
+
+    def _fits(self, mine: Tensor, given: Tensor) -> bool:
+        return mine.shape == given.shape
+
+    # What a policy may define for itself.
+
+    def _stored_positions(self, N: int) -> int:
+        """N of what is stored."""
+        return N
+
+    def _first_slots(self) -> int:
+        return self.room + 1
+
+    def _reduce(self, frame: Tensor, attached: Sequence[Tensor]) -> tuple[Tensor, Sequence[Tensor], Tensor | int]:
+        """A frame before it is stored, and the size that it counts: int32 [B, N], or 1."""
+        return frame, attached, 1
+
+    def _shrink_(self, bank: Bank, active: Tensor | None) -> None:
+        """Remove one entry, in place, in every active video that holds room + 1."""
+        raise NotImplementedError
+
+    def _advance_(self, bank: Bank, frame, attached, when, active, size) -> Bank:
+        """Shrink where due, and append, in place or in a larger bank."""
+        if self.room is not None and bank.bound > self.room:
+            self._shrink_(bank, active)
+        put_(bank, frame, attached, when, active, size)
+        return bank
+
+    # The rest.
+
+    def _append(self, bank: Bank, frame, attached, when, active, size) -> Bank:
+        ragged = bank.ragged or active is not None
+        head, on = bank.head, active
+        if head is not None and head.bound < self.anchors:  # no video has filled its anchors yet
+            put_(head, *_rows(head, frame, attached), when, active, size)
+            head = dataclasses.replace(head, bound=head.bound + 1, ragged=ragged)
+            return dataclasses.replace(bank, head=head, ragged=ragged)
+        if head is not None and ragged:
+            present = torch.ones_like(head.length, dtype=torch.bool) if active is None else active
+            anchoring = head.length < self.anchors
+            put_(head, *_rows(head, frame, attached), when, present & anchoring, size)
+            head, on = dataclasses.replace(head, ragged=True), present & ~anchoring
+        bank = self._advance_(bank, *_rows(bank, frame, attached), when, on, size)
+        if self.room is not None and bank.bound > self.room and on is None:
+            bank = dataclasses.replace(bank, bound=self.room)
+        slots = bank.rows.shape[1]
+        return dataclasses.replace(bank, bound=min(bank.bound + 1, slots), ragged=ragged, head=head)
+
+    def _check_frame(self, bank, frame, seconds, active, attached) -> None:
+        name = f"{self.name}.append"
+        B, (G, W) = len(bank), bank.rows.shape[2:]
+        N = bank.positions
+        fits = frame.dim() == 3 and frame.shape[0] == B and frame.shape[2] == G * W // N
+        fits = fits and self._stored_positions(frame.shape[1]) == N and frame.shape[1] >= N
+        require(fits, f"{name}: frame must be [B, N, C] with B = {B}, N = {N}, C = {G * W // N} of the bank", frame)
+        require(
+            len(attached) == len(bank.attached), f"{name}: attached must be {len(bank.attached)}, got {len(attached)}"
+        )
+        for i, (new, rows) in enumerate(zip(attached, bank.attached)):
+            width = rows.shape[2] * rows.shape[3] // N
+            require(
+                new.shape == (*frame.shape[:2], width), f"{name}: attached[{i}] must be [B, N, {width}]", new, frame
+            )
+        for what, x in (("frame", frame), *((f"attached[{i}]", x) for i, x in enumerate(attached))):
+            fits = x.dtype in FLOATING and x.device == bank.rows.device
+            require(fits, f"{name}: {what} must be floating, on the device of the bank", x, bank.rows)
+            require(
+                not (x.requires_grad and torch.is_grad_enabled()),
+                f"{name}: the bank keeps values, not their graph; detach {what}",
+            )
+        if seconds is not None:
+            fits = seconds.shape == (B,) and seconds.device == bank.rows.device
+            require(fits, f"{name}: seconds must be [B], on the device of the bank", seconds, bank.rows)
+        self._check_active(bank, active)
+
+    def _check_active(self, bank: Bank, active: Tensor | None) -> None:
+        fits = active is None or (active.shape == (len(bank),) and active.dtype == torch.bool)
+        fits = fits and (active is None or active.device == bank.rows.device)
+        require(fits, f"{self.name}: active must be bool [B], on the device of the bank", active, bank.rows)
+
+
+@contextmanager
+def _plain(bank: Bank) -> Iterator[None]:
+    """No graph, and no autocast: the choices are made in float32."""
+    device = bank.rows.device.type
+    plain = torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
+    with torch.no_grad(), plain:
+        yield
+
+
+def _rows(bank: Bank, frame: Tensor, attached: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
+    """Frame and attached in the layout and dtypes of the bank, [B, G, W]."""
+    return _as(frame, bank.rows), [_as(new, rows) for new, rows in zip(attached, bank.attached)]
+
+
+def _as(new: Tensor, rows: Tensor) -> Tensor:
+    return new.reshape(len(new), *rows.shape[2:]).to(rows.dtype)

@@ -1,0 +1,38 @@
+"""Policies by name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from pyvidx.memory.policy import Policy
+from pyvidx.ops._library import require
+
+POLICIES: dict[str, Callable[..., Policy]] = {}
+
+
+def register(name: str) -> Callable:
+    """Decorator: make a policy known to `create` under a name."""
+
+    def known(policy):
+        POLICIES[name] = policy
+        return policy
+
+    return known
+
+
+def names() -> list[str]:
+    """The policies that `create` knows."""
+    return list(POLICIES)
+
+
+def create(name: str, **options) -> Policy:
+    """A policy by name: merge, fifo, average, concat, uniform, tome. Its options are the fields of its class.
+
+    Raises:
+        ValueError: the name, an option or its value is unknown.
+    """
+    require(name in POLICIES, f"memory.create: name must be one of {', '.join(POLICIES)}, got {name!r}")
+    try:
+        return POLICIES[name](**options)
+    except TypeError as error:
+        raise ValueError(f"memory.create: the options do not fit {name!r}: {error}") from None

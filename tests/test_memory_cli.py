@@ -1,0 +1,76 @@
+"""python -m pyvidx memory: a video in, a picture of its slots out."""
+
+import pytest
+import torch
+
+from pyvidx import memory
+from pyvidx.cli.demo import drawn_clip
+from pyvidx.cli.memory import colors, main
+from pyvidx.video import stream, write
+
+
+@pytest.fixture(scope="module")
+def video(tmp_path_factory):
+    """Three scenes of 15 frames, 25 per second."""
+    path = tmp_path_factory.mktemp("memory") / "scenes.mp4"
+    write(path, drawn_clip(0.6, (96, 128)), fps=25)
+    return path
+
+
+def test_colors_are_means_of_cells():
+    frames = torch.randint(0, 256, (2, 64, 96, 3), dtype=torch.uint8)
+    rows = colors(frames)
+    assert rows.shape == (2, 16, 8 * 8 * 3)
+    cell = frames[1, 16:32, 48:72].float() / 255 - 0.5  # row 1, column 2 of the 4 x 4 positions, 2 x 3 pixels per mean
+    want = cell.reshape(8, 2, 8, 3, 3).mean((1, 3))
+    torch.testing.assert_close(rows[1, 6], want.flatten())
+
+
+def test_slots_find_the_scenes(video, tmp_path, capsys):
+    out, saved = tmp_path / "new/slots.png", tmp_path / "bank.safetensors"
+    arguments = [str(video), "--capacity", "3", "--unit", "frame", "--out", str(out), "--save", str(saved)]
+    assert main(arguments) == 0
+    text = capsys.readouterr().out
+    assert "45 frames, policy merge (capacity 3, weighted True, unit frame), features: colors" in text
+    assert out.read_bytes().startswith(b"\x89PNG")
+    policy, bank = memory.load(saved)
+    assert policy == memory.create("merge", capacity=3, unit="frame")
+    assert bank.entries().sizes[0, :, 0].tolist() == [15, 15, 15]
+    assert [round(s * 25) for s in bank.entries().first[0, :, 0].tolist()] == [0, 15, 30]
+    rows = torch.cat([colors(clip.frames) for clip in stream(video)])
+    torch.testing.assert_close(bank.entries().rows[0, 1], rows[15:30].mean(0))
+
+
+@pytest.mark.parametrize("options, sizes", [
+    (["--policy", "fifo", "--capacity", "4", "--anchors", "1"], 4),
+    (["--policy", "tome", "--axis", "space"], 45),
+    (["--policy", "average", "--fps", "5", "--features", "model", "--position", "3"], 9),
+])  # fmt: skip
+def test_options(video, tmp_path, options, sizes, capsys):
+    assert (
+        main([str(video), *options, "--out", str(tmp_path / "a.png"), "--save", str(tmp_path / "a.safetensors")]) == 0
+    )
+    text = capsys.readouterr()
+    assert ("random weights" in text.err) == ("model" in options)
+    sizes_found = memory.load(tmp_path / "a.safetensors")[1].entries().sizes
+    assert sizes_found.sum() == sizes * sizes_found.shape[2] if "space" not in options else 45 * 16
+
+
+@pytest.mark.parametrize("arguments, message", [
+    (["nothing.mp4"], "no such file"),
+    (["VIDEO", "--policy", "average", "--capacity", "3"], "options do not fit 'average'"),
+    (["VIDEO", "--policy", "fifo", "--unit", "frame"], "options do not fit 'fifo'"),
+    (["VIDEO", "--capacity", "0"], "capacity must leave room"),
+    (["VIDEO", "--position", "16"], "position must be in"),
+])  # fmt: skip
+def test_bad_arguments(video, tmp_path, arguments, message, capsys):
+    arguments = [str(video) if a == "VIDEO" else a for a in arguments]
+    with pytest.raises(SystemExit) as stop:
+        main([*arguments, "--out", str(tmp_path / "a.png")])
+    assert stop.value.code == 2 and message in capsys.readouterr().err
+
+
+def test_a_file_that_is_no_video(tmp_path, capsys):
+    (tmp_path / "broken.mp4").write_bytes(b"this is not a video" * 100)
+    assert main([str(tmp_path / "broken.mp4")]) == 1
+    assert "FAILED" in capsys.readouterr().err
