@@ -12,10 +12,9 @@ constexpr int kRegisters = 4;  // of one chunk
 template <typename T>
 constexpr int kChunk = kRegisters * kPacked<T>;  // elements of one chunk: 16 bytes (double: 32)
 
-// Columns of a result that a lane sums up at a time, of 8 times as many per warp; fewer where scores take the
-// registers.
-template <typename T, int kTiles>
-constexpr int kColumns = sizeof(T) == 2 || (sizeof(T) == 4 && kTiles <= 8) ? 8 : 4;
+// Columns of a result that a lane sums up at a time; the warp has 8 times as many.
+template <typename T>
+constexpr int kColumns = sizeof(T) == 8 ? 4 : 8;
 
 // Rows of D elements, `stride` apart; `count` of them, the others read as 0.
 template <typename T>
@@ -23,10 +22,11 @@ struct Rows {
   T* data;
   int64_t stride;
   int count, D;
-  bool vectorized;  // 16-byte accesses fit, and D is a multiple of them
 };
 
-// D is that of the rows, or a constant the compiler can unroll for.
+// kD: a width that the compiler can unroll for, or one of these. The first two promise that 16-byte accesses fit.
+constexpr int kWhole = 0;    // D is that of the rows, a multiple of a chunk
+constexpr int kRagged = -1;  // any D, any alignment
 template <int kD, typename T>
 __device__ __forceinline__ int width(const Rows<T>& rows) {
   return kD > 0 ? kD : rows.D;
@@ -40,7 +40,7 @@ __device__ __forceinline__ void load_chunk(const Rows<const T>& rows, int row, i
   const int D = width<kD>(rows);
   if (row >= rows.count || d >= D) return;
   const T* p = rows.data + row * rows.stride + d;
-  if (kD > 0 || rows.vectorized) {
+  if constexpr (kD != kRagged) {
     uint4 bits[sizeof(chunk) / 16];
 #pragma unroll
     for (int i = 0; i < int(sizeof(chunk) / 16); ++i) bits[i] = reinterpret_cast<const uint4*>(p)[i];
@@ -100,7 +100,7 @@ __device__ __forceinline__ void store_columns(const Rows<T>& out, int row, int d
   const int D = width<kD>(out);
   if (row >= out.count || d >= D) return;
   T* p = out.data + row * out.stride + d;
-  if (kD > 0 || out.vectorized) {
+  if constexpr (kD != kRagged) {
 #pragma unroll
     for (int i = 0; i < kCount; i += kVec<T>) {
       if (d + i >= D) return;
@@ -117,65 +117,96 @@ __device__ __forceinline__ void store_columns(const Rows<T>& out, int row, int d
   }
 }
 
-// out rows a0 + 0..15 <- w b, with w [16][b.count] as dot_rows leaves it.
+// sum[n] += w b for the columns from `slab` on, with w as dot_rows leaves it for rows b0 .. b0 + 8 kTiles - 1 of b.
+template <typename T, int kD, int kTiles>
+__device__ __forceinline__ void add_weighted(const Acc<T> (&w)[kTiles][4], const Rows<const T>& b, int b0, int slab,
+                                             Acc<T> (&sum)[kColumns<T>][4]) {
+  const int g = threadIdx.x % 32 / 4, c = threadIdx.x % 4;
+  constexpr int kChunks = kColumns<T> / kChunk<T>;
+  constexpr int kStep = kPacked<T>;  // tiles that one mma takes: 8 rows of b, or 16
+#pragma unroll
+  for (int j = 0; j < kTiles; j += kStep) {
+    if (b0 + 8 * j >= b.count) break;
+    Register<T> rows[kStep][2][kChunks][kRegisters];  // two neighboring rows of each tile
+#pragma unroll
+    for (int s = 0; s < kStep; ++s) {
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+#pragma unroll
+        for (int i = 0; i < kChunks; ++i) {
+          const int column = slab + kColumns<T> * column_group(g) + i * kChunk<T>;
+          load_chunk<kD>(b, b0 + 8 * (j + s) + 2 * c + r, column, rows[s][r][i]);
+        }
+      }
+    }
+    Register<T> left[4];
+    if constexpr (kStep == 2) {
+      constexpr int kNext = kTiles > 1;  // there is a second tile
+      left[0] = pack<T>(w[j][0], w[j][1]), left[1] = pack<T>(w[j][2], w[j][3]);
+      left[2] = kNext ? pack<T>(w[j + kNext][0], w[j + kNext][1]) : 0u;
+      left[3] = kNext ? pack<T>(w[j + kNext][2], w[j + kNext][3]) : 0u;
+    } else {
+      left[0] = w[j][0], left[1] = w[j][2], left[2] = w[j][1], left[3] = w[j][3];
+    }
+#pragma unroll
+    for (int n = 0; n < kColumns<T>; ++n) {
+      Register<T> right[2];
+      if constexpr (kStep == 2) {  // element n of the two rows beside each other
+#pragma unroll
+        for (int s = 0; s < 2; ++s) {
+          const unsigned low = rows[s][0][0][n / 2], high = rows[s][1][0][n / 2];
+          right[s] = n % 2 ? low >> 16 | (high & 0xffff0000u) : (low & 0xffffu) | high << 16;
+        }
+      } else {
+#pragma unroll
+        for (int r = 0; r < 2; ++r) right[r] = rows[0][r][n / kChunk<T>][n % kChunk<T>];
+      }
+      mma<T>(sum[n], left, right);
+    }
+  }
+}
+
+template <int kD, typename T>
+__device__ __forceinline__ void store_sums(const Acc<T> (&sum)[kColumns<T>][4], const Rows<T>& out, int a0, int slab) {
+  const int g = threadIdx.x % 32 / 4, c = threadIdx.x % 4;
+#pragma unroll
+  for (int side = 0; side < 2; ++side) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      Acc<T> x[kColumns<T>];
+#pragma unroll
+      for (int n = 0; n < kColumns<T>; ++n) x[n] = sum[n][2 * half + side];
+      store_columns<kD, kColumns<T>>(out, a0 + g + 8 * half, slab + kColumns<T> * column_group(2 * c + side), x);
+    }
+  }
+}
+
+// out rows a0 + 0..15 <- w b, with w for all rows of b as dot_rows leaves it.
 template <typename T, int kD, int kTiles>
 __device__ __forceinline__ void weigh_rows(const Acc<T> (&w)[kTiles][4], const Rows<const T>& b, const Rows<T>& out,
                                            int a0) {
-  const int g = threadIdx.x % 32 / 4, c = threadIdx.x % 4;
-  constexpr int kCount = kColumns<T, kTiles>, kChunks = kCount / kChunk<T>;
-  constexpr int kStep = kPacked<T>;  // tiles that one mma takes: 8 rows of b, or 16
 #pragma unroll(kD > 0 ? 8 : 1)
-  for (int slab = 0; slab < width<kD>(b); slab += 8 * kCount) {
-    Acc<T> sum[kCount][4] = {};
-#pragma unroll
-    for (int j = 0; j < kTiles; j += kStep) {
-      if (8 * j >= b.count) break;
-      Register<T> rows[kStep][2][kChunks][kRegisters];  // two neighboring rows of each tile
-#pragma unroll
-      for (int s = 0; s < kStep; ++s) {
-#pragma unroll
-        for (int r = 0; r < 2; ++r) {
-#pragma unroll
-          for (int i = 0; i < kChunks; ++i) {
-            load_chunk<kD>(b, 8 * (j + s) + 2 * c + r, slab + kCount * column_group(g) + i * kChunk<T>, rows[s][r][i]);
-          }
-        }
-      }
-      Register<T> left[4];
-      if constexpr (kStep == 2) {
-        constexpr int kNext = kTiles > 1;  // there is a second tile
-        left[0] = pack<T>(w[j][0], w[j][1]), left[1] = pack<T>(w[j][2], w[j][3]);
-        left[2] = kNext ? pack<T>(w[j + kNext][0], w[j + kNext][1]) : 0u;
-        left[3] = kNext ? pack<T>(w[j + kNext][2], w[j + kNext][3]) : 0u;
-      } else {
-        left[0] = w[j][0], left[1] = w[j][2], left[2] = w[j][1], left[3] = w[j][3];
-      }
-#pragma unroll
-      for (int n = 0; n < kCount; ++n) {
-        Register<T> right[2];
-        if constexpr (kStep == 2) {  // element n of the two rows beside each other
-#pragma unroll
-          for (int s = 0; s < 2; ++s) {
-            const unsigned low = rows[s][0][0][n / 2], high = rows[s][1][0][n / 2];
-            right[s] = n % 2 ? low >> 16 | (high & 0xffff0000u) : (low & 0xffffu) | high << 16;
-          }
-        } else {
-#pragma unroll
-          for (int r = 0; r < 2; ++r) right[r] = rows[0][r][n / kChunk<T>][n % kChunk<T>];
-        }
-        mma<T>(sum[n], left, right);
-      }
+  for (int slab = 0; slab < width<kD>(b); slab += 8 * kColumns<T>) {
+    Acc<T> sum[kColumns<T>][4] = {};
+    add_weighted<T, kD>(w, b, 0, slab, sum);
+    store_sums<kD>(sum, out, a0, slab);
+  }
+}
+
+// The same where the weights are more than registers hold: weights(b0, w) computes them, kTiles at a time, once per
+// slab.
+template <typename T, int kD, int kTiles, typename F>
+__device__ __forceinline__ void weigh_rows_by_parts(F&& weights, const Rows<const T>& b, const Rows<T>& out, int a0) {
+#pragma unroll 1
+  for (int slab = 0; slab < width<kD>(b); slab += 8 * kColumns<T>) {
+    Acc<T> sum[kColumns<T>][4] = {};
+#pragma unroll 1
+    for (int b0 = 0; b0 < b.count; b0 += 8 * kTiles) {
+      Acc<T> w[kTiles][4];
+      weights(b0, w);
+      add_weighted<T, kD>(w, b, b0, slab, sum);
     }
-#pragma unroll
-    for (int side = 0; side < 2; ++side) {
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        Acc<T> x[kCount];
-#pragma unroll
-        for (int n = 0; n < kCount; ++n) x[n] = sum[n][2 * half + side];
-        store_columns<kD, kCount>(out, a0 + g + 8 * half, slab + kCount * column_group(2 * c + side), x);
-      }
-    }
+    store_sums<kD>(sum, out, a0, slab);
   }
 }
 
@@ -198,44 +229,67 @@ __device__ __forceinline__ A quad_max(A x) {
 __device__ __forceinline__ float power_of_two(float x) { return exp2f(x); }
 __device__ __forceinline__ double power_of_two(double x) { return exp2(x); }
 
+constexpr double kAbsent = -3e38;              // the score of what is not there
+constexpr double kLog2e = 1.4426950408889634;  // part of `scale` here: a power of two is one instruction
+
 // The largest score (in units of log 2) of a row and 1 / the sum of its exponentials.
 template <typename A>
 struct Softmax {
   A largest, inverse;
+  __device__ __forceinline__ A weight(A score) const { return power_of_two(score - largest) * inverse; }
 };
 
-constexpr double kLog2e = 1.4426950408889634;  // the exponentials are powers of two: one instruction
+// f(column, 0 for row g or 1 for row g + 8, x) for each of this lane's scores, the tiles' first column being c0.
+template <int kTiles, typename A, typename F>
+__device__ __forceinline__ void each_score(A (&x)[kTiles][4], int c0, F&& f) {
+#pragma unroll
+  for (int j = 0; j < kTiles; ++j) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) f(c0 + 8 * j + 2 * int(threadIdx.x % 4) + i % 2, i / 2, x[j][i]);
+  }
+}
 
-// x <- softmax(scale x) over columns 0..T-1; the other columns become 0. One Softmax for row g, one for row g + 8.
+// x <- 2^(scale x), divided by its sum, over columns 0..T-1; the other columns become 0. One Softmax for row g, one for
+// row g + 8.
 template <int kTiles, typename A>
 __device__ __forceinline__ void softmax_rows(A (&x)[kTiles][4], int T, A scale, Softmax<A> (&rows)[2]) {
-  const int c = threadIdx.x % 4;
-  const A absent = -A(3e38);
-  scale *= A(kLog2e);
+  A largest[2] = {A(kAbsent), A(kAbsent)}, sum[2] = {};
+  each_score(x, 0, [&](int column, int half, A& s) {
+    s = column < T ? s * scale : A(kAbsent);
+    largest[half] = s > largest[half] ? s : largest[half];
+  });
 #pragma unroll
-  for (int half = 0; half < 2; ++half) {
-    A largest = absent, sum = 0;
+  for (int half = 0; half < 2; ++half) largest[half] = quad_max(largest[half]);
+  each_score(x, 0, [&](int, int half, A& s) { sum[half] += s = power_of_two(s - largest[half]); });
 #pragma unroll
-    for (int j = 0; j < kTiles; ++j) {
+  for (int half = 0; half < 2; ++half) rows[half] = {largest[half], 1 / quad_sum(sum[half])};
+  each_score(x, 0, [&](int, int half, A& s) { s *= rows[half].inverse; });
+}
+
+// The same Softmax for query rows q0 + 0..15 without keeping the scores, kTiles tiles of keys at a time.
+template <typename T, int kD, int kTiles>
+__device__ __forceinline__ void softmax_by_parts(const Rows<const T>& q, int q0, const Rows<const T>& k, Acc<T> scale,
+                                                 Softmax<Acc<T>> (&rows)[2]) {
+  using A = Acc<T>;
+  A largest[2] = {A(kAbsent), A(kAbsent)}, sum[2] = {};  // the sums of this lane's columns
+#pragma unroll 1
+  for (int k0 = 0; k0 < k.count; k0 += 8 * kTiles) {
+    A x[kTiles][4], next[2] = {largest[0], largest[1]};
+    dot_rows<T, kD>(q, q0, k, k0, x);
+    each_score(x, k0, [&](int column, int half, A& s) {
+      s = column < k.count ? s * scale : A(kAbsent);
+      next[half] = s > next[half] ? s : next[half];
+    });
 #pragma unroll
-      for (int i = 2 * half; i < 2 * half + 2; ++i) {
-        x[j][i] = 8 * j + 2 * c + i % 2 < T ? x[j][i] * scale : absent;
-        largest = x[j][i] > largest ? x[j][i] : largest;
-      }
+    for (int half = 0; half < 2; ++half) {
+      next[half] = quad_max(next[half]);
+      sum[half] *= power_of_two(largest[half] - next[half]);
+      largest[half] = next[half];
     }
-    largest = quad_max(largest);
-#pragma unroll
-    for (int j = 0; j < kTiles; ++j) {
-#pragma unroll
-      for (int i = 2 * half; i < 2 * half + 2; ++i) sum += x[j][i] = power_of_two(x[j][i] - largest);
-    }
-    rows[half] = {largest, 1 / quad_sum(sum)};
-#pragma unroll
-    for (int j = 0; j < kTiles; ++j) {
-#pragma unroll
-      for (int i = 2 * half; i < 2 * half + 2; ++i) x[j][i] *= rows[half].inverse;
-    }
+    each_score(x, k0, [&](int, int half, A& s) { sum[half] += power_of_two(s - largest[half]); });
   }
+#pragma unroll
+  for (int half = 0; half < 2; ++half) rows[half] = {largest[half], 1 / quad_sum(sum[half])};
 }
 
 }  // namespace pyvidx::cuda
