@@ -12,6 +12,7 @@ namespace pyvidx::cuda {
 
 constexpr int kMemoryThreads = 128;
 constexpr int kMemoryWarps = kMemoryThreads / 32;
+constexpr int kMemoryBlocks = 5;  // per multiprocessor: 96 registers; left to itself, ptxas takes fewer and spills
 constexpr int kMaxAttached = 16;  // per launch: kernel parameters may take 4 KB
 
 struct AttachedChunk {
@@ -145,9 +146,8 @@ __device__ __forceinline__ void close_gap(const MemoryStepArgs& a, const StepPla
   }
 }
 
-// 5 blocks per multiprocessor allow 96 registers: left to itself, ptxas takes 72 and spills.
 template <typename T, bool kVectorized>
-__global__ __launch_bounds__(kMemoryThreads, 5) void memory_step_kernel(MemoryStepArgs a) {
+__global__ __launch_bounds__(kMemoryThreads, kMemoryBlocks) void memory_step_kernel(MemoryStepArgs a) {
   using A = Acc<T>;
   const int C = int(a.bank.size[3]);
   const unsigned N = unsigned(a.bank.size[2]), b = blockIdx.x / N, n = blockIdx.x % N;
@@ -217,7 +217,7 @@ __device__ __forceinline__ A size_at(const View<3>& sizes, int64_t b, int64_t t,
 // One block per position. Each warp takes pairs of neighbors in turn (a row is read twice, the second time from a
 // cache), then rows to write. Traffic: the bank read once, or twice where a position's rows do not fit the L1 cache.
 template <typename T, bool kVectorized>
-__global__ __launch_bounds__(kMemoryThreads) void memory_merge_kernel(MemoryMergeArgs a) {
+__global__ __launch_bounds__(kMemoryThreads, kMemoryBlocks) void memory_merge_kernel(MemoryMergeArgs a) {
   using A = Acc<T>;
   constexpr int kSize = kPack<T, kVectorized>;
   const int T_ = int(a.bank.size[1]);
