@@ -1,0 +1,34 @@
+"""The CUDA kernels compile, link and register against whatever torch is here, also one without CUDA."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "cmake"))
+
+import native_build  # noqa: E402
+
+PROBE = """
+import torch
+from pyvidx.ops import _library as library, token_gather
+assert library.LOAD_ERROR is None, library.LOAD_ERROR
+missing = [n for n in library.REFERENCES for d in ("cpu", "cuda") if not library.has_kernel(n, d)]
+print(missing, token_gather(torch.ones(1, 1, 2, 3), torch.tensor([[1]])).sum().item())
+"""
+
+
+@pytest.mark.skipif(native_build.installed_nvcc() is None, reason="no nvcc")
+def test_one_binary_with_cuda():
+    """One architecture, to be quick; cmake/cuda_check.py compiles for all."""
+    out = ROOT / "build/cuda-link"
+    command = [sys.executable, "setup.py", "-q", "build_ext", f"--build-temp={out}/temp", f"--build-lib={out}"]
+    env = os.environ | {"PYVIDX_CUDA": "1", "PYVIDX_CUDA_ARCHS": "75"}
+    build = subprocess.run(command, cwd=ROOT, env=env, text=True, capture_output=True)
+    assert build.returncode == 0, (build.stdout + build.stderr)[-4000:]
+    env = os.environ | {"PYVIDX_OPS_LIBRARY": str(out / "pyvidx/_ops.abi3.so")}
+    probe = subprocess.run([sys.executable, "-c", PROBE], cwd=ROOT, env=env, text=True, capture_output=True)
+    assert probe.stdout.strip() == "[] 3.0", probe.stdout + probe.stderr
