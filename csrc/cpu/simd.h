@@ -9,7 +9,10 @@
 #include "pyvidx/dispatch.h"
 #include "pyvidx/view.h"
 #if defined(__x86_64__)
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wuninitialized"  // GCC 12 warns about its own _mm512_undefined
 #include <immintrin.h>
+#pragma GCC diagnostic pop
 #endif
 
 namespace pyvidx {
@@ -218,6 +221,18 @@ PYVIDX_SIMD void store(T* p, Vec<T> v, Stream) {
   if constexpr (sizeof raw == 8) return _mm_stream_si64((long long*)p, read<long long>(&raw));
 #endif
   write(p, raw);
+}
+
+// v where there are elements, 0 in the lanes beyond a part: for sums of what is not 0 where the inputs are.
+template <typename V, typename P>
+PYVIDX_SIMD V only(V v, P) {
+  return v;
+}
+template <typename V>
+PYVIDX_SIMD V only(V v, Part part) {
+  V kept = {};
+  __builtin_memcpy(&kept, &v, part.n * sizeof v[0]);
+  return kept;
 }
 
 // After streaming stores, before another thread may read them.

@@ -46,6 +46,21 @@ inline Tensor unit_last_stride(const Tensor& x) {
 }
 inline OptionalTensor unit_last_stride(const OptionalTensor& x) { return x ? OptionalTensor(unit_last_stride(*x)) : x; }
 
+// keep [B|1, K] (tube) or [B|1, S, K] as [B, S|1, K]; rows shared between videos get stride 0.
+inline View<3> keep_view(const Tensor& keep, int64_t B) {
+  View<3> v;
+  if (keep.dim() == 2) {
+    const View<2> tube = view<2>(keep);
+    v.data = tube.data, v.dtype = tube.dtype;
+    v.size[0] = tube.size[0], v.size[1] = 1, v.size[2] = tube.size[1];
+    v.stride[0] = tube.stride[0], v.stride[1] = 0, v.stride[2] = tube.stride[1];
+  } else {
+    v = view<3>(keep);
+  }
+  if (v.size[0] == 1) v.size[0] = B, v.stride[0] = 0;
+  return v;
+}
+
 template <typename Args>
 struct Entry {
   using Cpu = void (*)(const Args&, const Executor&);

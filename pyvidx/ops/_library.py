@@ -109,6 +109,8 @@ def require_out(op: str, out: Tensor, shape: Sequence[int], like: Tensor, *input
     fits = tuple(out.shape) == tuple(shape) and out.dtype == like.dtype and out.device == like.device
     require(fits, f"{op}: out must be {tuple(shape)} with the dtype and device of the input", out, like)
     require(out.stride(-1) == 1 or out.shape[-1] <= 1, f"{op}: the last stride of out must be 1", out)
+    for t in inputs:  # autocast does not reach an op that is given its output
+        require(t is None or t.dtype == out.dtype, f"{op}: with out= all tensors must have one dtype", t, out)
     wants_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (out, *inputs))
     require(not wants_grad, f"{op}: out= has no gradient; call it under torch.no_grad() or without out=")
 

@@ -1,0 +1,260 @@
+// One pass over the branch's rows: reads the gradients (grad_out and, with a LayerNorm, grad_normed) and what they need
+// (the row before the norm; x and z for the gate), writes grad_z and the kept rows of grad_x. The rows of grad_x that
+// nothing kept are zeroed from the inverse table, so that grad_x is written once.
+//
+// Statistics of the norm come from the forward (8 bytes a row). The row itself is the saved out, or is computed again
+// where the gradient of the gate reads x and z anyway: no pass is spent on it alone.
+#include "level.h"
+#include "parallel.h"
+#include "pyvidx/gated_fusion.h"
+#include "simd.h"
+
+namespace pyvidx {
+namespace {
+
+using simd::Acc;
+using simd::each;
+using simd::load;
+using simd::store;
+using simd::Vec;
+
+enum class Norm { none, saved, again };  // the row before the norm: out as saved, or computed again
+
+template <typename T>
+struct Row {
+  const T *grad_out, *grad_normed, *value, *x, *x_pair, *z;
+  const Acc<T>* stats;
+  T *grad_x, *grad_x_pair, *grad_z;
+};
+
+template <typename T>
+struct Channels {
+  const Acc<T>* mix;
+  const T* weight;
+  Acc<T> *gate, *scale, *bias;  // partial sums: of the gate's logit, the norm's weight and bias
+};
+
+template <typename T, typename Part>
+PYVIDX_SIMD Vec<T> source(const Row<T>& r, int64_t c, Part part) {
+  const Vec<T> x = load(r.x + c, part);
+  return r.x_pair != nullptr ? (x + load(r.x_pair + c, part)) * Acc<T>(0.5) : x;
+}
+
+template <typename T, bool kGate, Norm kNorm, typename Part>
+PYVIDX_SIMD Vec<T> value(const Row<T>& r, const Channels<T>& ch, int64_t c, Part part) {
+  if constexpr (kNorm == Norm::saved) return load(r.value + c, part);
+  const Vec<T> x = source(r, c, part), z = load(r.z + c, part);
+  if constexpr (!kGate) return z + x;
+  const Vec<T> w = load(ch.mix + c, part);
+  return (1 - w) * z + w * x;
+}
+
+template <typename A, typename V, typename Part>
+PYVIDX_SIMD void add(A* sum, V v, Part part) {
+  store(sum, load(sum, part) + v, part);
+}
+
+template <typename T, bool kGate, Norm kNorm, bool kGateGrad>
+void backward_row(const Row<T>& r, const Channels<T>& ch, int64_t C, bool stream) {
+  Acc<T> mean = 0, rstd = 0, mean_g = 0, mean_gx = 0;
+  if constexpr (kNorm != Norm::none) {
+    mean = r.stats[0], rstd = r.stats[1];
+    Vec<T> sum_g = {}, sum_gx = {};
+    each<T>(C, [&](int64_t c, auto part) {
+      const Vec<T> normal = (value<T, kGate, kNorm>(r, ch, c, part) - mean) * rstd;
+      const Vec<T> grad = load(r.grad_normed + c, part), g = grad * load(ch.weight + c, part);
+      add(ch.bias + c, grad, part);
+      add(ch.scale + c, grad * normal, part);
+      sum_g += g;
+      sum_gx += g * normal;
+    });
+    mean_g = simd::sum(sum_g) / Acc<T>(C), mean_gx = simd::sum(sum_gx) / Acc<T>(C);
+  }
+  const auto step = [&](int64_t c, auto part) {
+    Vec<T> g = {};
+    if (r.grad_out != nullptr) g = load(r.grad_out + c, part);
+    if constexpr (kNorm != Norm::none) {
+      const Vec<T> normal = (value<T, kGate, kNorm>(r, ch, c, part) - mean) * rstd;
+      g += (load(r.grad_normed + c, part) * load(ch.weight + c, part) - mean_g - normal * mean_gx) * rstd;
+    }
+    Vec<T> to_x = g, to_z = g;
+    if constexpr (kGate) {
+      const Vec<T> w = load(ch.mix + c, part);
+      to_x = w * g, to_z = (1 - w) * g;
+    }
+    if (r.grad_z != nullptr) store(r.grad_z + c, to_z, part);
+    if (r.grad_x_pair != nullptr) store(r.grad_x_pair + c, to_x * Acc<T>(0.5), part);
+    if (r.grad_x != nullptr) store(r.grad_x + c, r.grad_x_pair != nullptr ? to_x * Acc<T>(0.5) : to_x, part);
+    if constexpr (kGateGrad) add(ch.gate + c, g * (source(r, c, part) - load(r.z + c, part)), part);
+  };
+  const auto aligned = [](const T* p) { return reinterpret_cast<uintptr_t>(p) % simd::kBytes == 0; };  // absent: yes
+  each<T>(C, r.grad_z, stream && aligned(r.grad_x) && aligned(r.grad_x_pair), step);
+}
+
+// The class row of video b: grad_cls, the class rows of grad_x, and its part in the gate's gradient.
+template <typename T>
+void class_row(const GatedFusionBackwardArgs& a, int64_t b, int64_t C) {
+  const int64_t T_ = a.grad_x ? a.grad_x_cls.size[1] : a.x_cls.size[1];
+  const Acc<T>* mix = a.gate ? a.mix.at<const Acc<T>>() : nullptr;
+  const Acc<T> share = a.first ? Acc<T>(0.5) : Acc<T>(1);
+  each<T>(C, [&](int64_t c, auto part) {
+    const Vec<T> g = load(a.grad_out_cls.at<const T>(b) + c, part) * share;
+    Vec<T> to_x = g, to_z = g;
+    if (mix != nullptr) {
+      const Vec<T> w = load(mix + c, part);
+      to_x = w * g, to_z = (1 - w) * g;
+    }
+    if (a.grad_cls) store(a.grad_cls.at<T>(b) + c, to_z, part);
+    if (a.grad_x) {
+      to_x = to_x * (1 / Acc<T>(T_));
+      for (int64_t t = 0; t < T_; ++t) store(a.grad_x_cls.at<T>(b, t) + c, to_x, part);
+    }
+    if (a.grad_gate) {
+      Vec<T> mean = {};
+      for (int64_t t = 0; t < T_; ++t) mean += load(a.x_cls.at<const T>(b, t) + c, part);
+      store(a.partial.at<Acc<T>>(0, a.parts + b) + c, g * (mean * (1 / Acc<T>(T_)) - load(a.cls.at<const T>(b) + c, part)),
+            part);
+    }
+  });
+}
+
+template <typename T, bool kGate, Norm kNorm, bool kGateGrad>
+void rows_of_part(const GatedFusionBackwardArgs& a, int64_t part, bool stream) {
+  const View<4>& shape = a.rows();
+  const int64_t S = shape.size[1], K = shape.size[2], C = shape.size[3];
+  const int64_t P = a.grad_x ? a.grad_x.size[2] : a.x.size[2];
+  const int64_t chunk = gated_fusion_chunk(shape.size[0] * S, K), chunks = (K + chunk - 1) / chunk;
+  const int64_t b = part / chunks / S, s = part / chunks % S, begin = part % chunks * chunk;
+  Channels<T> ch{a.mix.at<const Acc<T>>(), a.weight.at<const T>(), nullptr, nullptr, nullptr};
+  const auto zeroed = [&](int64_t which) {
+    Acc<T>* sum = a.partial.at<Acc<T>>(which, part);
+    __builtin_memset(sum, 0, C * sizeof *sum);
+    return sum;
+  };
+  if constexpr (kGateGrad) ch.gate = zeroed(0);
+  if constexpr (kNorm != Norm::none) ch.scale = zeroed(1), ch.bias = zeroed(2);
+  for (int64_t k = begin; k < begin + chunk && k < K; ++k) {
+    int64_t t = s, p = k;
+    if (a.keep && P > 0) {  // P is 0 where no row of x is read or written
+      const int64_t index = *a.keep.at<const int64_t>(b, a.tube ? 0 : s, k);
+      if (a.tube) {
+        p = index;
+      } else {
+        t = index / P, p = index % P;
+      }
+    }
+    Row<T> r = {};
+    if (a.grad_out) r.grad_out = a.grad_out.at<const T>(b, s, k);
+    if constexpr (kNorm != Norm::none) {
+      r.grad_normed = a.grad_normed.at<const T>(b, s, k), r.stats = a.stats.at<const Acc<T>>(b, s, k);
+    }
+    if constexpr (kNorm == Norm::saved) r.value = a.value.at<const T>(b, s, k);
+    if constexpr (kNorm == Norm::again || kGateGrad) {
+      r.z = a.z.at<const T>(b, s, k), r.x = a.x.at<const T>(b, a.pair ? 2 * t : t, p);
+      if (a.pair) r.x_pair = r.x + a.x.stride[1];
+    }
+    if (a.grad_x) {
+      r.grad_x = a.grad_x.at<T>(b, a.pair ? 2 * t : t, p);
+      if (a.pair) r.grad_x_pair = r.grad_x + a.grad_x.stride[1];
+    }
+    if (a.grad_z) r.grad_z = a.grad_z.at<T>(b, s, k);
+    backward_row<T, kGate, kNorm, kGateGrad>(r, ch, C, stream);
+  }
+}
+
+// The rows of grad_x that nothing kept.
+template <typename T>
+void zero_rows(const GatedFusionBackwardArgs& a, const Executor& executor, bool stream) {
+  const int64_t T_ = a.source.size[1], P = a.source.size[2], C = a.grad_x.size[3], frames = a.pair ? 2 : 1;
+  parallel_for(executor, a.source.size[0] * T_ * P, kGrainElements / (C + 1) + 1, [&](int64_t begin, int64_t end) {
+    for (int64_t row = begin; row < end; ++row) {
+      const int64_t b = row / (T_ * P), t = row / P % T_, p = row % P;
+      if (*a.source.at<const int64_t>(b, t, p) >= 0) continue;
+      for (int64_t f = 0; f < frames; ++f) {
+        T* out = a.grad_x.at<T>(b, frames * t + f, p);
+        each<T>(C, out, stream, [&](int64_t c, auto part) { store(out + c, Vec<T>{}, part); });
+      }
+    }
+    simd::fence();
+  });
+}
+
+// The second stage: add up `count` rows of partial sums, in their order.
+template <typename T, typename Finish>
+void add_up(const GatedFusionBackwardArgs& a, const Executor& executor, int64_t which, int64_t count, T* out,
+            Finish&& finish) {
+  constexpr int64_t kTile = 256;
+  const int64_t C = a.partial.size[2];
+  parallel_for(executor, (C + kTile - 1) / kTile, kGrainElements / (kTile * (count + 1)) + 1,
+               [&](int64_t begin, int64_t end) {
+                 for (int64_t tile = begin; tile < end; ++tile) {
+                   const int64_t first = tile * kTile, n = C - first < kTile ? C - first : kTile;
+                   Acc<T> sum[kTile] = {};
+                   for (int64_t i = 0; i < count; ++i) {
+                     const Acc<T>* row = a.partial.at<const Acc<T>>(which, i, first);
+                     each<T>(n, [&](int64_t c, auto part) { add(sum + c, load(row + c, part), part); });
+                   }
+                   each<T>(n, [&](int64_t c, auto part) {
+                     store(out + first + c, finish(load(sum + c, part), first + c, part), part);
+                   });
+                 }
+               });
+}
+
+template <typename T, bool kGate, Norm kNorm, bool kGateGrad>
+void run(const GatedFusionBackwardArgs& a, const Executor& executor) {
+  const View<4>& shape = a.rows();
+  const int64_t B = shape.size[0], rows = B * shape.size[1] * shape.size[2], C = shape.size[3];
+  const bool stream = rows * C * int64_t(sizeof(T)) > simd::kStreamBytes;
+  Acc<T>* mix = a.mix.at<Acc<T>>();
+  if constexpr (kGate) {
+    each<T>(C, [&](int64_t c, auto part) {
+      store(mix + c, simd::sigmoid(load(a.gate.at<const T>() + c, part) * Acc<T>(a.scale)), part);
+    });
+  }
+  const bool any_rows = a.grad_x || a.grad_z || kGateGrad || kNorm != Norm::none;
+  const int64_t class_rows = a.grad_out_cls ? B : 0, parts = any_rows ? a.parts : 0;
+  const int64_t chunk = gated_fusion_chunk(B * shape.size[1], shape.size[2]);
+  parallel_for(executor, class_rows + parts, kGrainElements / (chunk * C + 1) + 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      if (i < class_rows) {
+        class_row<T>(a, i, C);
+      } else {
+        rows_of_part<T, kGate, kNorm, kGateGrad>(a, i - class_rows, stream);
+      }
+    }
+    simd::fence();
+  });
+  if (a.grad_x && a.source) zero_rows<T>(a, executor, stream);
+  if constexpr (kGateGrad) {
+    add_up<T>(a, executor, 0, a.parts + class_rows, a.grad_gate.at<T>(), [&](Vec<T> sum, int64_t c, auto part) {
+      const Vec<T> logit = load(a.gate.at<const T>() + c, part) * Acc<T>(a.scale);
+      return sum * simd::sigmoid(logit) * simd::sigmoid(-logit) * Acc<T>(a.scale);
+    });
+  }
+  if constexpr (kNorm != Norm::none) {
+    const auto as_is = [](Vec<T> sum, int64_t, auto) { return sum; };
+    add_up<T>(a, executor, 1, a.parts, a.grad_weight.at<T>(), as_is);
+    add_up<T>(a, executor, 2, a.parts, a.grad_bias.at<T>(), as_is);
+  }
+}
+
+template <typename T, bool kGate, bool kGateGrad>
+void pick(const GatedFusionBackwardArgs& a, const Executor& executor) {
+  if (a.grad_normed.size[3] == 0) return run<T, kGate, Norm::none, kGateGrad>(a, executor);
+  return a.value.size[3] > 0 ? run<T, kGate, Norm::saved, kGateGrad>(a, executor)
+                             : run<T, kGate, Norm::again, kGateGrad>(a, executor);
+}
+
+void backward(const GatedFusionBackwardArgs& a, const Executor& executor) {
+  visit_dtype<float, double, Half, BFloat16>("gated_fusion_backward", a.rows().dtype, [&](auto t) {
+    using T = typename decltype(t)::type;
+    if (!a.gate) return pick<T, false, false>(a, executor);
+    return a.grad_gate ? pick<T, true, true>(a, executor) : pick<T, true, false>(a, executor);
+  });
+}
+
+}  // namespace
+}  // namespace pyvidx
+
+PYVIDX_CPU_ENTRY(gated_fusion_backward, GatedFusionBackwardArgs, backward)
