@@ -1,0 +1,3 @@
+from pyvidx.backbones.clip import CLIPVision, CLIPVisionConfig
+
+__all__ = ["CLIPVision", "CLIPVisionConfig"]

@@ -1,0 +1,67 @@
+"""The pre-norm transformer block that CLIP and the branch of BT-Adapter are made of."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+def quick_gelu(x: Tensor) -> Tensor:
+    """x * sigmoid(1.702 x), the activation of OpenAI's CLIP."""
+    return F.silu(1.702 * x) * (1 / 1.702)
+
+
+def silu(x: Tensor) -> Tensor:
+    """What quick_gelu becomes when its two factors are folded into the weights beside it. In place without autograd."""
+    return F.silu(x, inplace=not (torch.is_grad_enabled() and x.requires_grad))
+
+
+ACTIVATIONS = {"quick_gelu": quick_gelu, "gelu": F.gelu, "silu": silu}
+
+
+def residual(x: Tensor, y: Tensor) -> Tensor:
+    """x + y, written into y where the dtypes allow: y is the fresh output of a linear layer, no gradient needs it."""
+    return y.add_(x) if y.dtype == x.dtype else x + y
+
+
+class Block(nn.Module):
+    """x + MHA(LN x), then x + MLP(LN x).
+
+    One GEMM makes q, k and v, rows packed as [3, H, D]; attention is scaled_dot_product_attention.
+
+    Args:
+        hidden_act: "quick_gelu" or "gelu"; the published weights need the one they were trained with.
+    """
+
+    def __init__(self, width: int, heads: int, mlp_width: int, hidden_act: str = "quick_gelu", eps: float = 1e-5):
+        super().__init__()
+        if hidden_act not in ACTIVATIONS:
+            raise ValueError(f"Block: hidden_act must be quick_gelu or gelu, got {hidden_act!r}")
+        if width % heads:
+            raise ValueError(f"Block: width must be a multiple of heads, got {width} and {heads}")
+        self.heads, self.hidden_act = heads, hidden_act
+        self.norm1 = nn.LayerNorm(width, eps=eps)
+        self.qkv = nn.Linear(width, 3 * width)
+        self.out = nn.Linear(width, width)
+        self.norm2 = nn.LayerNorm(width, eps=eps)
+        self.fc1 = nn.Linear(width, mlp_width)
+        self.fc2 = nn.Linear(mlp_width, width)
+
+    def forward(self, x: Tensor) -> Tensor:  # [..., N, C] -> [..., N, C], attention over N
+        x = residual(x, self.attend(x))
+        return residual(x, self.mlp(x))
+
+    def attend(self, x: Tensor) -> Tensor:
+        """MHA(LN x) without the residual. [..., N, C] -> [..., N, C]."""
+        *rows, N, C = x.shape
+        qkv = self.qkv(self.norm1(x)).view(-1, N, 3, self.heads, C // self.heads)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # [rows, H, N, D] each
+        y = F.scaled_dot_product_attention(q, k, v)
+        return self.out(y.transpose(1, 2).reshape(*rows, N, C))
+
+    def hidden(self, x: Tensor) -> Tensor:
+        """The MLP up to its second layer. [..., C] -> [..., mlp_width]."""
+        return ACTIVATIONS[self.hidden_act](self.fc1(self.norm2(x)))
+
+    def mlp(self, x: Tensor) -> Tensor:
+        """MLP(LN x) without the residual. [..., C] -> [..., C]."""
+        return self.fc2(self.hidden(x))

@@ -1,0 +1,316 @@
+"""BT-Adapter (One For All, arXiv:2309.15785): a CLIP tower and the branch that gives it a sense of time."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from pyvidx.backbones.clip import CLIPVision
+from pyvidx.models.config import BTAdapterConfig
+from pyvidx.models.encoding import Encoding
+from pyvidx.models.fold import fold
+from pyvidx.ops import output_gate
+from pyvidx.temporal.bt_adapter import BTAdapterBranch
+from pyvidx.temporal.grouping import Grouping, grouping
+
+FILE_NAME = "model.safetensors"
+OUTPUTS = ("tokens", "pooled")
+
+
+class BTAdapter(nn.Module):
+    """Backbone, branch and heads.
+
+    The backbone starts frozen (its parameters ask for no gradient), as in the paper; the branch is trainable.
+
+    Args:
+        config: sizes; BTAdapterConfig.named("clip-l-14") and so on.
+        compat: "paper": attention groups are all T frames of a patch. "official": the numbers of the public code, whose
+            two towers differ; see pyvidx.temporal.grouping and `forward`.
+        tower: "mma" (retrieval) or "llava" (video chat); only matters for compat="official".
+
+    Attributes:
+        is_random: the weights came from no file.
+        folded: an inference copy made by fold(); it can not be trained, saved or loaded into.
+    """
+
+    def __init__(self, config: BTAdapterConfig, *, compat: str = "paper", tower: str = "mma"):
+        super().__init__()
+        grouping(2, 1, compat=compat, tower=tower)  # refuses unknown names
+        self.config, self.compat, self.tower = config, compat, tower
+        self.is_random, self.folded = True, False
+        v, full = config.vision, config.part == "full"
+        self.backbone = CLIPVision(v, layers=config.backbone_layers, embeddings=config.part != "features", head=full)
+        self.backbone.requires_grad_(False)
+        self.branch = BTAdapterBranch(
+            v.width,
+            v.heads,
+            v.mlp_width,
+            depth=config.branch_layers,
+            time_length=config.time_length,
+            gated=config.gated,
+            gate_scale=config.gate_scale,
+            hidden_act=v.hidden_act,
+            eps=config.branch_eps,
+        )
+        self.output_gate = nn.Parameter(torch.zeros(v.width)) if full and config.gated else None
+
+    def forward(
+        self,
+        pixels: Tensor,
+        *,
+        outputs: Sequence[str] | None = None,
+        times: Tensor | None = None,
+        mask: Tensor | None = None,
+    ) -> Encoding:
+        """Encode videos.
+
+        Args:
+            pixels: [B, T, 3, h, w], normalized; cast to the model's dtype. config.part "features": stored backbone
+                tokens [B, T, 1+P, C] instead, see `encode_features`.
+                compat="official" reads what the public code reads, and as it does: 5-D input whose axis 1 is 3 is
+                channel-first, [B, 3, T, h, w], also when it is a clip of 3 frames; mma takes images [B, 3, h, w] as
+                clips of one frame; llava takes [T, 3, h, w] as one video.
+            outputs: any of "tokens", "pooled"; default all that this part of the model has. What is not asked for is
+                not computed.
+            times: [B, T] seconds, passed through.
+            mask: True = removed from the branch; [P] or [B, P] (paper), [B, T*P] frame-major (official mma). Only for
+                outputs=("pooled",).
+
+        Raises:
+            ValueError: the input, the frame count, the mask or the outputs do not fit.
+        """
+        if self.config.part == "features":
+            return self.encode_features(pixels, outputs=outputs, times=times)
+        layers = self._branch_inputs(self._wanted(outputs))
+        return self.encode_layers(
+            self.backbone(self.read_pixels(pixels), layers), outputs=outputs, times=times, mask=mask
+        )
+
+    def encode_features(
+        self, features: Tensor, *, outputs: Sequence[str] | None = None, times: Tensor | None = None
+    ) -> Encoding:
+        """The same from stored backbone tokens: the input of backbone layer L - d, for any part of the model.
+
+        Args:
+            features: [B, T, 1+P, C]; cast to the model's dtype. The official llava tower also takes [T, 1+P, C] as one
+                video, and fails on [B, 3, 1+P, C], which it takes for pixels.
+        """
+        layers = self._branch_inputs(self._wanted(outputs))
+        x, xs = self._read_features(features), []
+        self.grouping(x)  # refuses a wrong shape or frame count before the work
+        for i in layers:
+            x = self.backbone.blocks[str(i)](x)
+            xs.append(x)
+        return self.encode_layers(xs, outputs=outputs, times=times)
+
+    def encode_layers(
+        self,
+        xs: Sequence[Tensor],
+        *,
+        outputs: Sequence[str] | None = None,
+        times: Tensor | None = None,
+        mask: Tensor | None = None,
+    ) -> Encoding:
+        """The branch and the heads on backbone outputs, which may be cached: the branch never feeds the backbone.
+
+        Args:
+            xs: [B, T, 1+P, C] of backbone layers L-d, L-d+1, ...: d of them, or d - 1 for outputs=("tokens",).
+        """
+        wanted = self._wanted(outputs)
+        if len(xs) != len(self._branch_inputs(wanted)):
+            raise ValueError(
+                f"BTAdapter: {' and '.join(wanted)} need the outputs of backbone layers "
+                f"{list(self._branch_inputs(wanted))}, got {len(xs)} tensors"
+            )
+        group, last = self.grouping(xs[0], mask), len(xs) - 1
+        states, mixed = self._run_branch(xs, group)
+        if wanted == ("tokens",):
+            return Encoding(
+                tokens=fused_tokens(xs[last], *self.branch.spatial[last].mean_tokens(*mixed, group)), times=times
+            )
+        tokens = None
+        if "tokens" in wanted:
+            z, cls = states[-1]
+            tokens = fused_tokens(xs[last - 1], group.patch_mean(z), cls)
+        # The projection has no bias: the mean of the frames' projections is the projection of their mean.
+        frames = self.frame_vectors(xs[last], self.branch.spatial[last].class_token(*mixed)).mean(dim=1)
+        projection = self.backbone.projection
+        return Encoding(tokens, frames if projection is None else projection(frames), times)
+
+    def encode_frames(self, pixels: Tensor) -> Tensor:
+        """One vector per frame, whose mean, projected, is "pooled". pixels as in `forward` -> [B, T, C]."""
+        xs = self.backbone(self.read_pixels(pixels), self._branch_inputs(self._wanted(("pooled",))))
+        _, mixed = self._run_branch(xs, self.grouping(xs[0]))
+        return self.frame_vectors(xs[-1], self.branch.spatial[-1].class_token(*mixed))
+
+    def _run_branch(self, xs: Sequence[Tensor], group: Grouping) -> tuple[list, tuple[Tensor, Tensor, Tensor]]:
+        """States of all layers but the last, and the last up to its space attention: of that less may be needed."""
+        position, last = self.backbone.position, len(xs) - 1
+        states = self.branch(xs[:last], position, group)
+        return states, self.branch.mix(last, xs[last], states[-1] if states else None, position, group)
+
+    def frame_vectors(self, x: Tensor, cls: Tensor) -> Tensor:
+        """LN((1 - w) cls + w X_cls) of every frame, w = sigmoid(1e4 * output_gate); ungated LN(cls + X_cls).
+
+        x [B, T, 1+P, C] of the last backbone layer, cls [B, C] of the last branch layer -> [B, T, C].
+        """
+        norm = self.backbone.norm_post
+        return output_gate(
+            x[:, :, 0],
+            cls,
+            self.output_gate,
+            scale=self.config.output_gate_scale,
+            norm=(norm.weight, norm.bias, norm.eps),
+        )
+
+    def grouping(self, x: Tensor, mask: Tensor | None = None) -> Grouping:
+        """The arrangement of the branch tokens of backbone tokens x [B, T, 1+P, C]."""
+        P, C = self.config.vision.patches, self.config.vision.width
+        if x.dim() != 4 or x.shape[2] != 1 + P or x.shape[3] != C:
+            raise ValueError(f"BTAdapter: backbone tokens must be [B, T, {1 + P}, {C}], got {tuple(x.shape)}")
+        return grouping(
+            x.shape[1],
+            P,
+            compat=self.compat,
+            tower=self.tower,
+            time_length=self.config.time_length,
+            mask=mask,
+            device=x.device,
+        )
+
+    def read_pixels(self, pixels: Tensor) -> Tensor:
+        """The forms `forward` takes -> [B, T, 3, h, w]."""
+        shape, axes = tuple(pixels.shape), pixels.dim()
+        if self.compat == "official":
+            if axes == 5 and shape[1] == 3:
+                pixels = pixels.transpose(1, 2)
+            elif axes == 4 and shape[1] == 3:
+                pixels = pixels[None] if self.tower == "llava" else pixels[:, None]
+        if pixels.dim() != 5 or pixels.shape[2] != 3:
+            hint = "; channel-first clips are pixels.transpose(1, 2)" if axes == 5 and shape[1] == 3 else ""
+            raise ValueError(
+                f"BTAdapter: pixels must be [B, T, 3, h, w] (each frame its 3 channels), got {shape}{hint}"
+            )
+        return pixels
+
+    def _read_features(self, features: Tensor) -> Tensor:
+        shape = tuple(features.shape)
+        if self.compat == "official" and self.tower == "llava":
+            if len(shape) == 4 and shape[1] == 3:
+                raise ValueError(
+                    "BTAdapter (official llava tower): features of 3 frames are taken for pixels by the "
+                    f"public code and fail, got {shape}"
+                )
+            if len(shape) == 3:
+                features = features[None]
+        if features.dim() != 4 or not features.is_floating_point():
+            raise ValueError(f"BTAdapter: features must be floating [B, T, 1+P, C], got {shape} {features.dtype}")
+        return features.to(self.backbone.position.dtype)
+
+    def _wanted(self, outputs: Sequence[str] | None) -> tuple[str, ...]:
+        have = OUTPUTS if self.config.part == "full" else ("tokens",)
+        have = have[1:] if self.config.depth == 1 else have  # the tokens are those after branch layer d - 2
+        wanted = have if outputs is None else tuple(o for o in OUTPUTS if o in outputs)
+        if not wanted or not set(wanted) <= set(have) or (outputs is not None and not set(outputs) <= set(OUTPUTS)):
+            raise ValueError(
+                f"BTAdapter: outputs must be some of {have} for part {self.config.part!r} and depth "
+                f"{self.config.depth}, got {outputs!r}"
+            )
+        return wanted
+
+    def _branch_inputs(self, wanted: tuple[str, ...]) -> range:
+        """The backbone layers whose outputs are needed."""
+        return range(self.config.fork, self.config.vision.layers - ("pooled" not in wanted))
+
+    def init_from_backbone(self) -> None:
+        """The official start of training: space attention and MLP copied from the backbone layers read."""
+        for j, layer in enumerate(self.branch.spatial):
+            layer.load_state_dict(self.backbone.blocks[str(self.config.fork + j)].state_dict())
+
+    def fold(self, dtype: torch.dtype | None = None) -> "BTAdapter":
+        """An inference copy with products of weights worked out beforehand; see pyvidx.models.fold."""
+        return fold(self, dtype)
+
+    def train(self, mode: bool = True) -> "BTAdapter":
+        if mode and getattr(self, "folded", False):
+            raise RuntimeError("BTAdapter: a folded copy is for inference; train the model it was made from")
+        return super().train(mode)
+
+    def load_state_dict(self, *args, **kwargs):
+        if self.folded:
+            raise RuntimeError("BTAdapter: a folded copy does not take weights; load the model and fold again")
+        return super().load_state_dict(*args, **kwargs)
+
+    def save(self, path: str | Path) -> Path:
+        """Write one safetensors file, configuration included. A path without that ending is a folder."""
+        if self.folded:
+            raise RuntimeError("BTAdapter: save the model itself, not its folded copy")
+        path = _file(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        header = {
+            "model": "bt_adapter",
+            "config": self.config.to_dict(),
+            "compat": self.compat,
+            "tower": self.tower,
+            "is_random": self.is_random,
+        }
+        weights = {name: p.detach().cpu().contiguous() for name, p in self.state_dict().items()}
+        save_file(weights, path, {"format": "pt", "pyvidx": json.dumps(header)})
+        return path
+
+    @classmethod
+    def from_pretrained(cls, path: str | Path, *, compat: str | None = None, tower: str | None = None) -> "BTAdapter":
+        """Load what `save` wrote, a file or its folder, in eval mode and with the dtypes of the file.
+
+        compat, tower: in place of those saved. Official files are read by pyvidx.integrations.checkpoints.
+        """
+        path = _file(path)
+        if not path.exists():
+            raise FileNotFoundError(f"BTAdapter: there is no {path}")
+        with safe_open(path, "pt") as file:
+            header = json.loads((file.metadata() or {}).get("pyvidx", "{}"))
+            if header.get("model") != "bt_adapter":
+                raise ValueError(
+                    f"BTAdapter: {path} was not written by BTAdapter.save; "
+                    "for published weights use pyvidx.integrations.checkpoints"
+                )
+            # Cloned: tensors of a mapped file start at any address, which makes CPU GEMMs slower.
+            weights = {name: file.get_tensor(name).clone() for name in file.keys()}
+        with torch.device("meta"):
+            model = cls(
+                BTAdapterConfig.from_dict(header["config"]),
+                compat=compat or header["compat"],
+                tower=tower or header["tower"],
+            )
+        model.load_state_dict(weights, strict=True, assign=True)
+        model.backbone.requires_grad_(False)
+        model.is_random = header["is_random"]
+        return model.eval()
+
+    @classmethod
+    def default(cls, *, compat: str = "paper", tower: str = "mma") -> "BTAdapter":
+        """A small model with random weights, always the same ones, to try things out. `is_random` is True."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            model = cls(BTAdapterConfig.named("tiny"), compat=compat, tower=tower)
+            for layer in model.branch.temporal:
+                nn.init.normal_(layer.fc.weight, std=model.config.vision.width**-0.5)
+        return model.eval()
+
+
+def fused_tokens(x: Tensor, patches: Tensor, cls: Tensor) -> Tensor:
+    """What a language model gets: means over time of backbone and branch, averaged; patches first, class token last.
+
+    x [B, T, 1+P, C] of the backbone, patches [B, P, C] (frame means) and cls [B, C] of the branch -> [B, 1+P, C].
+    """
+    x = x.mean(dim=1)
+    return torch.cat([x[:, 1:] + patches, (x[:, 0] + cls)[:, None]], dim=1) / 2
+
+
+def _file(path: str | Path) -> Path:
+    path = Path(path)
+    return path if path.suffix == ".safetensors" else path / FILE_NAME

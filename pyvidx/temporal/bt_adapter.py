@@ -1,0 +1,164 @@
+"""The branch of BT-Adapter (One For All, arXiv:2309.15785): time and space attention beside a frozen CLIP tower.
+
+Branch layer j reads the output X of backbone layer L - d + j. Its tokens are patches z [B, S, K, C] (S frame slots, K
+patches; see pyvidx.temporal.grouping) and one class token [B, C] per video; nothing is transposed.
+
+    layer 0        z = X + position + time             cls = (mean_t X_cls + seed + position[0]) / 2
+    layers 1..     z = (1 - w) z + w X                 cls = (1 - w) cls + w mean_t X_cls,   w = sigmoid(100 * gate)
+    time           z = z + FC(MHA_t(LN z))             over the slots of one group; the class token passes by
+    space          [cls; z_s] + MHA(LN [cls; z_s])     in each slot s, all with the same class token; its results are
+                                                       averaged over the slots. Then both + MLP(LN)
+"""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pyvidx.layers.block import Block, residual
+from pyvidx.ops import fusion_input, gated_fusion, temporal_attention
+from pyvidx.temporal.grouping import Grouping
+
+
+class TemporalLayer(nn.Module):
+    """FC(MHA(LN z)) over the slots of each group. `fc` is None where it was folded into `out`."""
+
+    def __init__(self, width: int, heads: int, eps: float):
+        super().__init__()
+        self.heads = heads
+        self.norm = nn.LayerNorm(width, eps=eps)
+        self.qkv = nn.Linear(width, 3 * width)
+        self.out = nn.Linear(width, width)
+        self.fc = nn.Linear(width, width)
+        nn.init.zeros_(self.fc.weight)
+        nn.init.zeros_(self.fc.bias)
+
+    def forward(self, normed: Tensor) -> Tensor:  # LN z [B, S, K, C] -> [B, S, K, C], without the residual
+        B, S, K, C = normed.shape
+        y = self.out(temporal_attention(self.qkv(normed).view(B, S, K, 3, self.heads, C // self.heads)))
+        return y if self.fc is None else self.fc(y)
+
+
+class SpatialLayer(Block):
+    """A CLIP block over [class; patches of a slot]. Patches z [B, S, K, C], class cls [B, C].
+
+    The class row is repeated in front of every slot, so that LayerNorm, projections and MLP run on one contiguous
+    [B, S, 1 + K, C]: a repeated row costs 1 / (1 + K) more arithmetic, gathering the class rows apart costs copies of
+    q, k and v.
+    """
+
+    def forward(self, z: Tensor, a: Tensor, cls: Tensor) -> tuple[Tensor, Tensor]:
+        """z + a and cls -> the layer's z [B, S, K, C] (a view) and cls [B, C]."""
+        x = self.space(z, a, cls)
+        x = residual(x, self.mlp(x))
+        return x[:, :, 1:], x[:, 0, 0]
+
+    def space(self, z: Tensor, a: Tensor, cls: Tensor) -> Tensor:
+        """The attention half, [B, S, 1 + K, C], every slot with the same class row in front."""
+        x = _with_class(z, a, cls)
+        y = self.attend(x)
+        y[:, :, 0] = y[:, :, 0].mean(dim=1, keepdim=True)
+        return residual(x, y)
+
+    def mean_tokens(self, z: Tensor, a: Tensor, cls: Tensor, group: Grouping) -> tuple[Tensor, Tensor]:
+        """Frame means of forward's z, [B, P, C], and cls. The MLP's second layer, being linear, runs on the means."""
+        x = self.space(z, a, cls)
+        h = self.hidden(x)
+        patches = group.patch_mean(x[:, :, 1:]) + self.fc2(group.patch_mean(h[:, :, 1:]))
+        return patches, x[:, 0, 0] + self.fc2(h[:, 0, 0])
+
+    def class_token(self, z: Tensor, a: Tensor, cls: Tensor) -> Tensor:
+        """forward's cls [B, C] alone: one query per slot, and no projection of the patches.
+
+        With q = Wq n_cls + bq the scores are n . (Wk^T q) up to a constant, and the values' sum is Wv (sum p n) + bv:
+        the per-token work is two products with H vectors instead of two with C.
+        """
+        B, S, K, C = z.shape
+        H, D = self.heads, C // self.heads
+        n = self.norm1(_with_class(z, a, cls))  # [B, S, 1 + K, C]
+        wq, wk, wv = self.qkv.weight.view(3, H, D, C)
+        bq, _, bv = self.qkv.bias.view(3, H, D)
+        q = F.linear(self.norm1(cls), wq.flatten(0, 1), bq.flatten()).view(B, H, D)
+        probe = torch.einsum("bhd,hdc->bch", q * D**-0.5, wk)
+        weights = (n @ probe[:, None]).softmax(dim=2)  # [B, S, 1 + K, H]
+        mixed = (weights.transpose(2, 3) @ n).mean(dim=1)  # [B, H, C], over the slots
+        y = (torch.einsum("bhc,hdc->bhd", mixed, wv) + bv).reshape(B, C)
+        cls = residual(cls, self.out(y))
+        return residual(cls, self.mlp(cls))
+
+
+def _with_class(z: Tensor, a: Tensor, cls: Tensor) -> Tensor:
+    """[cls; z + a] of every slot, [B, S, 1 + K, C]; one pass where no gradient is wanted and no compiler does it."""
+    B, S, K, C = z.shape
+    wants_grad = torch.is_grad_enabled() and (z.requires_grad or a.requires_grad or cls.requires_grad)
+    if wants_grad or torch.compiler.is_compiling():
+        return torch.cat([cls[:, None, None].expand(B, S, 1, C), z + a], dim=2)
+    x = z.new_empty(B, S, 1 + K, C, dtype=torch.promote_types(z.dtype, a.dtype))
+    torch.add(z, a, out=x[:, :, 1:])
+    x[:, :, 0] = cls[:, None]
+    return x
+
+
+class BTAdapterBranch(nn.Module):
+    """The branch: seed, time table, gate and d layers. It never feeds the backbone, so it runs after it from d layer
+    outputs. The position table is the backbone's own, handed in.
+
+    Args:
+        width, heads, mlp_width, hidden_act, eps: sizes of a CLIP block.
+        depth: number of layers.
+        time_length: rows of the time table.
+        gated: with a gate for layers 1..; otherwise plain sums.
+        gate_scale: the gate's weight is sigmoid(gate_scale * gate), 0.5 at first.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        heads: int,
+        mlp_width: int,
+        *,
+        depth: int,
+        time_length: int = 64,
+        gated: bool = True,
+        gate_scale: float = 100.0,
+        hidden_act: str = "quick_gelu",
+        eps: float = 1e-5,
+    ):
+        super().__init__()
+        self.gate_scale = gate_scale
+        self.seed = nn.Parameter(torch.zeros(width))
+        self.time = nn.Parameter(torch.randn(time_length, width))
+        self.gate = nn.Parameter(torch.zeros(width)) if gated else None
+        self.temporal = nn.ModuleList(TemporalLayer(width, heads, eps) for _ in range(depth))
+        self.spatial = nn.ModuleList(SpatialLayer(width, heads, mlp_width, hidden_act, eps) for _ in range(depth))
+
+    def forward(self, xs: Sequence[Tensor], position: Tensor, group: Grouping) -> list[tuple[Tensor, Tensor]]:
+        """Every layer's state.
+
+        Args:
+            xs: one [B, T, 1+P, C] per layer to run: the outputs of backbone layers L-d, L-d+1, ...
+            position: [1+P, C], the backbone's position table.
+            group: from pyvidx.temporal.grouping.grouping(T, P, ...).
+
+        Returns:
+            (z [B, S, K, C], cls [B, C]) per layer.
+        """
+        states = []
+        for j, x in enumerate(xs):
+            mixed = self.mix(j, x, states[-1] if states else None, position, group)
+            states.append(self.spatial[j](*mixed))
+        return states
+
+    def mix(
+        self, j: int, x: Tensor, state: tuple[Tensor, Tensor] | None, position: Tensor, group: Grouping
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Fusion and time attention of layer j: z [B, S, K, C], what time attention adds to it, and cls [B, C]."""
+        layer = self.temporal[j]
+        norm = (layer.norm.weight, layer.norm.bias, layer.norm.eps)
+        where = {"keep": group.keep, "pair": group.pair, "norm": norm}
+        if state is None:
+            z, cls, normed = fusion_input(x, position, self.time, self.seed, **where)
+        else:
+            z, cls, normed = gated_fusion(x, *state, self.gate, scale=self.gate_scale, **where)
+        return z, layer(normed), cls

@@ -1,0 +1,137 @@
+"""Which source token stands where in the branch of BT-Adapter: [frame slot, group] for every frame count and mask.
+
+Temporal attention runs over the slots s of one group k, spatial attention over the groups k of one slot s. As published
+a slot is a frame and a group a patch. The official code differs in two places, kept under compat="official":
+
+* the llava tower uses groups of T // 2 tokens for every T, also where it did not average frames in pairs;
+* the training mask is drawn frame-major and applied to patch-major tokens, so slots and groups are mixtures.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+COMPATS = ("paper", "official")
+TOWERS = ("mma", "llava")
+
+
+@dataclass(frozen=True)
+class Grouping:
+    """Where the branch tokens [B, S, K, C] come from.
+
+    Attributes:
+        frames: T of the clip.
+        patches: P.
+        pair: frames (2u, 2u + 1) are averaged first; frame indices below count pairs.
+        keep: None (S = frames, K = patches), int64 [B or 1, K] (the same patches of every frame), or int64
+            [B or 1, S, K] of flat source indices t * P + p: the forms that pyvidx.ops takes.
+        masked: some tokens are left out.
+    """
+
+    frames: int
+    patches: int
+    pair: bool = False
+    keep: Tensor | None = None
+    masked: bool = False
+
+    def patch_mean(self, z: Tensor) -> Tensor:
+        """Mean over the frames of every patch. [B, S, K, F] -> [B, P, F]."""
+        if self.masked:
+            raise ValueError("BT-Adapter: tokens need all patches; a masked clip has only a pooled embedding")
+        if self.keep is None:
+            return z.mean(dim=1)
+        B, S, K, F = z.shape
+        where = self.keep[0].flatten().argsort()  # unmasked tables are permutations, the same for every video
+        return z.reshape(B, S * K, F)[:, where].view(B, -1, self.patches, F).mean(dim=1)
+
+
+def grouping(
+    T: int,
+    P: int,
+    *,
+    compat: str = "paper",
+    tower: str = "mma",
+    time_length: int = 64,
+    mask: Tensor | None = None,
+    device: torch.device | None = None,
+) -> Grouping:
+    """The grouping of a clip.
+
+    Args:
+        T, P: frames and patches per frame.
+        compat: "paper" (a group is a patch, a slot is a frame) or "official" (bit-faithful to `tower`).
+        tower: "mma" or "llava"; only matters for compat="official".
+        time_length: rows of the time table. Longer clips are averaged in pairs, except by the official mma tower.
+        mask: bool, True = removed. paper: a tube [P] or [B, P]. official mma: [B, T*P], frame-major as it is drawn.
+        device: of the index table.
+
+    Raises:
+        ValueError: the frame count or the mask does not fit.
+    """
+    if compat not in COMPATS or tower not in TOWERS:
+        raise ValueError(
+            f"BT-Adapter: compat must be one of {COMPATS} and tower of {TOWERS}, got {compat!r}, {tower!r}"
+        )
+    if mask is not None:
+        mask = mask.bool()
+    if compat == "official" and tower == "mma":
+        if not 1 <= T <= time_length:
+            raise ValueError(f"BT-Adapter (official mma tower): T must be in [1, {time_length}], got {T}")
+        return Grouping(T, P, keep=_official_mask(mask, T, P, device), masked=mask is not None)
+    least = 2 if compat == "official" else 1
+    pair = T > time_length
+    if T < least or (pair and (T % 2 or T > 2 * time_length)):
+        raise ValueError(
+            f"BT-Adapter ({compat}): T must be in [{least}, {time_length}], or even and at most "
+            f"{2 * time_length} (frames are averaged in pairs), got {T}"
+        )
+    if compat == "paper":
+        return Grouping(T, P, pair, _tube(mask, P, device), masked=mask is not None)
+    if mask is not None:
+        raise ValueError("BT-Adapter (official llava tower): there is no mask")
+    return Grouping(T, P, pair, None if pair else _halved(T, P, device))
+
+
+def _tube(mask, P, device):  # [P] or [B, P] -> [1 or B, K]
+    if mask is None:
+        return None
+    mask = mask[None] if mask.dim() == 1 else mask
+    if mask.dim() != 2 or mask.shape[1] != P:
+        raise ValueError(f"BT-Adapter (paper): mask must be [P] or [B, P] with P = {P}, got {tuple(mask.shape)}")
+    return _kept_indices(mask).to(device)
+
+
+def _official_mask(mask, T, P, device):  # [B, T*P] -> [B, S = T, K]
+    if mask is None:
+        return None
+    if mask.dim() != 2 or mask.shape[1] != T * P:
+        raise ValueError(f"BT-Adapter (official): mask must be [B, T*P] with T*P = {T * P}, got {tuple(mask.shape)}")
+    kept = _kept_indices(mask).to(device)
+    if kept.shape[1] % T:
+        raise ValueError(
+            f"BT-Adapter (official): the number of kept tokens must be a multiple of T = {T}, got {kept.shape[1]}"
+        )
+    return _source(kept.view(mask.shape[0], -1, T).transpose(1, 2), T, P)
+
+
+def _halved(T, P, device):  # -> [1, S = T // 2, K = P * T / S]
+    S = T // 2
+    if P * T % S:
+        raise ValueError(f"BT-Adapter (official llava tower): T // 2 must divide T times the {P} patches, got T = {T}")
+    return _source(torch.arange(P * T, device=device).view(1, -1, S).transpose(1, 2), T, P)
+
+
+def _source(n: Tensor, T: int, P: int) -> Tensor:
+    """Patch-major flat index p * T + t -> the flat source index t * P + p of the ops."""
+    return (n % T * P + n // T).contiguous()
+
+
+def _kept_indices(mask: Tensor) -> Tensor:
+    """bool [B, n], True = removed -> the indices of the others, ascending, int64 [B, kept]."""
+    counts = (~mask).sum(dim=1)
+    if not bool((counts == counts[0]).all()) or int(counts[0]) == 0:
+        raise ValueError(
+            f"BT-Adapter: a mask must keep the same number of tokens, at least 1, in every video, got {counts.tolist()}"
+        )
+    return (~mask).nonzero()[:, 1].view(mask.shape[0], -1)

@@ -1,0 +1,213 @@
+"""BT-Adapter: the official towers, by our eager reference, the fast path and its folded copy."""
+
+import pytest
+import torch
+
+from pyvidx.backbones.clip import CLIPVisionConfig
+from pyvidx.integrations.checkpoints import load_weights
+from pyvidx.integrations.keys import THIRDS, locate
+from pyvidx.models.bt_adapter import BTAdapter, fused_tokens
+from pyvidx.models.config import BTAdapterConfig
+from pyvidx.models.reference import ReferenceBTAdapter
+from tests.golden.vectors import runner
+
+BOTH = ("reference", "fast", "folded")
+GRADIENT_TOLERANCE = 1e-4
+
+
+def config(meta, **changes):
+    v = meta["clip"]["vision"]
+    vision = CLIPVisionConfig(
+        image_size=v["image_size"],
+        patch_size=v["patch_size"],
+        width=v["hidden_size"],
+        heads=v["num_attention_heads"],
+        layers=v["num_hidden_layers"],
+        mlp_width=v["intermediate_size"],
+        embed_dim=changes.pop("embed_dim", None),
+        hidden_act=v["hidden_act"],
+        eps=v["layer_norm_eps"],
+    )
+    return BTAdapterConfig(vision, time_length=meta["time_embed"], **changes)
+
+
+def fast_model(config, tower, weights, variant):
+    model = BTAdapter(config, compat="official", tower=tower)
+    report = load_weights(model, weights)
+    assert not report.unexpected and not report.missing
+    return model.fold() if variant == "folded" else model
+
+
+def reference_model(config, tower, weights):
+    model = ReferenceBTAdapter(config, tower).eval()
+    own = model.state_dict()
+    model.load_state_dict({k.replace("STAN_", "btadapter_"): v for k, v in weights.items() if keeps(k, own)})
+    return model
+
+
+def keeps(key, own):
+    return key.replace("STAN_", "btadapter_") in own or not key.startswith(
+        "balance"
+    )  # an ungated tower drops its gates
+
+
+def branch_states(model, pixels, mask=None):
+    """Backbone outputs, every branch state as the official flat Z [B, 1 + n, C], and the frame vectors."""
+    xs = model.backbone(model.read_pixels(pixels), range(model.config.fork, model.config.vision.layers))
+    states = model.branch(xs, model.backbone.position, model.grouping(xs[0], mask))
+    return xs, [official_order(*state) for state in states], model.frame_vectors(xs[-1], states[-1][1])
+
+
+def official_order(z, cls):
+    """[B, S, K, C] and [B, C] -> class first, then group by group (patch-major): [B, 1 + K*S, C]."""
+    return torch.cat([cls[:, None], z.transpose(1, 2).flatten(1, 2)], dim=1)
+
+
+@runner("mma_eval*", variants=BOTH)
+def mma_eval(file, run, variant, check):
+    video, weights = file.tensors[f"in.{run}.video"], file.part("weights.")
+    for gated in (True, False):
+        sizes = config(
+            file.meta, embed_dim=weights["visual_projection.weight"].shape[0], gated=gated, depth=file.meta["depth"]
+        )
+        mma_video(sizes, "mma", weights, variant, video, f"out.{run}.{'gated' if gated else 'ungated'}.", check)
+
+
+@runner("stan_eval*", variants=BOTH)
+def stan_eval(file, run, variant, check):
+    weights = file.part("weights.")
+    sizes = config(
+        file.meta, embed_dim=weights["visual_projection.weight"].shape[0], gated=False, depth=file.meta["depth"]
+    )
+    mma_video(sizes, "stan", weights, variant, file.tensors[f"in.{run}.video"], f"out.{run}.", check)
+
+
+@torch.no_grad()
+def mma_video(sizes, tower, weights, variant, video, out, check, mask=None, embed="embed"):
+    if variant == "reference":
+        trace = {}
+        check(out + embed, reference_model(sizes, tower, weights)(video, mask, trace))
+        for name, value in trace.items():
+            check(out + name, value)
+        check(f"{out}backbone_last", trace[f"backbone.{sizes.vision.layers - 1}"])
+        return
+    model = fast_model(sizes, "mma", weights, variant)
+    check(out + embed, model(video, outputs=("pooled",), mask=mask).pooled)
+    xs, states, frames = branch_states(model, video, mask)
+    for j, state in enumerate(states):
+        check(f"{out}S.{j}", state)
+        check(f"{out}backbone.{sizes.fork + j}", xs[j].flatten(0, 1))
+    check(f"{out}backbone_last", xs[-1].flatten(0, 1))
+    check(f"{out}post_ln_cls", frames.flatten(0, 1))
+    check(f"{out}per_frame", model.backbone.projection(frames))
+    if mask is None and sizes.depth > 1:
+        both = model(video)  # with the tokens computed beside it
+        check(out + embed, both.pooled)
+
+
+@runner(
+    "mma_train*",
+    variants=BOTH,
+    runs=lambda file: [r for r, run in file.meta["runs"].items() if not run["drop_rates"]],
+    may_lack=("*.loss.*", "*.text_embed", "*.T.*", "grad*"),
+)
+def mma_train(file, run, variant, check):
+    """The masked forward pass of the image tower; losses and gradients are not here."""
+    weights = file.part("weights.backbone.")
+    sizes = config(file.meta, embed_dim=weights["visual_projection.weight"].shape[0], depth=file.meta["depth"])
+    mma_video(
+        sizes,
+        "mma",
+        weights,
+        variant,
+        file.tensors[f"in.{run}.imgs"],
+        f"out.{run}.",
+        check,
+        file.tensors[f"in.{run}.mask"].bool(),
+        "video_embed",
+    )
+
+
+@runner("llava_infer*", variants=BOTH, runs=lambda file: [*file.meta["runs"], "other_T"])
+@torch.no_grad()
+def llava_infer(file, run, variant, check):
+    sizes, weights, out = config(file.meta, depth=file.meta["depth"]), file.part("weights."), f"out.{run}."
+    reference = variant == "reference"
+    model = reference_model(sizes, "llava", weights) if reference else fast_model(sizes, "llava", weights, variant)
+    if run == "other_T":
+        size = sizes.vision.image_size
+        for T in map(int, file.meta.get("other_T_outcome", {})):
+            with pytest.raises(ValueError, match="T"):
+                model(torch.zeros(T, 3, size, size))
+        return
+    pixels = file.tensors[f"in.{run}.pixels"]
+    if reference:
+        hidden, pooler = model(pixels)
+        x, z = hidden.pop()
+        llm_tokens = hidden[-1]
+    else:
+        _, states, frames = branch_states(model, pixels)
+        clip = model.read_pixels(pixels)
+        xs = [model.backbone.embed(clip), *model.backbone(clip, range(sizes.vision.layers))]
+        hidden = [x.flatten(0, 1) for x in xs[: sizes.fork + 1]]
+        group = model.grouping(xs[0])
+        branch = model.branch(xs[sizes.fork + 1 :], model.backbone.position, group)
+        hidden += [fused_tokens(x, group.patch_mean(z), cls) for x, (z, cls) in zip(xs[sizes.fork + 1 : -1], branch)]
+        x, z, pooler = xs[-1].flatten(0, 1), states[-1], frames.flatten(0, 1)
+        llm_tokens = model(pixels, outputs=("tokens",)).tokens
+        both = model(pixels)
+        check(out + "llm_tokens", both.tokens)
+        check(out + "pooler", model.encode_frames(pixels).flatten(0, 1))
+        want = file.tensors[out + "pooler"].view(clip.shape[0], clip.shape[1], -1).mean(dim=1)
+        assert (both.pooled - want).abs().max() <= 2e-5 * max(1.0, want.abs().max())
+    for i, state in enumerate(hidden):
+        check(f"{out}hidden.{i}", state)
+    check(out + "final.x", x)
+    check(out + "final.x2", z)
+    check(out + "pooler", pooler)
+    check(out + "llm_tokens", llm_tokens)
+    check(out + "video_tokens", llm_tokens.mean(dim=0))
+
+
+@runner("llava_features*", variants=BOTH)
+def llava_features(file, run, variant, check):
+    sizes = config(file.meta, depth=file.meta["reserve_layers"], part="features")
+    assert list(sizes.backbone_layers) == file.meta["backbone_layers_used"]
+    features, out = file.tensors[f"in.{run}.features"], f"out.{run}."
+    weights = file.part("weights.")
+    if variant == "reference":
+        model = reference_model(sizes, "llava", weights)
+        hidden, _ = model(features)
+        for i, state in enumerate(hidden):
+            check(f"{out}hidden.{i}", state)
+        tokens = hidden[-1]
+    else:
+        model = fast_model(sizes, "llava", weights, variant)
+        tokens = model(features).tokens
+        xs = model.backbone.run(features if features.dim() == 4 else features[None], sizes.backbone_layers)
+        group = model.grouping(xs[0])
+        check(f"{out}hidden.0", features.reshape(-1, *features.shape[-2:]))
+        for j, (z, cls) in enumerate(model.branch(xs, model.backbone.position, group)):
+            check(f"{out}hidden.{j + 1}", fused_tokens(xs[j], group.patch_mean(z), cls))
+    check(out + "llm_tokens", tokens)
+    gradients = file.part(f"grad.{run}.")
+    if not gradients:
+        return
+    if variant == "folded":  # an inference copy has none
+        for name in gradients:
+            check.excuse(f"grad.{run}.{name}")
+        return
+    (file.tensors[f"in.{run}.cotangent"] * tokens).sum().backward()
+    for name in gradients:
+        check(f"grad.{run}.{name}", gradient(model, name, variant), GRADIENT_TOLERANCE)
+
+
+def gradient(model, name, variant):
+    parameters = dict(model.named_parameters())
+    if variant == "reference":
+        return parameters[name].grad
+    target, third = locate(name)
+    grad = parameters[target].grad
+    if third:
+        grad = grad.chunk(3)[THIRDS[third]]
+    return grad[None, None] if name == "btadapter_cls_token" else grad

@@ -1,0 +1,103 @@
+"""Vector files, the runners that compute what they hold, and the comparison.
+
+A runner is a function of (file, run, variant, check) registered for a file-name pattern; it computes every output of
+that run and hands each to `check`. What it may leave out it declares.
+"""
+
+import fnmatch
+import json
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+from torch import Tensor
+
+FOLDER = Path(os.environ.get("PYVIDX_GOLDEN") or Path(__file__).parent / "data")
+TOLERANCE = 2e-5  # relative to max(1, largest value); float32 against float64 of the same code is below 5e-6
+
+
+@dataclass(frozen=True)
+class VectorFile:
+    path: Path
+
+    @property
+    def name(self) -> str:
+        return str(self.path.relative_to(FOLDER))
+
+    @cached_property
+    def meta(self) -> dict:
+        with safe_open(self.path, "pt") as file:
+            header = file.metadata() or {}
+        return next((json.loads(header[key]) for key in ("case", "json", "meta") if key in header), {})
+
+    @cached_property
+    def tensors(self) -> dict[str, Tensor]:
+        return load_file(self.path)
+
+    def part(self, prefix: str) -> dict[str, Tensor]:
+        return {key.removeprefix(prefix): t for key, t in self.tensors.items() if key.startswith(prefix)}
+
+
+@dataclass(frozen=True)
+class Runner:
+    pattern: str
+    run: Callable
+    runs: Callable[[VectorFile], list[str]]
+    variants: tuple[str, ...]
+    may_lack: tuple[str, ...]  # patterns of outputs that it does not compute
+
+
+RUNNERS: list[Runner] = []
+
+
+def runner(pattern: str, *, variants=("",), runs=lambda file: list(file.meta["runs"]), may_lack=()):
+    """Register a runner for files whose name (without folder and ending) matches the pattern."""
+
+    def register(function):
+        RUNNERS.append(Runner(pattern, function, runs, tuple(variants), tuple(may_lack)))
+        return function
+
+    return register
+
+
+def runner_of(file: VectorFile) -> Runner | None:
+    return next((r for r in RUNNERS if fnmatch.fnmatchcase(file.path.stem, r.pattern)), None)
+
+
+def files() -> list[VectorFile]:
+    """Every vector file; a .json counts where no .safetensors of its name holds the same."""
+    paths = [p for p in sorted(FOLDER.rglob("*")) if p.suffix in (".safetensors", ".json")]
+    return [VectorFile(p) for p in paths if p.suffix != ".json" or p.with_suffix(".safetensors") not in paths]
+
+
+@dataclass
+class Check:
+    """Compares named outputs and remembers which were compared."""
+
+    wanted: dict[str, Tensor]
+    seen: set[str] = field(default_factory=set)
+
+    def __call__(self, name: str, got: Tensor, tolerance: float = TOLERANCE) -> None:
+        """got is within tolerance * max(1, largest) of the vector, if the file has one of this name."""
+        if name not in self.wanted:
+            return
+        self.seen.add(name)
+        want = self.wanted[name]
+        assert got.shape == want.shape, f"{name}: {tuple(got.shape)}, expected {tuple(want.shape)}"
+        error = (got.detach().double() - want.double()).abs().max().item()
+        allowed = tolerance * max(1.0, want.abs().max().item())
+        assert error <= allowed, f"{name}: off by {error:.3g}, allowed {allowed:.3g}"
+
+    def equal(self, name: str, got: Tensor) -> None:
+        if name in self.wanted:
+            self.seen.add(name)
+            assert torch.equal(got.to(self.wanted[name].dtype), self.wanted[name]), f"{name} differs"
+
+    def excuse(self, name: str) -> None:
+        """This output says nothing; not compared."""
+        self.seen.add(name)
