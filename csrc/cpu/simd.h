@@ -195,7 +195,13 @@ PYVIDX_SIMD Vec<T> load(const T* p, Stream) {
 template <typename T>
 PYVIDX_SIMD Vec<T> load(const T* p, Part part) {
   typename Lane<T>::Raw raw = {};
+#if defined(__AVX512F__)  // a copy of a length known only at run time is a call of memcpy
+  if constexpr (sizeof(T) == 8) raw = (decltype(raw))_mm512_maskz_loadu_epi64((1u << part.n) - 1, p);
+  if constexpr (sizeof(T) == 4) raw = (decltype(raw))_mm512_maskz_loadu_epi32((1u << part.n) - 1, p);
+  if constexpr (sizeof(T) == 2) raw = (decltype(raw))_mm256_maskz_loadu_epi16((1u << part.n) - 1, p);
+#else
   __builtin_memcpy(&raw, p, part.n * sizeof(T));
+#endif
   return Lane<T>::up(raw);
 }
 template <typename T>
@@ -205,7 +211,13 @@ PYVIDX_SIMD void store(T* p, Vec<T> v, Full = {}) {
 template <typename T>
 PYVIDX_SIMD void store(T* p, Vec<T> v, Part part) {
   const auto raw = Lane<T>::down(v);
+#if defined(__AVX512F__)
+  if constexpr (sizeof(T) == 8) _mm512_mask_storeu_epi64(p, (1u << part.n) - 1, (__m512i)raw);
+  if constexpr (sizeof(T) == 4) _mm512_mask_storeu_epi32(p, (1u << part.n) - 1, (__m512i)raw);
+  if constexpr (sizeof(T) == 2) _mm256_mask_storeu_epi16(p, (1u << part.n) - 1, (__m256i)raw);
+#else
   __builtin_memcpy(p, &raw, part.n * sizeof(T));
+#endif
 }
 template <typename T>
 PYVIDX_SIMD void store(T* p, Vec<T> v, Stream) {
@@ -242,6 +254,15 @@ PYVIDX_SIMD void fence() {
 #endif
 }
 
+// Start loading a cache line. GCC 12 drops loops and calls that do nothing but __builtin_prefetch; not so volatile asm.
+PYVIDX_SIMD void prefetch(const void* p) {
+#if defined(__x86_64__)
+  asm volatile("prefetcht1 %0" : : "m"(*static_cast<const char*>(p)));
+#else
+  __builtin_prefetch(p, 0, 2);
+#endif
+}
+
 // Outputs beyond this size leave the caches anyway: writing them past the caches saves reading them first.
 constexpr int64_t kStreamBytes = 4 << 20;
 
@@ -270,25 +291,33 @@ PYVIDX_SIMD auto sum(V v) {
   return total;
 }
 
-PYVIDX_SIMD VF select(VI mask, VF a, VF b) { return (VF)(((VI)a & mask) | ((VI)b & ~mask)); }
+template <typename V>
+PYVIDX_SIMD V larger(V a, V b) {  // b where either is NaN
+  return a > b ? a : b;
+}
+template <typename V>
+PYVIDX_SIMD V smaller(V a, V b) {
+  return a < b ? a : b;
+}
 
-// e^x, relative error below 2e-7 on [-87, 88], clamped outside. Coefficients: Cephes expf.
-PYVIDX_SIMD VF exp(VF x) {
-  x = select(x < -87.3f, VF{} - 87.3f, x);
-  x = select(x > 88.3f, VF{} + 88.3f, x);
-  VF n = x * 1.44269504088896f + 12582912.f;  // 1.5 * 2^23: rounds to an integer held in the low bits
-  const VI exponent = (VI)n;
+// e^x of a vector of floats, relative error below 2e-7 on [-87, 88], clamped outside. Coefficients: Cephes expf.
+template <typename V>
+PYVIDX_SIMD V exp(V x) {
+  using I = decltype(x < x);
+  x = smaller(V{} + 88.3f, larger(V{} - 87.3f, x));
+  V n = x * 1.44269504088896f + 12582912.f;  // 1.5 * 2^23: rounds to an integer held in the low bits
+  const I exponent = (I)n;
   n -= 12582912.f;
-  VF r = x - n * 0.693359375f;
+  V r = x - n * 0.693359375f;
   r = r + n * 2.12194440e-4f;
-  VF p = VF{} + 1.9875691500e-4f;
+  V p = V{} + 1.9875691500e-4f;
   p = p * r + 1.3981999507e-3f;
   p = p * r + 8.3334519073e-3f;
   p = p * r + 4.1665795894e-2f;
   p = p * r + 1.6666665459e-1f;
   p = p * r + 5.0000001201e-1f;
   p = p * r * r + r + 1.f;
-  return p * (VF)((exponent + (127 - 0x4b400000)) << 23);
+  return p * (V)((exponent + (127 - 0x4b400000)) << 23);
 }
 PYVIDX_SIMD VD exp(VD x) {  // float64 is for checking gradients, not for speed
   for (int i = 0; i < kDoubles; ++i) x[i] = __builtin_exp(x[i]);

@@ -1,5 +1,14 @@
 from pyvidx.ops.gated_fusion import fusion_input, gated_fusion, output_gate
 from pyvidx.ops.memory_merge import memory_merge, memory_merge_
+from pyvidx.ops.temporal_attention import temporal_attention
 from pyvidx.ops.token_gather import token_gather
 
-__all__ = ["fusion_input", "gated_fusion", "memory_merge", "memory_merge_", "output_gate", "token_gather"]
+__all__ = [
+    "fusion_input",
+    "gated_fusion",
+    "memory_merge",
+    "memory_merge_",
+    "output_gate",
+    "temporal_attention",
+    "token_gather",
+]
