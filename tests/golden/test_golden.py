@@ -4,7 +4,7 @@ import fnmatch
 
 import pytest
 
-from tests.golden import runners_bt_adapter, runners_ma_lmm  # noqa: F401  they register themselves
+from tests.golden import runners_bt_adapter, runners_ma_lmm, runners_malmm  # noqa: F401  they register themselves
 from tests.golden.vectors import FOLDER, Check, files, runner_of
 
 FILES = files()
