@@ -279,7 +279,12 @@ def test_configs():
     assert MALMMConfig.from_dict(config.to_dict()) == config
     with torch.device("meta"):
         model = MALMM(MALMMConfig())
-    count = sum(p.numel() for p in model.vision.parameters()) - 2 * 1408 - 39 * 1408  # without ln_vision, without k biases
+    count = (
+        sum(p.numel() for p in model.vision.parameters()) - 2 * 1408 - 39 * 1408
+    )  # without ln_vision, without k biases
     assert count == 985_894_528
     assert sum(p.numel() for p in model.qformer.parameters()) - 32 * 768 == 185_660_160
-    assert not any(p.requires_grad for p in model.vision.blocks.parameters()) and model.vision.norm_post.weight.requires_grad
+    assert (
+        not any(p.requires_grad for p in model.vision.blocks.parameters())
+        and model.vision.norm_post.weight.requires_grad
+    )

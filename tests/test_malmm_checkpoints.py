@@ -56,7 +56,9 @@ def test_names_are_those_of_the_published_files(model):
         for leaf in ("weight", "bias")
     ]
     block = ["attn.qkv.weight", "attn.q_bias", "attn.v_bias"] + [
-        f"{name}.{leaf}" for name in ("norm1", "attn.proj", "norm2", "mlp.fc1", "mlp.fc2") for leaf in ("weight", "bias")
+        f"{name}.{leaf}"
+        for name in ("norm1", "attn.proj", "norm2", "mlp.fc1", "mlp.fc2")
+        for leaf in ("weight", "bias")
     ]
     embeddings = "Qformer.bert.embeddings."
     want = {"query_tokens", "image_pe.weight", "visual_encoder.cls_token", "visual_encoder.pos_embed"}

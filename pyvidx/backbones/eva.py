@@ -1,4 +1,4 @@
-"""EVA-ViT (arXiv:2211.07636) as BLIP-2, InstructBLIP and MA-LMM use it: the frame encoder whose tokens memories hold."""
+"""EVA-ViT (arXiv:2211.07636) as BLIP-2, InstructBLIP and MA-LMM use it: the frame encoder of the memories."""
 
 import math
 from dataclasses import dataclass

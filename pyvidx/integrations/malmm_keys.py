@@ -1,4 +1,4 @@
-"""Names of MA-LMM's weights: those of LAVIS (InstructBLIP, BLIP-2, MA-LMM, eva_vit_g), of transformers, and pyvidx's."""
+"""Names of MA-LMM's weights: of LAVIS (InstructBLIP, BLIP-2, MA-LMM, eva_vit_g), of transformers, and pyvidx's own."""
 
 import re
 from collections.abc import Iterator, Mapping
@@ -19,7 +19,7 @@ def _under(prefixes, *rows):
     return tuple(tuple(name and p + name for p, name in zip(prefixes, row)) for row in rows)
 
 
-# pyvidx, LAVIS, transformers. {i} is a layer; [k] is a part of a tensor that is stacked of several here. These rows name
+# pyvidx, LAVIS, transformers. {i} is a layer, [k] a part of a tensor that is stacked of several here. These rows name
 # modules, with .weight and .bias ...
 MODULES = (
     ("vision.patch", "visual_encoder.patch_embed.proj", "vision_model.embeddings.patch_embedding"),

@@ -281,4 +281,3 @@ def attention(
     mask = None if mask is None else mask[:, None, None].expand(-1, 1, q.shape[2], -1)
     y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
     return y.transpose(1, 2).flatten(2)
-
