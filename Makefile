@@ -4,17 +4,20 @@
 # make check                   ruff and clang-format
 # make bench                   every bench at the papers' sizes, with a table and a plot
 # make cuda-check              compile the CUDA kernels for every architecture: registers, spills, shared memory
+# make emu-test                run the CUDA kernels on the CPU: the op tests under every schedule and sanitizer
 # make gpu-check               on a machine with an NVIDIA GPU: build, test, sanitize, bench, write bench/results
 PY = .venv/bin/python
 CXX_FILES = $(shell find csrc tests cmake -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 ISA_LEVELS = v2 v3 v4 v4bf16
 
-.PHONY: env demo test check isa-test bench cuda-check gpu-check clean
+.PHONY: env demo test check isa-test bench cuda-check emu-test gpu-check clean
 
 env:
 	bash cmake/env.sh
 
-demo: env
+# Only what the demo needs: half the set-up.
+demo:
+	EXTRAS=video,cli bash cmake/env.sh
 	$(PY) -m pyvidx demo $(VIDEO)
 
 test: env check
@@ -39,6 +42,9 @@ bench: env
 
 cuda-check:
 	$(PY) cmake/cuda_check.py
+
+emu-test:
+	$(PY) -m pytest -q tests/test_cuda_emu.py
 
 gpu-check:
 	python3 bench/gpu_check.py

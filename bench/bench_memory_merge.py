@@ -55,7 +55,8 @@ def step_case(B, M, dtype, layers, device):
 
     return Case("memory_merge_", {"B": B, "M": M, "N": N, "C": C, "attached": len(widths)}, dtype,
                 lambda: memory_merge_(*state[:5], next(ours), state.attached, projected), eager,
-                bytes=8 * nbytes(frames[0]) + 5 * nbytes(*projected), compiled=False)  # fmt: skip
+                bytes=8 * nbytes(frames[0]) + 5 * nbytes(*projected), compiled=False,
+                footprint=nbytes(state.bank, frames, *state.attached, *projected))  # fmt: skip
 
 
 def merge_case(B, T, dtype, device):

@@ -58,7 +58,7 @@ def test_batches_and_failures(videos, batch, workers):
 
 
 def test_too_many_frames_is_an_error_of_the_file(videos):
-    (result,) = encode_videos([str(videos / "a.mp4")], BTAdapter.default(), frames=10_000, sampler="linspace")
+    (result,) = encode_videos([str(videos / "a.mp4")], BTAdapter.default(), frames=200, sampler="linspace")
     assert result.encoding is None and "ValueError" in result.error
 
 

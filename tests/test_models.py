@@ -4,6 +4,7 @@ import dataclasses
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from pyvidx.backbones.clip import CLIPVisionConfig
 from pyvidx.integrations.checkpoints import load_weights
@@ -270,6 +271,9 @@ def test_save_and_load(tmp_path):
     assert (other.compat, other.tower) == ("official", "llava")
     with pytest.raises(FileNotFoundError):
         BTAdapter.from_pretrained(tmp_path / "nothing")
+    save_file({"x": torch.zeros(1)}, tmp_path / "other.safetensors")
+    with pytest.raises(ValueError, match="did not write.*checkpoints"):
+        BTAdapter.from_pretrained(tmp_path / "other.safetensors")
 
 
 def test_configs():

@@ -43,7 +43,7 @@ PYVIDX_INLINE float root(float x) { return __builtin_sqrtf(x); }
 template <typename A>
 PYVIDX_INLINE A cosine(A dot, A xx, A yy) {
   const A eps = A(kMemoryEps), x = root(xx), y = root(yy);
-  return dot / (x < eps ? eps : x) / (y < eps ? eps : y);
+  return dot / ((x < eps ? eps : x) * (y < eps ? eps : y));  // the same whichever row comes first
 }
 
 // NaN is larger than every number, as in torch.argmax.

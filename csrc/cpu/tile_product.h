@@ -9,6 +9,9 @@
 namespace pyvidx {
 namespace {
 
+// Half an AVX-512 vector: for columns that fill no more. 8 frames are the most common clip.
+typedef float HalfVector __attribute__((vector_size(32)));
+
 // The left operand: element (r, k) at data[r * row + k * step]. One of row and step is usually 1: either a matrix or
 // its transpose is read as it lies.
 template <typename A>
@@ -34,10 +37,28 @@ PYVIDX_SIMD V read_vector(const T* p) {
     return simd::load(p);
 }
 
+// Two bfloat16 that follow each other along the depth: one instruction multiplies both and adds both products.
+struct Pair {
+  uint32_t bits;
+};
+
+template <typename V, typename A>
+PYVIDX_SIMD V multiply_add(A a, V b, V sum) {
+  return sum + a * b;
+}
+#if defined(__AVX512BF16__)
+PYVIDX_SIMD simd::VF multiply_add(Pair a, simd::VF b, simd::VF sum) {
+  return (simd::VF)_mm512_dpbf16_ps((__m512)sum, (__m512bh)_mm512_set1_epi32(a.bits), (__m512bh)b);
+}
+PYVIDX_SIMD HalfVector multiply_add(Pair a, HalfVector b, HalfVector sum) {
+  return (HalfVector)_mm256_dpbf16_ps((__m256)sum, (__m256bh)_mm256_set1_epi32(a.bits), (__m256bh)b);
+}
+#endif
+
 // out[r][c] <- sum_k left(r, k) right[k][c] for kRows rows and kVectors vectors of columns.
 template <typename V, int kRows, int kVectors, typename A, typename R, typename O>
 PYVIDX_SIMD void tile(Left<A> left, Matrix<const R> right, int64_t depth, Matrix<O> out) {
-  constexpr int kLanes = sizeof(V) / sizeof(A);
+  constexpr int kLanes = sizeof(V) / sizeof(V{}[0]);
   // An FMA's result is ready after 4 cycles, in which a core starts up to 8: too few sums are split into two.
   constexpr int kChains = simd::kBytes == 64 && kRows * kVectors <= 8 ? 2 : 1;
   V sums[kChains][kRows][kVectors] = {};
@@ -49,7 +70,7 @@ PYVIDX_SIMD void tile(Left<A> left, Matrix<const R> right, int64_t depth, Matrix
     for (int r = 0; r < kRows; ++r) {
       const A a = left.data[r * left.row + k * left.step];
 #pragma GCC unroll 8
-      for (int c = 0; c < kVectors; ++c) acc[r][c] += a * b[c];
+      for (int c = 0; c < kVectors; ++c) acc[r][c] = multiply_add(a, b[c], acc[r][c]);
     }
   };
   int64_t k = 0;
@@ -95,7 +116,7 @@ PYVIDX_SIMD void tiles(int64_t rows, int64_t depth, Left<A> left, Matrix<const R
 template <typename V, typename A, typename R, typename O, typename F>
 __attribute__((noinline)) void product(int64_t rows, int64_t columns, int64_t depth, Left<A> left,
                                        Matrix<const R> right, Matrix<O> out, const F& meanwhile) {
-  constexpr int kLanes = sizeof(V) / sizeof(A);
+  constexpr int kLanes = sizeof(V) / sizeof(V{}[0]);
   constexpr bool kManyRegisters = simd::kBytes == 64;  // 32 of them instead of 16
   int64_t c = 0;
   const auto once = [&](int64_t begin, int64_t end) {

@@ -41,10 +41,17 @@ __device__ __forceinline__ void store_pack(T* p, const Acc<T> (&x)[kSize]) {
   }
 }
 
+// Exact divisions and roots of floats are subroutine calls around which ptxas spills; these are off by 2 units at most.
+__device__ __forceinline__ float divide(float x, float y) { return __fdividef(x, y); }
+__device__ __forceinline__ double divide(double x, double y) { return x / y; }
+__device__ __forceinline__ float inverse_root(float x) { return rsqrtf(x); }
+__device__ __forceinline__ double inverse_root(double x) { return rsqrt(x); }
+
+// Cosine from a dot product and two squared norms, each norm at least eps. The same whichever row comes first.
 template <typename A>
 __device__ __forceinline__ A cosine(A dot, A xx, A yy) {
-  const A eps = A(kMemoryEps), x = sqrt(xx), y = sqrt(yy);
-  return dot / (x < eps ? eps : x) / (y < eps ? eps : y);  // a NaN stays one
+  const A least = A(kMemoryEps) * A(kMemoryEps);
+  return dot * (inverse_root(xx < least ? least : xx) * inverse_root(yy < least ? least : yy));  // a NaN stays one
 }
 
 // (s0 x + s1 y) / (s0 + s1); a product and a Newton step round as the division does.
@@ -53,7 +60,7 @@ struct Mean {
   A s0, s1, total, inverse;
 
   __device__ __forceinline__ Mean(A first, A second)
-      : s0(first), s1(second), total(first + second), inverse(A(1) / total) {}
+      : s0(first), s1(second), total(first + second), inverse(divide(A(1), total)) {}
   __device__ __forceinline__ A operator()(A x, A y) const {
     const A dividend = x * s0 + y * s1, quotient = dividend * inverse;
     return (dividend - quotient * total) * inverse + quotient;
@@ -111,10 +118,9 @@ __device__ __forceinline__ Mean<A> mean_of(const MemoryStepArgs& a, const StepPl
 
 template <typename T, bool kVectorized>
 __global__ __launch_bounds__(kMemoryThreads) void memory_attached_kernel(MemoryStepArgs a, AttachedChunk chunk) {
-  const int64_t N = a.bank.size[2];
-  const int64_t row = int64_t(blockIdx.x) * kMemoryWarps + threadIdx.x / 32;
+  const unsigned N = unsigned(a.bank.size[2]), row = blockIdx.x * kMemoryWarps + threadIdx.x / 32;
   if (row >= a.bank.size[0] * N) return;
-  const int64_t b = row / N, n = row % N;
+  const unsigned b = row / N, n = row % N;
   const StepPlan p = plan_step(a, b, n);
   if (p.k < 0 && p.target < 0) return;
 
@@ -157,11 +163,12 @@ __device__ __forceinline__ void close_gap(const MemoryStepArgs& a, const StepPla
   }
 }
 
+// 5 blocks per multiprocessor allow 96 registers: left to itself, ptxas takes 72 and spills.
 template <typename T, bool kVectorized>
-__global__ __launch_bounds__(kMemoryThreads) void memory_step_kernel(MemoryStepArgs a) {
+__global__ __launch_bounds__(kMemoryThreads, 5) void memory_step_kernel(MemoryStepArgs a) {
   using A = Acc<T>;
-  const int64_t N = a.bank.size[2], C = a.bank.size[3];
-  const int64_t b = blockIdx.x / N, n = blockIdx.x % N;
+  const int C = int(a.bank.size[3]);
+  const unsigned N = unsigned(a.bank.size[2]), b = blockIdx.x / N, n = blockIdx.x % N;
   const StepPlan p = plan_step(a, b, n);
   if (threadIdx.x == 0) *a.index.at<int32_t>(b, n) = p.k;
   if (p.k < 0 && p.target < 0) return;
@@ -176,7 +183,7 @@ __global__ __launch_bounds__(kMemoryThreads) void memory_step_kernel(MemoryStepA
 
   // Squares of keep, left, right, last, frame; then left keep, keep right, last frame (or keep frame).
   A sums[8] = {};
-  for (int64_t c = int64_t(threadIdx.x) * kSize; c < C; c += kMemoryThreads * kSize) {
+  for (int c = int(threadIdx.x) * kSize; c < C; c += kMemoryThreads * kSize) {
     A keep[kSize] = {}, gone[kSize] = {}, left[kSize] = {}, right[kSize] = {}, last[kSize] = {}, frame[kSize] = {};
     if (keep_row) load_pack(keep_row + c, keep), load_pack(gone_row + c, gone);
     if (left_row) load_pack(left_row + c, left);
@@ -232,7 +239,8 @@ __global__ __launch_bounds__(kMemoryThreads) void memory_merge_kernel(MemoryMerg
   using A = Acc<T>;
   constexpr int kSize = kPack<T, kVectorized>;
   const int T_ = int(a.bank.size[1]);
-  const int64_t N = a.bank.size[2], C = a.bank.size[3], b = blockIdx.x / N, n = blockIdx.x % N;
+  const int64_t C = a.bank.size[3];
+  const unsigned N = unsigned(a.bank.size[2]), b = blockIdx.x / N, n = blockIdx.x % N;
   const int warp = threadIdx.x / 32, first = threadIdx.x % 32 * kSize;
 
   ArgMax<A> best{A(-3), 0x7fffffff};
@@ -281,15 +289,16 @@ template <typename T, bool kVectorized>
 __global__ __launch_bounds__(kMemoryThreads) void memory_merge_backward_kernel(MemoryMergeBackwardArgs a) {
   using A = Acc<T>;
   constexpr int kSize = kPack<T, kVectorized>;
-  const int64_t T_ = a.grad_bank.size[1], N = a.grad_bank.size[2], C = a.grad_bank.size[3];
-  const int64_t row = int64_t(blockIdx.x) * kMemoryWarps + threadIdx.x / 32;
+  const int64_t C = a.grad_bank.size[3];
+  const unsigned T_ = unsigned(a.grad_bank.size[1]), N = unsigned(a.grad_bank.size[2]);
+  const unsigned row = blockIdx.x * kMemoryWarps + threadIdx.x / 32;
   if (row >= a.grad_bank.size[0] * T_ * N) return;
-  const int64_t b = row / (T_ * N), t = row / N % T_, n = row % N, k = *a.index.at<const int32_t>(b, n);
+  const unsigned b = row / (T_ * N), t = row / N % T_, n = row % N, k = unsigned(*a.index.at<const int32_t>(b, n));
   A share = 1;
   if (t == k || t == k + 1) {
     const A s0 = a.weighted ? size_at<A>(a.sizes, b, k, n) : A(1);
     const A s1 = a.weighted ? size_at<A>(a.sizes, b, k + 1, n) : A(1);
-    share = (t == k ? s0 : s1) / (s0 + s1);
+    share = divide(t == k ? s0 : s1, s0 + s1);
   }
   const T* grad = a.grad_out.at<const T>(b, t <= k ? t : t - 1, n);
   T* const out = a.grad_bank.at<T>(b, t, n);
@@ -311,6 +320,12 @@ using namespace cuda;
 
 namespace {
 
+// Rows are counted in 32 bits on the device: a 64-bit division is a subroutine call.
+unsigned checked_rows(int64_t rows) {
+  if (rows > 0x7fffffff) throw std::invalid_argument("memory_merge: B * T * N must be below 2^31");
+  return unsigned(rows);
+}
+
 template <typename F>
 void visit_floating(const char* op, DType dtype, F&& f) {
   visit_dtype<float, double, __half, __nv_bfloat16>(op, dtype, f);
@@ -327,7 +342,7 @@ bool aligned(const MemoryAttached& a) {
 
 // Launch runs of attached tensors that share a dtype and an alignment.
 void launch_attached(const MemoryStepArgs& args, cudaStream_t stream) {
-  const int64_t rows = args.bank.size[0] * args.bank.size[2];
+  const unsigned rows = checked_rows(args.bank.size[0] * args.bank.size[2]);
   for (int done = 0; done < args.attached_count;) {
     const MemoryAttached* const item = args.attached + done;
     const bool vectorized = aligned(*item);
@@ -338,7 +353,7 @@ void launch_attached(const MemoryStepArgs& args, cudaStream_t stream) {
       chunk.item[count] = item[count];
       ++count;
     }
-    const dim3 grid(unsigned((rows + kMemoryWarps - 1) / kMemoryWarps), unsigned(count));
+    const dim3 grid((rows + kMemoryWarps - 1) / kMemoryWarps, unsigned(count));
     visit_floating("memory_merge_", item->rows.dtype, [&](auto t) {
       using T = typename decltype(t)::type;
       if (vectorized) {
@@ -355,15 +370,16 @@ void launch_attached(const MemoryStepArgs& args, cudaStream_t stream) {
 }  // namespace
 
 void memory_step_cuda(const MemoryStepArgs& args, cudaStream_t stream) {
-  const int64_t B = args.bank.size[0], rows = B * args.bank.size[2];
+  const int64_t B = args.bank.size[0];
+  const unsigned rows = checked_rows(B * args.bank.size[2]);
   if (rows == 0) return;
   launch_attached(args, stream);
   visit_floating("memory_merge_", args.bank.dtype, [&](auto t) {
     using T = typename decltype(t)::type;
     if (vectorizable<T>(args.bank) && (!args.frame || vectorizable<T>(args.frame))) {
-      PYVIDX_LAUNCH((memory_step_kernel<T, true>), unsigned(rows), kMemoryThreads, 0, stream, args);
+      PYVIDX_LAUNCH((memory_step_kernel<T, true>), rows, kMemoryThreads, 0, stream, args);
     } else {
-      PYVIDX_LAUNCH((memory_step_kernel<T, false>), unsigned(rows), kMemoryThreads, 0, stream, args);
+      PYVIDX_LAUNCH((memory_step_kernel<T, false>), rows, kMemoryThreads, 0, stream, args);
     }
   });
   check_launch("memory_step_kernel");
@@ -373,23 +389,23 @@ void memory_step_cuda(const MemoryStepArgs& args, cudaStream_t stream) {
 }
 
 void memory_merge_cuda(const MemoryMergeArgs& args, cudaStream_t stream) {
-  const int64_t rows = args.bank.size[0] * args.bank.size[2];
+  const unsigned rows = checked_rows(args.bank.size[0] * args.bank.size[2]);
   if (rows == 0) return;
   visit_floating("memory_merge", args.bank.dtype, [&](auto t) {
     using T = typename decltype(t)::type;
     if (vectorizable<T>(args.bank) && vectorizable<T>(args.out)) {
-      PYVIDX_LAUNCH((memory_merge_kernel<T, true>), unsigned(rows), kMemoryThreads, 0, stream, args);
+      PYVIDX_LAUNCH((memory_merge_kernel<T, true>), rows, kMemoryThreads, 0, stream, args);
     } else {
-      PYVIDX_LAUNCH((memory_merge_kernel<T, false>), unsigned(rows), kMemoryThreads, 0, stream, args);
+      PYVIDX_LAUNCH((memory_merge_kernel<T, false>), rows, kMemoryThreads, 0, stream, args);
     }
   });
   check_launch("memory_merge_kernel");
 }
 
 void memory_merge_backward_cuda(const MemoryMergeBackwardArgs& args, cudaStream_t stream) {
-  const int64_t rows = args.grad_bank.size[0] * args.grad_bank.size[1] * args.grad_bank.size[2];
+  const unsigned rows = checked_rows(args.grad_bank.size[0] * args.grad_bank.size[1] * args.grad_bank.size[2]);
   if (rows == 0 || args.grad_bank.size[3] == 0) return;
-  const unsigned blocks = unsigned((rows + kMemoryWarps - 1) / kMemoryWarps);
+  const unsigned blocks = (rows + kMemoryWarps - 1) / kMemoryWarps;
   visit_floating("memory_merge_backward", args.grad_bank.dtype, [&](auto t) {
     using T = typename decltype(t)::type;
     if (vectorizable<T>(args.grad_out) && vectorizable<T>(args.grad_bank)) {

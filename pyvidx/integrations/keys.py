@@ -12,7 +12,7 @@ PREFIXES = ("module.", "model.vision_tower.", "vision_tower.", "backbone.", "vis
 
 # Parts of a published file that a video tower has no place for: text towers, training heads, bookkeeping.
 LEFT_OUT = re.compile(
-    r"(text_backbone|text_model|extra_proj|loss|mm_projector)\.|text_projection(\.|$)|logit_scale$"
+    r"(text_backbone|text_model|text|extra_proj|loss|mm_projector)\.|text_projection(\.|$)|logit_scale$"
     r"|logit_bias$|(.*\.)?position_ids$"
 )
 OPEN_CLIP_TEXT = re.compile(r"(transformer|token_embedding|ln_final)\.|positional_embedding$|attn_mask$")

@@ -1,15 +1,13 @@
 """BT-Adapter (One For All, arXiv:2309.15785): a CLIP tower and the branch that gives it a sense of time."""
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from pyvidx.backbones.clip import CLIPVision
+from pyvidx.models import files
 from pyvidx.models.config import BTAdapterConfig
 from pyvidx.models.encoding import Encoding
 from pyvidx.models.fold import fold
@@ -17,7 +15,6 @@ from pyvidx.ops import output_gate
 from pyvidx.temporal.bt_adapter import BTAdapterBranch
 from pyvidx.temporal.grouping import Grouping, grouping
 
-FILE_NAME = "model.safetensors"
 OUTPUTS = ("tokens", "pooled")
 
 
@@ -85,10 +82,10 @@ class BTAdapter(nn.Module):
         """
         if self.config.part == "features":
             return self.encode_features(pixels, outputs=outputs, times=times)
-        layers = self._branch_inputs(self._wanted(outputs))
-        return self.encode_layers(
-            self.backbone(self.read_pixels(pixels), layers), outputs=outputs, times=times, mask=mask
-        )
+        wanted, pixels = self._wanted(outputs), self.read_pixels(pixels)
+        self._group(pixels.shape[1], mask, pixels.device, wanted)  # refuses frame counts and masks before the work
+        xs = self.backbone(pixels, self._branch_inputs(wanted))
+        return self.encode_layers(xs, outputs=outputs, times=times, mask=mask)
 
     def encode_features(
         self, features: Tensor, *, outputs: Sequence[str] | None = None, times: Tensor | None = None
@@ -99,10 +96,9 @@ class BTAdapter(nn.Module):
             features: [B, T, 1+P, C]; cast to the model's dtype. The official llava tower also takes [T, 1+P, C] as one
                 video, and fails on [B, 3, 1+P, C], which it takes for pixels.
         """
-        layers = self._branch_inputs(self._wanted(outputs))
-        x, xs = self._read_features(features), []
+        wanted, x, xs = self._wanted(outputs), self._read_features(features), []
         self.grouping(x)  # refuses a wrong shape or frame count before the work
-        for i in layers:
+        for i in self._branch_inputs(wanted):
             x = self.backbone.blocks[str(i)](x)
             xs.append(x)
         return self.encode_layers(xs, outputs=outputs, times=times)
@@ -126,7 +122,7 @@ class BTAdapter(nn.Module):
                 f"BTAdapter: {' and '.join(wanted)} need the outputs of backbone layers "
                 f"{list(self._branch_inputs(wanted))}, got {len(xs)} tensors"
             )
-        group, last = self.grouping(xs[0], mask), len(xs) - 1
+        group, last = self.grouping(xs[0], mask, wanted), len(xs) - 1
         states, mixed = self._run_branch(xs, group)
         if wanted == ("tokens",):
             return Encoding(
@@ -167,20 +163,18 @@ class BTAdapter(nn.Module):
             norm=(norm.weight, norm.bias, norm.eps),
         )
 
-    def grouping(self, x: Tensor, mask: Tensor | None = None) -> Grouping:
+    def grouping(self, x: Tensor, mask: Tensor | None = None, wanted: Sequence[str] = ()) -> Grouping:
         """The arrangement of the branch tokens of backbone tokens x [B, T, 1+P, C]."""
         P, C = self.config.vision.patches, self.config.vision.width
         if x.dim() != 4 or x.shape[2] != 1 + P or x.shape[3] != C:
             raise ValueError(f"BTAdapter: backbone tokens must be [B, T, {1 + P}, {C}], got {tuple(x.shape)}")
-        return grouping(
-            x.shape[1],
-            P,
-            compat=self.compat,
-            tower=self.tower,
-            time_length=self.config.time_length,
-            mask=mask,
-            device=x.device,
-        )
+        return self._group(x.shape[1], mask, x.device, wanted)
+
+    def _group(self, T: int, mask: Tensor | None, device: torch.device, wanted: Sequence[str]) -> Grouping:
+        if mask is not None and "tokens" in wanted:
+            raise ValueError("BTAdapter: tokens need all patches; with a mask ask for outputs=('pooled',)")
+        modes = {"compat": self.compat, "tower": self.tower, "time_length": self.config.time_length}
+        return grouping(T, self.config.vision.patches, mask=mask, device=device, **modes)
 
     def read_pixels(self, pixels: Tensor) -> Tensor:
         """The forms `forward` takes -> [B, T, 3, h, w]."""
@@ -249,18 +243,8 @@ class BTAdapter(nn.Module):
         """Write one safetensors file, configuration included. A path without that ending is a folder."""
         if self.folded:
             raise RuntimeError("BTAdapter: save the model itself, not its folded copy")
-        path = _file(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        header = {
-            "model": "bt_adapter",
-            "config": self.config.to_dict(),
-            "compat": self.compat,
-            "tower": self.tower,
-            "is_random": self.is_random,
-        }
-        weights = {name: p.detach().cpu().contiguous() for name, p in self.state_dict().items()}
-        save_file(weights, path, {"format": "pt", "pyvidx": json.dumps(header)})
-        return path
+        header = {"compat": self.compat, "tower": self.tower, "is_random": self.is_random}
+        return files.write(path, "bt_adapter", self, {"config": self.config.to_dict(), **header})
 
     @classmethod
     def from_pretrained(cls, path: str | Path, *, compat: str | None = None, tower: str | None = None) -> "BTAdapter":
@@ -268,18 +252,7 @@ class BTAdapter(nn.Module):
 
         compat, tower: in place of those saved. Official files are read by pyvidx.integrations.checkpoints.
         """
-        path = _file(path)
-        if not path.exists():
-            raise FileNotFoundError(f"BTAdapter: there is no {path}")
-        with safe_open(path, "pt") as file:
-            header = json.loads((file.metadata() or {}).get("pyvidx", "{}"))
-            if header.get("model") != "bt_adapter":
-                raise ValueError(
-                    f"BTAdapter: {path} was not written by BTAdapter.save; "
-                    "for published weights use pyvidx.integrations.checkpoints"
-                )
-            # Cloned: tensors of a mapped file start at any address, which makes CPU GEMMs slower.
-            weights = {name: file.get_tensor(name).clone() for name in file.keys()}
+        header, weights = files.read(path, "bt_adapter")
         with torch.device("meta"):
             model = cls(
                 BTAdapterConfig.from_dict(header["config"]),
@@ -309,8 +282,3 @@ def fused_tokens(x: Tensor, patches: Tensor, cls: Tensor) -> Tensor:
     """
     x = x.mean(dim=1)
     return torch.cat([x[:, 1:] + patches, (x[:, 0] + cls)[:, None]], dim=1) / 2
-
-
-def _file(path: str | Path) -> Path:
-    path = Path(path)
-    return path if path.suffix == ".safetensors" else path / FILE_NAME

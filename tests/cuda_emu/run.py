@@ -63,6 +63,7 @@ def _library(name: str) -> str:
 def run_tests(variant: str, order: str, arguments: list[str], environment: dict[str, str] | None = None) -> Result:
     """Run pytest in a process whose torch.ops.pyvidx.* are the emulated CUDA kernels."""
     env = {"PYVIDX_OPS_LIBRARY": str(build.ops_library(variant)), "PYVIDX_EMU_ORDER": order, "PYVIDX_STRICT": "1"}
+    env["CUDA_VISIBLE_DEVICES"] = ""  # this library has no kernels for a real GPU
     # Not captured: a sanitizer that ends the process would take what pytest has captured with it.
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-q", "--capture=no", *arguments]
     return run_process(variant, command, {**env, **(environment or {})})

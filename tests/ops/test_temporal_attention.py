@@ -1,3 +1,5 @@
+import os
+
 import pytest
 import torch
 
@@ -81,7 +83,7 @@ def test_huge_scores(T, dtype, device):
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("shape", [(2, 3, 2, 2, 4), (1, 10, 1, 1, 3)], ids=str)
+@pytest.mark.parametrize("shape", [(2, 3, 2, 2, 2), (1, 10, 1, 1, 3)], ids=str)
 def test_gradcheck(shape, device):
     qkv = inputs(shape, device, torch.float64).contiguous().requires_grad_()
     assert torch.autograd.gradcheck(lambda x: temporal_attention(x, scale=0.9), qkv)
@@ -117,6 +119,7 @@ def test_empty(shape, device):
     assert qkv.grad.shape == qkv.shape
 
 
+@pytest.mark.skipif("PYVIDX_OPS_LIBRARY" in os.environ, reason="about the CPU kernel, and too large to emulate")
 def test_large_output_streams():
     """Outputs beyond 4 MiB are written past the caches, forward and backward."""
     qkv = inputs((1, 8, 140, 16, 64))

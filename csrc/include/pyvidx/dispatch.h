@@ -26,7 +26,7 @@ struct DTypeOf<double> {
 [[noreturn]] void throw_out_of_range(const char* message);  // std::out_of_range, from there for the same reason
 
 template <typename... Ts, typename F>
-PYVIDX_INLINE void visit_dtype(const char* op, DType dtype, F&& f) {
+__attribute__((always_inline)) inline void visit_dtype(const char* op, DType dtype, F&& f) {
   const bool done = ((DTypeOf<Ts>::value == dtype ? (f(Type<Ts>{}), true) : false) || ...);
   if (!done) throw_unsupported_dtype(op, dtype);
 }

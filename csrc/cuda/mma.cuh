@@ -1,0 +1,155 @@
+// mma: the product of a 16 x k and a k x 8 tile held by a warp, added to a 16 x 8 tile, for every floating type: on
+// tensor cores where the GPU has fitting ones, otherwise with shuffles (the emulator, sm_70, double).
+//
+// With g = lane / 4 and c = lane % 4, a lane holds, of the left tile, registers {0, 2} of row g and {1, 3} of row g +
+// 8; of the right tile, two registers of column g; of the sums, columns 2c and 2c + 1 of rows g and g + 8. A register
+// holds one element, or two 16-bit ones, that follow each other along k. Which k they stand for is up to the caller:
+// the elements of a lane's register of the left tile meet those of the same register (0 or 1 of a row or column) of the
+// lanes of the same c in the right tile, and a sum does not mind the order of its terms.
+#pragma once
+
+#include "block.cuh"
+
+namespace pyvidx::cuda {
+
+template <typename T>
+struct RegisterOf {
+  using type = Acc<T>;
+};
+template <>
+struct RegisterOf<__half> {
+  using type = unsigned;
+};
+template <>
+struct RegisterOf<__nv_bfloat16> {
+  using type = unsigned;
+};
+template <typename T>
+using Register = typename RegisterOf<T>::type;
+template <typename T>
+constexpr int kPacked = sizeof(Register<T>) / sizeof(T);  // elements per register
+
+// Round two numbers to 16 bits; the first one lies in the lower half.
+template <typename T>
+__device__ __forceinline__ unsigned pack(float low, float high);
+template <>
+__device__ __forceinline__ unsigned pack<__half>(float low, float high) {
+  const __half2 pair = __floats2half2_rn(low, high);
+  unsigned bits;
+  memcpy(&bits, &pair, sizeof bits);
+  return bits;
+}
+template <>
+__device__ __forceinline__ unsigned pack<__nv_bfloat16>(float low, float high) {
+  const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
+  unsigned bits;
+  memcpy(&bits, &pair, sizeof bits);
+  return bits;
+}
+
+// The elements of a register, in the accumulator's type.
+template <typename T>
+__device__ __forceinline__ void unpack(Register<T> bits, Acc<T> (&x)[kPacked<T>]) {
+  if constexpr (kPacked<T> == 1) {
+    x[0] = bits;
+  } else {
+    const unsigned short half[2] = {static_cast<unsigned short>(bits), static_cast<unsigned short>(bits >> 16)};
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      T element;
+      memcpy(static_cast<void*>(&element), &half[i], sizeof element);
+      x[i] = to_acc(element);
+    }
+  }
+}
+
+// sum + the products of the elements of two registers
+template <typename T>
+__device__ __forceinline__ Acc<T> register_dot(Register<T> a, Register<T> b, Acc<T> sum) {
+  Acc<T> x[kPacked<T>], y[kPacked<T>];
+  unpack<T>(a, x);
+  unpack<T>(b, y);
+#pragma unroll
+  for (int i = 0; i < kPacked<T>; ++i) sum += x[i] * y[i];
+  return sum;
+}
+
+template <typename T>
+__device__ __forceinline__ void mma_with_shuffles(Acc<T> (&sum)[4], const Register<T> (&a)[4],
+                                                  const Register<T> (&b)[2]) {
+  const int lane = threadIdx.x % 32, row = lane & ~3, column = lane % 4 * 8;
+#pragma unroll
+  for (int c = 0; c < 4; ++c) {
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const Register<T> top = __shfl_sync(kFullWarp, a[2 * i], row + c);
+      const Register<T> bottom = __shfl_sync(kFullWarp, a[2 * i + 1], row + c);
+      const Register<T> left = __shfl_sync(kFullWarp, b[i], column + c);
+      const Register<T> right = __shfl_sync(kFullWarp, b[i], column + 4 + c);
+      sum[0] = register_dot<T>(top, left, sum[0]);
+      sum[1] = register_dot<T>(top, right, sum[1]);
+      sum[2] = register_dot<T>(bottom, left, sum[2]);
+      sum[3] = register_dot<T>(bottom, right, sum[3]);
+    }
+  }
+}
+
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+// x as the sum of two tf32 numbers (10 bits each): what is lost is below 2^-21 of x.
+__device__ __forceinline__ void split_tf32(float x, unsigned& high, unsigned& low) {
+  asm("cvt.rna.tf32.f32 %0, %1;\n" : "=r"(high) : "f"(x));
+  asm("cvt.rna.tf32.f32 %0, %1;\n" : "=r"(low) : "f"(x - __uint_as_float(high)));
+}
+__device__ __forceinline__ void mma_tf32(float (&sum)[4], const unsigned (&a)[4], const unsigned (&b)[2]) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};\n"
+      : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+#endif
+
+// All lanes of the warp take part.
+template <typename T>
+__device__ __forceinline__ void mma(Acc<T> (&sum)[4], const Register<T> (&a)[4], const Register<T> (&b)[2]) {
+  mma_with_shuffles<T>(sum, a, b);
+}
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+template <>
+__device__ __forceinline__ void mma<__half>(float (&sum)[4], const unsigned (&a)[4], const unsigned (&b)[2]) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};\n"
+      : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+template <>
+__device__ __forceinline__ void mma<__nv_bfloat16>(float (&sum)[4], const unsigned (&a)[4], const unsigned (&b)[2]) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};\n"
+      : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+// Float at nearly full precision from three products of tf32 halves; the fourth is below a float's rounding.
+template <>
+__device__ __forceinline__ void mma<float>(float (&sum)[4], const float (&a)[4], const float (&b)[2]) {
+  unsigned a_high[4], a_low[4], b_high[2], b_low[2];
+#pragma unroll
+  for (int i = 0; i < 4; ++i) split_tf32(a[i], a_high[i], a_low[i]);
+#pragma unroll
+  for (int i = 0; i < 2; ++i) split_tf32(b[i], b_high[i], b_low[i]);
+  mma_tf32(sum, a_low, b_high);
+  mma_tf32(sum, a_high, b_low);
+  mma_tf32(sum, a_high, b_high);
+}
+#elif defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 750
+template <>
+__device__ __forceinline__ void mma<__half>(float (&sum)[4], const unsigned (&a)[4], const unsigned (&b)[2]) {
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    asm volatile("mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5}, {%6}, {%0,%1,%2,%3};\n"
+                 : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])
+                 : "r"(a[2 * i]), "r"(a[2 * i + 1]), "r"(b[i]));
+  }
+}
+#endif
+
+}  // namespace pyvidx::cuda
