@@ -61,8 +61,13 @@ class EVAVision(nn.Module):
         self.blocks = nn.ModuleList(
             Block(C, config.heads, config.mlp_width, "gelu", config.eps) for _ in range(config.layers)
         )
-        self.requires_grad_(False)
         self.norm_post = nn.LayerNorm(C, eps=config.norm_eps)
+        self.freeze()
+
+    def freeze(self) -> None:
+        """No gradients for the tower; the norm after it keeps its own."""
+        for name, p in self.named_parameters():
+            p.requires_grad_(name.startswith("norm_post"))
 
     def forward(self, pixels: Tensor, *, interpolate: bool = False) -> Tensor:
         """LN(ViT(pixels)), the frame features of MA-LMM before their temporal embedding.

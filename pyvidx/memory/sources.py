@@ -134,7 +134,7 @@ class PushSource(FrameSource):
             kvs = [()] * t
             if visual.attached:
                 kv = qformer.keys_values(frames[:, 0].to(qformer.keys_values.weight.dtype))
-                kvs = [kv.chunk(len(visual.attached), dim=2)]
+                kvs = [kv.to(visual.attached[0].dtype).chunk(len(visual.attached), dim=2)]
             for s in range(t):
                 memory_merge_(*visual[:5], rows[:, s], visual.attached, kvs[s], weighted=weighted)
             return
@@ -153,13 +153,14 @@ class PushSource(FrameSource):
 
     def remember(self, i: int, x: Tensor, keys_values: Tensor) -> Iterator[int]:
         """Push layer i's rows x [R, t, N, D] into its query bank, with keys and values [R, t, N, 2D]; each s, after."""
-        memory, rows = self.memories.query[i], x.to(self.memories.query[i].bank.dtype)
+        memory = self.memories.query[i]
+        rows, keys_values = x.to(memory.bank.dtype), keys_values.to(memory.attached[0].dtype)  # they differ in autocast
         for s in range(x.shape[1]):
             memory_merge_(*memory[:5], rows[:, s], memory.attached, (keys_values[:, s],), weighted=self.weighted)
             yield s
 
-    def remember_last(self, x: Tensor) -> None:
-        """The same of the last layer, whose output nobody needs before an answer is asked for."""
+    def remember_last(self, x: Tensor) -> Tensor:
+        """The same of the last layer, whose output nobody needs before an answer is asked for. Returns x."""
         i, t, D = len(self.memories.query) - 1, x.shape[1], x.shape[3]
         if self.memories.visual is not None and i in self.qformer.config.cross_layers and t > 1:
             step = self._replay(i)
@@ -168,6 +169,7 @@ class PushSource(FrameSource):
         if self.memories.query[i] is not None:
             qkv = self.qformer.layers[i].qkv
             deque(self.remember(i, x, F.linear(x, qkv.weight[D:], qkv.bias[D:])), maxlen=0)
+        return x
 
     def cross_attention(self, i: int, q: Tensor) -> Tensor:
         visual = self.memories.visual
@@ -188,7 +190,7 @@ class PushSource(FrameSource):
         """
         attached = self.memories.visual.attached[self.qformer.config.cross_layers.index(i)]
         B, slots_, P, _ = attached.shape
-        kv = self.project(i, self.frames)  # [B, t, P, 2D]
+        kv = self.project(i, self.frames).to(attached.dtype)  # [B, t, P, 2D]
         sizes, order, length = (x.clone() for x in self.before)
         chosen = torch.empty_like(self.plan[0])
         nothing, no_frame = attached.new_zeros(B, slots_, P, 1), attached.new_zeros(B, P, 1)

@@ -1,13 +1,17 @@
 """MA-LMM (arXiv:2404.05726): a Q-Former that walks through a video with two memory banks, in constant memory."""
 
+from pathlib import Path
+
 import torch
 from torch import Tensor, nn
 
 from pyvidx.backbones.eva import EVAVision
 from pyvidx.memory.qformer import Prompt, QFormer
 from pyvidx.memory.sources import FrameSource, LastSource, Memories, PushSource, ReadSource
+from pyvidx.models import files
 from pyvidx.models.malmm_config import MALMMConfig
 from pyvidx.ops.memory_merge import MemoryState, new_state
+from pyvidx.temporal.table import rows_at
 
 COMPATS = ("official", "paper")
 
@@ -70,21 +74,19 @@ class MALMM(nn.Module):
         Returns:
             [B, Q, llm_width], or [B, G, Q, llm_width] of G questions; length = 0: T * Q tokens instead of Q.
         """
-        if pixels.dim() != 5:
-            raise ValueError(f"MALMM: pixels must be [B, T, 3, h, w], got {tuple(pixels.shape)}")
+        if pixels.dim() != 5 or pixels.shape[1] == 0:
+            raise ValueError(f"MALMM: pixels must be [B, T, 3, h, w] with T >= 1, got {tuple(pixels.shape)}")
         prompt = self.prompt(text_ids, text_mask, batch=pixels.shape[0])
         if length and torch.is_grad_enabled():
             with torch.no_grad():
-                before = self.features(pixels[:, :-1])
-            parts = (before, self.features(pixels[:, -1:]))
+                before = (self.features(pixels[:, :-1]),) if pixels.shape[1] > 1 else ()
+            parts = (*before, self.features(pixels[:, -1:]))
         else:
             parts = (self.features(pixels),)
         return self.project(self._encode(parts, prompt, length, visual, query, chunk=32))
 
     def features(self, pixels: Tensor) -> Tensor:
         """ln_vision(ViT(x)) of frames, all in one batch. [..., 3, h, w] -> [..., P, C], class token first."""
-        if pixels.shape[0] and pixels.numel() == 0:  # a clip of one frame has none before its last
-            return pixels.new_zeros(*pixels.shape[:-3], 1 + self.config.vision.patches, self.config.vision.width)
         return self.vision(pixels)
 
     def prompt(self, text_ids: Tensor | None = None, text_mask: Tensor | None = None, *, batch: int = 1) -> Prompt:
@@ -189,11 +191,11 @@ class MALMM(nn.Module):
     ) -> Tensor:
         """The query tokens at the last frame of whole clips, layer by layer over all frames.
 
-        Where gradients are wanted, they flow through the last frame, as in `forward`.
+        Where gradients are wanted, they flow through the last frame, as in `forward`, and into the prompt.
 
         Args:
             features: [B, T, P, C], from `features`.
-            prompt: the questions; None: no text.
+            prompt: the questions, made with autograd on if that is to learn too; None: no text.
             length: M; 0: no memory: every frame by itself, the paper's ablation "Concat".
             visual, query: have that bank.
             chunk: frames worked on at once; a matter of speed and memory, not of the result.
@@ -236,31 +238,23 @@ class MALMM(nn.Module):
             return memories
         source, rows = PushSource(self.qformer, memories, frames, self.compat == "official"), None
         if memories.query:
-            rows = self.qformer.run(prompt, t, source, with_last=False)
-            source.remember_last(rows)
-            rows = rows[:, -1]
+            rows = source.remember_last(self.qformer.run(prompt, t, source, with_last=False))[:, -1]
         frame = frames[:, -1] if memories.visual is None else None
         return memories._replace(seen=memories.seen + t, frame=frame, rows=rows)
 
     def _timed(self, frames: Tensor, seen: int, positions: Tensor | None) -> Tensor:
-        """features + temporal embedding (spec of the public code: before attention and before storing)."""
+        """features + temporal embedding: it is added before attention and before storing."""
         if self.time is None:
             return frames
         t, table = frames.shape[1], self.time
-        if positions is None:
-            if seen + t > len(table):
-                raise ValueError(
-                    f"MALMM: the temporal table has {len(table)} rows, got frame {seen + t}; pass positions, or use "
-                    'compat="paper" for whole clips'
-                )
-            rows = table[seen : seen + t]
-        else:
-            at = torch.as_tensor(positions, dtype=torch.float32, device=table.device)
-            if at.shape != (t,) or not bool(((at >= 0) & (at <= len(table) - 1)).all()):
-                raise ValueError(f"MALMM: positions must be [{t}], each in [0, {len(table) - 1}], got {positions}")
-            low = at.floor().long()
-            high = (low + 1).clamp_max(len(table) - 1)
-            rows = torch.lerp(table[low], table[high], (at - low)[:, None].to(table.dtype))
+        if positions is None and seen + t > len(table):
+            raise ValueError(
+                f"MALMM: the temporal table has {len(table)} rows, got frame {seen + t}; pass positions, or use "
+                'compat="paper" for whole clips'
+            )
+        rows = table[seen : seen + t] if positions is None else rows_at(table, positions)
+        if len(rows) != t:
+            raise ValueError(f"MALMM: positions must be one per frame, {t}, got {len(rows)}")
         return frames + rows[:, None]
 
     def _check(self, frames: Tensor, memories: Memories | Prompt) -> None:
@@ -270,10 +264,28 @@ class MALMM(nn.Module):
                 f"MALMM: features must be floating [B, t, {P}, {C}], got {tuple(frames.shape)} {frames.dtype}"
             )
         prompt = memories.prompt if isinstance(memories, Memories) else memories
-        B = memories.visual.bank.shape[0] if prompt is None and memories.visual else None
-        B = prompt.batch if prompt is not None else B
+        B = prompt.batch if prompt is not None else memories.visual.bank.shape[0] if memories.visual else None
         if B is not None and frames.shape[0] != B:
             raise ValueError(f"MALMM: features must be of {B} videos, as the prompt, got {frames.shape[0]}")
+
+    def save(self, path: str | Path) -> Path:
+        """Write one safetensors file, configuration included. A path without that ending is a folder."""
+        header = {"config": self.config.to_dict(), "compat": self.compat, "is_random": self.is_random}
+        return files.write(path, "malmm", self, header)
+
+    @classmethod
+    def from_pretrained(cls, path: str | Path, *, compat: str | None = None) -> "MALMM":
+        """Load what `save` wrote, a file or its folder, in eval mode and with the dtypes of the file.
+
+        compat: in place of that saved. Published files are read by pyvidx.integrations.malmm_checkpoints.
+        """
+        header, weights = files.read(path, "malmm")
+        with torch.device("meta"):
+            model = cls(MALMMConfig.from_dict(header["config"]), compat=compat or header["compat"])
+        model.load_state_dict(weights, assign=True)
+        model.vision.freeze()
+        model.is_random = header["is_random"]
+        return model.eval()
 
     @classmethod
     def default(cls, *, compat: str = "official") -> "MALMM":
