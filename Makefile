@@ -27,7 +27,7 @@ test: env check
 check:
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check -q .
-	$(PY) -m clang_format --dry-run -Werror $(CXX_FILES)
+	.venv/bin/clang-format --dry-run -Werror $(CXX_FILES)
 
 # The op tests at every instruction-set level this CPU has (the best one has run already).
 isa-test:

@@ -80,7 +80,7 @@ def interleaved(contenders: dict[str, Callable[[], object]], device: str, second
 
 
 def copy_of(bytes_moved: int, device: str, footprint: int = 0) -> Callable[[], object]:
-    """A copy that reads and writes bytes_moved bytes in total, of other buffers each time until footprint is through."""
+    """A copy that moves bytes_moved bytes in total, of other buffers each time until footprint is through."""
     pairs = []
     for _ in range(max(1, -(-footprint // max(1, bytes_moved)))):
         source = torch.ones(max(1, bytes_moved // 2), dtype=torch.uint8, device=device)

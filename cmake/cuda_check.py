@@ -64,7 +64,14 @@ def text_of(source: Path) -> str:
 
 def compile_with_nvcc(nvcc: str, version: str, source: Path, arch: str, whole: bool) -> str:
     """ptxas' log. whole: the host code too; it is the same for all architectures."""
-    flags = [*native.CONFIG["nvcc_flags"], *native.INCLUDE, "-Icsrc/cuda", "-Xptxas=-v", "-Werror=all-warnings", "-c" if whole else "-cubin"]
+    flags = [
+        *native.CONFIG["nvcc_flags"],
+        *native.INCLUDE,
+        "-Icsrc/cuda",
+        "-Xptxas=-v",
+        "-Werror=all-warnings",
+        "-c" if whole else "-cubin",
+    ]
     flags.append(f"-gencode=arch=compute_{arch},code=sm_{arch}")
 
     def run() -> str:

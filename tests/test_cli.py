@@ -6,7 +6,6 @@ import numpy as np
 import pyarrow.parquet
 import pytest
 import torch
-from pyvidx.models import BTAdapter
 from safetensors import safe_open
 from safetensors.torch import load_file
 
@@ -16,6 +15,7 @@ from pyvidx.cli.demo import drawn_clip
 from pyvidx.cli.demo import main as demo
 from pyvidx.cli.encode import main as encode
 from pyvidx.encode import Timing, encode_videos
+from pyvidx.models import BTAdapter
 from pyvidx.preprocess import clip_preprocess
 from pyvidx.video import read, write
 

@@ -15,7 +15,7 @@ def cmake(*arguments) -> None:
 
 
 @pytest.mark.skipif(shutil.which("cmake") is None, reason="needs cmake 3.20")
-@pytest.mark.parametrize("shared", ["OFF", "ON"])
+@pytest.mark.parametrize("shared", [pytest.param("OFF", marks=pytest.mark.slow), "ON"])
 def test_installed_package(shared, tmp_path):
     build, prefix = ROOT / "build" / f"cmake-shared-{shared}", tmp_path / "prefix"
     cmake("-S", "cmake", "-B", build, f"-DBUILD_SHARED_LIBS={shared}", "-DCMAKE_BUILD_TYPE=Debug")

@@ -78,6 +78,8 @@ def test_cpu_kernels_leave_nothing_to_share():
     for o in objects:
         level = o.name.split(".")[-2]
         symbols = subprocess.check_output(["nm", "-C", "--defined-only", o], text=True).splitlines()
-        shared = [s for s in symbols if s.split(" ", 2)[1] in "WVuT" and f"pyvidx::{level}::" not in s]
+        # DW.ref.: a pointer to a function of the C++ runtime, the same at every level.
+        code = [s for s in symbols if s.split(" ", 2)[1] in "WVuT" and "DW.ref." not in s]
+        shared = [s for s in code if f"pyvidx::{level}::" not in s]
         entries = [s for s in shared if level == "baseline" and re.search(r" T pyvidx::\w+_cpu\(", s)]
         assert not set(shared) - set(entries), f"{o.name}: {shared}"

@@ -1,9 +1,9 @@
 // One pass over the branch's rows. Traffic of a gated or plain fusion: 3 passes (read x, read z, write out), 4 with the
 // LayerNorm; of the first input 2, or 3; w, position and time stay in the caches.
 //
-// A LayerNorm needs the row three times (mean, variance, result). The row is computed from x and z each time: they are
-// in L1 by then, no buffer bounds C, and out may be z. While the statistics are summed memory would be idle, and a
-// hardware prefetcher stops at the end of a page, so the next row is prefetched there.
+// A LayerNorm needs the row three times: mean, variance, result. Nothing is written before the third, so out may be z.
+// The next row is prefetched meanwhile: a hardware prefetcher stops at the end of a page, which a row is about as long
+// as.
 #include "pyvidx/gated_fusion.h"
 
 #include "level.h"
@@ -21,9 +21,13 @@ using simd::Vec;
 
 enum class Form { first, sum, gate };
 
+// A normed row of up to kBuffer channels is kept in float between its three passes. Computing it again each time costs
+// bfloat16 a third of its speed (conversions), float32 nothing; longer rows do that.
+constexpr int64_t kBuffer = 2048;
+
 template <typename T>
 struct Sources {
-  const T *x, *x_pair;   // the second frame of a pair
+  const T *x, *x_pair;  // the second frame of a pair
   const T *z, *position, *time;
 };
 
@@ -56,21 +60,27 @@ void fuse_row(const Sources<T>& row, const Sources<T>& next, const Acc<T>* mix, 
 template <typename T, Form kForm, bool kPair>
 void fuse_and_norm_row(const Sources<T>& row, const Sources<T>& next, const Acc<T>* mix, const T* weight, const T* bias,
                        double eps, T* out, T* normed, Acc<T>* stats, int64_t C, bool stream) {
-  Vec<T> total = {}, squares = {};
-  each<T>(C, [&](int64_t c, auto part) {
+  alignas(64) Acc<T> room[kBuffer];
+  Acc<T>* const buffer = C <= kBuffer ? room : nullptr;
+  const Acc<T> total = simd::sum_of<T>(C, [&](int64_t c, auto part) {
     prefetch<T, kForm, kPair>(next, c);
-    total += fused<T, kForm, kPair>(row, mix, c, part);
+    const Vec<T> v = fused<T, kForm, kPair>(row, mix, c, part);
+    if (buffer != nullptr) store(buffer + c, v, part);
+    return v;
   });
-  const Acc<T> mean = simd::sum(total) / Acc<T>(C);
-  each<T>(C, [&](int64_t c, auto part) {
-    const Vec<T> d = simd::only(fused<T, kForm, kPair>(row, mix, c, part) - mean, part);
-    squares += d * d;
+  const auto value = [&](int64_t c, auto part) {
+    return buffer != nullptr ? load(buffer + c, part) : fused<T, kForm, kPair>(row, mix, c, part);
+  };
+  const Acc<T> mean = total / Acc<T>(C);
+  const Acc<T> squares = simd::sum_of<T>(C, [&](int64_t c, auto part) {
+    const Vec<T> d = simd::only(value(c, part) - mean, part);
+    return d * d;
   });
-  const Acc<T> rstd = 1 / __builtin_sqrt(simd::sum(squares) / Acc<T>(C) + eps);
+  const Acc<T> rstd = 1 / __builtin_sqrt(squares / Acc<T>(C) + eps);
   stats[0] = mean, stats[1] = rstd;
   stream = stream && (out == nullptr || reinterpret_cast<uintptr_t>(out) % simd::kBytes == 0);
   each<T>(C, normed, stream, [&](int64_t c, auto part) {
-    const Vec<T> v = fused<T, kForm, kPair>(row, mix, c, part);
+    const Vec<T> v = value(c, part);
     if (out != nullptr) store(out + c, v, part);
     store(normed + c, (v - mean) * rstd * load(weight + c, part) + load(bias + c, part), part);
   });
@@ -157,7 +167,8 @@ void fuse(const GatedFusionArgs& a, const Executor& executor) {
 
 template <typename T, Form kForm>
 void pick(const GatedFusionArgs& a, const Executor& executor) {
-  if (a.normed.size[3] > 0) return a.pair ? fuse<T, kForm, true, true>(a, executor) : fuse<T, kForm, false, true>(a, executor);
+  if (a.normed.size[3] > 0)
+    return a.pair ? fuse<T, kForm, true, true>(a, executor) : fuse<T, kForm, false, true>(a, executor);
   return a.pair ? fuse<T, kForm, true, false>(a, executor) : fuse<T, kForm, false, false>(a, executor);
 }
 

@@ -31,7 +31,7 @@ template <typename T>
 struct Channels {
   const Acc<T>* mix;
   const T* weight;
-  Acc<T> *gate, *scale, *bias;  // partial sums: of the gate's logit, the norm's weight and bias
+  Acc<T>*gate, *scale, *bias;  // partial sums: of the gate's logit, the norm's weight and bias
 };
 
 template <typename T, typename Part>
@@ -112,8 +112,8 @@ void class_row(const GatedFusionBackwardArgs& a, int64_t b, int64_t C) {
     if (a.grad_gate) {
       Vec<T> mean = {};
       for (int64_t t = 0; t < T_; ++t) mean += load(a.x_cls.at<const T>(b, t) + c, part);
-      store(a.partial.at<Acc<T>>(0, a.parts + b) + c, g * (mean * (1 / Acc<T>(T_)) - load(a.cls.at<const T>(b) + c, part)),
-            part);
+      store(a.partial.at<Acc<T>>(0, a.parts + b) + c,
+            g * (mean * (1 / Acc<T>(T_)) - load(a.cls.at<const T>(b) + c, part)), part);
     }
   });
 }

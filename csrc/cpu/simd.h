@@ -96,6 +96,11 @@ PYVIDX_SIMD VH to_bf16(VF v) {
   const __mmask16 nan = _mm512_cmp_ps_mask((__m512)v, (__m512)v, _CMP_UNORD_Q);
   const __m512i bits = _mm512_mask_mov_epi32(rounded, nan, _mm512_set1_epi32(0x7fc00000));
   return (VH)_mm512_cvtepi32_epi16(_mm512_srli_epi32(bits, 16));
+#elif defined(__AVX2__)
+  const __m256i u = (__m256i)v, odd = _mm256_and_si256(_mm256_srli_epi32(u, 16), _mm256_set1_epi32(1));
+  const __m256 rounded = (__m256)_mm256_add_epi32(_mm256_add_epi32(u, _mm256_set1_epi32(0x7fff)), odd);
+  const __m256 nan = _mm256_cmp_ps((__m256)v, (__m256)v, _CMP_UNORD_Q);
+  return narrow((VU)_mm256_blendv_ps(rounded, (__m256)_mm256_set1_epi32(0x7fc00000), nan) >> 16);
 #else
   const VU u = (VU)v;
   const VU rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
@@ -289,6 +294,22 @@ PYVIDX_SIMD auto sum(V v) {
   decltype(v[0] + v[0]) total = 0;
   for (int i = 0; i < int(sizeof v / sizeof v[0]); ++i) total += v[i];
   return total;
+}
+
+// The sum over n elements of f(i, Full{}) and f(i, Part{rest}), in four chains: one addition takes four cycles.
+template <typename T, typename F>
+PYVIDX_SIMD Acc<T> sum_of(int64_t n, F&& f) {
+  Vec<T> a = {}, b = {}, c = {}, d = {};
+  int64_t i = 0;
+  for (; i + 4 * kWidth<T> <= n; i += 4 * kWidth<T>) {
+    a += f(i, Full{});
+    b += f(i + kWidth<T>, Full{});
+    c += f(i + 2 * kWidth<T>, Full{});
+    d += f(i + 3 * kWidth<T>, Full{});
+  }
+  for (; i + kWidth<T> <= n; i += kWidth<T>) a += f(i, Full{});
+  if (i < n) b += f(i, Part{n - i});
+  return sum((a + b) + (c + d));
 }
 
 template <typename V>

@@ -94,6 +94,25 @@ __device__ __forceinline__ void store_vec(T* p, const Acc<T> (&x)[kVec<T>]) {
   store16(p, bits);
 }
 
+// The same, or one element where rows are not aligned.
+template <typename T, int kSize>
+__device__ __forceinline__ void load_pack(const T* p, Acc<T> (&x)[kSize]) {
+  if constexpr (kSize == 1) {
+    x[0] = to_acc(*p);
+  } else {
+    load_vec(p, x);
+  }
+}
+
+template <typename T, int kSize>
+__device__ __forceinline__ void store_pack(T* p, const Acc<T> (&x)[kSize]) {
+  if constexpr (kSize == 1) {
+    *p = from_acc<T>(x[0]);
+  } else {
+    store_vec(p, x);
+  }
+}
+
 #ifndef __CUDACC_RTC__
 // May every row (last dimension) of the view be read with load_vec<T>, with no tail? A view of length 0 may.
 template <typename T, int kDims>

@@ -23,24 +23,6 @@ static_assert(sizeof(MemoryStepArgs) + sizeof(AttachedChunk) <= 4096, "kernel pa
 template <typename T, bool kVectorized>
 constexpr int kPack = kVectorized ? kVec<T> : 1;
 
-template <typename T, int kSize>
-__device__ __forceinline__ void load_pack(const T* p, Acc<T> (&x)[kSize]) {
-  if constexpr (kSize == 1) {
-    x[0] = to_acc(*p);
-  } else {
-    load_vec(p, x);
-  }
-}
-
-template <typename T, int kSize>
-__device__ __forceinline__ void store_pack(T* p, const Acc<T> (&x)[kSize]) {
-  if constexpr (kSize == 1) {
-    *p = from_acc<T>(x[0]);
-  } else {
-    store_vec(p, x);
-  }
-}
-
 // Exact divisions and roots of floats are subroutine calls around which ptxas spills; these are off by 2 units at most.
 __device__ __forceinline__ float divide(float x, float y) { return __fdividef(x, y); }
 __device__ __forceinline__ double divide(double x, double y) { return x / y; }

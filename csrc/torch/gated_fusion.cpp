@@ -48,7 +48,6 @@ View<2> class_row(const Tensor& cls, int64_t B) {
   return v;
 }
 
-
 void fuse(const Tensor& x, const OptionalTensor& z, const Tensor& cls, const OptionalTensor& gate,
           const OptionalTensor& position, const OptionalTensor& time, const OptionalTensor& keep,
           const OptionalTensor& weight, const OptionalTensor& bias, double scale, double eps, bool pair,
@@ -83,10 +82,11 @@ void gated_fusion_out(const Tensor& x, const OptionalTensor& z, const Tensor& cl
        normed ? new_stats(x, out) : nothing(x));
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> gated_fusion(
-    const Tensor& x, const OptionalTensor& z, const Tensor& cls, const OptionalTensor& gate,
-    const OptionalTensor& position, const OptionalTensor& time, const OptionalTensor& keep,
-    const OptionalTensor& weight, const OptionalTensor& bias, double scale, double eps, bool pair) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> gated_fusion(const Tensor& x, const OptionalTensor& z, const Tensor& cls,
+                                                        const OptionalTensor& gate, const OptionalTensor& position,
+                                                        const OptionalTensor& time, const OptionalTensor& keep,
+                                                        const OptionalTensor& weight, const OptionalTensor& bias,
+                                                        double scale, double eps, bool pair) {
   const int64_t S = keep && keep->dim() == 3 ? keep->size(1) : x.size(1) / (pair ? 2 : 1);
   const int64_t K = keep ? keep->size(keep->dim() - 1) : x.size(2) - 1;
   Tensor out = new_empty(x, {x.size(0), S, K, x.size(3)}), out_cls = new_empty(x, {x.size(0), x.size(3)});
@@ -164,8 +164,7 @@ SixTensors gated_fusion_backward(const OptionalTensor& grad_out, const Tensor& g
                                  double scale, bool pair, bool first, bool need_x, bool need_z, bool need_gate) {
   const OptionalTensor grad_ = unit_last_stride(grad_out), grad_normed_ = unit_last_stride(grad_normed),
                        value_ = unit_last_stride(value), x_ = unit_last_stride(x), z_ = unit_last_stride(z),
-                       cls_ = unit_last_stride(cls), gate_ = unit_last_stride(gate),
-                       weight_ = unit_last_stride(weight);
+                       cls_ = unit_last_stride(cls), gate_ = unit_last_stride(gate), weight_ = unit_last_stride(weight);
   const Tensor grad_cls_ = unit_last_stride(grad_out_cls), rows = grad_normed_ ? *grad_normed_ : *grad_;
   const int64_t B = rows.size(0), S = rows.size(1), K = rows.size(2), C = rows.size(3);
   const bool norm = bool(grad_normed_);
@@ -189,9 +188,11 @@ SixTensors gated_fusion_backward(const OptionalTensor& grad_out, const Tensor& g
   return {grad_x, grad_z, grad_cls, parameters.gate, parameters.weight, parameters.bias};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> gated_output_backward(
-    const Tensor& grad, const Tensor& x_cls, const Tensor& cls, const OptionalTensor& gate,
-    const OptionalTensor& weight, const OptionalTensor& stats, double scale, bool need_gate) {
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> gated_output_backward(const Tensor& grad, const Tensor& x_cls,
+                                                                         const Tensor& cls, const OptionalTensor& gate,
+                                                                         const OptionalTensor& weight,
+                                                                         const OptionalTensor& stats, double scale,
+                                                                         bool need_gate) {
   const Tensor grad_ = unit_last_stride(grad), x_ = unit_last_stride(x_cls), cls_ = unit_last_stride(cls);
   const OptionalTensor gate_ = unit_last_stride(gate), weight_ = unit_last_stride(weight);
   const int64_t B = grad.size(0), T = grad.size(1), C = grad.size(2);

@@ -40,8 +40,8 @@ def fusion_input(
         out: (z, cls) or, with norm, (z, cls, normed) to write into. Not differentiable.
 
     Returns:
-        z [B, S, K, C] and cls [B, C], with norm also normed [B, S, K, C]; dtype of x. S and K as in token_gather (S = T,
-        or T / 2 with pair; K = P without keep). Differentiable in x, position, time, seed, weight and bias.
+        z [B, S, K, C] and cls [B, C], with norm also normed [B, S, K, C]; dtype of x. S and K as in token_gather
+        (S = T, or T / 2 with pair; K = P without keep). Differentiable in x, position, time, seed, weight and bias.
 
     Raises:
         ValueError: a shape, dtype or device does not fit.
@@ -79,8 +79,8 @@ def gated_fusion(
         out[b, s, k] = (1 - w) z[b, s, k] + w x[b, t, 1 + p],  w = sigmoid(scale * gate),  (t, p) the source of (s, k)
         out_cls[b]   = (1 - w) cls[b] + w mean_t x[b, t, 0]
 
-    BT-Adapter (arXiv:2309.15785), section 3.1, with w on the backbone as in the official code (the paper's sigmoid weights
-    the branch: the same family, mirrored).
+    BT-Adapter (arXiv:2309.15785), section 3.1, with w on the backbone as in the official code (the paper's sigmoid
+    weights the branch: the same family, mirrored).
 
     Args:
         x: [B, T, 1 + P, C] tokens of the backbone, class token first; any strides, read in place where the last is 1.
@@ -89,12 +89,12 @@ def gated_fusion(
         gate: [C] logits, or None.
         scale: multiplies the logits.
         keep, pair, norm: as in fusion_input.
-        out: (out, out_cls) or, with norm, (out, out_cls, normed) to write into, where out may be z itself and out_cls may
-            be cls: each row is read before it is written. Not differentiable.
+        out: (out, out_cls) or, with norm, (out, out_cls, normed) to write into, where out may be z itself and out_cls
+            may be cls: each row is read before it is written. Not differentiable.
 
     Returns:
-        out [B, S, K, C] and out_cls [B, C], with norm also LayerNorm(out) [B, S, K, C]; dtype of x. Differentiable in x, z,
-        cls, gate, weight and bias.
+        out [B, S, K, C] and out_cls [B, C], with norm also LayerNorm(out) [B, S, K, C]; dtype of x. Differentiable in
+        x, z, cls, gate, weight and bias.
 
     Raises:
         ValueError: a shape, dtype or device does not fit.
@@ -125,8 +125,8 @@ def output_gate(
 
         out[b, t] = (1 - w) cls[b] + w x_cls[b, t],  w = sigmoid(scale * gate)
 
-    BT-Adapter (arXiv:2309.15785), section 3.1. The video embedding is the mean over frames of the projected LayerNorm of
-    these rows.
+    BT-Adapter (arXiv:2309.15785), section 3.1. The video embedding is the mean over frames of the projected LayerNorm
+    of these rows.
 
     Args:
         x_cls: [B, T, C] class tokens of the backbone's last layer (tokens[:, :, 0]), any strides.
@@ -244,9 +244,10 @@ def _backward(ctx, grad_out, grad_out_cls, grad_normed, _):
     value, x, z, cls, gate, keep, weight, stats = ctx.saved_tensors
     B, T, N, C = ctx.sizes
     need_x, need_z, need_cls, need_gate, need_position, need_time = ctx.needs_input_grad[:6]
-    first, like = ctx.time_rows is not None, next((g for g in (grad_out, grad_out_cls, grad_normed) if g is not None), None)
-    if like is None:
+    given = [g for g in (grad_out, grad_out_cls, grad_normed) if g is not None]
+    if not given:
         return (None,) * 12
+    first, like = ctx.time_rows is not None, given[0]
     if grad_out_cls is None:
         grad_out_cls = like.new_zeros(B, C)
     if grad_normed is None:

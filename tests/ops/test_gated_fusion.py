@@ -99,7 +99,6 @@ def test_forward(variant, dtype, device):
 @pytest.mark.parametrize("sliced", [False, True], ids=["aligned", "sliced"])
 def test_shapes(shape, sliced, form, norm, dtype, device):
     args = inputs(shape, (form, "all", False, norm), dtype, device, sliced)
-    # One channel: the norm's result is its bias exactly, but for 1 / sqrt(eps) times a rounding of the row in plain torch
     assert_close_to_reference(public, reference, args)
 
 
