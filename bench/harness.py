@@ -21,12 +21,13 @@ class Case:
         is given, unless `compiled` is False (an op that plain torch cannot be compiled for says why in its bench).
     bytes: what must cross memory: each input read once, each output written once.
     flops: operations, where those may bind instead; 0 if they never do.
+    eager_calls: calls of eager that do the work of one run; its time is given times this.
     footprint: bytes that successive calls go through, where each call touches another part of a larger state. The copy
         then goes through as much: one that stays in the cache is no floor for what cannot.
     """
 
     op: str
-    shape: dict[str, int]
+    shape: dict[str, int | str]
     dtype: torch.dtype
     run: Callable[[], object]
     eager: Callable[[], object]
@@ -34,6 +35,7 @@ class Case:
     flops: int = 0
     footprint: int = 0
     compiled: bool = True
+    eager_calls: int = 1
     extra: dict = field(default_factory=dict)
 
 
@@ -100,6 +102,7 @@ def compare(case: Case, device: str, seconds: float, with_compile: bool) -> dict
         contenders["compile"] = torch.compile(case.eager, dynamic=False)
     times = interleaved(contenders, device, seconds)
     ms = {name: statistics.median(t) * 1e3 for name, t in times.items()}
+    ms["eager"] *= case.eager_calls
     quartiles = statistics.quantiles(times["pyvidx"], n=4)
     info = {
         "op": case.op, "shape": case.shape, "dtype": str(case.dtype)[6:], "device": device_name(device),

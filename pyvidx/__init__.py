@@ -5,6 +5,7 @@ import importlib
 _HOME = {
     "BTAdapter": "pyvidx.models",
     "Encoding": "pyvidx.models",
+    "MALMM": "pyvidx.models",
     "Clip": "pyvidx.video",
     "read": "pyvidx.video",
     "stream": "pyvidx.video",

@@ -18,7 +18,7 @@ def load(path: Path) -> list[dict]:
 
 def row(case: dict) -> tuple[str, ...]:
     """The cells of one case."""
-    shape = " ".join(f"{k}{v}" for k, v in case["shape"].items())
+    shape = " ".join(v if isinstance(v, str) else f"{k}{v}" for k, v in case["shape"].items())
     over_compile = case.get("vs_compile")
     return (
         case["op"],

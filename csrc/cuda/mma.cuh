@@ -74,24 +74,34 @@ __device__ __forceinline__ Acc<T> register_dot(Register<T> a, Register<T> b, Acc
   return sum;
 }
 
+// By value and out of line: an unrolled kernel holds hundreds of these, and ptxas then takes minutes over it.
 template <typename T>
-__device__ __forceinline__ void mma_with_shuffles(Acc<T> (&sum)[4], const Register<T> (&a)[4],
-                                                  const Register<T> (&b)[2]) {
+struct Tiles {
+  Acc<T> sum[4];
+  Register<T> a[4], b[2];
+};
+template <typename T>
+struct Sums {
+  Acc<T> sum[4];
+};
+template <typename T>
+__device__ __attribute__((noinline)) Sums<T> mma_with_shuffles(Tiles<T> t) {
   const int lane = threadIdx.x % 32, row = lane & ~3, column = lane % 4 * 8;
 #pragma unroll
   for (int c = 0; c < 4; ++c) {
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      const Register<T> top = __shfl_sync(kFullWarp, a[2 * i], row + c);
-      const Register<T> bottom = __shfl_sync(kFullWarp, a[2 * i + 1], row + c);
-      const Register<T> left = __shfl_sync(kFullWarp, b[i], column + c);
-      const Register<T> right = __shfl_sync(kFullWarp, b[i], column + 4 + c);
-      sum[0] = register_dot<T>(top, left, sum[0]);
-      sum[1] = register_dot<T>(top, right, sum[1]);
-      sum[2] = register_dot<T>(bottom, left, sum[2]);
-      sum[3] = register_dot<T>(bottom, right, sum[3]);
+      const Register<T> top = __shfl_sync(kFullWarp, t.a[2 * i], row + c);
+      const Register<T> bottom = __shfl_sync(kFullWarp, t.a[2 * i + 1], row + c);
+      const Register<T> left = __shfl_sync(kFullWarp, t.b[i], column + c);
+      const Register<T> right = __shfl_sync(kFullWarp, t.b[i], column + 4 + c);
+      t.sum[0] = register_dot<T>(top, left, t.sum[0]);
+      t.sum[1] = register_dot<T>(top, right, t.sum[1]);
+      t.sum[2] = register_dot<T>(bottom, left, t.sum[2]);
+      t.sum[3] = register_dot<T>(bottom, right, t.sum[3]);
     }
   }
+  return {{t.sum[0], t.sum[1], t.sum[2], t.sum[3]}};
 }
 
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
@@ -111,7 +121,9 @@ __device__ __forceinline__ void mma_tf32(float (&sum)[4], const unsigned (&a)[4]
 // All lanes of the warp take part.
 template <typename T>
 __device__ __forceinline__ void mma(Acc<T> (&sum)[4], const Register<T> (&a)[4], const Register<T> (&b)[2]) {
-  mma_with_shuffles<T>(sum, a, b);
+  const Sums<T> out = mma_with_shuffles<T>({{sum[0], sum[1], sum[2], sum[3]}, {a[0], a[1], a[2], a[3]}, {b[0], b[1]}});
+#pragma unroll
+  for (int i = 0; i < 4; ++i) sum[i] = out.sum[i];
 }
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
 template <>

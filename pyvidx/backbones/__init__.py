@@ -1,3 +1,4 @@
 from pyvidx.backbones.clip import CLIPVision, CLIPVisionConfig
+from pyvidx.backbones.eva import EVAVision, EVAVisionConfig
 
-__all__ = ["CLIPVision", "CLIPVisionConfig"]
+__all__ = ["CLIPVision", "CLIPVisionConfig", "EVAVision", "EVAVisionConfig"]

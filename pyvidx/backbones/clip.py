@@ -5,10 +5,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pyvidx.layers.block import Block
+from pyvidx.layers.patch import patch_rows, resize_positions
 
 
 @dataclass(frozen=True)
@@ -119,23 +119,10 @@ class CLIPVision(nn.Module):
 
     def embed(self, pixels: Tensor, *, interpolate: bool = False) -> Tensor:
         """LN([class; patches W] + position): the input of layer 0. [..., 3, h, w] -> [..., 1+P, C]."""
-        p = self.config.patch_size
-        if not pixels.is_floating_point() or pixels.dim() < 4 or pixels.shape[-3] != 3:
-            raise ValueError(
-                "CLIPVision: pixels must be floating, normalized, [..., 3, h, w], "
-                f"got {tuple(pixels.shape)} {pixels.dtype}"
-            )
-        *lead, _, h, w = pixels.shape
-        if h % p or w % p:
-            raise ValueError(f"CLIPVision: height and width must be multiples of the patch size {p}, got {h}x{w}")
-        rows, columns = h // p, w // p
-        # The patch convolution as one GEMM: any dtype on any device, faster than a strided convolution of 3 channels.
-        x = pixels.to(self.patch.dtype).reshape(-1, 3, rows, p, columns, p)
-        x = x.permute(0, 2, 4, 1, 3, 5).reshape(-1, rows * columns, 3 * p * p)
-        x = F.linear(x, self.patch.flatten(1))
+        x, rows, columns = patch_rows("CLIPVision", pixels, self.patch)
         x = torch.cat([self.class_token.expand(x.shape[0], 1, -1), x], dim=1)
         x = self.norm_pre(x + self._positions(rows, columns, interpolate))
-        return x.view(*lead, *x.shape[1:])
+        return x.view(*pixels.shape[:-3], *x.shape[1:])
 
     def _positions(self, rows: int, columns: int, interpolate: bool) -> Tensor:
         side = math.isqrt(self.config.patches)
@@ -147,9 +134,7 @@ class CLIPVision(nn.Module):
                 f"CLIPVision: images must be {size}x{size}, got {rows * p}x{columns * p}; "
                 "pass interpolate=True to resize the position table"
             )
-        grid = self.position[1:].view(1, side, side, -1).permute(0, 3, 1, 2).float()
-        grid = F.interpolate(grid, size=(rows, columns), mode="bicubic", align_corners=False)
-        return torch.cat([self.position[:1], grid.flatten(2)[0].T.to(self.position.dtype)])
+        return resize_positions(self.position, rows, columns)
 
     def embedding(self, tokens: Tensor) -> Tensor:
         """The image embedding, projection(LN(class token)). Last tokens [..., N, C] -> [..., E], not normalized."""

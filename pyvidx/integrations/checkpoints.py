@@ -11,12 +11,12 @@ import fnmatch
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from pyvidx.backbones.clip import CLIPVision, CLIPVisionConfig
 from pyvidx.integrations.keys import Renamed, rename
@@ -195,7 +195,12 @@ def _table(source: Source) -> Renamed:
     if isinstance(source, CLIPVision):
         weights = {f"backbone.{name}": p.detach() for name, p in source.named_parameters()}
         return Renamed(weights, origin={name: [name] for name in weights})
-    return rename(_unwrapped(source, "state dict") if isinstance(source, Mapping) else read(source))
+    return rename(state_of(source))
+
+
+def state_of(source: str | Path | Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A state dict out of its wrappers, or `read` from a file."""
+    return _unwrapped(source, "state dict") if isinstance(source, Mapping) else read(source)
 
 
 def _unwrapped(content, where) -> dict[str, Tensor]:
@@ -210,22 +215,34 @@ def _unwrapped(content, where) -> dict[str, Tensor]:
 def _fill(model: BTAdapter, tables: Sequence[Renamed], allow_missing: Sequence[str]) -> Report:
     if model.folded:
         raise RuntimeError("checkpoint: a folded copy does not take weights; load the model and fold again")
+    shifted = []
+    for table in tables:
+        offset = _layer_offset(table, model.config)
+        name = lambda n: re.sub(r"(?<=backbone\.blocks\.)\d+", lambda m: str(int(m[0]) + offset), n)  # noqa: B023, E731
+        weights = {name(n): value for n, value in table.weights.items()}
+        shifted.append(replace(table, weights=weights, origin={name(n): keys for n, keys in table.origin.items()}))
+    return place(model, shifted, allow_missing)
+
+
+def place(model: nn.Module, tables: Sequence[Renamed], allow_missing: Sequence[str] = ()) -> Report:
+    """Copy renamed weights into the parameters of these names, later tables over earlier ones, all or nothing.
+
+    The model is in eval mode and not `is_random` afterwards. allow_missing, Raises: as in load_weights.
+    """
     report, found, wrong = Report(), {}, []
     own = dict(model.named_parameters())
     for table in tables:
         report.left_out += table.left_out
         report.unexpected += table.unexpected
         report.reshaped += table.reshaped
-        offset = _layer_offset(table, model.config)
         for name, value in table.weights.items():
-            target = re.sub(r"(?<=backbone\.blocks\.)\d+", lambda m: str(int(m[0]) + offset), name)  # noqa: B023
-            if target not in own:
+            if name not in own:
                 report.unused += table.origin[name]
-            elif value.shape != own[target].shape:
-                wrong.append(f"{target} is {tuple(own[target].shape)}, the file has {tuple(value.shape)}")
+            elif value.shape != own[name].shape:
+                wrong.append(f"{name} is {tuple(own[name].shape)}, the file has {tuple(value.shape)}")
             else:
-                report.replaced += [target] if target in found else []
-                found[target] = value
+                report.replaced += [name] if name in found else []
+                found[name] = value
     missing = sorted(own.keys() - found.keys())
     refused = [name for name in missing if not any(fnmatch.fnmatchcase(name, p) for p in allow_missing)]
     idle = [p for p in allow_missing if not fnmatch.filter(missing, p)]

@@ -1,9 +1,19 @@
-"""transformers' CLIP into pyvidx. Works on the model object; transformers itself is needed only to load by name."""
+"""transformers' CLIP and BLIP-2 family into pyvidx. Works on the model object; transformers itself is needed only to
+load by name."""
 
+import torch
 from torch import nn
 
 from pyvidx.backbones.clip import CLIPVision, CLIPVisionConfig
+from pyvidx.backbones.eva import EVAVision, EVAVisionConfig
+from pyvidx.integrations.checkpoints import place
 from pyvidx.integrations.clip_weights import fill
+from pyvidx.integrations.malmm_keys import rename
+from pyvidx.memory.qformer import QFormerConfig
+from pyvidx.models.malmm import MALMM
+from pyvidx.models.malmm_config import MALMMConfig
+
+EVA_TYPES = ("blip_2_vision_model", "instructblip_vision_model", "instructblipvideo_vision_model")
 
 
 def clip_vision(model: nn.Module | str, **kwargs) -> CLIPVision:
@@ -44,3 +54,96 @@ def clip_vision(model: nn.Module | str, **kwargs) -> CLIPVision:
         ),
         model.state_dict(),
     )
+
+
+def eva_vision(model: nn.Module) -> EVAVision:
+    """EVAVision with the weights of the vision model of an InstructBLIP, InstructBLIP-Video or BLIP-2.
+
+    Args:
+        model: the transformers model (4.x or 5.x), whole or its vision model.
+
+    Returns:
+        the tower in eval mode, with the dtype of the model, its weights copied. Its last norm has transformers' eps.
+
+    Raises:
+        ValueError: the model is none of these.
+    """
+    module = getattr(model, "vision_model", model)
+    config = _eva_config(module)
+    tower = _empty(EVAVision, config, module)
+    renamed = rename({f"vision_model.{name}": value for name, value in module.state_dict().items()})
+    inner = {name.removeprefix("vision."): value for name, value in renamed.weights.items()}
+    tower.load_state_dict(inner)
+    return tower.eval()
+
+
+def malmm(model: nn.Module, *, time_length: int = 0, compat: str = "official") -> MALMM:
+    """MALMM with the weights of an InstructBLIP, InstructBLIP-Video or BLIP-2: what MA-LMM is without fine-tuning.
+
+    pyvidx.integrations.malmm_checkpoints.export_malmm(model, "huggingface") goes the other way.
+
+    Args:
+        model: the transformers model (4.x or 5.x). Its language model stays where it is.
+        time_length: rows of the temporal table, which these weights do not have; it starts at zero.
+        compat: see MALMM.
+
+    Returns:
+        the model in eval mode, with the dtype of the given one, its weights copied.
+
+    Raises:
+        ValueError: the model is none of these.
+    """
+    if not hasattr(model, "qformer") or not hasattr(model, "vision_model"):
+        raise ValueError(f"huggingface: model must be an InstructBLIP or BLIP-2, got {type(model).__name__}")
+    q, state = model.config.qformer_config, model.state_dict()
+    if q.hidden_act != "gelu":
+        raise ValueError(f"huggingface: the Q-Former's hidden_act must be gelu, got {q.hidden_act!r}")
+    has_text = "qformer.embeddings.word_embeddings.weight" in state
+    projection = getattr(model, "language_projection", None)
+    config = MALMMConfig(
+        _eva_config(model.vision_model),
+        QFormerConfig(
+            width=q.hidden_size,
+            heads=q.num_attention_heads,
+            layers=q.num_hidden_layers,
+            mlp_width=q.intermediate_size,
+            queries=model.query_tokens.shape[1],
+            cross_every=q.cross_attention_frequency,
+            encoder_width=q.encoder_hidden_size,
+            vocab=q.vocab_size if has_text else None,
+            text_length=q.max_position_embeddings,
+            eps=q.layer_norm_eps,
+            dropout=q.hidden_dropout_prob,
+        ),
+        llm_width=None if projection is None else projection.out_features,
+        time_length=time_length,
+    )
+    result = _empty(lambda c: MALMM(c, compat=compat), config, model.vision_model)
+    if result.time is not None:
+        nn.init.zeros_(result.time)
+    place(result, [rename(state)], ["time"] if time_length else [])
+    return result
+
+
+def _eva_config(vision: nn.Module) -> EVAVisionConfig:
+    config = getattr(vision, "config", None)
+    if getattr(config, "model_type", None) not in EVA_TYPES or config.hidden_act != "gelu":
+        raise ValueError(f"huggingface: model must be an InstructBLIP or BLIP-2 with GELU, got {type(vision).__name__}")
+    return EVAVisionConfig(
+        image_size=config.image_size,
+        patch_size=config.patch_size,
+        width=config.hidden_size,
+        heads=config.num_attention_heads,
+        layers=config.num_hidden_layers,
+        mlp_width=config.intermediate_size,
+        eps=config.layer_norm_eps,
+        norm_eps=config.layer_norm_eps,
+    )
+
+
+def _empty(build, config, like: nn.Module):
+    """A module without its random start, on the device and with the dtype of another."""
+    with torch.device("meta"):
+        module = build(config)
+    parameter = next(like.parameters())
+    return module.to(parameter.dtype).to_empty(device=parameter.device)

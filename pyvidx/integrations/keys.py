@@ -93,9 +93,9 @@ def rename(state: Mapping[str, Tensor]) -> Renamed:
         if target is None:
             (result.left_out if LEFT_OUT.match(name) else result.unexpected).append(key)
         elif third is None:
-            _add(result, target, _shaped(result, name, target, value), key)
+            add(result, target, _shaped(result, name, target, value), key)
             if stan and target == "backbone.class_token":  # STAN starts the branch's class token from CLIP's
-                _add(result, "branch.seed", value, key)
+                add(result, "branch.seed", value, key)
         else:
             if third in thirds.setdefault(target, {}):
                 raise ValueError(f"checkpoint: {key} and another key both mean {third} of {target}")
@@ -104,7 +104,7 @@ def rename(state: Mapping[str, Tensor]) -> Renamed:
         if len(parts) != 3:
             raise ValueError(f"checkpoint: {target} needs q, k and v, got only {', '.join(sorted(parts))}")
         ordered = [parts[third] for third in THIRDS]
-        _add(result, target, torch.cat([value for value, _ in ordered]), *(key for _, key in ordered))
+        add(result, target, torch.cat([value for value, _ in ordered]), *(key for _, key in ordered))
     return result
 
 
@@ -150,7 +150,12 @@ def _shaped(result: Renamed, name: str, target: str, value: Tensor) -> Tensor:
     return value
 
 
-def _add(result: Renamed, target: str, value: Tensor, *keys: str) -> None:
+def add(result: Renamed, target: str, value: Tensor, *keys: str) -> None:
+    """Enter a weight, made of these keys.
+
+    Raises:
+        ValueError: it is there already.
+    """
     if target in result.weights:
         raise ValueError(f"checkpoint: {', '.join(keys)} and {', '.join(result.origin[target])} both mean {target}")
     result.weights[target] = value

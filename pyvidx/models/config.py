@@ -65,8 +65,8 @@ class BTAdapterConfig:
     @classmethod
     def from_dict(cls, values: dict) -> "BTAdapterConfig":
         values = dict(values)
-        vision = CLIPVisionConfig(**_known(CLIPVisionConfig, values.pop("vision")))
-        return cls(vision=vision, **_known(cls, values))
+        vision = CLIPVisionConfig(**known(CLIPVisionConfig, values.pop("vision")))
+        return cls(vision=vision, **known(cls, values))
 
     @classmethod
     def named(cls, name: str, **changes) -> "BTAdapterConfig":
@@ -81,7 +81,8 @@ class BTAdapterConfig:
         return sorted(p.stem for p in CONFIGS.glob("*.json"))
 
 
-def _known(cls, values: dict) -> dict:
+def known(cls, values: dict) -> dict:
+    """values, if all of them are fields of this dataclass."""
     unknown = values.keys() - {f.name for f in dataclasses.fields(cls)}
     if unknown:
         raise ValueError(f"{cls.__name__}: unknown fields {', '.join(sorted(unknown))}")

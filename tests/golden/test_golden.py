@@ -4,7 +4,8 @@ import fnmatch
 
 import pytest
 
-from tests.golden import runners_bt_adapter, runners_ma_lmm, runners_memory  # noqa: F401  they register themselves
+# They register themselves.
+from tests.golden import runners_bt_adapter, runners_ma_lmm, runners_malmm, runners_memory  # noqa: F401
 from tests.golden.vectors import FOLDER, Check, files, runner_of
 
 FILES = files()

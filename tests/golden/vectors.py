@@ -82,21 +82,26 @@ class Check:
     wanted: dict[str, Tensor]
     seen: set[str] = field(default_factory=set)
 
-    def __call__(self, name: str, got: Tensor, tolerance: float = TOLERANCE) -> None:
-        """got is within tolerance * max(1, largest) of the vector, if the file has one of this name."""
+    def __call__(self, name: str, got: Tensor, tolerance: float = TOLERANCE, part: tuple[slice, ...] = ()) -> None:
+        """got is within tolerance * max(1, largest) of the vector, if the file has one of this name.
+
+        part: got is this part of the vector; the rest is not computed.
+        """
         if name not in self.wanted:
             return
         self.seen.add(name)
-        want = self.wanted[name]
+        want = self.wanted[name][part]
         assert got.shape == want.shape, f"{name}: {tuple(got.shape)}, expected {tuple(want.shape)}"
         error = (got.detach().double() - want.double()).abs().max().item()
         allowed = tolerance * max(1.0, want.abs().max().item())
         assert error <= allowed, f"{name}: off by {error:.3g}, allowed {allowed:.3g}"
 
-    def equal(self, name: str, got: Tensor) -> None:
+    def equal(self, name: str, got: Tensor, part: tuple[slice, ...] = ()) -> None:
+        """Both are the same in this part; the rest is not compared."""
         if name in self.wanted:
             self.seen.add(name)
-            assert torch.equal(got.to(self.wanted[name].dtype), self.wanted[name]), f"{name} differs"
+            want = self.wanted[name][part]
+            assert torch.equal(got[part].to(want.dtype), want), f"{name} differs"
 
     def excuse(self, name: str) -> None:
         """This output says nothing; not compared."""

@@ -1,0 +1,104 @@
+"""MA-LMM's memory step on full memories, image encoder not included: a stream's single frame, and 16 frames of a clip.
+
+Against the official algorithm in plain torch (whole-bank cosines, the whole bank projected in every layer), which does
+one frame per call. An answer is asked for after every run.
+"""
+
+import functools
+
+import pytest
+import torch
+
+from bench.harness import Case, nbytes
+from pyvidx.backbones.eva import EVAVisionConfig
+from pyvidx.integrations.malmm_checkpoints import export_malmm
+from pyvidx.memory.qformer import QFormerConfig
+from pyvidx.models.malmm import MALMM
+from pyvidx.models.malmm_config import MALMMConfig
+from pyvidx.models.malmm_reference import Bank, ReferenceMALMM, ReferenceState
+
+TEXT, CLIP_FRAMES = 12, 16
+SIZES = {
+    "small": MALMMConfig(
+        EVAVisionConfig(image_size=112, width=128, heads=2, layers=0),
+        QFormerConfig(width=64, heads=4, layers=4, mlp_width=128, encoder_width=128, vocab=100),
+        llm_width=8,
+        time_length=1000,
+    ),
+    # No image encoder, and a short list of words: neither is timed.
+    "real": MALMMConfig(EVAVisionConfig(layers=0), QFormerConfig(vocab=100), llm_width=8, time_length=1000),
+}
+
+
+@functools.lru_cache(maxsize=1)
+def models(size: str, device: str) -> tuple[MALMM, ReferenceMALMM]:
+    torch.manual_seed(0)
+    with torch.no_grad():
+        model = MALMM(SIZES[size]).eval().to(device)
+        reference = ReferenceMALMM(SIZES[size]).eval().to(device)
+        reference.load_state_dict(export_malmm(model, "lavis"))
+    return model, reference
+
+
+@torch.no_grad()
+def case(path: str, size: str, M: int, device: str) -> Case:
+    model, reference = models(size, device)
+    q, vision = model.config.qformer, model.config.vision
+    P, C, D, N, X = 1 + vision.patches, vision.width, q.width, q.queries + TEXT, len(q.cross_layers)
+    t = CLIP_FRAMES if path == "clip" else 1
+    ids, mask = (torch.randint(0, 100, (1, TEXT), device=device), torch.ones(1, TEXT, device=device))
+    frames = torch.randn(1, P, C, device=device) + 0.5 * torch.randn(t, P, C, device=device)
+    memories = model.start(model.prompt(ids), length=M)
+    memories = model.push(memories, torch.randn(1, M + 3, P, C, device=device))
+    bank, rows = torch.randn(1, M, P, C, device=device), torch.randn(1, M, N, D, device=device)
+    full = ReferenceState(
+        Bank(bank, torch.ones(1, M, P, device=device)), (Bank(rows, torch.ones(1, M, N, device=device)),) * q.layers
+    )
+    state = {"ours": memories, "theirs": full}
+
+    def run():
+        # As frame 0, whose row of the temporal table is as good as any: the table has an end, this loop has not.
+        state["ours"] = model.push(state["ours"], frames[None], positions=[0.0] * t)
+        return model.ask(state["ours"])
+
+    def eager():
+        out, state["theirs"] = reference.step(state["theirs"], frames[:1], 0, ids, mask, M)
+        return out
+
+    weights = sum(nbytes(p) for layer in model.qformer.layers for p in layer.parameters())
+    attached = sum(nbytes(kv) for kv in memories.visual.attached)
+    attached += sum(nbytes(m.bank, *m.attached) for m in memories.query if m is not None)
+    flops = 4 * P * C * D * X + 4 * q.queries * (M + 1) * P * D * X + 4 * N * (M + 1) * N * D * q.layers
+    flops += 2 * sum(
+        p.numel() * (q.queries if "query" in name or "cross" in name else TEXT if "text" in name else N)
+        for layer in model.qformer.layers
+        for name, p in layer.named_parameters()
+        if p.dim() == 2
+    )
+    return Case(
+        "malmm",
+        {"path": path, "M": M, "frames": t, "P": P, "C": C},
+        torch.float32,
+        run,
+        eager,
+        bytes=weights + nbytes(model.qformer.keys_values.weight) + t * (attached + nbytes(frames[0])),
+        flops=t * flops,
+        compiled=False,  # the memories change in place, and their lengths are numbers of the host
+        eager_calls=t,
+    )
+
+
+@pytest.mark.parametrize(
+    "path, size, M",
+    [
+        pytest.param(path, size, M, id=f"{path}-{'small-' if size == 'small' else ''}M{M}")
+        for size, lengths in (("small", [4]), ("real", [10, 20, 40]))
+        for M in lengths
+        for path in ("stream", "clip")
+    ],
+)
+def test_malmm(path, size, M, device, measure, benchmark):
+    measure(case(path, size, M, device))
+    info = benchmark.extra_info
+    info["vs_reference"] = info["vs_eager"]
+    info["ms_per_frame"] = info["ms"] / info["shape"]["frames"]

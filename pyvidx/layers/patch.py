@@ -1,0 +1,44 @@
+"""From pixels to patch rows, and position tables for another grid: what all ViTs share."""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def patch_rows(name: str, pixels: Tensor, weight: Tensor, bias: Tensor | None = None) -> tuple[Tensor, int, int]:
+    """The patch embedding of a ViT, W patch + bias.
+
+    Args:
+        name: of the model, for messages.
+        pixels: [..., 3, h, w], floating, normalized; cast to the dtype of weight.
+        weight: [C, 3, p, p], bias [C].
+
+    Returns:
+        x [images, rows * columns, C], and the patch grid: rows, columns.
+
+    Raises:
+        ValueError: pixels do not fit, or h and w are no multiples of p.
+    """
+    p = weight.shape[-1]
+    if not pixels.is_floating_point() or pixels.dim() < 4 or pixels.shape[-3] != 3:
+        raise ValueError(
+            f"{name}: pixels must be floating, normalized, [..., 3, h, w], got {tuple(pixels.shape)} {pixels.dtype}"
+        )
+    h, w = pixels.shape[-2:]
+    if h % p or w % p:
+        raise ValueError(f"{name}: height and width must be multiples of the patch size {p}, got {h}x{w}")
+    rows, columns = h // p, w // p
+    # The patch convolution as one GEMM: any dtype on any device, faster than a strided convolution of 3 channels.
+    x = pixels.to(weight.dtype).reshape(-1, 3, rows, p, columns, p)
+    x = x.permute(0, 2, 4, 1, 3, 5).reshape(-1, rows * columns, 3 * p * p)
+    return F.linear(x, weight.flatten(1), bias), rows, columns
+
+
+def resize_positions(table: Tensor, rows: int, columns: int) -> Tensor:
+    """A position table [1 + side * side, C] for another patch grid, bicubic; the class row, which is first, is kept."""
+    side = math.isqrt(table.shape[0] - 1)
+    grid = table[1:].view(1, side, side, -1).permute(0, 3, 1, 2).float()
+    grid = F.interpolate(grid, size=(rows, columns), mode="bicubic", align_corners=False)
+    return torch.cat([table[:1], grid.flatten(2)[0].T.to(table.dtype)])

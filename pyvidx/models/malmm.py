@@ -1,0 +1,300 @@
+"""MA-LMM (arXiv:2404.05726): a Q-Former that walks through a video with two memory banks, in constant memory."""
+
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from pyvidx.backbones.eva import EVAVision
+from pyvidx.memory.qformer import Prompt, QFormer
+from pyvidx.memory.sources import FrameSource, LastSource, Memories, PushSource, ReadSource
+from pyvidx.models import files
+from pyvidx.models.malmm_config import MALMMConfig
+from pyvidx.ops.memory_merge import MemoryState, new_state
+from pyvidx.temporal.table import rows_at
+
+COMPATS = ("official", "paper")
+
+
+class MALMM(nn.Module):
+    """Frame encoder, Q-Former, temporal embedding and the projection to a language model.
+
+    Whole clips: `forward`, or `encode` from stored features. Streams: `start`, then `push` frames as they come and
+    `ask` at any time; all of them give the same numbers.
+
+        model = MALMM.default()
+        memories = model.start(model.prompt(text_ids))
+        for frame in frames:                                         # [B, 3, h, w]
+            memories = model.push(memories, model.features(frame))
+        tokens = model.project(model.ask(memories))                  # [B, 32, llm_width], after any frame
+
+    Args:
+        config: sizes.
+        compat: "official", the numbers of the public code: a merge is the mean of all frames in its two entries, and a
+            frame beyond the temporal table is an error. "paper": a merge is the plain mean of the two entries (equation
+            7), and of a clip longer than the table its frames are spread over the table, with linear interpolation.
+            Defects of the public code that change results are not reproduced: its banks hang on the modules and leak
+            into the next video, or are emptied, where a clip is not as long as the model was told.
+
+    Attributes:
+        time: [time_length, C] or None, the temporal embedding table; zero at first.
+        is_random: the weights came from no file.
+    """
+
+    def __init__(self, config: MALMMConfig, *, compat: str = "official"):
+        super().__init__()
+        if compat not in COMPATS:
+            raise ValueError(f"MALMM: compat must be one of {', '.join(COMPATS)}, got {compat!r}")
+        self.config, self.compat, self.is_random = config, compat, True
+        self.vision = EVAVision(config.vision)
+        self.time = nn.Parameter(torch.zeros(config.time_length, config.vision.width)) if config.time_length else None
+        self.qformer = QFormer(config.qformer)
+        self.projection = None if config.llm_width is None else nn.Linear(config.qformer.width, config.llm_width)
+
+    def forward(
+        self,
+        pixels: Tensor,
+        text_ids: Tensor | None = None,
+        text_mask: Tensor | None = None,
+        *,
+        length: int = 20,
+        visual: bool = True,
+        query: bool = True,
+    ) -> Tensor:
+        """Videos to tokens for a language model.
+
+        Where gradients are wanted, they flow through the last frame alone, as in the paper: all frames before it are
+        encoded without autograd, and the banks are constants.
+
+        Args:
+            pixels: [B, T, 3, h, w], normalized.
+            text_ids, text_mask: the instruction, see QFormer.prompt.
+            length, visual, query: see `encode`.
+
+        Returns:
+            [B, Q, llm_width], or [B, G, Q, llm_width] of G questions; length = 0: T * Q tokens instead of Q.
+        """
+        if pixels.dim() != 5 or pixels.shape[1] == 0:
+            raise ValueError(f"MALMM: pixels must be [B, T, 3, h, w] with T >= 1, got {tuple(pixels.shape)}")
+        prompt = self.prompt(text_ids, text_mask, batch=pixels.shape[0])
+        if length and torch.is_grad_enabled():
+            with torch.no_grad():
+                before = (self.features(pixels[:, :-1]),) if pixels.shape[1] > 1 else ()
+            parts = (*before, self.features(pixels[:, -1:]))
+        else:
+            parts = (self.features(pixels),)
+        return self.project(self._encode(parts, prompt, length, visual, query, chunk=32))
+
+    def features(self, pixels: Tensor) -> Tensor:
+        """ln_vision(ViT(x)) of frames, all in one batch. [..., 3, h, w] -> [..., P, C], class token first."""
+        return self.vision(pixels)
+
+    def prompt(self, text_ids: Tensor | None = None, text_mask: Tensor | None = None, *, batch: int = 1) -> Prompt:
+        """The questions, and what depends on them alone; see QFormer.prompt."""
+        return self.qformer.prompt(text_ids, text_mask, batch)
+
+    def project(self, tokens: Tensor) -> Tensor:
+        """The Q-Former's tokens in the language model's width. [..., D] -> [..., llm_width]."""
+        if self.projection is None:
+            raise ValueError("MALMM: this model was built without a projection (llm_width=None)")
+        return self.projection(tokens)
+
+    def start(
+        self,
+        prompt: Prompt | None = None,
+        *,
+        batch: int | None = None,
+        length: int = 20,
+        visual: bool = True,
+        query: bool = True,
+    ) -> Memories:
+        """Empty memories.
+
+        Args:
+            prompt: the questions, from `prompt`. May be left out where there is no query bank; then give `batch`.
+            length: M, entries of each bank.
+            visual, query: have that bank. Without the query bank a push only fills the visual one, the Q-Former runs at
+                `ask`, and that takes any prompt.
+        """
+        if prompt is None and (query or batch is None):
+            raise ValueError("MALMM: start needs a prompt, or query=False and batch=B")
+        if length < 1:
+            raise ValueError(f"MALMM: the memories' length must be at least 1, got {length}; `encode` takes 0")
+        B, P, C = batch if prompt is None else prompt.batch, 1 + self.config.vision.patches, self.config.vision.width
+        q, weight = self.config.qformer, self.qformer.keys_values.weight
+
+        def bank(rows: int, N: int, width: int, attached: int) -> MemoryState:
+            # The rows that similarities are taken of stay in float32: rounded ones choose other pairs.
+            kept = torch.promote_types(weight.dtype, torch.float32)
+            return new_state(rows, length, N, width, kept, weight.device, (2 * q.width,) * attached, weight.dtype)
+
+        banks = ()
+        if query:
+            R, N, D = prompt.rows.shape
+            banks = tuple(None if i == 0 and prompt.attended is not None else bank(R, N, D, 1) for i in range(q.layers))
+        frames = bank(B, P, C, len(q.cross_layers) * query) if visual else None
+        return Memories(0, length, prompt, frames, banks)
+
+    @torch.no_grad()
+    def push(
+        self, memories: Memories, features: Tensor, *, positions: Tensor | None = None, chunk: int = 32
+    ) -> Memories:
+        """Take in the next frames of a stream.
+
+        The tensors of `memories` are changed in place, as a copy of the banks would cost more than the step: go on with
+        what is returned, and clone() what is to be kept.
+
+        Args:
+            features: [B, P, C] of one frame or [B, t, P, C] of t frames, from `features`.
+            positions: float [t], where in the temporal table these frames are, linear between its rows; default: their
+                number in the stream.
+            chunk: frames worked on at once; a matter of speed and memory, not of the result.
+        """
+        frames = features[:, None] if features.dim() == 3 else features
+        self._check(frames, memories)
+        frames = self._timed(frames, memories.seen, positions)
+        for part in frames.split(chunk, dim=1):
+            memories = self._push(memories, part)
+        return memories
+
+    def ask(self, memories: Memories, prompt: Prompt | None = None) -> Tensor:
+        """The query tokens at the newest frame, [B, Q, D] or [B, G, Q, D]; the memories stay as they are.
+
+        prompt: other questions than at the start; only without a query bank, which holds the questions' own states.
+
+        Raises:
+            ValueError: no frame was pushed, or the prompt does not fit.
+        """
+        if memories.seen == 0:
+            raise ValueError("MALMM: ask needs a frame to have been pushed")
+        if prompt is not None and memories.query:
+            raise ValueError("MALMM: with a query bank the questions are those of start; use query=False for others")
+        prompt = memories.prompt if prompt is None else prompt
+        if prompt is None:
+            raise ValueError("MALMM: ask needs a prompt: these memories were started without one")
+        source = ReadSource(self.qformer, memories, prompt)
+        if memories.query:
+            tokens = self.qformer.finish(prompt, memories.rows, source)
+        else:
+            tokens = self.qformer.run(prompt, 1, source)[:, 0]
+        return _by_question(tokens, prompt)
+
+    def encode(
+        self,
+        features: Tensor,
+        prompt: Prompt | None = None,
+        *,
+        length: int = 20,
+        visual: bool = True,
+        query: bool = True,
+        chunk: int = 32,
+    ) -> Tensor:
+        """The query tokens at the last frame of whole clips, layer by layer over all frames.
+
+        Where gradients are wanted, they flow through the last frame, as in `forward`, and into the prompt.
+
+        Args:
+            features: [B, T, P, C], from `features`.
+            prompt: the questions, made with autograd on if that is to learn too; None: no text.
+            length: M; 0: no memory: every frame by itself, the paper's ablation "Concat".
+            visual, query: have that bank.
+            chunk: frames worked on at once; a matter of speed and memory, not of the result.
+
+        Returns:
+            [B, Q, D], or [B, G, Q, D] of G questions; length = 0: [..., T * Q, D], frame by frame.
+        """
+        prompt = self.prompt(batch=features.shape[0]) if prompt is None else prompt
+        return self._encode((features,), prompt, length, visual, query, chunk)
+
+    def _encode(self, parts, prompt: Prompt, length: int, visual: bool, query: bool, chunk: int) -> Tensor:
+        """parts: features of consecutive frames; of them only the last frame has gradients."""
+        T = sum(part.shape[1] for part in parts)
+        for part in parts:
+            self._check(part, prompt)
+        if T == 0:
+            raise ValueError("MALMM: a clip has at least one frame, got none")
+        positions = None
+        if self.time is not None and T > len(self.time) and self.compat == "paper":
+            positions = torch.linspace(0, len(self.time) - 1, T)
+        if length == 0:
+            # Without a temporal embedding, as in the public code.
+            tokens = self.qformer.run(prompt, T, FrameSource(self.qformer, prompt, parts[-1]))
+            return _by_question(tokens.flatten(1, 2), prompt)
+        memories = self.start(prompt, length=length, visual=visual, query=query)
+        if not torch.is_grad_enabled():
+            return self.ask(self.push(memories, parts[-1], positions=positions, chunk=chunk))
+        *before, last = parts
+        for part in (*before, last[:, :-1]):
+            at = None if positions is None else positions[memories.seen : memories.seen + part.shape[1]]
+            memories = self.push(memories, part, positions=at, chunk=chunk)
+        frame = self._timed(last[:, -1:], T - 1, None if positions is None else positions[-1:])[:, 0]
+        source = LastSource(self.qformer, memories, frame, self.compat == "official")
+        tokens = self.qformer.run(prompt, 1, source, constants=not query)
+        return _by_question(tokens[:, 0], prompt)
+
+    def _push(self, memories: Memories, frames: Tensor) -> Memories:
+        t, prompt = frames.shape[1], memories.prompt
+        if t == 0:
+            return memories
+        source, rows = PushSource(self.qformer, memories, frames, self.compat == "official"), None
+        if memories.query:
+            rows = source.remember_last(self.qformer.run(prompt, t, source, with_last=False))[:, -1]
+        frame = frames[:, -1] if memories.visual is None else None
+        return memories._replace(seen=memories.seen + t, frame=frame, rows=rows)
+
+    def _timed(self, frames: Tensor, seen: int, positions: Tensor | None) -> Tensor:
+        """features + temporal embedding: it is added before attention and before storing."""
+        if self.time is None:
+            return frames
+        t, table = frames.shape[1], self.time
+        if positions is None and seen + t > len(table):
+            raise ValueError(
+                f"MALMM: the temporal table has {len(table)} rows, got frame {seen + t}; pass positions, or use "
+                'compat="paper" for whole clips'
+            )
+        rows = table[seen : seen + t] if positions is None else rows_at(table, positions)
+        if len(rows) != t:
+            raise ValueError(f"MALMM: positions must be one per frame, {t}, got {len(rows)}")
+        return frames + rows[:, None]
+
+    def _check(self, frames: Tensor, memories: Memories | Prompt) -> None:
+        P, C = 1 + self.config.vision.patches, self.config.vision.width
+        if frames.dim() != 4 or frames.shape[2:] != (P, C) or not frames.is_floating_point():
+            raise ValueError(
+                f"MALMM: features must be floating [B, t, {P}, {C}], got {tuple(frames.shape)} {frames.dtype}"
+            )
+        prompt = memories.prompt if isinstance(memories, Memories) else memories
+        B = prompt.batch if prompt is not None else memories.visual.bank.shape[0] if memories.visual else None
+        if B is not None and frames.shape[0] != B:
+            raise ValueError(f"MALMM: features must be of {B} videos, as the prompt, got {frames.shape[0]}")
+
+    def save(self, path: str | Path) -> Path:
+        """Write one safetensors file, configuration included. A path without that ending is a folder."""
+        header = {"config": self.config.to_dict(), "compat": self.compat, "is_random": self.is_random}
+        return files.write(path, "malmm", self, header)
+
+    @classmethod
+    def from_pretrained(cls, path: str | Path, *, compat: str | None = None) -> "MALMM":
+        """Load what `save` wrote, a file or its folder, in eval mode and with the dtypes of the file.
+
+        compat: in place of that saved. Published files are read by pyvidx.integrations.malmm_checkpoints.
+        """
+        header, weights = files.read(path, "malmm")
+        with torch.device("meta"):
+            model = cls(MALMMConfig.from_dict(header["config"]), compat=compat or header["compat"])
+        model.load_state_dict(weights, assign=True)
+        model.vision.freeze()
+        model.is_random = header["is_random"]
+        return model.eval()
+
+    @classmethod
+    def default(cls, *, compat: str = "official") -> "MALMM":
+        """A small model with random weights, always the same ones, to try things out. `is_random` is True."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            return cls(MALMMConfig.tiny(), compat=compat).eval()
+
+
+def _by_question(tokens: Tensor, prompt: Prompt) -> Tensor:
+    """[R, n, D] -> [B, n, D], or [B, G, n, D] where the prompt had an axis for the questions."""
+    return tokens if prompt.groups is None else tokens.unflatten(0, (-1, prompt.groups))
