@@ -8,8 +8,9 @@ COLUMNS = ("op", "shape", "dtype", "ms", "spread", "GB/s", "copy GB/s", "floor",
 
 
 def load(path: Path) -> list[dict]:
-    """The extra_info of every case of a pytest-benchmark file, in the order they ran."""
-    cases = [b["extra_info"] for b in json.loads(path.read_text())["benchmarks"]]
+    """The cases of a pytest-benchmark file, or of one of bench/results, in the order they ran."""
+    data = json.loads(path.read_text())
+    cases = [b["extra_info"] for b in data["benchmarks"]] if "benchmarks" in data else data["cases"]
     cases = [case for case in cases if "floor_share" in case]
     if not cases:
         raise ValueError(f"report: {path} must hold cases of pyvidx's benches, got none")
