@@ -3,7 +3,6 @@
 import json
 
 import numpy as np
-import pyarrow.parquet
 import pytest
 import torch
 from safetensors import safe_open
@@ -18,6 +17,9 @@ from pyvidx.encode import Timing, encode_videos
 from pyvidx.models import BTAdapter
 from pyvidx.preprocess import clip_preprocess
 from pyvidx.video import read, write
+
+pytest.importorskip("av", reason="reading video needs PyAV: pip install 'pyvidx[video]'")
+pyarrow_parquet = pytest.importorskip("pyarrow.parquet")
 
 
 @pytest.fixture(scope="module")
@@ -85,7 +87,7 @@ def test_files(videos, suffix, tmp_path, capsys):
             torch.tensor(arrays["tokens"][0]),
         )
     else:
-        rows = pyarrow.parquet.read_table(out).to_pylist()
+        rows = pyarrow_parquet.read_table(out).to_pylist()
         paths = [row["path"] for row in rows if row["error"] is None]
         pooled = torch.tensor(rows[0]["pooled"])
         tokens = torch.tensor(rows[0]["tokens"]).reshape(rows[0]["tokens_shape"])

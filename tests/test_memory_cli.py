@@ -8,6 +8,8 @@ from pyvidx.cli.demo import drawn_clip
 from pyvidx.cli.memory import colors, main
 from pyvidx.video import stream, write
 
+pytest.importorskip("av", reason="reading video needs PyAV: pip install 'pyvidx[video]'")
+
 
 @pytest.fixture(scope="module")
 def video(tmp_path_factory):
