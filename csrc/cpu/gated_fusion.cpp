@@ -1,7 +1,7 @@
 // One pass over the branch's rows. Traffic of a gated or plain fusion: 3 passes (read x, read z, write out), 4 with the
 // LayerNorm; of the first input 2, or 3; w, position and time stay in the caches. Expected: the speed of a copy that
 // moves as many bytes, or better, since two thirds are reads. Measured on a busy Zen 4, one thread, ViT-L/14 and B/16,
-// T = 8 to 64: 1.0 to 1.6 of that copy without the norm, 0.8 to 1.3 with it (float32 and bfloat16, outputs streamed).
+// T = 8 and 64: 1.0 to 1.5 of that copy without the norm, 0.8 to 1.0 with it (bench/results, outputs streamed).
 // AVX2 without bfloat16 instructions reaches 0.65 to 0.75 in bfloat16 with the norm: there the conversions bind.
 //
 // A LayerNorm needs the row three times: mean, variance, result. Nothing is written before the third, so out may be z.
