@@ -107,6 +107,7 @@ class MALMM(nn.Module):
         length: int = 20,
         visual: bool = True,
         query: bool = True,
+        bank_dtype: torch.dtype | None = None,
     ) -> Memories:
         """Empty memories.
 
@@ -115,6 +116,8 @@ class MALMM(nn.Module):
             length: M, entries of each bank.
             visual, query: have that bank. Without the query bank a push only fills the visual one, the Q-Former runs at
                 `ask`, and that takes any prompt.
+            bank_dtype: of the rows that similarities are taken of. None: float32, also where the weights are 16-bit.
+                A 16-bit bank is half as large, but its rounding makes other pairs merge (README, "Precision").
         """
         if prompt is None and (query or batch is None):
             raise ValueError("MALMM: start needs a prompt, or query=False and batch=B")
@@ -124,8 +127,7 @@ class MALMM(nn.Module):
         q, weight = self.config.qformer, self.qformer.keys_values.weight
 
         def bank(rows: int, N: int, width: int, attached: int) -> MemoryState:
-            # The rows that similarities are taken of stay in float32: rounded ones choose other pairs.
-            kept = torch.promote_types(weight.dtype, torch.float32)
+            kept = bank_dtype or torch.promote_types(weight.dtype, torch.float32)
             return new_state(rows, length, N, width, kept, weight.device, (2 * q.width,) * attached, weight.dtype)
 
         banks = ()
