@@ -5,6 +5,7 @@ import sys
 COMMANDS = {
     "encode": "encode video files into embeddings",
     "demo": "encode one video and show what comes out",
+    "eval": "numbers of a benchmark from answers or embeddings",
     "memory": "stream one video through a memory bank and draw what its slots hold",
     "info": "versions, devices, and which op runs as kernel or reference",
 }
@@ -21,6 +22,8 @@ def main() -> int:
         from pyvidx.info import main as run
     elif name == "encode":
         from pyvidx.cli.encode import main as run
+    elif name == "eval":
+        from pyvidx.cli.eval import main as run
     elif name == "memory":
         from pyvidx.cli.memory import main as run
     else:

@@ -31,13 +31,15 @@ class VectorFile:
 
     @cached_property
     def meta(self) -> dict:
+        if self.path.suffix == ".json":
+            return json.loads(self.path.read_text())
         with safe_open(self.path, "pt") as file:
             header = file.metadata() or {}
         return next((json.loads(header[key]) for key in ("case", "json", "meta") if key in header), {})
 
     @cached_property
     def tensors(self) -> dict[str, Tensor]:
-        return load_file(self.path)
+        return {} if self.path.suffix == ".json" else load_file(self.path)
 
     def part(self, prefix: str) -> dict[str, Tensor]:
         return {key.removeprefix(prefix): t for key, t in self.tensors.items() if key.startswith(prefix)}

@@ -1,0 +1,124 @@
+"""The tasks that MA-LMM is evaluated on, as data: eval/tasks.json."""
+
+import functools
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+from pyvidx.eval.answers import by_type, exact_match
+
+EXACT = ("exact", "exact_first_word", "exact_by_type")
+
+
+@dataclass(frozen=True)
+class Task:
+    """How one benchmark is run, as in the public run scripts.
+
+    Attributes:
+        name: of the task.
+        prompt: of the Q-Former and the language model; "{question}" where the annotation asks one.
+        frames, memory: T frames of a clip and M entries of both banks.
+        train_sampler, eval_sampler: of pyvidx.video.
+        preset: of pyvidx.preprocess, in evaluation.
+        min_tokens, max_tokens: of an answer.
+        beams, returned: searched, and kept as ranked answers.
+        length_penalty: of the search.
+        metric: "exact" (top 1 and top `returned`), "exact_first_word", "exact_by_type" (ActivityNet-QA), "caption"
+            (COCO's caption tools) or "anticipation" (pyvidx.eval.anticipation).
+        window: (seconds, stride) of each sample of a long video, or None: the whole video.
+    """
+
+    name: str
+    prompt: str
+    frames: int
+    memory: int
+    train_sampler: str
+    eval_sampler: str
+    preset: str
+    min_tokens: int
+    max_tokens: int
+    beams: int
+    returned: int
+    length_penalty: float
+    metric: str
+    window: tuple[int, int] | None = None
+
+    def ask(self, question: str | None = None) -> str:
+        """The prompt of one sample."""
+        if ("{question}" in self.prompt) != (question is not None):
+            needs = "a" if "{question}" in self.prompt else "no"
+            raise ValueError(f"task {self.name}: the prompt takes {needs} question, got {question!r}")
+        return self.prompt.replace("{question}", question or "")
+
+    @property
+    def generation(self) -> dict:
+        """Options of Language.generate."""
+        return {
+            "min_new_tokens": self.min_tokens,
+            "max_new_tokens": self.max_tokens,
+            "num_beams": self.beams,
+            "num_return_sequences": self.returned,
+            "length_penalty": self.length_penalty,
+        }
+
+    def score(
+        self,
+        predictions: Mapping[str, str | Sequence[str]],
+        annotations: Mapping[str, Mapping],
+        compat: str | None = None,
+    ) -> dict[str, float]:
+        """The task's numbers from answers by sample id.
+
+        Args:
+            predictions: id -> a text or the ranked texts.
+            annotations: id -> {"answer": text, and for ActivityNet-QA "answer_type": int}.
+            compat: "official": ActivityNet's share of free questions as the published script has it.
+
+        Raises:
+            ValueError: an annotated sample has no prediction, or the metric is not exact match.
+        """
+        if self.metric not in EXACT:
+            tool = {"caption": "pycocoevalcap (it needs Java)", "anticipation": "pyvidx.eval.anticipation.evaluate"}
+            raise ValueError(f"task {self.name}: its metric is {self.metric}, which is the work of {tool[self.metric]}")
+        lacking = [key for key in annotations if key not in predictions]
+        if lacking or not annotations:
+            raise ValueError(f"task {self.name}: predictions lack {len(lacking)} samples, e.g. {lacking[:3]}")
+        found = [predictions[key] for key in annotations]
+        answers = [row["answer"] for row in annotations.values()]
+        if self.metric == "exact_by_type":
+            first = [p if isinstance(p, str) else p[0] for p in found]
+            types = [int(row["answer_type"]) for row in annotations.values()]
+            return {name: 100 * value for name, value in by_type(first, answers, types, compat=compat).items()}
+        words = self.metric == "exact_first_word"
+        tops = (1, self.returned) if self.returned > 1 else (1,)
+        return {f"top-{k}": exact_match(found, answers, top=k, first_word=words) for k in tops}
+
+
+@functools.cache
+def _table() -> dict[str, Task]:
+    rows = json.loads((Path(__file__).parent / "tasks.json").read_text())
+    common = rows.pop("common")
+    known = {f.name for f in fields(Task)}
+    tasks = {}
+    for name, row in rows.items():
+        row = common | row
+        row["window"] = tuple(row["window"]) if row.get("window") else None
+        tasks[name] = Task(name=name, **{key: value for key, value in row.items() if key in known})
+    return tasks
+
+
+def names() -> list[str]:
+    """The tasks that `task` knows."""
+    return list(_table())
+
+
+def task(name: str) -> Task:
+    """A task by name.
+
+    Raises:
+        ValueError: there is none of that name.
+    """
+    if name not in _table():
+        raise ValueError(f"task: the name must be one of {', '.join(names())}, got {name!r}")
+    return _table()[name]

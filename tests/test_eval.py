@@ -1,0 +1,118 @@
+"""Tasks as data, metrics on cases small enough to count by hand, files in and out."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from pyvidx.cli.eval import main
+from pyvidx.eval import anticipation, lvu, names, task
+from pyvidx.eval.answers import exact_match, judged
+from pyvidx.eval.retrieval import ranks, retrieval
+from pyvidx.preprocess import PRESETS
+from pyvidx.video import sampling
+
+
+@pytest.mark.parametrize("name", names())
+def test_every_task_names_what_exists(name):
+    t = task(name)
+    assert t.preset in PRESETS and {t.train_sampler, t.eval_sampler} <= set(sampling.names())
+    assert 1 <= t.min_tokens <= t.max_tokens and t.returned <= t.beams and t.memory < t.frames
+    assert t.ask("who?" if "{question}" in t.prompt else None).count("{") == 0
+
+
+def test_prompts_of_the_paper():
+    assert task("lvu_way_speaking").ask() == "what is the way_speaking of the movie?"
+    assert task("msvd_qa").ask("who runs?") == "Question: who runs? Short answer:"
+    with pytest.raises(ValueError, match="takes a question"):
+        task("msvd_qa").ask()
+    with pytest.raises(ValueError, match="the name must be one of lvu_director"):
+        task("lvu")
+
+
+def test_scores_of_tasks():
+    beams = {"a": ["tea", "pancake"], "b": ["coffee", "milk"]}
+    answers = {"a": {"answer": "pancake"}, "b": {"answer": "coffee"}}
+    assert task("breakfast").score(beams, answers) == {"top-1": 50.0, "top-5": 100.0}
+    assert task("msvd_qa").score(
+        {"a": "man running", "b": "dog"}, {"a": {"answer": "man"}, "b": {"answer": "cat"}}
+    ) == {
+        "top-1": 50.0,
+        "top-5": 50.0,
+    }
+    with pytest.raises(ValueError, match="predictions lack 1 samples"):
+        task("coin").score({}, {"a": {"answer": "x"}})
+    with pytest.raises(ValueError, match="pycocoevalcap"):
+        task("msvd_caption").score({}, {})
+    with pytest.raises(ValueError, match="one prediction per answer, got 1 for 2"):
+        exact_match(["a"], ["a", "b"])
+
+
+def test_judges():
+    assert judged(["{'pred': 'Yes', 'score': 4.8}", {"pred": "no", "score": 1}]) == {"accuracy": 0.5, "score": 2.5}
+    with pytest.raises(ValueError, match="must hold a 'score'"):
+        judged(["I think so"])
+
+
+def test_windows_and_errors_of_lvu():
+    assert lvu.windows(150) == [(0, 99), (20, 119), (40, 139)]
+    assert lvu.windows(30) == [(0, 99)]
+    predictions = torch.tensor([1.0, 3.0, 5.0])
+    assert lvu.regression_error(predictions, ["a", "a", "b"], [1.0, 1.0, 5.0]) == pytest.approx(0.5)
+
+
+def test_ties_neither_help_nor_hurt():
+    same = torch.ones(3, 3)
+    target = torch.arange(3)
+    assert ranks(same, target).tolist() == [1, 1, 1]
+    assert ranks(same, target, ties="optimistic").tolist() == [0, 0, 0]
+    assert ranks(same, target, ties="pessimistic").tolist() == [2, 2, 2]
+    found = retrieval(torch.eye(4), dsl=True)
+    assert found["text to video (DSL)"]["R@1"] == 100.0
+    with pytest.raises(ValueError, match="captions must count"):
+        retrieval(torch.ones(3, 2), [1, 1])
+
+
+def test_submission(tmp_path):
+    n = 3
+    verb, noun = torch.randn(n, anticipation.VERBS), torch.randn(n, anticipation.NOUNS)
+    ids = [f"P01_{i}" for i in range(n)]
+    levels = {"sls_pt": 1, "sls_tl": 3, "sls_td": 3}
+    path = anticipation.write_submission(tmp_path / "test.json", ids, verb, noun, supervision=levels)
+    submission = json.loads(path.read_text())
+    anticipation.check_submission(submission, ids)
+    best = max(submission["results"]["P01_1"]["action"].items(), key=lambda item: item[1])[0]
+    assert best == f"{int(verb[1].argmax())},{int(noun[1].argmax())}"
+    with pytest.raises(ValueError, match="results must be of 2 segments, got 3"):
+        anticipation.check_submission(submission, ids[:2])
+    del submission["results"]["P01_1"]["verb"]["0"]
+    with pytest.raises(ValueError, match="P01_1 must have 97 verbs"):
+        anticipation.check_submission(submission, ids)
+
+
+def test_segments_and_class_means(tmp_path):
+    path = tmp_path / "validation.csv"
+    path.write_text("narration_id,participant_id,verb_class,noun_class\na,P01,0,5\nb,P02,0,5\nc,P02,3,7\n")
+    segments = anticipation.read_segments(path)
+    assert segments.participants == ["P01", "P02", "P02"] and segments.verb.tolist() == [0, 0, 3]
+    top = torch.tensor([[0, 1], [1, 2], [3, 4]])  # class 0: one of two, class 3: one of one
+    assert anticipation.class_mean_recall(top, segments.verb) == 0.75
+    path.write_text("narration_id,verb_class\na,0\n")
+    with pytest.raises(ValueError, match="must have rows with noun_class, participant_id"):
+        anticipation.read_segments(path)
+
+
+def test_command(tmp_path, capsys):
+    for name, value in (("p", {"a": ["tea"], "b": "milk"}), ("a", {"a": {"answer": "tea"}, "b": {"answer": "tea"}})):
+        (tmp_path / f"{name}.json").write_text(json.dumps(value))
+    arguments = ["--predictions", str(tmp_path / "p.json"), "--annotations", str(tmp_path / "a.json")]
+    assert main(["answers", "--task", "breakfast", *arguments, "--out", str(tmp_path / "out.json")]) == 0
+    assert json.loads((tmp_path / "out.json").read_text()) == {"breakfast": {"top-1": 50.0, "top-5": 50.0}}
+    assert "50.00" in capsys.readouterr().out
+    text = torch.randn(6, 8)
+    save_file({"text": text, "video": text + 0.01}, tmp_path / "e.safetensors")
+    assert main(["retrieval", str(tmp_path / "e.safetensors")]) == 0
+    assert capsys.readouterr().out.count("100.00") >= 2
+    with pytest.raises(SystemExit):
+        main(["retrieval", str(tmp_path / "none.safetensors")])
