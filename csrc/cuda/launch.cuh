@@ -79,6 +79,13 @@ __device__ __forceinline__ void cp_async(void* shared, const void* global) {
 #endif
 }
 
+// Ask for the cache line of an address in global memory; nothing waits for it.
+__device__ __forceinline__ void prefetch_l2([[maybe_unused]] const void* global) {
+#if !defined(PYVIDX_EMU)
+  asm volatile("prefetch.global.L2 [%0];" ::"l"(global));
+#endif
+}
+
 // Close the group of copies this thread has issued since the last commit.
 __device__ __forceinline__ void cp_async_commit() {
 #if defined(PYVIDX_EMU)

@@ -1,14 +1,19 @@
 from pyvidx.ops.gated_fusion import fusion_input, gated_fusion, output_gate
 from pyvidx.ops.memory_merge import memory_merge, memory_merge_
+from pyvidx.ops.memory_scan import MergePlan, memory_replay, memory_scan_, settle_
 from pyvidx.ops.temporal_attention import temporal_attention
 from pyvidx.ops.token_gather import token_gather
 
 __all__ = [
+    "MergePlan",
     "fusion_input",
     "gated_fusion",
     "memory_merge",
     "memory_merge_",
+    "memory_replay",
+    "memory_scan_",
     "output_gate",
+    "settle_",
     "temporal_attention",
     "token_gather",
 ]

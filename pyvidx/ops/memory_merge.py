@@ -152,11 +152,11 @@ def memory_merge(bank: Tensor, sizes: Tensor, *, weighted: bool = True) -> tuple
     return _op(bank, sizes, weighted)
 
 
-def _check_step(bank, sizes, order, similarity, length, frame, attached, attached_frame, active):
-    name = "memory_merge_"
+def check_state(name, bank, sizes, order, similarity, length, active):
+    """What every op that changes a MemoryState in place asks of it."""
     require(bank.dim() == 4 and bank.shape[1] >= 2, f"{name}: bank must be [B, M+1, N, C] with M >= 1", bank)
-    require_floating(name, bank=bank, frame=frame)
-    B, slots, N, C = bank.shape
+    require_floating(name, bank=bank)
+    B, slots, N, _ = bank.shape
 
     def state(what, tensor, shape, dtype):
         fits = tensor.shape == shape and tensor.dtype == dtype and tensor.device == bank.device
@@ -168,6 +168,23 @@ def _check_step(bank, sizes, order, similarity, length, frame, attached, attache
     state("length", length, (B,), torch.int32)
     if active is not None:
         state("active", active, (B,), torch.bool)
+    _check_rows(name, bank)
+
+
+def _check_rows(name, *tensors):
+    for rows in tensors:
+        require(
+            rows.stride(3) == 1 or rows.shape[3] <= 1,
+            f"{name}: rows are changed in place: their stride must be 1",
+            rows,
+        )
+
+
+def _check_step(bank, sizes, order, similarity, length, frame, attached, attached_frame, active):
+    name = "memory_merge_"
+    check_state(name, bank, sizes, order, similarity, length, active)
+    require_floating(name, bank=bank, frame=frame)
+    B, slots, N, C = bank.shape
     require(frame is None or frame.shape == (B, N, C), f"{name}: frame must be [B, N, C] of bank", frame, bank)
     require(
         len(attached_frame) == (0 if frame is None else len(attached)),
@@ -189,12 +206,7 @@ def _check_step(bank, sizes, order, similarity, length, frame, attached, attache
             new,
             rows,
         )
-    for rows in (bank, *attached):
-        require(
-            rows.stride(3) == 1 or rows.shape[3] <= 1,
-            f"{name}: rows are changed in place: their stride must be 1",
-            rows,
-        )
+    _check_rows(name, *attached)
     if torch.is_grad_enabled():
         wants = any(t.requires_grad for t in (bank, similarity, *attached, *attached_frame)) or (
             frame is not None and frame.requires_grad
@@ -212,7 +224,7 @@ def _wide(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
 
-def _weighted_mean(x: Tensor, y: Tensor, sx: Tensor, sy: Tensor, weighted: bool) -> Tensor:
+def weighted_mean(x: Tensor, y: Tensor, sx: Tensor, sy: Tensor, weighted: bool) -> Tensor:
     """x, y [..., C], their sizes [...]; the mean has the dtype of x."""
     x_, y_ = _wide(x), _wide(y)
     if not weighted:
@@ -247,7 +259,7 @@ def reference_step(bank, sizes, order, similarity, length, frame, attached, atta
     keep, gone = at(k), at(k + 1)
     s_keep, s_gone = sizes.gather(2, keep[..., None]).squeeze(2), sizes.gather(2, gone[..., None]).squeeze(2)
     for rows in (bank, *attached):
-        _set_row(rows, keep, _weighted_mean(_row(rows, keep), _row(rows, gone), s_keep, s_gone, weighted), full)
+        _set_row(rows, keep, weighted_mean(_row(rows, keep), _row(rows, gone), s_keep, s_gone, weighted), full)
     every = full.expand_as(k)
     _set(sizes, keep, s_keep + s_gone, every)
     _set(sizes, gone, torch.zeros_like(s_gone), every)
@@ -277,7 +289,7 @@ def merge_at(bank, sizes, index, weighted):
     """The continuous part of memory_merge: the merge at a given index [B, N]."""
     t = torch.arange(bank.shape[1] - 1, device=bank.device)[None, :, None]  # [1, T-1, 1]
     k = index[:, None]  # [B, 1, N]
-    mean = _weighted_mean(bank[:, :-1], bank[:, 1:], sizes[:, :-1], sizes[:, 1:], weighted)
+    mean = weighted_mean(bank[:, :-1], bank[:, 1:], sizes[:, :-1], sizes[:, 1:], weighted)
     out = torch.where((t == k)[..., None], mean, torch.where((t < k)[..., None], bank[:, :-1], bank[:, 1:]))
     return out, torch.where(t <= k, sizes[:, :-1], 0) + torch.where(t >= k, sizes[:, 1:], 0)
 

@@ -1,0 +1,67 @@
+"""A clip through the memory bank, and its merges on one layer's keys and values, at MA-LMM's sizes: 257 tokens.
+
+Against the steps one by one: t calls of memory_merge_, and of memory_merge_ on the layer's rows alone. Floors: the scan
+reads the clip and writes its plan, with the bank read and written once; the replay reads M + 1 + t rows per position
+and writes M + 1 + 2t.
+"""
+
+import pytest
+import torch
+
+from bench.harness import Case, nbytes
+from pyvidx.ops.memory_merge import memory_merge_, new_state
+from pyvidx.ops.memory_scan import memory_replay, memory_scan_
+
+T, N, C, KV = 16, 257, 1408, 1536
+DTYPES = [torch.float32, torch.bfloat16]
+
+
+def inputs(M, width, dtype, device):
+    """A full memory with one attached tensor, a clip, and the clip's rows for it."""
+    state = new_state(1, M, N, C, torch.float32, device, [width], dtype)
+    clip = torch.randn(1, T, N, C, device=device)
+    rows = torch.randn(1, T, N, width, device=device).to(dtype)
+    for i in range(M + 1):
+        memory_merge_(*state[:5], clip[:, i % T], state.attached, [rows[:, i % T]])
+    return state, clip, rows
+
+
+def scan_case(M, device):
+    state, clip, _ = inputs(M, 1, torch.float32, device)
+    other, _, _ = inputs(M, 1, torch.float32, device)
+
+    def eager():
+        for s in range(T):
+            memory_merge_(*other[:5], clip[:, s])
+
+    plan = memory_scan_(*state[:5], clip)
+    return Case("memory_scan_", {"B": 1, "T": T, "M": M, "N": N, "C": C}, torch.float32,
+                lambda: memory_scan_(*state[:5], clip), eager, compiled=False,
+                bytes=nbytes(clip, *plan) + 2 * nbytes(state.bank))  # fmt: skip
+
+
+def replay_case(M, dtype, device):
+    state, clip, rows = inputs(M, KV, dtype, device)
+    other = state.attached[0].clone()
+    plan = memory_scan_(*state[:5], clip)
+    no_bank, no_frame = torch.zeros(1, M + 1, N, 1, device=device), torch.zeros(1, N, 1, device=device)
+    out = torch.empty(1, M + 1 + 2 * T, N, KV, dtype=dtype, device=device)
+
+    def eager():
+        for s in range(T):
+            memory_merge_(no_bank, *state[1:5], no_frame, [other], [rows[:, s]])
+
+    return Case("memory_replay", {"B": 1, "T": T, "M": M, "N": N, "W": KV}, dtype,
+                lambda: memory_replay(state.attached[0], rows, plan, out=out), eager, compiled=False,
+                bytes=nbytes(state.attached[0], rows, out))  # fmt: skip
+
+
+@pytest.mark.parametrize("M", [10, 20, 40])
+def test_memory_scan_(M, device, measure):
+    measure(scan_case(M, device))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
+@pytest.mark.parametrize("M", [10, 20, 40])
+def test_memory_replay(M, dtype, device, measure):
+    measure(replay_case(M, dtype, device))
