@@ -1,9 +1,11 @@
+from pyvidx.ops.bank_attention import bank_attention
 from pyvidx.ops.gated_fusion import fusion_input, gated_fusion, output_gate
 from pyvidx.ops.memory_merge import memory_merge, memory_merge_
 from pyvidx.ops.temporal_attention import temporal_attention
 from pyvidx.ops.token_gather import token_gather
 
 __all__ = [
+    "bank_attention",
     "fusion_input",
     "gated_fusion",
     "memory_merge",
