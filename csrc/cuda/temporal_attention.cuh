@@ -22,24 +22,27 @@ struct Rows {
   T* data;
   int64_t stride;
   int count, D;
+  __device__ __forceinline__ T* at(int row) const { return row < count ? data + row * stride : nullptr; }
 };
 
 // kD: a width that the compiler can unroll for, or one of these. The first two promise that 16-byte accesses fit.
 constexpr int kWhole = 0;    // D is that of the rows, a multiple of a chunk
 constexpr int kRagged = -1;  // any D, any alignment
-template <int kD, typename T>
-__device__ __forceinline__ int width(const Rows<T>& rows) {
+template <int kD, typename R>
+__device__ __forceinline__ int width(const R& rows) {
   return kD > 0 ? kD : rows.D;
 }
 
-template <int kD, typename T>
-__device__ __forceinline__ void load_chunk(const Rows<const T>& rows, int row, int d,
-                                           Register<T> (&chunk)[kRegisters]) {
+// R: Rows, or what else has count, D and at(row), which is nullptr where there is no row: it reads as 0.
+template <typename T, int kD, typename R>
+__device__ __forceinline__ void load_chunk(const R& rows, int row, int d, Register<T> (&chunk)[kRegisters]) {
 #pragma unroll
   for (int i = 0; i < kRegisters; ++i) chunk[i] = 0;
   const int D = width<kD>(rows);
-  if (row >= rows.count || d >= D) return;
-  const T* p = rows.data + row * rows.stride + d;
+  if (d >= D) return;
+  const T* p = rows.at(row);
+  if (p == nullptr) return;
+  p += d;
   if constexpr (kD != kRagged) {
     uint4 bits[sizeof(chunk) / 16];
 #pragma unroll
@@ -63,9 +66,8 @@ __device__ __forceinline__ void load_chunk(const Rows<const T>& rows, int row, i
 
 // x[j] <- the products of the warp's 16 rows of a, from row a0 on, with rows b0 + 8j .. b0 + 8j + 7 of b. A lane gets
 // {row g, columns 2c and 2c + 1; row g + 8, the same columns}.
-template <typename T, int kD, int kTiles>
-__device__ __forceinline__ void dot_rows(const Rows<const T>& a, int a0, const Rows<const T>& b, int b0,
-                                         Acc<T> (&x)[kTiles][4]) {
+template <typename T, int kD, int kTiles, typename R>
+__device__ __forceinline__ void dot_rows(const Rows<const T>& a, int a0, const R& b, int b0, Acc<T> (&x)[kTiles][4]) {
   const int g = threadIdx.x % 32 / 4, c = threadIdx.x % 4;
 #pragma unroll
   for (int j = 0; j < kTiles; ++j) {
@@ -75,13 +77,13 @@ __device__ __forceinline__ void dot_rows(const Rows<const T>& a, int a0, const R
 #pragma unroll(kD > 0 ? 8 : 1)
   for (int d = 0; d < width<kD>(a); d += 4 * kChunk<T>) {
     Register<T> top[kRegisters], bottom[kRegisters];
-    load_chunk<kD>(a, a0 + g, d + c * kChunk<T>, top);
-    load_chunk<kD>(a, a0 + g + 8, d + c * kChunk<T>, bottom);
+    load_chunk<T, kD>(a, a0 + g, d + c * kChunk<T>, top);
+    load_chunk<T, kD>(a, a0 + g + 8, d + c * kChunk<T>, bottom);
 #pragma unroll
     for (int j = 0; j < kTiles; ++j) {
       if (b0 + 8 * j >= b.count) break;
       Register<T> other[kRegisters];
-      load_chunk<kD>(b, b0 + 8 * j + g, d + c * kChunk<T>, other);
+      load_chunk<T, kD>(b, b0 + 8 * j + g, d + c * kChunk<T>, other);
 #pragma unroll
       for (int i = 0; i < kRegisters; i += 2) {
         const Register<T> left[4] = {top[i], bottom[i], top[i + 1], bottom[i + 1]}, right[2] = {other[i], other[i + 1]};
@@ -118,8 +120,8 @@ __device__ __forceinline__ void store_columns(const Rows<T>& out, int row, int d
 }
 
 // sum[n] += w b for the columns from `slab` on, with w as dot_rows leaves it for rows b0 .. b0 + 8 kTiles - 1 of b.
-template <typename T, int kD, int kTiles>
-__device__ __forceinline__ void add_weighted(const Acc<T> (&w)[kTiles][4], const Rows<const T>& b, int b0, int slab,
+template <typename T, int kD, int kTiles, typename R>
+__device__ __forceinline__ void add_weighted(const Acc<T> (&w)[kTiles][4], const R& b, int b0, int slab,
                                              Acc<T> (&sum)[kColumns<T>][4]) {
   const int g = threadIdx.x % 32 / 4, c = threadIdx.x % 4;
   constexpr int kChunks = kColumns<T> / kChunk<T>;
@@ -135,7 +137,7 @@ __device__ __forceinline__ void add_weighted(const Acc<T> (&w)[kTiles][4], const
 #pragma unroll
         for (int i = 0; i < kChunks; ++i) {
           const int column = slab + kColumns<T> * column_group(g) + i * kChunk<T>;
-          load_chunk<kD>(b, b0 + 8 * (j + s) + 2 * c + r, column, rows[s][r][i]);
+          load_chunk<T, kD>(b, b0 + 8 * (j + s) + 2 * c + r, column, rows[s][r][i]);
         }
       }
     }

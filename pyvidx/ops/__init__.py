@@ -1,3 +1,4 @@
+from pyvidx.ops.bank_attention import bank_attention
 from pyvidx.ops.gated_fusion import fusion_input, gated_fusion, output_gate
 from pyvidx.ops.memory_merge import memory_merge, memory_merge_
 from pyvidx.ops.memory_scan import MergePlan, memory_replay, memory_scan_, settle_
@@ -6,6 +7,7 @@ from pyvidx.ops.token_gather import token_gather
 
 __all__ = [
     "MergePlan",
+    "bank_attention",
     "fusion_input",
     "gated_fusion",
     "memory_merge",

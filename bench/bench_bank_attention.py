@@ -1,0 +1,54 @@
+"""Cross-attention of a Q-Former over MA-LMM's full visual bank: 32 queries, 257 positions, 12 heads of 64.
+
+"slots": a stream's frame, all slots as they lie, against torch's attention, for which they are contiguous. "table": 16
+frames of a clip, whose keys a table names, against a gather of each step's keys and torch's attention.
+"""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from bench.harness import Case, nbytes
+from pyvidx.ops.bank_attention import bank_attention
+
+QUERIES, POSITIONS, HEADS, WIDTH = 32, 257, 12, 768
+
+
+def attend(q, rows):
+    """q [t, n, D] over rows [t, any, 2D]"""
+    k, v = rows.view(*rows.shape[:2], 2, HEADS, -1).permute(2, 0, 3, 1, 4)
+    query = q.unflatten(-1, (HEADS, -1)).transpose(1, 2)
+    return F.scaled_dot_product_attention(query, k, v).transpose(1, 2).flatten(2)
+
+
+def case(path, M, dtype, device):
+    t = 16 if path == "table" else 1
+    S = M + 1 + (2 * t if path == "table" else 0)
+    q = torch.randn(1, t, QUERIES, WIDTH, device=device).to(dtype)
+    rows = torch.randn(1, S, POSITIONS, 2 * WIDTH, device=device).to(dtype)
+    table = torch.rand(1, t, POSITIONS, S, device=device).argsort(-1)[..., : M + 1].int() if path == "table" else None
+    positions = torch.arange(POSITIONS, device=device)[:, None]
+    steps = [None] if table is None else [(table[0, s].long() * POSITIONS + positions).flatten() for s in range(t)]
+
+    def eager():
+        found = rows[0].flatten(0, 1)
+        return torch.stack(
+            [attend(q[:, s], (found if i is None else found.index_select(0, i))[None]) for s, i in enumerate(steps)]
+        )
+
+    return Case(
+        "bank_attention",
+        {"path": path, "M": M, "t": t, "S": S},
+        dtype,
+        lambda: bank_attention(q, rows, table, HEADS),
+        eager,
+        bytes=nbytes(rows, q, q),
+        flops=4 * t * QUERIES * (M + 1) * POSITIONS * WIDTH,
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=lambda d: str(d).removeprefix("torch."))
+@pytest.mark.parametrize("M", [10, 20, 40])
+@pytest.mark.parametrize("path", ["slots", "table"])
+def test_bank_attention(path, M, dtype, device, measure):
+    measure(case(path, M, dtype, device))

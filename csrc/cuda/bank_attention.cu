@@ -1,0 +1,173 @@
+// A block per (b, step, head, split of the positions), a warp per 16 queries. Keys go in tiles of 64 (float: 32): the
+// block finds their rows in the table once, every warp reads them from global memory straight into mma's registers (a
+// second warp finds them in L1) and keeps a running softmax and its sums in registers. A second pass adds up the
+// splits. Traffic: 1 pass over the rows per step (steps share most of theirs, in L2). Arithmetic: 4 n D flops per key,
+// for 32 queries and 16 bits 32 per byte, on tensor cores.
+#include "pyvidx/bank_attention.h"
+#include "temporal_attention.cuh"
+
+namespace pyvidx::cuda {
+
+constexpr int kBankThreads = 128, kMergeThreads = 256;
+template <typename T>
+constexpr int kBankTiles = sizeof(T) == 2   ? 8
+                           : sizeof(T) == 4 ? 4
+                                            : 1;  // double is for checking gradients
+
+// Keys by their rows, which shared memory holds.
+template <typename T>
+struct Keys {
+  const T* const* row;
+  int64_t offset;  // of the part that is read: a head's keys or its values
+  int count, D;
+  __device__ __forceinline__ const T* at(int i) const { return row[i] == nullptr ? nullptr : row[i] + offset; }
+};
+
+// The partial sums of one head and split: see BankAttentionArgs.
+template <typename A>
+struct Partial {
+  A *sums, *largest, *total;
+  int ld;
+  __device__ __forceinline__ Partial(const BankAttentionArgs& a, int64_t head, int64_t split) {
+    const int64_t n = a.q.size[2];
+    ld = int(bank_attention_padded(a.q.size[3] / a.heads));
+    sums = a.partial.at<A>(head, split);
+    largest = sums + n * ld, total = largest + bank_attention_padded(n);
+  }
+};
+
+template <typename T, int kD, int kSlabs>
+__global__ __launch_bounds__(kBankThreads, 1) void bank_attention_kernel(BankAttentionArgs a) {
+  using A = Acc<T>;
+  constexpr int kTiles = kBankTiles<T>, kKeys = 8 * kTiles;
+  __shared__ const T* row[kKeys];
+  __shared__ A bias[kKeys];
+  const int64_t splits = a.partial.size[1], steps = a.q.size[1], N = a.rows.size[2];
+  const int64_t head = blockIdx.x / splits, split = blockIdx.x % splits, h = head % a.heads;
+  const int64_t b = head / a.heads / steps, s = head / a.heads % steps;
+  const int n = int(a.q.size[2]), d = int(a.q.size[3] / a.heads);
+  const int64_t L = a.table ? a.table.size[3] : a.rows.size[1];
+  const int64_t first = N * split / splits * L, last = N * (split + 1) / splits * L;
+  const int q0 = int(blockIdx.y * (blockDim.x / 32) + threadIdx.x / 32) * 16, c = threadIdx.x % 4;
+  const Rows<const T> q{a.q.at<const T>(b, s, 0, h * d), a.q.stride[2], n, d};
+  const A scale = A(a.scale * kLog2e);
+
+  A largest[2] = {A(kAbsent), A(kAbsent)}, total[2] = {};  // of rows g and g + 8; totals are of this lane's columns
+  A sums[kSlabs][kColumns<T>][4] = {};
+  for (int64_t k0 = first; k0 < last; k0 += kKeys) {
+    __syncthreads();  // the last tile has been read
+    for (int i = threadIdx.x; i < kKeys; i += blockDim.x) {
+      const int64_t p = (k0 + i) / L, j = (k0 + i) % L;
+      int64_t slot = -1;
+      if (k0 + i < last && (!a.mask || *a.mask.at<const int32_t>(b, p) != 0)) {
+        slot = a.table ? *a.table.at<const int32_t>(b, s, p, j) : j;
+      }
+      if (slot >= a.rows.size[1]) __trap();  // as index_select does
+      row[i] = slot < 0 ? nullptr : a.rows.at<const T>(b, slot, p);
+      bias[i] = slot < 0 ? A(kAbsent) : a.sizes ? A(log2(A(*a.sizes.at<const int32_t>(b, s, p, j)))) : A(0);
+    }
+    __syncthreads();
+    if (q0 >= n) continue;
+    const Keys<T> keys{row, h * d, kKeys, d}, values{row, (a.heads + h) * d, kKeys, d};
+    A w[kTiles][4], next[2] = {largest[0], largest[1]}, fade[2];
+    dot_rows<T, kD>(q, q0, keys, 0, w);
+    each_score(w, 0, [&](int key, int half, A& x) {
+      x = bias[key] == A(kAbsent) ? A(kAbsent) : x * scale + bias[key];
+      next[half] = x > next[half] ? x : next[half];
+    });
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      next[half] = quad_max(next[half]);
+      fade[half] = power_of_two(largest[half] - next[half]);
+      total[half] *= fade[half];
+      largest[half] = next[half];
+    }
+    each_score(w, 0, [&](int, int half, A& x) {
+      x = x == A(kAbsent) ? A(0) : power_of_two(x - largest[half]);
+      total[half] += x;
+    });
+#pragma unroll
+    for (int slab = 0; slab < kSlabs; ++slab) {
+#pragma unroll
+      for (int column = 0; column < kColumns<T>; ++column) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) sums[slab][column][i] *= fade[i / 2];
+      }
+      add_weighted<T, kD>(w, values, 0, slab * 8 * kColumns<T>, sums[slab]);
+    }
+  }
+  if (q0 >= n) return;
+  const Partial<A> to(a, head, split);
+#pragma unroll
+  for (int slab = 0; slab < kSlabs; ++slab) {
+    store_sums<kWhole>(sums[slab], Rows<A>{to.sums, to.ld, n, d}, q0, slab * 8 * kColumns<T>);
+  }
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    const int query = q0 + threadIdx.x % 32 / 4 + 8 * half;
+    total[half] = quad_sum(total[half]);
+    if (c == 0 && query < n) to.largest[query] = largest[half], to.total[query] = total[half];
+  }
+}
+
+// A thread per element of out.
+template <typename T>
+__global__ __launch_bounds__(kMergeThreads) void bank_attention_merge_kernel(BankAttentionArgs a) {
+  using A = Acc<T>;
+  const int64_t n = a.q.size[2], D = a.q.size[3], d = D / a.heads, steps = a.q.size[1];
+  const int64_t i = int64_t(blockIdx.x) * kMergeThreads + threadIdx.x;
+  if (i >= a.q.size[0] * steps * n * D) return;
+  const int64_t step = i / (n * D), query = i / D % n, column = i % D, head = step * a.heads + column / d;
+  A largest = A(kAbsent), total = 0, sum = 0;
+  for (int64_t split = 0; split < a.partial.size[1]; ++split) {
+    const A x = Partial<A>(a, head, split).largest[query];
+    largest = x > largest ? x : largest;
+  }
+  for (int64_t split = 0; split < a.partial.size[1]; ++split) {
+    const Partial<A> part(a, head, split);
+    const A factor = power_of_two(part.largest[query] - largest);
+    total += factor * part.total[query];
+    sum += factor * part.sums[query * part.ld + column % d];
+  }
+  *a.out.at<T>(step / steps, step % steps, query, column) = from_acc<T>(total > 0 ? sum / total : A(0));
+}
+
+}  // namespace pyvidx::cuda
+
+#ifndef __CUDACC_RTC__
+namespace pyvidx {
+
+using namespace cuda;
+
+void bank_attention_cuda(const BankAttentionArgs& args, cudaStream_t stream) {
+  const int64_t n = args.q.size[2], D = args.q.size[3], d = D / args.heads, warps = (n + 15) / 16;
+  const int64_t elements = args.q.size[0] * args.q.size[1] * n * D;
+  if (elements == 0) return;
+  if (d % 8 != 0 || d > kBankAttentionMaxWidth) {
+    throw std::invalid_argument("bank_attention: a head's width must be a multiple of 8 up to 128");
+  }
+  const unsigned threads = unsigned(32 * (warps < 4 ? warps : 4));
+  const dim3 blocks(unsigned(args.partial.size[0] * args.partial.size[1]), unsigned((warps + 3) / 4));
+  visit_dtype<float, double, __half, __nv_bfloat16>("bank_attention", args.q.dtype, [&](auto t) {
+    using T = typename decltype(t)::type;
+    constexpr int kSlabs = int(kBankAttentionMaxWidth) / (8 * kColumns<T>);
+    const bool vectorized = sizeof(T) <= 4 && vectorizable<T>(args.q) && vectorizable<T>(args.rows);
+    if constexpr (sizeof(T) <= 4) {
+      if (vectorized && d == 64) {
+        PYVIDX_LAUNCH((bank_attention_kernel<T, 64, 1>), blocks, threads, 0, stream, args);
+      } else if (vectorized) {
+        PYVIDX_LAUNCH((bank_attention_kernel<T, kWhole, kSlabs>), blocks, threads, 0, stream, args);
+      }
+    }
+    if (!vectorized) {
+      PYVIDX_LAUNCH((bank_attention_kernel<T, kRagged, kSlabs>), blocks, threads, 0, stream, args);
+    }
+    check_launch("bank_attention_kernel");
+    const unsigned merge_blocks = unsigned((elements + kMergeThreads - 1) / kMergeThreads);
+    PYVIDX_LAUNCH((bank_attention_merge_kernel<T>), merge_blocks, kMergeThreads, 0, stream, args);
+    check_launch("bank_attention_merge_kernel");
+  });
+}
+
+}  // namespace pyvidx
+#endif

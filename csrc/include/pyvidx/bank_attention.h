@@ -1,0 +1,40 @@
+// bank_attention: few queries over the many rows of a memory, which a table of slots names.
+//
+//   y[b, s, i] = sum_(p, j) softmax_(p, j)(scale <q[b, s, i], k> + log sizes[b, s, p, j]) v   per head,
+//   (k, v) = rows[b, table[b, s, p, j], p]
+//
+// (The Q-Former over MA-LMM's memory bank, arXiv:2404.05726, section 3.2.) Neither the gathered rows nor the scores
+// reach memory: the keys are cut into splits, each keeps a running softmax of its own, a second pass adds them up.
+#pragma once
+#include "pyvidx/executor.h"
+#include "pyvidx/view.h"
+
+struct CUstream_st;  // cudaStream_t, so that no CUDA header is needed here
+
+namespace pyvidx {
+
+constexpr int64_t kBankAttentionMaxWidth = 128;  // of a head: a GPU keeps its sums in registers
+
+struct BankAttentionArgs {
+  View<4> q;        // [B, t, n, H * d]  in, any strides but the last, which is 1; d a multiple of 8
+  View<4> rows;     // [B, S, N, 2 * H * d]  in, dtype of q, likewise: keys, then values
+  View<4> table;    // [B, t, N, L]  in, i32: slots < S, negative where there is no key. Optional: all slots, L = S
+  View<4> sizes;    // [B, t, N, L]  in, i32, 1 or more, optional
+  View<2> mask;     // [B, N]        in, i32, 0: a position that nobody attends to. Optional
+  View<4> out;      // [B, t, n, H * d]  out, dtype of q
+  View<3> partial;  // [B * t * H, splits, bank_attention_partial(n, d)]  scratch, contiguous, aligned to 16 bytes, f32
+                    // (f64 for f64); the caller chooses splits >= 1: more for more threads or blocks
+  int64_t heads;
+  double scale;
+};
+
+// What one split leaves of one head: its sums [n][padded d], largest scores and totals [padded n] each.
+PYVIDX_INLINE int64_t bank_attention_padded(int64_t n) { return (n + 15) / 16 * 16; }
+PYVIDX_INLINE int64_t bank_attention_partial(int64_t n, int64_t d) {
+  return n * bank_attention_padded(d) + 2 * bank_attention_padded(n);
+}
+
+void bank_attention_cpu(const BankAttentionArgs& args, const Executor& executor);
+void bank_attention_cuda(const BankAttentionArgs& args, CUstream_st* stream);
+
+}  // namespace pyvidx

@@ -1,0 +1,176 @@
+import pytest
+import torch
+
+from pyvidx.ops.bank_attention import bank_attention, gradients, reference
+from tests.harness import DEVICES, DTYPES, assert_close_to_reference, assert_gradients_close, poisoned, randn
+
+# B, t, n, N, S, L, heads, d: one of each; odd; the papers' width; more keys than a tile; several splits; the widest
+CASES = [
+    (1, 1, 1, 1, 1, 1, 1, 8),
+    (2, 3, 5, 3, 4, 3, 2, 24),
+    (1, 2, 17, 7, 6, 5, 1, 64),
+    (2, 1, 33, 13, 9, 7, 2, 88),
+    (1, 1, 9, 53, 12, 11, 2, 16),
+    (1, 2, 4, 5, 30, 21, 1, 128),
+]
+op = torch.ops.pyvidx.bank_attention
+
+
+def inputs(shape, device="cpu", dtype=torch.float32, tabled=True):
+    """q, rows, table, sizes, mask, heads, scale; a fifth of the table's entries name nothing."""
+    B, t, n, N, S, L, H, d = shape
+    g = torch.Generator().manual_seed(5)
+    table = torch.rand(B, t, N, S, generator=g).argsort(-1)[..., :L].int()
+    table[torch.rand(table.shape, generator=g) < 0.2] = -1
+    sizes = torch.randint(1, 9, table.shape if tabled else (B, t, N, S), generator=g, dtype=torch.int32)
+    mask = (torch.rand(B, N, generator=g) < 0.8).int()
+    mask[:, 0] = 1
+    q = randn(B, t, n, H * d, dtype=dtype, device=device)
+    rows = randn(B, S, N, 2 * H * d, dtype=dtype, device=device, seed=2)
+    return q, rows, table.to(device) if tabled else None, sizes.to(device), mask.to(device), H, d**-0.5
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("tabled", [True, False], ids=["table", "all"])
+@pytest.mark.parametrize("shape", CASES, ids=str)
+def test_forward(shape, tabled, dtype, device):
+    q, rows, table, sizes, mask, *rest = inputs(shape, device, dtype, tabled)
+    assert_close_to_reference(op, reference, (q, rows, table, sizes, mask, *rest))
+    assert_close_to_reference(op, reference, (q, rows, table, None, None, *rest))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_is_attention(dtype, device):
+    """Against torch's own attention: of rows that lie aligned, and of a size k as of k copies."""
+    q, rows = randn(2, 1, 8, 128, dtype=dtype, device=device, sliced=False), randn(2, 3, 5, 256, sliced=False)
+    rows = rows.to(device, dtype)
+    sizes = torch.randint(1, 4, (2, 1, 5, 3), dtype=torch.int32, device=device)
+
+    def plain(q, rows):
+        heads = []
+        for b in range(2):
+            copied = rows[b].transpose(0, 1).reshape(15, -1).repeat_interleave(sizes[b].flatten(), dim=0)
+            k, v = copied.view(-1, 2, 2, 64).permute(1, 2, 0, 3)
+            query = q[b, 0].view(8, 2, 64).transpose(0, 1)
+            y = torch.nn.functional.scaled_dot_product_attention(query[None], k[None], v[None])[0]
+            heads.append(y.transpose(0, 1).flatten(1))
+        return torch.stack(heads)[:, None]
+
+    assert_close_to_reference(lambda q, rows: bank_attention(q, rows, None, 2, sizes=sizes), plain, (q, rows))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("tabled", [True, False], ids=["table", "all"])
+def test_backward(tabled, dtype, device):
+    q, rows, *rest = inputs((2, 3, 5, 3, 4, 3, 2, 8), device, dtype, tabled)
+    assert_gradients_close(op, reference, (q.requires_grad_(), rows.requires_grad_(), *rest))
+
+
+@pytest.mark.parametrize("tabled", [True, False], ids=["table", "all"])
+def test_gradcheck(tabled):
+    q, rows, *rest = inputs((1, 2, 2, 2, 3, 2, 1, 8), dtype=torch.float64, tabled=tabled)
+    q, rows = q.contiguous().requires_grad_(), rows.contiguous().requires_grad_()
+    assert torch.autograd.gradcheck(lambda q, rows: op(q, rows, *rest), (q, rows))
+
+
+def test_gradient_of_a_slot_named_twice():
+    q, rows, table, sizes, mask, *rest = inputs((1, 2, 3, 2, 3, 3, 1, 8), dtype=torch.float64)
+    table[...] = torch.tensor([2, 0, 2], dtype=torch.int32)
+    q.requires_grad_(), rows.requires_grad_()
+    out = reference(q, rows, table, sizes, mask, *rest)
+    grad = randn(*out.shape, dtype=torch.float64, seed=4)
+    expected = torch.autograd.grad(out, (q, rows), grad)
+    torch.testing.assert_close(gradients(grad, q, rows, table, sizes, mask, *rest), expected)
+    torch.testing.assert_close(op(q, rows, table, sizes, mask, *rest), out)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_steps_without_keys(device):
+    q, rows, table, sizes, mask, heads, _ = inputs((2, 3, 5, 3, 4, 3, 2, 24), device)
+    table[:, 1] = -1
+    y = bank_attention(q, rows, table, heads, sizes=sizes)
+    assert y[:, 1].abs().max() == 0 and y[:, [0, 2]].abs().min(dim=-1).values.min() > 0
+    assert bank_attention(q, rows, table, heads, mask=torch.zeros_like(mask).bool()).abs().max() == 0
+    for none in (rows[:, :0], rows[:, :, :0]):
+        assert bank_attention(q, none, None, heads).abs().max() == 0
+    assert bank_attention(q[:, :0], rows, None, heads).shape == (2, 0, 5, 48)
+    assert bank_attention(q[:, :, :0], rows, None, heads).shape == (2, 3, 0, 48)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_huge_scores(dtype, device):
+    """Scores of hundreds that grow from block to block: e^score overflows, the running softmax does not."""
+    q, rows, *_ = inputs((1, 1, 5, 40, 4, 4, 1, 16), device, dtype)
+    slack = 40 if dtype == torch.float32 else 1  # a score of 600 is itself rounded by 3e-5, whatever the order of sums
+    for scale in (20.0, -20.0):
+        assert_close_to_reference(op, reference, (q, rows, None, None, None, 1, scale), slack=slack)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_out_and_strides(device):
+    q, rows, table, sizes, mask, heads, scale = inputs((2, 3, 5, 3, 4, 3, 2, 24), device)
+    expected = op(q, rows, table, sizes, mask, heads, scale)
+    out = poisoned((2, 3, 5, 50), q)[..., :48]
+    assert bank_attention(q, rows, table, heads, sizes=sizes, mask=mask.bool(), out=out) is out
+    assert torch.equal(out, expected)
+    turned = [x.transpose(1, 3).contiguous().transpose(1, 3) for x in (q, rows)]  # last stride is not 1
+    assert torch.equal(op(*turned, table, sizes, mask, heads, scale), expected)
+    with pytest.raises(ValueError, match="out= has no gradient"):
+        bank_attention(q.requires_grad_(), rows, table, heads, out=out)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_deterministic(device):
+    args = inputs((1, 1, 9, 53, 12, 11, 2, 16), device)
+    assert torch.equal(op(*args), op(*args))
+
+
+def test_registration():
+    q, rows, *rest = inputs((1, 2, 3, 2, 3, 2, 1, 8))
+    q, rows = q.contiguous(), rows.contiguous()
+    torch.library.opcheck(op.default, (q.clone().requires_grad_(), rows.clone().requires_grad_(), *rest))
+    torch.library.opcheck(torch.ops.pyvidx.bank_attention_out.default, (q, rows, *rest, torch.empty_like(q)))
+
+
+def test_compiled():
+    q, rows, table, sizes, mask, heads, _ = inputs((1, 2, 3, 2, 3, 2, 1, 8))
+
+    def double(q):
+        return bank_attention(q, rows, table, heads, sizes=sizes, mask=mask.bool()) * 2
+
+    f = torch.compile(double, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(f(q), double(q))
+
+
+def test_autocast_takes_the_low_dtype():
+    q, rows, table, _, _, heads, _ = inputs((1, 2, 3, 2, 3, 2, 1, 8))
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = bank_attention(q.bfloat16(), rows.bfloat16(), table, heads)
+        assert torch.equal(bank_attention(q, rows, table, heads), expected)
+
+
+@pytest.mark.parametrize(
+    "change, error, message",
+    [
+        (lambda q, r, t, s, m: (q[0], r, t, 2, s, m), ValueError, r"q must be \[B, t, n, D\]"),
+        (lambda q, r, t, s, m: (q, r[..., 1:], t, 2, s, m), ValueError, r"rows must be \[B, S, N, 2D\]"),
+        (lambda q, r, t, s, m: (q, r.double(), t, 2, s, m), ValueError, "rows must have the dtype"),
+        (lambda q, r, t, s, m: (q, r, t, 3, s, m), ValueError, "D = 16, heads = 3"),
+        (lambda q, r, t, s, m: (q, r, t, 4, s, m), ValueError, "multiple of 8"),
+        (lambda q, r, t, s, m: (q, r, t.long(), 2, s, m), ValueError, "table must be int32"),
+        (lambda q, r, t, s, m: (q, r, t[:, :1], 2, s, m), ValueError, r"table must be int32 \[B, t, N, L\]"),
+        (lambda q, r, t, s, m: (q, r, t, 2, s.float(), m), ValueError, "sizes must be int32"),
+        (lambda q, r, t, s, m: (q, r, None, 2, s, m), ValueError, r"sizes must be \[B, t, N, 4\]"),
+        (lambda q, r, t, s, m: (q, r, t, 2, s, m[:, 1:]), ValueError, r"mask must be bool \[B, N\]"),
+        (lambda q, r, t, s, m: (q, r, t + 2, 2, s, m), IndexError, "slots below 4, got 5"),
+    ],
+)
+def test_rejects(change, error, message):
+    q, rows, table, sizes, mask, *_ = inputs((1, 2, 3, 5, 4, 3, 2, 8))
+    q, rows, table, heads, sizes, mask = change(q, rows, table, sizes, mask.bool())
+    with pytest.raises(error, match=message):
+        bank_attention(q, rows, table, heads, sizes=sizes, mask=mask)
