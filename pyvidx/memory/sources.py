@@ -5,8 +5,6 @@ and its own rows. Keys and values are affine in the rows of a bank and the weigh
 banks are kept beside them and merged as they are, and only the newest frame is ever projected.
 """
 
-from collections import deque
-from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -14,7 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pyvidx.memory.qformer import Prompt, QFormer, attention
+from pyvidx.ops.bank_attention import bank_attention
 from pyvidx.ops.memory_merge import MemoryState, memory_merge_, rows_in_order
+from pyvidx.ops.memory_scan import MergePlan, memory_replay, memory_scan_, settle_
 
 
 class Memories(NamedTuple):
@@ -118,89 +118,85 @@ class FrameSource:
 class PushSource(FrameSource):
     """Writes t frames into the memories, and reads at each what was there then.
 
-    The visual bank depends on the frames alone: it is advanced first. Of t > 1 frames the merges are recorded, and
-    every layer replays them on its own keys and values while it attends: layer by layer over all frames, so that each
-    projection is one GEMM for all of them.
+    One frame is merged in place and its slots are read as they lie. Of t > 1 frames each bank's merges are planned in
+    one scan; what is attached to it is replayed by that plan into one list, in which every frame reads the rows that
+    its table names: layer by layer over all frames, so that each projection is one GEMM for all of them.
     """
 
     def __init__(self, qformer: QFormer, memories: Memories, frames: Tensor, weighted: bool):
         super().__init__(qformer, memories.prompt, frames)
         self.memories, self.weighted = memories, weighted
-        visual, t = memories.visual, frames.shape[1]
+        visual = memories.visual
         if visual is None:
             return
-        rows = frames.to(visual.bank.dtype)
-        if t == 1 or not visual.attached:
-            kvs = [()] * t
-            if visual.attached:
-                kv = qformer.keys_values(frames[:, 0].to(qformer.keys_values.weight.dtype))
-                kvs = [kv.to(visual.attached[0].dtype).chunk(len(visual.attached), dim=2)]
-            for s in range(t):
-                memory_merge_(*visual[:5], rows[:, s], visual.attached, kvs[s], weighted=weighted)
+        rows, kv = frames.to(visual.bank.dtype), ()
+        if frames.shape[1] > 1:
+            self.plan = memory_scan_(*visual[:5], rows, weighted=weighted)  # the bank depends on the frames alone
             return
-        self.before = tuple(x.clone() for x in (visual.sizes, visual.order, visual.length))
-        steps = [memory_merge_(*visual[:5], rows[:, s], weighted=weighted) for s in range(t)]
-        index = torch.stack(steps).long().clamp_min(0)[..., None]  # [t, B, P, 1]
-        self.plan = visual.similarity.new_zeros(t, *visual.similarity.shape).scatter_(3, index, 1.0)
+        if visual.attached:
+            kv = qformer.keys_values(frames[:, 0].to(qformer.keys_values.weight.dtype))
+            kv = kv.to(visual.attached[0].dtype).chunk(len(visual.attached), dim=2)
+        memory_merge_(*visual[:5], rows[:, 0], visual.attached, kv, weighted=weighted)
 
     def self_attention(self, i: int, x: Tensor, qkv: Tensor) -> Tensor:
         if not self.memories.query:
             return super().self_attention(i, x, qkv)
-        (kept,), D, steps = self.memories.query[i].attached, x.shape[3], []
-        for s in self.remember(i, x, qkv[..., D:]):
-            steps.append(self.attend_entries(qkv[:, s, :, :D], slots(kept, self._stored(s)), x.shape[2]))
-        return torch.stack(steps, dim=1)
-
-    def remember(self, i: int, x: Tensor, keys_values: Tensor) -> Iterator[int]:
-        """Push layer i's rows x [R, t, N, D] into its query bank, with keys and values [R, t, N, 2D]; each s, after."""
-        memory = self.memories.query[i]
-        rows, keys_values = x.to(memory.bank.dtype), keys_values.to(memory.attached[0].dtype)  # they differ in autocast
-        for s in range(x.shape[1]):
-            memory_merge_(*memory[:5], rows[:, s], memory.attached, (keys_values[:, s],), weighted=self.weighted)
-            yield s
-
-    def remember_last(self, x: Tensor) -> Tensor:
-        """The same of the last layer, whose output nobody needs before an answer is asked for. Returns x."""
-        i, t, D = len(self.memories.query) - 1, x.shape[1], x.shape[3]
-        if self.memories.visual is not None and i in self.qformer.config.cross_layers and t > 1:
-            step = self._replay(i)
-            for s in range(t):
-                step(s)
-        if self.memories.query[i] is not None:
-            qkv = self.qformer.layers[i].qkv
-            deque(self.remember(i, x, F.linear(x, qkv.weight[D:], qkv.bias[D:])), maxlen=0)
-        return x
+        D = x.shape[3]
+        return self.read(qkv[..., :D], *self.remember(i, x, qkv[..., D:]), self.prompt.mask)
 
     def cross_attention(self, i: int, q: Tensor) -> Tensor:
         visual = self.memories.visual
         if visual is None:
             return super().cross_attention(i, q)
-        attached, q = visual.attached[self.qformer.config.cross_layers.index(i)], self.by_video(q)
-        step = self._replay(i) if q.shape[1] > 1 else lambda s: None
+        return self.by_question(self.read(self.by_video(q), *self.replayed(i)))
+
+    def remember(self, i: int, x: Tensor, keys_values: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Push layer i's rows x [R, t, N, D] into its query bank, with keys and values [R, t, N, 2D] -> see `read`."""
+        memory = self.memories.query[i]
+        (kept,), rows = memory.attached, x.to(memory.bank.dtype)
+        kv = keys_values.to(kept.dtype)  # they differ in autocast
+        if x.shape[1] == 1:
+            memory_merge_(*memory[:5], rows[:, 0], memory.attached, (kv[:, 0],), weighted=self.weighted)
+            return kept, None
+        plan = memory_scan_(*memory[:5], rows, weighted=self.weighted)
+        return self._replay(kept, kv, plan, memory.order), plan.table
+
+    def replayed(self, i: int) -> tuple[Tensor, Tensor | None]:
+        """The same of the frames' keys and values in layer i's cross-attention; the visual bank is advanced already."""
+        visual = self.memories.visual
+        kept = visual.attached[self.qformer.config.cross_layers.index(i)]
+        if self.frames.shape[1] == 1:
+            return kept, None
+        kv = self.project(i, self.frames).to(kept.dtype)
+        return self._replay(kept, kv, self.plan, visual.order), self.plan.table
+
+    def remember_last(self, x: Tensor) -> Tensor:
+        """Both of the last layer, whose output nobody needs before an answer is asked for. Returns x."""
+        i, D = len(self.memories.query) - 1, x.shape[3]
+        if self.memories.visual is not None and i in self.qformer.config.cross_layers:
+            self.replayed(i)
+        if self.memories.query[i] is not None:
+            qkv = self.qformer.layers[i].qkv
+            self.remember(i, x, F.linear(x, qkv.weight[D:], qkv.bias[D:]))
+        return x
+
+    def read(self, q: Tensor, rows: Tensor, table: Tensor | None, mask: Tensor | None = None) -> Tensor:
+        """q [b, t, n, D] over rows [b, S, N, 2D] by table [b, t, N, M+1]; None: slots, all that are filled."""
+        if not self.dropout:
+            return bank_attention(
+                q, rows[:, : self._stored(0)] if table is None else rows, table, self.heads, mask=mask
+            )
         steps = []
         for s in range(q.shape[1]):
-            step(s)
-            steps.append(self.attend(q[:, s], slots(attached, self._stored(s))))
-        return self.by_question(torch.stack(steps, dim=1))
+            kept = rows[:, : self._stored(0)] if table is None else rows_in_order(rows, table[:, s], self._stored(s))
+            padding = None if mask is None else mask.repeat(1, kept.shape[1])
+            steps.append(self.attend(q[:, s], kept.flatten(1, 2), padding))
+        return torch.stack(steps, dim=1)
 
-    def _replay(self, i: int) -> Callable[[int], None]:
-        """A function of s that takes layer i's keys and values through the merge and the frame of step s.
-
-        The op chooses by its cached similarities: the plan, put in their place, makes it choose as before.
-        """
-        attached = self.memories.visual.attached[self.qformer.config.cross_layers.index(i)]
-        B, slots_, P, _ = attached.shape
-        kv = self.project(i, self.frames).to(attached.dtype)  # [B, t, P, 2D]
-        sizes, order, length = (x.clone() for x in self.before)
-        chosen = torch.empty_like(self.plan[0])
-        nothing, no_frame = attached.new_zeros(B, slots_, P, 1), attached.new_zeros(B, P, 1)
-
-        def step(s: int) -> None:
-            chosen.copy_(self.plan[s])
-            frame = (no_frame, (attached,), (kv[:, s],))
-            memory_merge_(nothing, sizes, order, chosen, length, *frame, weighted=self.weighted)
-
-        return step
+    def _replay(self, kept: Tensor, kv: Tensor, plan: MergePlan, order: Tensor) -> Tensor:
+        extended = memory_replay(kept, kv, plan, weighted=self.weighted)
+        settle_(kept, extended, plan, order)
+        return extended
 
     def _stored(self, s: int) -> int:
         """Entries at frame s of these, itself among them."""
