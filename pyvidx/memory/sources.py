@@ -15,6 +15,7 @@ from torch import Tensor
 
 from pyvidx.memory.qformer import Prompt, QFormer, attention
 from pyvidx.ops.memory_merge import MemoryState, memory_merge_, rows_in_order
+from pyvidx.ops.memory_scan import memory_scan_
 
 
 class Memories(NamedTuple):
@@ -130,18 +131,19 @@ class PushSource(FrameSource):
         if visual is None:
             return
         rows = frames.to(visual.bank.dtype)
-        if t == 1 or not visual.attached:
-            kvs = [()] * t
-            if visual.attached:
-                kv = qformer.keys_values(frames[:, 0].to(qformer.keys_values.weight.dtype))
-                kvs = [kv.to(visual.attached[0].dtype).chunk(len(visual.attached), dim=2)]
-            for s in range(t):
-                memory_merge_(*visual[:5], rows[:, s], visual.attached, kvs[s], weighted=weighted)
+        if t == 1 and visual.attached:
+            kv = qformer.keys_values(frames[:, 0].to(qformer.keys_values.weight.dtype))
+            kvs = kv.to(visual.attached[0].dtype).chunk(len(visual.attached), dim=2)
+            memory_merge_(*visual[:5], rows[:, 0], visual.attached, kvs, weighted=weighted)
             return
         self.before = tuple(x.clone() for x in (visual.sizes, visual.order, visual.length))
-        steps = [memory_merge_(*visual[:5], rows[:, s], weighted=weighted) for s in range(t)]
-        index = torch.stack(steps).long().clamp_min(0)[..., None]  # [t, B, P, 1]
-        self.plan = visual.similarity.new_zeros(t, *visual.similarity.shape).scatter_(3, index, 1.0)
+        M = visual.similarity.shape[2]
+        entries = visual.order.where(torch.arange(M + 1, device=rows.device) < visual.length[:, None, None], -1)
+        plan = memory_scan_(*visual[:5], rows, weighted=weighted)
+        if not visual.attached:
+            return
+        entries = torch.cat([entries[:, None], plan.table[:, :-1]], dim=1)  # [B, t, P, M+1], before each step
+        self.plan = (entries[..., :M] == plan.sources[..., :1]).transpose(0, 1).float()  # [t, B, P, M]
 
     def self_attention(self, i: int, x: Tensor, qkv: Tensor) -> Tensor:
         if not self.memories.query:
