@@ -1,8 +1,8 @@
 """A clip through the memory bank, and its merges on one layer's keys and values, at MA-LMM's sizes: 257 tokens.
 
 Against the steps one by one: t calls of memory_merge_, and of memory_merge_ on the layer's rows alone. Floors: the scan
-reads the clip and writes its plan, with the bank read and written once; the replay reads M + 1 + t rows per position
-and writes M + 1 + 2t.
+reads the clip, writes its plan and the frames that find a slot; the replay reads M + 1 + t rows per position and writes
+M + 1 + 2t.
 """
 
 import pytest
@@ -37,7 +37,7 @@ def scan_case(M, device):
     plan = memory_scan_(*state[:5], clip)
     return Case("memory_scan_", {"B": 1, "T": T, "M": M, "N": N, "C": C}, torch.float32,
                 lambda: memory_scan_(*state[:5], clip), eager, compiled=False,
-                bytes=nbytes(clip, *plan) + 2 * nbytes(state.bank))  # fmt: skip
+                bytes=nbytes(clip, *plan) + nbytes(clip[:, : M + 1]))  # fmt: skip
 
 
 def replay_case(M, dtype, device):
