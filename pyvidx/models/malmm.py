@@ -1,11 +1,13 @@
 """MA-LMM (arXiv:2404.05726): a Q-Former that walks through a video with two memory banks, in constant memory."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from pyvidx.backbones.eva import EVAVision
+from pyvidx.integrations.language import Language
 from pyvidx.memory.qformer import Prompt, QFormer
 from pyvidx.memory.sources import FrameSource, LastSource, Memories, PushSource, ReadSource
 from pyvidx.models import files
@@ -60,6 +62,7 @@ class MALMM(nn.Module):
         length: int = 20,
         visual: bool = True,
         query: bool = True,
+        frames: Sequence[int] | None = None,
     ) -> Tensor:
         """Videos to tokens for a language model.
 
@@ -70,12 +73,16 @@ class MALMM(nn.Module):
             pixels: [B, T, 3, h, w], normalized.
             text_ids, text_mask: the instruction, see QFormer.prompt.
             length, visual, query: see `encode`.
+            frames: B numbers from 1 to T, where the videos of the batch are not all of T frames: what comes after is
+                padding, and each video gives what it gives alone.
 
         Returns:
             [B, Q, llm_width], or [B, G, Q, llm_width] of G questions; length = 0: T * Q tokens instead of Q.
         """
         if pixels.dim() != 5 or pixels.shape[1] == 0:
             raise ValueError(f"MALMM: pixels must be [B, T, 3, h, w] with T >= 1, got {tuple(pixels.shape)}")
+        if frames is not None:
+            return self._ragged(pixels, frames, text_ids, text_mask, length, visual, query)
         prompt = self.prompt(text_ids, text_mask, batch=pixels.shape[0])
         if length and torch.is_grad_enabled():
             with torch.no_grad():
@@ -84,6 +91,51 @@ class MALMM(nn.Module):
         else:
             parts = (self.features(pixels),)
         return self.project(self._encode(parts, prompt, length, visual, query, chunk=32))
+
+    def _ragged(self, pixels, frames, text_ids, text_mask, length: int, visual: bool, query: bool) -> Tensor:
+        """Videos of one length at a time: each at full speed, and nothing of the padding is worked on."""
+        counts = torch.as_tensor(frames)
+        if counts.shape != pixels.shape[:1] or not bool(((counts >= 1) & (counts <= pixels.shape[1])).all()):
+            raise ValueError(f"MALMM: frames must be B numbers from 1 to T = {pixels.shape[1]}, got {frames}")
+        if length == 0 and len(counts.unique()) > 1:
+            raise ValueError("MALMM: without memory (length=0) tokens are as many as frames: all videos must have T")
+        out: list[Tensor] = [pixels] * len(counts)
+        for T in counts.unique().tolist():
+            rows = (counts == T).nonzero().flatten().tolist()
+            text = [None if x is None else x[rows] for x in (text_ids, text_mask)]
+            tokens = self(pixels[rows, :T], *text, length=length, visual=visual, query=query)
+            for row, found in zip(rows, tokens):
+                out[row] = found
+        return torch.stack(out)
+
+    def generate(
+        self, pixels: Tensor, prompts: Sequence, language: Language, *, memory: dict | None = None, **options
+    ) -> list:
+        """Questions about videos, answered in words.
+
+        Args:
+            pixels: [B, T, 3, h, w], normalized.
+            prompts: B instructions, or B lists of G questions: those about one video share its visual bank.
+            language: the causal language model, whose width is this model's llm_width.
+            memory: `length`, `visual`, `query` and `frames` of `forward`.
+            options: of Language.generate (num_beams, max_new_tokens, num_return_sequences, ...).
+
+        Returns:
+            as prompts, an answer in place of each.
+        """
+        with torch.no_grad():
+            tokens = self(pixels, *language.question_ids(prompts), **(memory or {}))
+        return language.generate(tokens, prompts, **options)
+
+    def loss(
+        self, pixels: Tensor, prompts: Sequence, answers: Sequence, language: Language, *, memory: dict | None = None
+    ) -> Tensor:
+        """The training loss: mean cross-entropy of the answers' tokens, see Language.loss; arguments as in generate.
+
+        Gradients flow through the last frame alone, see `forward`.
+        """
+        tokens = self(pixels, *language.question_ids(prompts), **(memory or {}))
+        return language.loss(tokens, prompts, answers)
 
     def features(self, pixels: Tensor) -> Tensor:
         """ln_vision(ViT(x)) of frames, all in one batch. [..., 3, h, w] -> [..., P, C], class token first."""
@@ -107,6 +159,7 @@ class MALMM(nn.Module):
         length: int = 20,
         visual: bool = True,
         query: bool = True,
+        bank_dtype: torch.dtype | None = None,
     ) -> Memories:
         """Empty memories.
 
@@ -115,6 +168,8 @@ class MALMM(nn.Module):
             length: M, entries of each bank.
             visual, query: have that bank. Without the query bank a push only fills the visual one, the Q-Former runs at
                 `ask`, and that takes any prompt.
+            bank_dtype: of the rows that similarities are taken of. None: float32, also where the weights are 16-bit.
+                A 16-bit bank is half as large, but its rounding makes other pairs merge (README, "Precision").
         """
         if prompt is None and (query or batch is None):
             raise ValueError("MALMM: start needs a prompt, or query=False and batch=B")
@@ -124,8 +179,7 @@ class MALMM(nn.Module):
         q, weight = self.config.qformer, self.qformer.keys_values.weight
 
         def bank(rows: int, N: int, width: int, attached: int) -> MemoryState:
-            # The rows that similarities are taken of stay in float32: rounded ones choose other pairs.
-            kept = torch.promote_types(weight.dtype, torch.float32)
+            kept = bank_dtype or torch.promote_types(weight.dtype, torch.float32)
             return new_state(rows, length, N, width, kept, weight.device, (2 * q.width,) * attached, weight.dtype)
 
         banks = ()

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from pyvidx.ops import gated_fusion_reference as plain
 from pyvidx.ops._library import define, require, require_floating, require_out
-from pyvidx.ops.token_gather import source_table
+from pyvidx.ops.token_gather import check_keep, source_table
 
 Norm = tuple[Tensor, Tensor] | tuple[Tensor, Tensor, float]
 
@@ -163,15 +163,7 @@ def _check_tokens(op, x, keep, pair):
     require(not pair or T % 2 == 0, f"{op}: pair needs an even number of frames", x)
     T, P = T // 2 if pair else T, N - 1
     if keep is not None:
-        int64 = keep.dtype == torch.int64 and keep.device == x.device
-        require(int64, f"{op}: keep must be int64 on x's device", keep, x)
-        known = keep.dim() in (2, 3) and keep.shape[0] in (1, B)
-        require(known, f"{op}: keep must be [B or 1, K] (a tube) or [B or 1, S, K]", keep, x)
-        if x.device.type == "cpu" and keep.numel() and not torch.compiler.is_compiling():
-            low, high = torch.aminmax(keep)
-            limit = P if keep.dim() == 2 else T * P
-            if low < 0 or high >= limit:
-                raise IndexError(f"{op}: keep must be in [0, {limit}), got {int(low)} to {int(high)}")
+        check_keep(op, keep, x, T, P)
     return B, T, P, C
 
 

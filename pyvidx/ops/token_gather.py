@@ -50,15 +50,7 @@ def _check(x, keep, position, time):
     require(x.dim() == 4, "token_gather: x must be [B, T, P, C]", x)
     B, T, P, C = x.shape
     require_floating("token_gather", x=x, position=position, time=time)
-    require(
-        keep.dtype == torch.int64 and keep.device == x.device, "token_gather: keep must be int64 on x's device", keep, x
-    )
-    require(
-        keep.dim() in (2, 3) and keep.shape[0] in (1, B),
-        "token_gather: keep must be [B or 1, K] (a tube) or [B or 1, S, K]",
-        keep,
-        x,
-    )
+    check_keep("token_gather", keep, x, T, P)
     require(
         position is None or tuple(position.shape) == (P, C), "token_gather: position must be [P, C] of x", position, x
     )
@@ -68,11 +60,18 @@ def _check(x, keep, position, time):
         time,
         x,
     )
+
+
+def check_keep(op: str, keep: Tensor, x: Tensor, T: int, P: int) -> None:
+    """Raise unless keep is an index of the T * P tokens of each video of x [B, ...], as token_gather takes it."""
+    require(keep.dtype == torch.int64 and keep.device == x.device, f"{op}: keep must be int64 on x's device", keep, x)
+    known = keep.dim() in (2, 3) and keep.shape[0] in (1, x.shape[0])
+    require(known, f"{op}: keep must be [B or 1, K] (a tube) or [B or 1, S, K]", keep, x)
     if x.device.type == "cpu" and keep.numel() and not torch.compiler.is_compiling():
         low, high = torch.aminmax(keep)
         limit = P if keep.dim() == 2 else T * P
         if low < 0 or high >= limit:
-            raise IndexError(f"token_gather: keep must be in [0, {limit}), got {int(low)} to {int(high)}")
+            raise IndexError(f"{op}: keep must be in [0, {limit}), got {int(low)} to {int(high)}")
 
 
 def flat_index(keep: Tensor, B: int, T: int, P: int) -> Tensor:
