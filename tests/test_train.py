@@ -1,7 +1,9 @@
 """Training: the recipe's numbers, resuming to the same bits, two processes as one, and the command from end to end."""
 
+import json
 import os
 import socket
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -9,12 +11,19 @@ import pytest
 import torch
 from torch import nn
 
-from pyvidx.integrations.malmm_checkpoints import export_malmm
+import pyvidx.train
+from pyvidx.__main__ import main as pyvidx_main
+from pyvidx.cli.train import Shown
+from pyvidx.cli.train import main as train_command
+from pyvidx.integrations.malmm_checkpoints import export_malmm, load_malmm_weights
 from pyvidx.models import MALMM
 from pyvidx.train import Ranks, Recipe, State, Task, ranks, train
 from pyvidx.train.data import plan, random_box, rows
 from pyvidx.train.loop import CHECKPOINT
-from pyvidx.train.recipe import decays, groups, learning_rate
+from pyvidx.train.malmm import Config
+from pyvidx.train.recipe import decays, groups, learning_rate, load
+from pyvidx.video import write
+from tests.torchvision_shim import mend_torchvision
 
 PLAIN = dict(epochs=3, batch=4, warmup=3, peak_lr=0.05, amp="none", save_every=2)
 
@@ -151,9 +160,9 @@ def test_a_checkpoint_of_another_run_is_refused(tmp_path):
 
 
 def test_accumulated_micro_batches_are_one_batch(tmp_path):
-    # A warm-up that is over at once: it counts micro-batches.
-    small = Recipe(**{**PLAIN, "batch": 2, "accumulation": 4, "warmup": 0})
-    large = Recipe(**{**PLAIN, "batch": 8, "warmup": 0})
+    # Without a warm-up, which counts micro-batches.
+    small = Recipe(**{**PLAIN, "batch": 2, "accumulation": 4, "start_lr": 0.05})
+    large = Recipe(**{**PLAIN, "batch": 8, "start_lr": 0.05})
     states = [toy(tmp_path / str(r.batch), r, data=Toy(24))[0] for r in (small, large)]
     torch.testing.assert_close(*(s.task.layer.weight for s in states), rtol=1e-5, atol=1e-6)
 
@@ -218,3 +227,95 @@ def test_rows(tmp_path):
     (tmp_path / "b.csv").write_text("video,prompt\na.mp4,p\n")
     with pytest.raises(ValueError, match="row 1 of .*b.csv must have video, prompt and answer"):
         rows(tmp_path / "b.csv")
+
+
+# --- MA-LMM, and the command
+
+
+def test_the_example_is_the_paper():
+    config = Config.from_dict(load(Path(pyvidx.train.__file__).parent / "configs/malmm-classification.json"))
+    assert (config.frames, config.memory, config.max_answer, config.language_dtype) == (
+        100,
+        {"length": 20},
+        20,
+        "float16",
+    )
+    assert config.recipe == Recipe(reduction="ranks")
+    with pytest.raises(ValueError, match="must be float32 or amp's float16, got bfloat16"):
+        Config.from_dict({"out": "o", "train": "t", "weights": "w", "language": "l", "language_dtype": "bfloat16"})
+    with pytest.raises(ValueError, match="weights must be given"):
+        Config.from_dict({"out": "o", "train": "t", "language": "l"})
+
+
+@pytest.fixture
+def run(tmp_path):
+    """A configuration, with two videos that can be read and one that cannot, and a random language model."""
+    pytest.importorskip("av", reason="reading video needs PyAV: pip install 'pyvidx[video]'")
+    mend_torchvision()
+    pytest.importorskip("transformers", reason="pip install 'pyvidx[hosts]'")
+    from tests.test_language import causal_lm, tokenizer
+
+    causal_lm().save_pretrained(tmp_path / "lm")
+    tokenizer().save_pretrained(tmp_path / "lm")
+    tokenizer(bos=False).save_pretrained(tmp_path / "text")
+    model = MALMM.default()
+    no_dropout = replace(model.config, qformer=replace(model.config.qformer, dropout=0.0))
+    MALMM(no_dropout).save(tmp_path / "start.safetensors")
+    for name, level in (("red.mp4", 40), ("blue.mp4", 200)):
+        write(tmp_path / name, torch.full((8, 48, 64, 3), level, dtype=torch.uint8))
+    (tmp_path / "broken.mp4").write_bytes(b"this is not a video" * 100)
+    samples = [(f"{answer}.mp4", answer) for answer in ("red", "blue", "red", "blue", "broken")]
+    lines = [json.dumps({"video": v, "prompt": "what is the color ?", "answer": a}) for v, a in samples]
+    (tmp_path / "train.jsonl").write_text("\n".join(lines))
+    (tmp_path / "held_out.jsonl").write_text("\n".join(lines[:2]))
+    recipe = {"epochs": 6, "batch": 5, "warmup": 1, "start_lr": 0.01, "peak_lr": 0.01, "amp": "none", "save_every": 1}
+    values = {
+        "out": str(tmp_path / "out"), "train": str(tmp_path / "train.jsonl"), "root": str(tmp_path),
+        "held_out": str(tmp_path / "held_out.jsonl"), "weights": str(tmp_path / "start.safetensors"),
+        "language": str(tmp_path / "lm"), "text_tokenizer": str(tmp_path / "text"), "language_dtype": "float32",
+        "frames": 4, "memory": {"length": 2}, "recipe": recipe,
+    }  # fmt: skip
+    (tmp_path / "run.json").write_text(json.dumps(values))
+    return tmp_path, values
+
+
+def test_the_command(run, monkeypatch, capsys):
+    folder, values = run
+    arguments = ["train", "malmm", "--config", str(folder / "run.json"), "--device", "cpu"]
+    monkeypatch.setattr("sys.argv", ["pyvidx", *arguments, "--export", str(folder / "tuned.pth")])
+    # Killed between the third checkpoint and the end of its epoch.
+    with monkeypatch.context() as patched:
+        patched.setattr(Shown, "epoch", lambda self, state, loss, best: 1 / (state.epoch != 3))
+        with pytest.raises(ZeroDivisionError):
+            pyvidx_main()
+    assert pyvidx_main() == 0
+    shown = capsys.readouterr()
+    assert "going on after step 3, epoch 2" in shown.err and "1 videos could not be read" in shown.err
+    out = folder / "out"
+    lines = [json.loads(line) for line in (out / "loss.jsonl").read_text().splitlines()]
+    losses = [line["loss"] for line in lines if "loss" in line]
+    assert [line["step"] for line in lines if "loss" in line] == [1, 2, 3, 4, 5, 6]
+    assert losses[-1] < 0.8 * losses[0] and {line["count"] for line in lines if "count" in line} == {8}
+    assert (out / "loss.png").read_bytes().startswith(b"\x89PNG")
+    (broken,) = [json.loads(line) for line in (out / "broken.jsonl").read_text().splitlines()]
+    assert broken["video"] == "broken.mp4" and broken["error"]
+
+    start, last = MALMM.from_pretrained(folder / "start.safetensors"), MALMM.from_pretrained(out / "last.safetensors")
+    moved = {n for (n, p), q in zip(start.named_parameters(), last.parameters()) if not torch.equal(p, q)}
+    unused = {n for n in dict(start.named_parameters()) if n.startswith("qformer.layers.3.feed_text.")}
+    assert moved == {n for n, p in start.named_parameters() if p.requires_grad} - unused
+    assert bool((last.time[3] != 0).all()) and not last.time[:3].any() and not last.time[4:].any()
+    tuned = MALMM.from_pretrained(folder / "start.safetensors")
+    load_malmm_weights(tuned, folder / "tuned.pth", allow_missing=["vision.[!n]*"])
+    for (name, p), q in zip(tuned.named_parameters(), last.parameters()):
+        assert torch.equal(p, q), name
+    assert (out / "best.safetensors").exists()
+
+
+def test_the_command_refuses(run):
+    folder, values = run
+    (folder / "bad.json").write_text(json.dumps(values | {"frames": 99}))
+    (folder / "worse.json").write_text(json.dumps(values | {"language": "some/name"}))
+    for name in ("bad", "worse", "missing"):
+        with pytest.raises(SystemExit):
+            train_command(["malmm", "--config", str(folder / f"{name}.json"), "--device", "cpu"])
