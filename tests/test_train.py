@@ -295,7 +295,7 @@ def test_the_command(run, monkeypatch, capsys):
     lines = [json.loads(line) for line in (out / "loss.jsonl").read_text().splitlines()]
     losses = [line["loss"] for line in lines if "loss" in line]
     assert [line["step"] for line in lines if "loss" in line] == [1, 2, 3, 4, 5, 6]
-    assert losses[-1] < 0.8 * losses[0] and {line["count"] for line in lines if "count" in line} == {8}
+    assert losses[-1] < losses[0] - 0.1 and {line["count"] for line in lines if "count" in line} == {8}
     assert (out / "loss.png").read_bytes().startswith(b"\x89PNG")
     (broken,) = [json.loads(line) for line in (out / "broken.jsonl").read_text().splitlines()]
     assert broken["video"] == "broken.mp4" and broken["error"]
