@@ -167,6 +167,19 @@ def test_accumulated_micro_batches_are_one_batch(tmp_path):
     torch.testing.assert_close(*(s.task.layer.weight for s in states), rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("reduction", ["tokens", "ranks"])
+def test_the_loss_is_the_mean_it_says(tmp_path, reduction):
+    recipe = Recipe(**{**PLAIN, "batch": 2, "accumulation": 4, "epochs": 1, "reduction": reduction})
+    _, (first,) = toy(tmp_path, recipe, data=Toy(8))
+    torch.manual_seed(1)
+    fresh, data = Regression(), Toy(8)
+    batches = [data.collate([data[at] for at in batch]) for batch in plan(8, recipe, Ranks(), 0)]
+    means = torch.stack([fresh(batch) for batch in batches])
+    weights = torch.tensor([fresh.count(b) if reduction == "tokens" else 1 for b in batches])
+    assert len(set(fresh.count(b) for b in batches)) > 1, "the two means must differ"
+    torch.testing.assert_close(torch.tensor(first.loss), (means * weights).sum().detach() / weights.sum())
+
+
 CASES = {
     "uneven": (dict(batch=2), Toy(27)),
     "accumulated": (dict(batch=2, accumulation=2, clip=0.5), Toy(27)),

@@ -162,9 +162,7 @@ def train(
     wrapped = _Shared(task)
     if ranks.world > 1:
         on = [ranks.device] if ranks.device.type == "cuda" else None
-        wrapped = DistributedDataParallel(
-            wrapped, device_ids=on, broadcast_buffers=False, find_unused_parameters=task.some_unused
-        )
+        wrapped = DistributedDataParallel(wrapped, device_ids=on, find_unused_parameters=task.some_unused)
     # After the wrapping, which draws nothing but sends rank 0's weights to all.
     if all(ranks.gathered(path.exists())):
         state = restore(state, path, recipe, ranks, rows)
