@@ -1,4 +1,4 @@
-"""python -m pyvidx COMMAND: encode videos, run the demo, say what is installed."""
+"""python -m pyvidx COMMAND: encode videos, run the demo, train, say what is installed."""
 
 import sys
 
@@ -7,6 +7,7 @@ COMMANDS = {
     "demo": "encode one video and show what comes out",
     "eval": "numbers of a benchmark from answers or embeddings",
     "memory": "stream one video through a memory bank and draw what its slots hold",
+    "train": "fine-tune a model, on one device or with torchrun on several",
     "info": "versions, devices, and which op runs as kernel or reference",
 }
 
@@ -26,6 +27,8 @@ def main() -> int:
         from pyvidx.cli.eval import main as run
     elif name == "memory":
         from pyvidx.cli.memory import main as run
+    elif name == "train":
+        from pyvidx.cli.train import main as run
     else:
         from pyvidx.cli.demo import main as run
     return run(sys.argv[2:]) or 0

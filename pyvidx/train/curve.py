@@ -1,0 +1,53 @@
+"""The loss of a run: one JSON line per step, and a picture."""
+
+import json
+import warnings
+from pathlib import Path
+
+from pyvidx.train.loop import Stepped
+
+
+class Curve:
+    """loss.jsonl and loss.png in a folder. Lines after `step` are dropped: a resumed run takes those steps again."""
+
+    def __init__(self, folder: Path, step: int):
+        self.lines, self.picture = folder / "loss.jsonl", folder / "loss.png"
+        kept = [row for row in self.rows() if row["step"] <= step]
+        self.lines.write_text("".join(json.dumps(row) + "\n" for row in kept))
+
+    def rows(self) -> list[dict]:
+        """What was written; a line cut off by a kill is left out."""
+        if not self.lines.exists():
+            return []
+        return [json.loads(line) for line in self.lines.read_text().splitlines() if line.endswith("}")]
+
+    def add(self, stepped: Stepped) -> None:
+        self._write(stepped._asdict())
+
+    def add_held_out(self, step: int, epoch: int, loss: float) -> None:
+        self._write({"step": step, "epoch": epoch, "held_out": loss})
+
+    def draw(self) -> None:
+        """Loss over steps, held-out losses as dots, and the learning rate."""
+        try:
+            from matplotlib.figure import Figure
+        except ImportError:
+            warnings.warn("no picture of the loss: pip install 'pyvidx[cli]'", stacklevel=2)
+            return
+        rows = self.rows()
+        steps, held = [r for r in rows if "loss" in r], [r for r in rows if "held_out" in r]
+        figure = Figure(figsize=(8, 4), layout="constrained")
+        axes = figure.subplots()
+        axes.plot([r["step"] for r in steps], [r["loss"] for r in steps], label="training")
+        if held:
+            axes.plot([r["step"] for r in held], [r["held_out"] for r in held], "o", label="held out")
+        axes.set(xlabel="step", ylabel="loss")
+        axes.legend()
+        right = axes.twinx()
+        right.plot([r["step"] for r in steps], [r["rate"] for r in steps], color="0.7")
+        right.set_ylabel("learning rate (gray)")
+        figure.savefig(self.picture)
+
+    def _write(self, row: dict) -> None:
+        with self.lines.open("a") as file:
+            file.write(json.dumps(row) + "\n")

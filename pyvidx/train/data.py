@@ -1,0 +1,172 @@
+"""Rows of (video, prompt, answer) to batches; what a row gives depends on seed, epoch and row alone, so any process may
+read it and a resumed run reads the same."""
+
+import csv
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset, DistributedSampler
+
+from pyvidx.preprocess import PRESETS, Preset, preprocess
+from pyvidx.train.distributed import Ranks
+from pyvidx.train.recipe import Recipe
+from pyvidx.video import read
+
+
+@dataclass(frozen=True)
+class Row:
+    """A sample. start, end: seconds of the video to take frames of; None: all of it."""
+
+    video: str
+    prompt: str
+    answer: str
+    start: float | None = None
+    end: float | None = None
+
+
+class Batch(NamedTuple):
+    """pixels [B, T, 3, h, w], and B prompts and answers; the videos that could not be read, with why, are not in it."""
+
+    pixels: Tensor
+    prompts: list[str]
+    answers: list[str]
+    broken: dict[str, str]
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+
+def rows(path: str | Path) -> list[Row]:
+    """Rows of a .jsonl or .csv file with the fields of Row.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: another suffix, no row, or a row without video, prompt or answer.
+    """
+    path = Path(path)
+    with path.open(newline="") as file:
+        if path.suffix == ".jsonl":
+            values = [json.loads(line) for line in file if line.strip()]
+        elif path.suffix == ".csv":
+            values = list(csv.DictReader(file))
+        else:
+            raise ValueError(f"train: rows must be .jsonl or .csv, got {path}")
+    if not values:
+        raise ValueError(f"train: {path} holds no row")
+    found = []
+    for number, value in enumerate(values, 1):
+        if not all(value.get(name) for name in ("video", "prompt", "answer")):
+            raise ValueError(f"train: row {number} of {path} must have video, prompt and answer, got {value}")
+        times = {k: float(value[k]) for k in ("start", "end") if value.get(k) not in (None, "")}
+        found.append(Row(value["video"], value["prompt"], value["answer"], **times))
+    return found
+
+
+class Videos(Dataset):
+    """Clips of T frames of the rows' videos, normalized. Indexed by (epoch, row).
+
+    In training: T equal segments with one random frame each, a random box (see `random_box`) of the whole clip, and a
+    flip of every second one; otherwise T frames by a rounded linspace, whole. Both are resized to a square.
+
+    Args:
+        rows: the samples.
+        root: folder that their videos are relative to.
+        frames: T.
+        size: pixels of a side.
+        preset: how pixels are resized and normalized; one that squashes.
+        train: draw frames and boxes.
+        seed: of the draws.
+        reader: as in pyvidx.video.read.
+    """
+
+    def __init__(
+        self,
+        rows: Sequence[Row],
+        root: str | Path,
+        *,
+        frames: int,
+        size: int = 224,
+        preset: str | Preset = "ma_lmm",
+        train: bool = True,
+        seed: int = 42,
+        reader: str = "auto",
+    ):
+        if isinstance(preset, str) and preset not in PRESETS:
+            raise ValueError(f"Videos: preset must be one of {', '.join(PRESETS)}, got {preset!r}")
+        preset = PRESETS[preset] if isinstance(preset, str) else preset
+        if preset.resize != "squash":
+            raise ValueError(f'Videos: the preset must resize by "squash", got {preset.resize!r}')
+        self.rows, self.root, self.frames, self.train, self.seed = list(rows), Path(root), frames, train, seed
+        self.preset, self.reader = replace(preset, size=size, crop=size), reader
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, at: tuple[int, int]) -> tuple[Row, Tensor | str]:
+        """The row with its pixels [T, 3, size, size], or with the reason why there are none."""
+        epoch, index = at
+        row = self.rows[index]
+        draws = torch.Generator().manual_seed((self.seed << 40) + (epoch << 24) + index)
+        sampler = "random_interval" if self.train else "linspace_round"
+        try:
+            clip = read(
+                self.root / row.video, self.frames, sampler, self.reader,
+                start=row.start, end=row.end, generator=draws if self.train else None,
+            ).frames  # fmt: skip
+        except Exception as error:  # whatever a damaged file makes a decoder raise
+            return row, f"{type(error).__name__}: {error}"
+        if self.train:
+            top, left, h, w = random_box(*clip.shape[1:3], draws)
+            clip = clip[:, top : top + h, left : left + w]
+            if torch.rand((), generator=draws) < 0.5:
+                clip = clip.flip(2)
+        return row, preprocess(clip, self.preset)
+
+    @staticmethod
+    def collate(samples: Sequence[tuple[Row, Tensor | str]]) -> Batch:
+        good = [(row, pixels) for row, pixels in samples if isinstance(pixels, Tensor)]
+        return Batch(
+            torch.stack([pixels for _, pixels in good]) if good else torch.empty(0),
+            [row.prompt for row, _ in good],
+            [row.answer for row, _ in good],
+            {row.video: why for row, why in samples if isinstance(why, str)},
+        )
+
+
+def random_box(H: int, W: int, draws: torch.Generator) -> tuple[int, int, int, int]:
+    """top, left, h, w of a box with 0.5 to 1 of the area and an aspect of 3/4 to 4/3, even in the logarithm.
+
+    Of ten tries the first that fits; if none does, the largest box in the middle with an allowed aspect.
+    """
+    for _ in range(10):
+        share, aspect = torch.rand(2, generator=draws, dtype=torch.float64).tolist()
+        area, ratio = H * W * (0.5 + 0.5 * share), math.exp(math.log(3 / 4) + aspect * math.log(16 / 9))
+        w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+        if 0 < w <= W and 0 < h <= H:
+            top = int(torch.randint(H - h + 1, (), generator=draws))
+            return top, int(torch.randint(W - w + 1, (), generator=draws)), h, w
+    h, w = min(H, round(W * 4 / 3)), min(W, round(H * 4 / 3))
+    return (H - h) // 2, (W - w) // 2, h, w
+
+
+def plan(count: int, recipe: Recipe, ranks: Ranks, epoch: int) -> list[list[tuple[int, int]]]:
+    """The (epoch, row) of this process' micro-batches in an epoch.
+
+    The k-th micro-batches of all processes are together the k-th batch of one process with their size.
+
+    Raises:
+        ValueError: there are fewer rows than one batch has.
+    """
+    need = recipe.batch * ranks.world
+    if count < need:
+        raise ValueError(f"train: a batch of {recipe.batch} on {ranks.world} processes needs {need} rows, got {count}")
+    sampler = DistributedSampler(range(count), ranks.world, ranks.rank, shuffle=True, seed=recipe.seed, drop_last=True)
+    sampler.set_epoch(epoch)
+    mine = [(epoch, row) for row in sampler]
+    return [mine[i : i + recipe.batch] for i in range(0, len(mine) - recipe.batch + 1, recipe.batch)]

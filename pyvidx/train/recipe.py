@@ -1,0 +1,115 @@
+"""What a training run is, as data, and the numbers that follow from it: learning rates and optimizer groups."""
+
+import dataclasses
+import importlib
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import nn
+
+from pyvidx.models.config import known
+
+AMP = ("float16", "bfloat16", "none")
+REDUCTIONS = ("tokens", "ranks")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How to train. The defaults are MA-LMM's for classification, per process on 4 of them.
+
+    Attributes:
+        epochs: E.
+        batch: samples of a micro-batch of one process; an incomplete last one is left out, as in the public code.
+        accumulation: micro-batches of an optimizer step. What is left of an epoch makes a smaller last step.
+        peak_lr, start_lr, min_lr, warmup: see `learning_rate`; warmup counts micro-batches, as in the public code.
+        betas, eps, weight_decay: of AdamW.
+        clip: largest gradient norm; None: no clipping.
+        amp: "float16" (with a gradient scaler), "bfloat16" or "none".
+        seed: of the order and the samples; seed + rank of what the model draws.
+        reduction: "tokens": the loss of a step is the mean over all its answer tokens, whatever process and micro-
+            batch they are in, so it does not depend on how many processes there are. "ranks": the mean of the means
+            of micro-batches, as in the public code.
+        save_every: optimizer steps between checkpoints; one is also written after every epoch.
+        workers: processes that read samples ahead, per training process; 0: none.
+    """
+
+    epochs: int = 20
+    batch: int = 16
+    accumulation: int = 1
+    peak_lr: float = 1e-4
+    start_lr: float = 1e-8
+    min_lr: float = 0.0
+    warmup: int = 1000
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    weight_decay: float = 0.05
+    clip: float | None = None
+    amp: str = "float16"
+    seed: int = 42
+    reduction: str = "tokens"
+    save_every: int = 100
+    workers: int = 0
+
+    def __post_init__(self):
+        for name in ("epochs", "batch", "accumulation", "save_every"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"Recipe: {name} must be at least 1, got {getattr(self, name)}")
+        for name, allowed in (("amp", AMP), ("reduction", REDUCTIONS)):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"Recipe: {name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
+        object.__setattr__(self, "betas", tuple(self.betas))
+
+    @classmethod
+    def from_dict(cls, values: dict) -> "Recipe":
+        return cls(**known(cls, values))
+
+    def to_dict(self) -> dict:
+        return dataclasses.asdict(self) | {"betas": list(self.betas)}
+
+
+def learning_rate(recipe: Recipe, epoch: int, batch: int) -> float:
+    """The rate at a micro-batch of an epoch, both counted from 0, as LAVIS and MA-LMM have it.
+
+    Epoch 0 is a linear warm-up, start + (peak - start) * batch / warmup, at most peak, cut off by the epoch's end;
+    then, constant over an epoch, min + (peak - min) / 2 * (1 + cos(pi * epoch / E)). So a data set of few batches
+    jumps from far below the peak to it.
+    """
+    if epoch == 0:
+        return min(recipe.peak_lr, recipe.start_lr + (recipe.peak_lr - recipe.start_lr) * batch / max(recipe.warmup, 1))
+    return recipe.min_lr + (recipe.peak_lr - recipe.min_lr) / 2 * (1 + math.cos(math.pi * epoch / recipe.epochs))
+
+
+def decays(name: str, parameter: nn.Parameter) -> bool:
+    """Weight decay is for parameters of 2 and more axes with none of "bias", "ln", "bn" in their name."""
+    return parameter.dim() >= 2 and not any(part in name for part in ("bias", "ln", "bn"))
+
+
+def groups(module: nn.Module, recipe: Recipe) -> list[dict]:
+    """AdamW's parameter groups, of what requires gradients: with and without weight decay."""
+    trained = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
+    return [
+        {"params": [p for n, p in trained if decays(n, p)], "weight_decay": recipe.weight_decay},
+        {"params": [p for n, p in trained if not decays(n, p)], "weight_decay": 0.0},
+    ]
+
+
+def load(path: str | Path) -> dict:
+    """The values of a JSON or TOML file.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: another suffix, or a file that does not parse.
+    """
+    path = Path(path)
+    if path.suffix not in (".json", ".toml"):
+        raise ValueError(f"train: a configuration must be .json or .toml, got {path}")
+    try:
+        if path.suffix == ".json":
+            return json.loads(path.read_text())
+        return importlib.import_module("tomllib").loads(path.read_text())  # Python 3.11 on
+    except ModuleNotFoundError as error:
+        raise ValueError(f"train: {path} needs Python 3.11 (tomllib); write it as .json") from error
+    except ValueError as error:
+        raise ValueError(f"train: {path} does not parse: {error}") from error
