@@ -51,10 +51,10 @@ PROMPTS = ["what is the person doing ?", "color of the cup ?"]
 ANSWERS = ["stirring eggs", "red"]
 
 
-def cross_entropy(language, tokens, prompt, answer):
-    """Summed over the answer and its eos, and how many those are, without any padding."""
+def cross_entropy(language, tokens, prompt, answer, q=None):
+    """Summed over the answer and its eos, and how many those are, without any padding. q: the instruction's ids."""
     t = language.tokenizer
-    q, a = t(prompt)["input_ids"], t(answer, add_special_tokens=False)["input_ids"] + [t.eos_token_id]
+    q, a = q or t(prompt)["input_ids"], t(answer, add_special_tokens=False)["input_ids"] + [t.eos_token_id]
     embed = language.causal_lm.get_input_embeddings()
     x = torch.cat([tokens, embed(torch.tensor(q + a))])[None]
     logits = language.causal_lm(inputs_embeds=x).logits[0, -len(a) - 1 : -1]
@@ -99,6 +99,27 @@ def test_long_prompts_lose_their_start(language):
     ids, mask = language.question_ids(PROMPTS)
     assert language.tokenizer.convert_ids_to_tokens(ids[0]) == ["the", "person", "doing", "?"]
     assert mask.all()
+
+
+def test_bos_of_the_public_code():
+    """Instructions start with </s>, id 2, in the loss and in generate, and count it where they are cut."""
+    lm, tokens = causal_lm(), torch.randn(2, 8, 24)
+    language = Language(lm, tokenizer(), bos="</s>")
+    plain = tokenizer(bos=False)
+    rows = [[2, *plain(prompt)["input_ids"]] for prompt in PROMPTS]
+    sums, counts = zip(*(cross_entropy(language, *each) for each in zip(tokens, PROMPTS, ANSWERS, rows)))
+    want = sum(sums) / sum(counts)
+    torch.testing.assert_close(language.loss(tokens, PROMPTS, ANSWERS), want)
+    assert abs(Language(lm, tokenizer()).loss(tokens, PROMPTS, ANSWERS) - want) > 1e-4
+    seen = []
+    handle = lm.get_input_embeddings().register_forward_hook(lambda module, args, out: seen.append(args[0].tolist()))
+    language.generate(tokens, PROMPTS, num_beams=1, max_new_tokens=1)
+    language.max_text = 3
+    language.generate(tokens, PROMPTS, num_beams=1, max_new_tokens=1)
+    handle.remove()
+    width = max(map(len, rows))
+    assert seen[0] == [[language.tokenizer.pad_token_id] * (width - len(row)) + row for row in rows]
+    assert seen[1] == [[2, *row[-2:]] for row in rows]
 
 
 def test_model_frozen_tokens_learn(language):
@@ -162,6 +183,11 @@ def test_ragged_clips(language):
         (lambda l: l.generate(torch.randn(1, 8, 24), "what"), "texts must be a list"),
         (lambda l: MALMM.default()(torch.randn(2, 3, 3, 42, 42), frames=[4, 1]), "numbers from 1 to T = 3"),
         (lambda l: MALMM.default()(torch.randn(2, 3, 3, 42, 42), frames=[3, 1], length=0), "all videos must have T"),
+        (
+            lambda l: MALMM.default()(torch.randn(2, 3, 3, 42, 42), torch.ones(3, 2, dtype=torch.long), frames=[3, 1]),
+            "text must be of 2 videos",
+        ),
+        (lambda l: Language(l.causal_lm, l.tokenizer, bos="<bos>"), "bos must be a token of the vocabulary"),
     ],
 )
 def test_errors(language, wrong, message):

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 
 IGNORED = -100  # labels of transformers' losses that do not count
 # The public code's, but for its limit of 256 new tokens; anything may be given in their place.
@@ -27,15 +28,32 @@ class Language(nn.Module):
         text_tokenizer: the Q-Former's (BERT wordpieces); None where the Q-Former reads no text (BLIP-2).
         max_text: instruction tokens kept, the last ones, for the Q-Former and for the language model.
         max_answer: answer tokens kept in training, eos not counted.
+        bos: the token that instructions start with, in place of what the tokenizer puts there (for LLaMA "<s>", for
+            Qwen2 and GPT-2 nothing). "</s>" for the Vicuna of InstructBLIP and MA-LMM: the public code makes that the
+            tokenizer's bos, so the published weights were trained with it.
+
+    Raises:
+        ValueError: the tokenizer has no eos, or its vocabulary lacks bos.
     """
 
-    def __init__(self, causal_lm: nn.Module, tokenizer, text_tokenizer=None, *, max_text=128, max_answer=255):
+    def __init__(
+        self,
+        causal_lm: nn.Module,
+        tokenizer,
+        text_tokenizer=None,
+        *,
+        max_text: int = 128,
+        max_answer: int = 255,
+        bos: str | None = None,
+    ):
         super().__init__()
         self.causal_lm = causal_lm.requires_grad_(False).eval()
         self.tokenizer, self.text_tokenizer = copy.deepcopy(tokenizer), copy.deepcopy(text_tokenizer)
-        self.max_text, self.max_answer = max_text, max_answer
+        self.max_text, self.max_answer, self.bos = max_text, max_answer, bos
         if self.tokenizer.eos_token_id is None:
             raise ValueError("Language: the tokenizer must have an eos token, as answers end in it")
+        if bos is not None and bos not in self.tokenizer.get_vocab():
+            raise ValueError(f"Language: bos must be a token of the vocabulary, got {bos!r}")
         for t in (self.tokenizer, self.text_tokenizer):
             if t is not None:
                 t.truncation_side = "left"
@@ -80,11 +98,10 @@ class Language(nn.Module):
         """
         flat, groups = _flatten(prompts)
         visual = self._visual(tokens, len(flat), groups)
-        text = self.tokenizer(
-            flat, padding="longest", padding_side="left", truncation=True, max_length=self.max_text, return_tensors="pt"
-        )
-        ids, mask = text["input_ids"].to(self._device), text["attention_mask"].to(self._device)
-        options = {"max_new_tokens": 256, "pad_token_id": self.tokenizer.pad_token_id} | GENERATION | options
+        rows, pad = [torch.tensor(row) for row in self._instructions(flat)], self.tokenizer.pad_token_id
+        ids = pad_sequence(rows, batch_first=True, padding_value=pad, padding_side="left").to(self._device)
+        mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True, padding_side="left").to(ids)
+        options = {"max_new_tokens": 256, "pad_token_id": pad} | GENERATION | options
         ids = self.causal_lm.generate(
             inputs_embeds=torch.cat([visual, self._embed(ids)], dim=1),
             attention_mask=torch.cat([mask.new_ones(visual.shape[:2]), mask], dim=1),
@@ -111,7 +128,7 @@ class Language(nn.Module):
         if len(flat_answers) != len(flat) or groups != answer_groups:
             raise ValueError(f"Language: answers must be like prompts, {len(flat)}, got {len(flat_answers)}")
         visual = self._visual(tokens, len(flat), groups)
-        questions = self.tokenizer(flat, truncation=True, max_length=self.max_text)["input_ids"]
+        questions = self._instructions(flat)
         wanted = self.tokenizer(flat_answers, add_special_tokens=False)["input_ids"]
         wanted = [ids[: self.max_answer] + [self.tokenizer.eos_token_id] for ids in wanted]
         rows = [q + a for q, a in zip(questions, wanted)]
@@ -130,6 +147,14 @@ class Language(nn.Module):
     @property
     def _device(self) -> torch.device:
         return self.causal_lm.get_input_embeddings().weight.device
+
+    def _instructions(self, texts: list[str]) -> list[list[int]]:
+        """Token ids, bos first. Setting the tokenizer's bos_token would not change them in transformers 5."""
+        if self.bos is None:
+            return self.tokenizer(texts, truncation=True, max_length=self.max_text)["input_ids"]
+        bos = self.tokenizer.convert_tokens_to_ids(self.bos)
+        rows = self.tokenizer(texts, add_special_tokens=False, truncation=True, max_length=self.max_text - 1)
+        return [[bos, *row] for row in rows["input_ids"]]
 
     def _embed(self, ids: Tensor) -> Tensor:
         return self.causal_lm.get_input_embeddings()(ids)

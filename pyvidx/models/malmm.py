@@ -97,6 +97,8 @@ class MALMM(nn.Module):
         counts = torch.as_tensor(frames)
         if counts.shape != pixels.shape[:1] or not bool(((counts >= 1) & (counts <= pixels.shape[1])).all()):
             raise ValueError(f"MALMM: frames must be B numbers from 1 to T = {pixels.shape[1]}, got {frames}")
+        if any(x is not None and len(x) != len(counts) for x in (text_ids, text_mask)):
+            raise ValueError(f"MALMM: the text must be of {len(counts)} videos, as pixels")
         if length == 0 and len(counts.unique()) > 1:
             raise ValueError("MALMM: without memory (length=0) tokens are as many as frames: all videos must have T")
         out: list[Tensor] = [pixels] * len(counts)
