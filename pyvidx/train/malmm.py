@@ -32,7 +32,7 @@ class Config:
         frames: T, per clip.
         time_length: rows of the temporal table where published weights bring none.
         memory: M and which banks, for MALMM.encode; M = 0: no memory.
-        max_text, max_answer: tokens, see Language.
+        bos, max_text, max_answer: see Language; published weights want "</s>".
         preset, reader: see train.data.Videos.
         recipe: see Recipe.
     """
@@ -49,6 +49,7 @@ class Config:
     frames: int = 100
     time_length: int = 120
     memory: dict = field(default_factory=lambda: {"length": 20})
+    bos: str | None = None
     max_text: int = 128
     max_answer: int = 255
     preset: str = "ma_lmm"
@@ -129,6 +130,6 @@ def build(config: Config, device: torch.device) -> MALMMTask:
     lm = transformers.AutoModelForCausalLM.from_pretrained(config.language, dtype=getattr(torch, config.language_dtype))
     tokenizer = transformers.AutoTokenizer.from_pretrained(config.tokenizer or config.language)
     text = config.text_tokenizer and transformers.AutoTokenizer.from_pretrained(config.text_tokenizer)
-    language = Language(lm, tokenizer, text, max_text=config.max_text, max_answer=config.max_answer)
+    language = Language(lm, tokenizer, text, bos=config.bos, max_text=config.max_text, max_answer=config.max_answer)
     # Trained weights have to be float32, whatever the file has; autocast makes the rest.
     return MALMMTask(model.float().to(device), language.to(device), config.memory)
