@@ -37,12 +37,15 @@ def test_scores_of_tasks():
     assert task("breakfast").score(beams, answers) == {"top-1": 50.0, "top-5": 100.0}
     assert task("msvd_qa").score(
         {"a": "man running", "b": "dog"}, {"a": {"answer": "man"}, "b": {"answer": "cat"}}
-    ) == {
-        "top-1": 50.0,
-        "top-5": 50.0,
-    }
+    ) == {"top-1": 50.0}
     with pytest.raises(ValueError, match="predictions lack 1 samples"):
         task("coin").score({}, {"a": {"answer": "x"}})
+    with pytest.raises(ValueError, match="it has no compat"):
+        task("coin").score({"a": "x"}, {"a": {"answer": "x"}}, compat="official")
+    with pytest.raises(ValueError, match="annotations must hold answer and answer_type"):
+        task("activitynet_qa").score({"a": "x"}, {"a": {"answer": "x"}})
+    with pytest.raises(ValueError, match="a prediction must be a text"):
+        task("coin").score({"a": []}, {"a": {"answer": "x"}})
     with pytest.raises(ValueError, match="pycocoevalcap"):
         task("msvd_caption").score({}, {})
     with pytest.raises(ValueError, match="one prediction per answer, got 1 for 2"):
@@ -72,6 +75,10 @@ def test_ties_neither_help_nor_hurt():
     assert found["text to video (DSL)"]["R@1"] == 100.0
     with pytest.raises(ValueError, match="captions must count"):
         retrieval(torch.ones(3, 2), [1, 1])
+    with pytest.raises(ValueError, match="must be finite"):
+        retrieval(torch.full((3, 3), torch.nan))
+    with pytest.raises(ValueError, match="takes no ties"):
+        retrieval(torch.eye(3), ties="pessimistic", compat="clip4clip")
 
 
 def test_submission(tmp_path):
@@ -86,6 +93,12 @@ def test_submission(tmp_path):
     assert best == f"{int(verb[1].argmax())},{int(noun[1].argmax())}"
     with pytest.raises(ValueError, match="results must be of 2 segments, got 3"):
         anticipation.check_submission(submission, ids[:2])
+    with pytest.raises(ValueError, match="ids must be unique"):
+        anticipation.write_submission(path, ["a"] * n, verb, noun, supervision=levels)
+    submission["results"]["P01_0"]["verb"]["97"] = submission["results"]["P01_0"]["verb"].pop("0")
+    with pytest.raises(ValueError, match="P01_0 must name classes 0 to 96"):
+        anticipation.check_submission(submission, ids)
+    submission = json.loads(path.read_text())
     del submission["results"]["P01_1"]["verb"]["0"]
     with pytest.raises(ValueError, match="P01_1 must have 97 verbs"):
         anticipation.check_submission(submission, ids)
@@ -108,7 +121,7 @@ def test_command(tmp_path, capsys):
         (tmp_path / f"{name}.json").write_text(json.dumps(value))
     arguments = ["--predictions", str(tmp_path / "p.json"), "--annotations", str(tmp_path / "a.json")]
     assert main(["answers", "--task", "breakfast", *arguments, "--out", str(tmp_path / "out.json")]) == 0
-    assert json.loads((tmp_path / "out.json").read_text()) == {"breakfast": {"top-1": 50.0, "top-5": 50.0}}
+    assert json.loads((tmp_path / "out.json").read_text()) == {"breakfast": {"top-1": 50.0}}
     assert "50.00" in capsys.readouterr().out
     text = torch.randn(6, 8)
     save_file({"text": text, "video": text + 0.01}, tmp_path / "e.safetensors")

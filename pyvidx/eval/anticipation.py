@@ -131,6 +131,8 @@ def write_submission(
         raise ValueError(f"write_submission: supervision must be sls_pt, sls_tl and sls_td, got {sorted(supervision)}")
     if verb.shape != (len(ids), VERBS) or noun.shape != (len(ids), NOUNS):
         raise ValueError(f"write_submission: scores must be [{len(ids)}, {VERBS}] and [{len(ids)}, {NOUNS}]")
+    if len(set(ids)) != len(ids) or not (verb.isfinite().all() and noun.isfinite().all()):
+        raise ValueError("write_submission: ids must be unique and scores finite")
     chosen, scores = actions(verb, noun)
     results = {}
     for i, name in enumerate(ids):
@@ -162,3 +164,8 @@ def check_submission(submission: Mapping, ids: Sequence[str]) -> None:
         sizes = {"verb": VERBS, "noun": NOUNS, "action": KEPT}
         if any(len(row.get(k, ())) != size for k, size in sizes.items()):
             raise ValueError(f"check_submission: {name} must have {VERBS} verbs, {NOUNS} nouns and {KEPT} actions")
+        known = {"verb": {str(k) for k in range(VERBS)}, "noun": {str(k) for k in range(NOUNS)}}
+        pairs = [key.split(",") for key in row["action"]]
+        named = all(len(p) == 2 and p[0] in known["verb"] and p[1] in known["noun"] for p in pairs)
+        if not named or any(set(row[k]) != known[k] for k in known):
+            raise ValueError(f"check_submission: {name} must name classes 0 to {VERBS - 1} and 0 to {NOUNS - 1}")

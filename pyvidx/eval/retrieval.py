@@ -19,6 +19,7 @@ def ranks(similarity: Tensor, target: Tensor, *, ties: str = "average") -> Tenso
         raise ValueError(
             f"ranks: similarity must be [n, m] and target [n], got {tuple(similarity.shape)}, {tuple(target.shape)}"
         )
+    _require_finite(similarity)
     own = similarity.gather(1, target[:, None])
     above, equal = (similarity > own).sum(1).double(), (similarity == own).sum(1).double() - 1
     return above + {"average": 0.5, "optimistic": 0.0, "pessimistic": 1.0}[ties] * equal
@@ -66,6 +67,9 @@ def retrieval(
         )
     if compat not in (None, "clip4clip") or (compat and captions is not None):
         raise ValueError(f"retrieval: compat must be None, or 'clip4clip' with one text per video, got {compat!r}")
+    if compat and ties != "average":
+        raise ValueError(f"retrieval: compat={compat!r} counts every tie; it takes no ties={ties!r}")
+    _require_finite(similarity)
     if dsl:
         similarity = similarity * (100 * similarity).softmax(0)
     owner = torch.repeat_interleave(torch.arange(videos), counts)
@@ -79,6 +83,11 @@ def retrieval(
         f"text to video{label}": summary(place(similarity, owner), median=median),
         f"video to text{label}": summary(place(best.T, torch.arange(videos)), median=median),
     }
+
+
+def _require_finite(similarity: Tensor) -> None:
+    if not similarity.isfinite().all():  # NaN is neither above nor below: it would rank first
+        raise ValueError("retrieval: similarity must be finite")
 
 
 def _every_tie(similarity: Tensor, target: Tensor) -> Tensor:
