@@ -30,15 +30,25 @@ class Block(nn.Module):
 
     Args:
         hidden_act: "quick_gelu" or "gelu"; the published weights need the one they were trained with.
+        causal: a token attends to itself and those before it.
     """
 
-    def __init__(self, width: int, heads: int, mlp_width: int, hidden_act: str = "quick_gelu", eps: float = 1e-5):
+    def __init__(
+        self,
+        width: int,
+        heads: int,
+        mlp_width: int,
+        hidden_act: str = "quick_gelu",
+        eps: float = 1e-5,
+        *,
+        causal: bool = False,
+    ):
         super().__init__()
         if hidden_act not in ACTIVATIONS:
             raise ValueError(f"Block: hidden_act must be quick_gelu or gelu, got {hidden_act!r}")
         if width % heads:
             raise ValueError(f"Block: width must be a multiple of heads, got {width} and {heads}")
-        self.heads, self.hidden_act = heads, hidden_act
+        self.heads, self.hidden_act, self.causal = heads, hidden_act, causal
         self.norm1 = nn.LayerNorm(width, eps=eps)
         self.qkv = nn.Linear(width, 3 * width)
         self.out = nn.Linear(width, width)
@@ -55,7 +65,7 @@ class Block(nn.Module):
         *rows, N, C = x.shape
         qkv = self.qkv(self.norm1(x)).view(-1, N, 3, self.heads, C // self.heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # [rows, H, N, D] each
-        y = F.scaled_dot_product_attention(q, k, v)
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal)
         return self.out(y.transpose(1, 2).reshape(*rows, N, C))
 
     def hidden(self, x: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from pyvidx.models.config import BTAdapterConfig
 from pyvidx.models.reference_layers import CLIPLayer, SpatialLayer, TemporalLayer
+from pyvidx.temporal.masking import Drops
 
 
 class ReferenceBTAdapter(nn.Module):
@@ -47,13 +48,14 @@ class ReferenceBTAdapter(nn.Module):
         self.btadapter_T_layers = nn.ModuleList(TemporalLayer(v.width, v.heads, eps) for _ in range(depth))
         self.btadapter_time_embed = nn.Embedding(config.time_length, C)
 
-    def forward(self, x: Tensor, mask: Tensor | None = None, trace: dict | None = None):
+    def forward(self, x: Tensor, mask: Tensor | None = None, trace: dict | None = None, drops: Drops | None = None):
         """
         Args:
             x: pixels [B, T, 3, h, w], or [B, 3, T, h, w]; mma and stan also [B, 3, h, w] (images); llava also
                 [T, 3, h, w] (one video). part "features": stored tokens [B, T, 1+P, C] or [T, 1+P, C].
             mask: bool [B, T*P], True = removed, frame-major as the official training code draws it.
             trace: a dict to fill with intermediate values: backbone.i, T.j, S.j, post_ln_cls, per_frame.
+            drops: DropPath, from pyvidx.temporal.masking.drop_path_draws; only training has it.
 
         Returns:
             mma, stan: the video embedding [B, E], not normalized.
@@ -72,7 +74,8 @@ class ReferenceBTAdapter(nn.Module):
             x = layer(x)
             if i >= first:
                 trace[f"backbone.{i}"] = x
-                z = self._branch_layer(i - first, x, z, B, T, mask, trace)
+                drop = drops[i - first] if drops else None
+                z = self._branch_layer(i - first, x, z, B, T, mask, trace, drop or (None, None))
         if self.config.part == "features":
             return [*states, self._fused_tokens(x, z, B, T)], None
         states.append((x, z))
@@ -119,7 +122,7 @@ class ReferenceBTAdapter(nn.Module):
         cls = self.class_embedding.expand(x.shape[0], 1, -1)
         return torch.cat([cls, patches], dim=1) + self.position_embedding.weight
 
-    def _branch_layer(self, j: int, x: Tensor, z: Tensor | None, B: int, T: int, mask, trace: dict) -> Tensor:
+    def _branch_layer(self, j: int, x: Tensor, z: Tensor | None, B: int, T: int, mask, trace: dict, drop) -> Tensor:
         x = x.view(B, T, *x.shape[1:])  # [B, T, 1+P, C]
         t = T
         if self.tower == "llava":
@@ -139,9 +142,9 @@ class ReferenceBTAdapter(nn.Module):
                 z = (1 - w) * z + w * fused
             else:
                 z = z + fused
-        z = self.btadapter_T_layers[j](z, t)
+        z = self.btadapter_T_layers[j](z, t, drop[0])
         trace[f"T.{j}"] = z
-        z = self.btadapter_S_layers[j](z, t)
+        z = self.btadapter_S_layers[j](z, t, drop[1])
         trace[f"S.{j}"] = z
         return z
 

@@ -66,13 +66,16 @@ class CLIPLayer(nn.Module):
 class SpatialLayer(CLIPLayer):
     """Attention inside each frame, every frame with a copy of the one class token; the class results are averaged."""
 
-    def forward(self, z: Tensor, t: int) -> Tensor:  # [B, 1 + n, C], n = groups * t tokens in groups of t
+    def forward(self, z: Tensor, t: int, drop: Tensor | None = None) -> Tensor:
+        """z [B, 1 + n, C], n = groups * t tokens in groups of t. drop [B, t]: factors of DropPath."""
         B, _, C = z.shape
         cls, patches = z[:, :1], z[:, 1:]
         groups = patches.shape[1] // t
         frames = patches.reshape(B, groups, t, C).transpose(1, 2).reshape(B * t, groups, C)
         frames = torch.cat([cls.repeat_interleave(t, dim=0), frames], dim=1)
         a = self.self_attn(self.layer_norm1(frames))
+        if drop is not None:
+            a = a * drop.reshape(-1, 1, 1)
         a_cls = a[:, :1].reshape(B, t, 1, C).mean(dim=1)
         a_patches = a[:, 1:].reshape(B, t, groups, C).transpose(1, 2).reshape(B, groups * t, C)
         z = z + torch.cat([a_cls, a_patches], dim=1)
@@ -90,9 +93,12 @@ class TemporalLayer(nn.Module):
         nn.init.zeros_(self.temporal_fc.weight)
         nn.init.zeros_(self.temporal_fc.bias)
 
-    def forward(self, z: Tensor, t: int) -> Tensor:  # [B, 1 + groups * t, C]
+    def forward(self, z: Tensor, t: int, drop: Tensor | None = None) -> Tensor:
+        """z [B, 1 + groups * t, C]. drop [B, groups]: factors of DropPath."""
         B, _, C = z.shape
         cls, patches = z[:, :1], z[:, 1:]
         groups = patches.reshape(-1, t, C)
-        a = self.temporal_fc(self.self_attn(self.layer_norm1(groups)))
-        return torch.cat([cls, patches + a.reshape(B, -1, C)], dim=1)
+        a = self.self_attn(self.layer_norm1(groups))
+        if drop is not None:
+            a = a * drop.reshape(-1, 1, 1)
+        return torch.cat([cls, patches + self.temporal_fc(a).reshape(B, -1, C)], dim=1)

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from pyvidx.layers.block import Block, residual
 from pyvidx.ops import fusion_input, gated_fusion, temporal_attention
 from pyvidx.temporal.grouping import Grouping
+from pyvidx.temporal.masking import Drops, scaled
 
 
 class TemporalLayer(nn.Module):
@@ -34,9 +35,11 @@ class TemporalLayer(nn.Module):
         nn.init.zeros_(self.fc.weight)
         nn.init.zeros_(self.fc.bias)
 
-    def forward(self, normed: Tensor) -> Tensor:  # LN z [B, S, K, C] -> [B, S, K, C], without the residual
+    def forward(self, normed: Tensor, drop: Tensor | None = None) -> Tensor:
+        """LN z [B, S, K, C] -> [B, S, K, C], without the residual. drop [B, K]: see masking.drop_path_draws."""
         B, S, K, C = normed.shape
         y = self.out(temporal_attention(self.qkv(normed).view(B, S, K, 3, self.heads, C // self.heads)))
+        y = scaled(y, drop, (B, 1, K, 1))  # before fc: a dropped group still gets its bias
         return y if self.fc is None else self.fc(y)
 
 
@@ -48,16 +51,16 @@ class SpatialLayer(Block):
     q, k and v.
     """
 
-    def forward(self, z: Tensor, a: Tensor, cls: Tensor) -> tuple[Tensor, Tensor]:
-        """z + a and cls -> the layer's z [B, S, K, C] (a view) and cls [B, C]."""
-        x = self.space(z, a, cls)
+    def forward(self, z: Tensor, a: Tensor, cls: Tensor, drop: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """z + a and cls -> the layer's z [B, S, K, C] (a view) and cls [B, C]. drop [B, S]: see masking."""
+        x = self.space(z, a, cls, drop)
         x = residual(x, self.mlp(x))
         return x[:, :, 1:], x[:, 0, 0]
 
-    def space(self, z: Tensor, a: Tensor, cls: Tensor) -> Tensor:
+    def space(self, z: Tensor, a: Tensor, cls: Tensor, drop: Tensor | None = None) -> Tensor:
         """The attention half, [B, S, 1 + K, C], every slot with the same class row in front."""
         x = _with_class(z, a, cls)
-        y = self.attend(x)
+        y = scaled(self.attend(x), drop, (*x.shape[:2], 1, 1))
         y[:, :, 0] = y[:, :, 0].mean(dim=1, keepdim=True)
         return residual(x, y)
 
@@ -133,25 +136,35 @@ class BTAdapterBranch(nn.Module):
         self.temporal = nn.ModuleList(TemporalLayer(width, heads, eps) for _ in range(depth))
         self.spatial = nn.ModuleList(SpatialLayer(width, heads, mlp_width, hidden_act, eps) for _ in range(depth))
 
-    def forward(self, xs: Sequence[Tensor], position: Tensor, group: Grouping) -> list[tuple[Tensor, Tensor]]:
+    def forward(
+        self, xs: Sequence[Tensor], position: Tensor, group: Grouping, drops: Drops | None = None
+    ) -> list[tuple[Tensor, Tensor]]:
         """Every layer's state.
 
         Args:
             xs: one [B, T, 1+P, C] per layer to run: the outputs of backbone layers L-d, L-d+1, ...
             position: [1+P, C], the backbone's position table.
             group: from pyvidx.temporal.grouping.grouping(T, P, ...).
+            drops: DropPath, from pyvidx.temporal.masking.drop_path_draws; only training has it.
 
         Returns:
             (z [B, S, K, C], cls [B, C]) per layer.
         """
         states = []
         for j, x in enumerate(xs):
-            mixed = self.mix(j, x, states[-1] if states else None, position, group)
-            states.append(self.spatial[j](*mixed))
+            time, space = (drops and drops[j]) or (None, None)
+            mixed = self.mix(j, x, states[-1] if states else None, position, group, time)
+            states.append(self.spatial[j](*mixed, space))
         return states
 
     def mix(
-        self, j: int, x: Tensor, state: tuple[Tensor, Tensor] | None, position: Tensor, group: Grouping
+        self,
+        j: int,
+        x: Tensor,
+        state: tuple[Tensor, Tensor] | None,
+        position: Tensor,
+        group: Grouping,
+        drop: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Fusion and time attention of layer j: z [B, S, K, C], what time attention adds to it, and cls [B, C]."""
         layer = self.temporal[j]
@@ -161,4 +174,4 @@ class BTAdapterBranch(nn.Module):
             z, cls, normed = fusion_input(x, position, self.time, self.seed, **where)
         else:
             z, cls, normed = gated_fusion(x, *state, self.gate, scale=self.gate_scale, **where)
-        return z, layer(normed), cls
+        return z, layer(normed, drop), cls

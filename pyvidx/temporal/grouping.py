@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 COMPATS = ("paper", "official")
+MASK_ORDERS = ("tube", "official")
 TOWERS = ("mma", "llava")
 
 
@@ -54,6 +55,7 @@ def grouping(
     tower: str = "mma",
     time_length: int = 64,
     mask: Tensor | None = None,
+    mask_order: str | None = None,
     device: torch.device | None = None,
 ) -> Grouping:
     """The grouping of a clip.
@@ -63,7 +65,9 @@ def grouping(
         compat: "paper" (a group is a patch, a slot is a frame) or "official" (bit-faithful to `tower`).
         tower: "mma" or "llava"; only matters for compat="official".
         time_length: rows of the time table. Longer clips are averaged in pairs, except by the official mma tower.
-        mask: bool, True = removed. paper: a tube [P] or [B, P]. official mma: [B, T*P], frame-major as it is drawn.
+        mask: bool, True = removed. A tube [P] or [B, P], or (both orders) [B, T*P], frame-major as it is drawn.
+        mask_order: "tube": a mask removes the tokens it names, so a tube's slots are frames and its groups patches.
+            "official": the row [B, T*P] is laid on the patch-major tokens as it is. Default: that of `compat`.
         device: of the index table.
 
     Raises:
@@ -73,12 +77,15 @@ def grouping(
         raise ValueError(
             f"BT-Adapter: compat must be one of {COMPATS} and tower of {TOWERS}, got {compat!r}, {tower!r}"
         )
+    mask_order = mask_order or ("official" if compat == "official" else "tube")
+    if mask_order not in MASK_ORDERS:
+        raise ValueError(f"BT-Adapter: mask_order must be one of {MASK_ORDERS}, got {mask_order!r}")
     if mask is not None:
         mask = mask.bool()
     if compat == "official" and tower == "mma":
         if not 1 <= T <= time_length:
             raise ValueError(f"BT-Adapter (official mma tower): T must be in [1, {time_length}], got {T}")
-        return Grouping(T, P, keep=_official_mask(mask, T, P, device), masked=mask is not None)
+        return Grouping(T, P, keep=_kept_table(mask, T, P, mask_order, device), masked=mask is not None)
     least = 2 if compat == "official" else 1
     pair = T > time_length
     if T < least or (pair and (T % 2 or T > 2 * time_length)):
@@ -87,31 +94,29 @@ def grouping(
             f"{2 * time_length} (frames are averaged in pairs), got {T}"
         )
     if compat == "paper":
-        return Grouping(T, P, pair, _tube(mask, P, device), masked=mask is not None)
+        slots = T // 2 if pair else T
+        return Grouping(T, P, pair, _kept_table(mask, slots, P, mask_order, device), masked=mask is not None)
     if mask is not None:
         raise ValueError("BT-Adapter (official llava tower): there is no mask")
     return Grouping(T, P, pair, None if pair else _halved(T, P, device))
 
 
-def _tube(mask, P, device):  # [P] or [B, P] -> [1 or B, K]
+def _kept_table(mask, T, P, order, device):
+    """A tube [P] or [B, P] -> [1 or B, K]; [B, T*P] -> [B, S = T, K]."""
     if mask is None:
         return None
-    mask = mask[None] if mask.dim() == 1 else mask
-    if mask.dim() != 2 or mask.shape[1] != P:
-        raise ValueError(f"BT-Adapter (paper): mask must be [P] or [B, P] with P = {P}, got {tuple(mask.shape)}")
-    return _kept_indices(mask).to(device)
-
-
-def _official_mask(mask, T, P, device):  # [B, T*P] -> [B, S = T, K]
-    if mask is None:
-        return None
+    if order == "tube" and mask.shape[-1] == P and mask.dim() in (1, 2):
+        return _kept_indices(mask[None] if mask.dim() == 1 else mask).to(device)
     if mask.dim() != 2 or mask.shape[1] != T * P:
-        raise ValueError(f"BT-Adapter (official): mask must be [B, T*P] with T*P = {T * P}, got {tuple(mask.shape)}")
+        tubes = f"[P] or [B, P] with P = {P} or " if order == "tube" else ""
+        raise ValueError(
+            f"BT-Adapter: mask (order {order}) must be {tubes}[B, T*P] with T*P = {T * P}, got {tuple(mask.shape)}"
+        )
+    if order == "tube":
+        mask = mask.view(-1, T, P).transpose(1, 2).flatten(1)  # to the order of the tokens
     kept = _kept_indices(mask).to(device)
     if kept.shape[1] % T:
-        raise ValueError(
-            f"BT-Adapter (official): the number of kept tokens must be a multiple of T = {T}, got {kept.shape[1]}"
-        )
+        raise ValueError(f"BT-Adapter: the number of kept tokens must be a multiple of T = {T}, got {kept.shape[1]}")
     return _source(kept.view(mask.shape[0], -1, T).transpose(1, 2), T, P)
 
 

@@ -7,14 +7,18 @@ import torch
 
 from pyvidx.backbones.clip import CLIPVisionConfig
 from pyvidx.integrations.checkpoints import load_weights
+from pyvidx.integrations.clip_text_weights import clip_text
 from pyvidx.integrations.keys import THIRDS, locate
 from pyvidx.models.bt_adapter import BTAdapter, fused_tokens
 from pyvidx.models.config import BTAdapterConfig
+from pyvidx.models.pretraining import Pretraining
+from pyvidx.models.pretraining_reference import ReferencePretraining
 from pyvidx.models.reference import ReferenceBTAdapter
 from tests.golden.vectors import runner
 
 BOTH = ("reference", "fast", "folded")
 GRADIENT_TOLERANCE = 1e-4
+TRAINED = ("model.branch.", "model.output_gate", "head.")
 
 
 def config(meta, gates=None, **changes):
@@ -110,27 +114,76 @@ def mma_video(sizes, tower, weights, variant, video, out, check, mask=None, embe
         check(out + embed, both.pooled)
 
 
-@runner(
-    "mma_train*",
-    variants=BOTH,
-    runs=lambda file: [r for r, run in file.meta["runs"].items() if not run["drop_rates"]],
-    may_lack=("*.loss.*", "*.text_embed", "*.T.*", "grad*"),
-)
+@runner("mma_train*", variants=("reference", "fast"))
 def mma_train(file, run, variant, check):
-    """The masked forward pass of the image tower; losses and gradients are not here."""
+    """The training step: forward pass, losses, and the gradients of their sum and of each."""
+    case, tensors = file.meta["runs"][run], file.part(f"in.{run}.")
     weights = file.part("weights.backbone.")
     sizes = config(file.meta, embed_dim=projection_width(weights), depth=file.meta["depth"])
-    mma_video(
-        sizes,
-        "mma",
-        weights,
-        variant,
-        file.tensors[f"in.{run}.imgs"],
-        f"out.{run}.",
-        check,
-        file.tensors[f"in.{run}.mask"].bool(),
-        "video_embed",
-    )
+    mask, out, text = tensors["mask"].bool(), f"out.{run}.", text_tower(file)
+    check(out + "text_embed", text(tensors["text"]))
+    if not case["drop_rates"]:
+        for v in ("fast", "folded") if variant == "fast" else (variant,):
+            mma_video(sizes, "mma", weights, v, tensors["imgs"], out, check, mask, "video_embed")
+    drops, trace = keeps_to_drops(case, tensors, sizes.depth), {}
+    batch = tensors["imgs"], tensors["text"]
+    if variant == "reference":
+        step = ReferencePretraining(reference_model(sizes, "mma", weights), text)
+    else:
+        step = Pretraining(fast_model(sizes, "mma", weights, "fast"), text, mask_order="official", gradient="official")
+        trace = fast_states(step, tensors["imgs"], mask, drops)
+    step.head.load_state_dict(file.part("weights.extra_proj."))
+    losses = step(*batch, mask, drops, trace) if variant == "reference" else step(*batch, mask=mask, drops=drops)
+    for name, value in trace.items():
+        check(out + name, value)
+    check(f"{out}backbone_last", trace[f"backbone.{sizes.vision.layers - 1}"])
+    named = dict(zip(("NCE_loss", "branch_text_nce_loss", "clip_branch_mask_mse_loss"), losses))
+    for name, loss in [*named.items(), ("total", sum(losses))]:
+        check(f"{out}loss.{name}", loss[None])
+        step.zero_grad()
+        loss.backward(retain_graph=True)
+        prefix = f"grad.{run}." if name == "total" else f"grad_of.{name}.{run}."
+        for parameter in file.part(prefix):
+            check(prefix + parameter, training_gradient(step, parameter, variant), GRADIENT_TOLERANCE)
+    if variant == "fast":
+        trained = [name for name, p in step.named_parameters() if p.grad is not None]
+        assert trained == [name for name in dict(step.named_parameters()) if name.startswith(TRAINED)]
+
+
+def text_tower(file):
+    sizes, weights = file.meta["clip"]["text"], file.part("weights.")
+    options = {"hidden_act": sizes["hidden_act"], "eps": sizes["layer_norm_eps"]}
+    return clip_text(weights, heads=sizes["num_attention_heads"], **options)
+
+
+def keeps_to_drops(case, tensors, depth):
+    """The 0/1 draws of a run as factors per layer."""
+    rates = case["drop_rates"]
+
+    def factor(kind, j):
+        return tensors[f"keep.{kind}.{j}"].view(case["B"], -1) / (1 - rates[f"{kind}.{j}"])
+
+    return [(factor("T", j), factor("S", j)) if f"T.{j}" in rates else None for j in range(depth)]
+
+
+def fast_states(step, pixels, mask, drops):
+    """Backbone outputs and the branch's states after time attention (T.j) and after the layer (S.j)."""
+    model, trace, state = step.model, {}, None
+    xs = model.backbone(model.read_pixels(pixels), range(model.config.fork, model.config.vision.layers))
+    group = step.grouping(xs[0], mask)
+    for j, following in enumerate(step.states(xs, group, drops)):
+        time = drops[j][0] if drops[j] else None
+        z, a, cls = model.branch.mix(j, xs[j], state, model.backbone.position, group, time)
+        trace[f"T.{j}"], trace[f"S.{j}"] = official_order(z + a, cls), official_order(*following)
+        trace[f"backbone.{model.config.fork + j}"] = xs[j].flatten(0, 1)
+        state = following
+    return trace
+
+
+def training_gradient(step, name, variant):
+    if name.startswith("extra_proj."):
+        return dict(step.head.named_parameters())[name.removeprefix("extra_proj.")].grad
+    return gradient(step.model, name.removeprefix("backbone."), variant)
 
 
 @runner("llava_infer*", variants=BOTH, runs=lambda file: [*file.meta["runs"], "other_T"])

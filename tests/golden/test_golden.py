@@ -54,7 +54,7 @@ def test_there_are_vectors():
 
 def belongs(name, run):
     prefixes = [f"out.{run}.", f"grad.{run}."] if run else ["out."]
-    return name.startswith(tuple(prefixes))
+    return name.startswith(tuple(prefixes)) or (bool(run) and fnmatch.fnmatchcase(name, f"grad_of.*.{run}.*"))
 
 
 def matches(name, patterns):

@@ -1,0 +1,181 @@
+"""BT-Adapter's masked pretraining (arXiv:2309.15785, section 3.2): a frozen CLIP teaches the branch beside it."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from pyvidx.backbones.clip_text import CLIPText
+from pyvidx.losses import GRADIENTS, alignment, contrastive, gather
+from pyvidx.models.bt_adapter import BTAdapter
+from pyvidx.ops import token_gather
+from pyvidx.temporal.grouping import MASK_ORDERS, Grouping, grouping
+from pyvidx.temporal.masking import Drops, drop_path_draws, tube_mask
+
+
+class Losses(NamedTuple):
+    """Weighted scalars, float32 or wider.
+
+    Attributes:
+        vtc: video-text contrast.
+        mbca: masked branch-text (cross-modal) alignment.
+        mbta: masked branch-token alignment.
+    """
+
+    vtc: Tensor
+    mbca: Tensor
+    mbta: Tensor
+
+    @property
+    def total(self) -> Tensor:
+        return self.vtc + self.mbca + self.mbta
+
+
+class Pretraining(nn.Module):
+    """The model, the frozen text tower and the head of the token loss, which is thrown away afterwards.
+
+    Only the branch, the gates and the head are trained: the rest asks for no gradient and runs without one. Wrap it in
+    DistributedDataParallel for several processes.
+
+    Args:
+        model: config.part "full" with a projection, not folded.
+        text: of the same embedding width.
+        mask_rate: int(mask_rate * P) patches of every video are removed from the branch; the backbone sees all.
+        mask_order: "tube", or "official": the public code's order, in which slots and groups are mixtures and a token's
+            teacher is another token's; see pyvidx.temporal.grouping.
+        gradient: see pyvidx.losses.gather. With "official" the token loss weighs more the more processes there are.
+        weights: of the losses, in the order of Losses.
+        scale: of the cosines in both contrastive losses.
+        drop_path: of the last branch layer, in training mode; the rates rise linearly from 0.
+
+    Raises:
+        ValueError: the model or an option does not fit.
+    """
+
+    def __init__(
+        self,
+        model: BTAdapter,
+        text: CLIPText,
+        *,
+        mask_rate: float = 0.7,
+        mask_order: str = "tube",
+        gradient: str = "global",
+        weights: tuple[float, float, float] = (1.0, 0.1, 0.1),
+        scale: float = 100.0,
+        drop_path: float = 0.1,
+    ):
+        super().__init__()
+        v = model.config.vision
+        if model.folded or model.backbone.projection is None:
+            raise ValueError("Pretraining: model must be a full one with a projection, and not folded")
+        if text.config.embed_dim != v.embed_dim:
+            raise ValueError(
+                f"Pretraining: text must have the model's embed_dim {v.embed_dim}, got {text.config.embed_dim}"
+            )
+        if mask_order not in MASK_ORDERS or gradient not in GRADIENTS:
+            raise ValueError(
+                f"Pretraining: mask_order must be one of {MASK_ORDERS} and gradient of {GRADIENTS}, "
+                f"got {mask_order!r}, {gradient!r}"
+            )
+        self.model, self.text = model, text.requires_grad_(False)
+        self.model.backbone.requires_grad_(False)
+        self.head = nn.Sequential(nn.Linear(v.width, v.embed_dim), nn.LayerNorm(v.embed_dim))
+        self.mask_rate, self.mask_order, self.gradient = mask_rate, mask_order, gradient
+        self.weights, self.scale, self.drop_path = weights, scale, drop_path
+
+    def forward(
+        self,
+        pixels: Tensor,
+        ids: Tensor,
+        *,
+        mask: Tensor | None = None,
+        drops: Drops | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Losses:
+        """The losses of a batch of videos and their texts.
+
+        Args:
+            pixels: [B, T, 3, h, w], normalized, as BTAdapter takes them.
+            ids: int64 [B, L] token ids.
+            mask: bool, True = removed: [B, P] (a tube) or [B, T*P] (frame-major); default drawn.
+            drops: from pyvidx.temporal.masking.drop_path_draws; default drawn in training mode, none in eval mode.
+            generator: of the draws.
+        """
+        with torch.no_grad():
+            xs = self.model.backbone(self.model.read_pixels(pixels), self._layers)
+            text = self.text(ids)
+        return self.from_layers(xs, text, mask=mask, drops=drops, generator=generator)
+
+    def from_layers(
+        self,
+        xs: Sequence[Tensor],
+        text: Tensor,
+        *,
+        mask: Tensor | None = None,
+        drops: Drops | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Losses:
+        """The same from what the frozen towers give, which may be cached.
+
+        Args:
+            xs: [B, T, 1+P, C] of backbone layers L-d to L-1.
+            text: [B, E] text embeddings.
+        """
+        if len(xs) != len(self._layers):
+            raise ValueError(
+                f"Pretraining: xs must be the outputs of backbone layers {list(self._layers)}, got {len(xs)} tensors"
+            )
+        group = self.grouping(xs[0], mask, generator)
+        z, cls = self.states(xs, group, drops, generator)[-1]  # [B, S, K, C], [B, C]
+        project = self.model.backbone.projection
+        video = project(self.model.frame_vectors(xs[-1], cls).mean(dim=1))
+        # The projection has no bias: the mean of the tokens' projections is the projection of their mean.
+        branch = project(z.mean(dim=(1, 2)))
+        video, branch, text = (gather(e, gradient=self.gradient) for e in (video, branch, text))
+        vtc, mbca, mbta = self.weights
+        return Losses(
+            vtc * contrastive(video, text, scale=self.scale),
+            mbca * contrastive(branch, text, scale=self.scale),
+            mbta * alignment(self.head(z), self.teacher(xs[-1], group)),
+        )
+
+    def states(
+        self, xs: Sequence[Tensor], group: Grouping, drops: Drops | None, generator: torch.Generator | None = None
+    ) -> list[tuple[Tensor, Tensor]]:
+        """Every branch layer's (z [B, S, K, C], cls [B, C])."""
+        if drops is None and self.training:
+            B, S, K = xs[0].shape[0], group.frames, group.keep.shape[-1]
+            where = {"device": xs[0].device, "generator": generator}
+            drops = drop_path_draws(self.drop_path, self.model.config.depth, B, S, K, **where)
+        return self.model.branch(xs, self.model.backbone.position, group, drops)
+
+    def grouping(self, x: Tensor, mask: Tensor | None, generator: torch.Generator | None = None) -> Grouping:
+        """Of the tokens that the branch keeps of backbone tokens x [B, T, 1+P, C]."""
+        unmasked = self.model.grouping(x)  # refuses a wrong shape or frame count
+        B, T, P = x.shape[0], x.shape[1], unmasked.patches
+        if unmasked.pair:
+            raise ValueError(
+                f"Pretraining: T must be at most {self.model.config.time_length}, the rows of the time table, got {T}"
+            )
+        if mask is None:
+            mask = tube_mask(B, P, self.mask_rate, device=x.device, generator=generator)
+        if mask.dim() != 2 or mask.shape[0] != B:
+            raise ValueError(f"Pretraining: mask must be [B, P] or [B, T*P] with B = {B}, got {tuple(mask.shape)}")
+        if self.mask_order == "official" and mask.shape[1] == P:
+            mask = mask.repeat(1, T)  # frame-major, as it is drawn there
+        modes = {"compat": self.model.compat, "tower": self.model.tower, "time_length": self.model.config.time_length}
+        return grouping(T, P, mask=mask, mask_order=self.mask_order, device=x.device, **modes)
+
+    @torch.no_grad()
+    def teacher(self, x: Tensor, group: Grouping) -> Tensor:
+        """projection(LN(tokens)) of the last backbone layer x [B, T, 1+P, C] for the kept tokens -> [B, S, K, E]."""
+        keep, T, P = group.keep, group.frames, group.patches
+        if self.mask_order == "official":  # the patch-major index of the kept token, read as a frame-major one
+            keep = keep % P * T + keep // P
+        tokens = token_gather(x[:, :, 1:], keep)
+        return self.model.backbone.projection(self.model.backbone.norm_post(tokens))
+
+    @property
+    def _layers(self) -> range:
+        return range(self.model.config.fork, self.model.config.vision.layers)
