@@ -125,7 +125,8 @@ __global__ __launch_bounds__(kAttentionThreads,
 // time, computed again whenever they are needed; little code and few registers rather than speed. ----
 
 constexpr int kPartWarps = 8, kPartThreads = 32 * kPartWarps;  // 16 rows each are the 128 frames
-constexpr int kPartTiles = 4;
+template <typename T>
+constexpr int kPartTiles = sizeof(T) == 8 ? 2 : 4;  // double, for gradcheck, would spill with 4
 
 template <typename T, int kD>
 __global__ __launch_bounds__(kPartThreads, 1) void temporal_attention_by_parts_kernel(TemporalAttentionArgs a) {
@@ -138,12 +139,12 @@ __global__ __launch_bounds__(kPartThreads, 1) void temporal_attention_by_parts_k
   const Rows<const T> q = part_of<T>(a.qkv, at, 0), k = part_of<T>(a.qkv, at, 1);
   const A scale2 = A(a.scale * kLog2e);
   Softmax<A> softmax[2];
-  softmax_by_parts<T, kD, kPartTiles>(q, q0, k, scale2, softmax);
-  const auto weights = [&](int k0, A(&w)[kPartTiles][4]) {
+  softmax_by_parts<T, kD, kPartTiles<T>>(q, q0, k, scale2, softmax);
+  const auto weights = [&](int k0, A(&w)[kPartTiles<T>][4]) {
     dot_rows<T, kD>(q, q0, k, k0, w);
     each_score(w, k0, [&](int key, int half, A& x) { x = key < frames ? softmax[half].weight(x * scale2) : A(0); });
   };
-  weigh_rows_by_parts<T, kD, kPartTiles>(weights, part_of<T>(a.qkv, at, 2), rows_of<T>(a.out, at), q0);
+  weigh_rows_by_parts<T, kD, kPartTiles<T>>(weights, part_of<T>(a.qkv, at, 2), rows_of<T>(a.out, at), q0);
 }
 
 template <typename T, int kD>
@@ -159,22 +160,22 @@ __global__ __launch_bounds__(kPartThreads,
   if (task.active) {
     Softmax<A> softmax[2];
     A sum[2] = {};
-    softmax_by_parts<T, kD, kPartTiles>(q, r0, k, scale2, softmax);
-    const auto score_gradients = [&](int k0, A(&w)[kPartTiles][4]) {  // times what `sum` is not subtracted from yet
-      A dw[kPartTiles][4];
+    softmax_by_parts<T, kD, kPartTiles<T>>(q, r0, k, scale2, softmax);
+    const auto score_gradients = [&](int k0, A(&w)[kPartTiles<T>][4]) {  // times what `sum` is not subtracted from yet
+      A dw[kPartTiles<T>][4];
       dot_rows<T, kD>(q, r0, k, k0, w);
       dot_rows<T, kD>(grad, r0, v, k0, dw);
       each_score(w, k0, [&](int key, int half, A& x) { x = key < frames ? softmax[half].weight(x * scale2) : A(0); });
 #pragma unroll
-      for (int j = 0; j < kPartTiles; ++j) {
+      for (int j = 0; j < kPartTiles<T>; ++j) {
 #pragma unroll
         for (int i = 0; i < 4; ++i) w[j][i] *= dw[j][i] - sum[i / 2];
       }
     };
     A mean_of_row[2] = {};
 #pragma unroll 1
-    for (int k0 = 0; k0 < frames; k0 += 8 * kPartTiles) {
-      A w[kPartTiles][4];
+    for (int k0 = 0; k0 < frames; k0 += 8 * kPartTiles<T>) {
+      A w[kPartTiles<T>][4];
       score_gradients(k0, w);
       each_score(w, k0, [&](int, int half, A& x) { mean_of_row[half] += x; });
     }
@@ -186,33 +187,33 @@ __global__ __launch_bounds__(kPartThreads,
         largest[query] = softmax[half].largest, inverse[query] = softmax[half].inverse, mean[query] = sum[half];
       }
     }
-    const auto scaled = [&](int k0, A(&w)[kPartTiles][4]) {
+    const auto scaled = [&](int k0, A(&w)[kPartTiles<T>][4]) {
       score_gradients(k0, w);
       each_score(w, k0, [&](int, int, A& x) { x *= scale; });
     };
-    weigh_rows_by_parts<T, kD, kPartTiles>(scaled, k, task.grad_rows(a, 0), r0);
+    weigh_rows_by_parts<T, kD, kPartTiles<T>>(scaled, k, task.grad_rows(a, 0), r0);
   }
   __syncthreads();
   if (!task.active) return;
-  const auto weights = [&](int q0, A(&w)[kPartTiles][4]) {  // [key][query]
+  const auto weights = [&](int q0, A(&w)[kPartTiles<T>][4]) {  // [key][query]
     dot_rows<T, kD>(k, r0, q, q0, w);
     each_score(w, q0, [&](int query, int, A& x) {
       x = query < frames ? Softmax<A>{largest[shared0 + query], inverse[shared0 + query]}.weight(x * scale2) : A(0);
     });
   };
-  weigh_rows_by_parts<T, kD, kPartTiles>(weights, grad, task.grad_rows(a, 2), r0);
-  const auto gradients = [&](int q0, A(&w)[kPartTiles][4]) {
-    A dw[kPartTiles][4];
+  weigh_rows_by_parts<T, kD, kPartTiles<T>>(weights, grad, task.grad_rows(a, 2), r0);
+  const auto gradients = [&](int q0, A(&w)[kPartTiles<T>][4]) {
+    A dw[kPartTiles<T>][4];
     weights(q0, w);
     dot_rows<T, kD>(v, r0, grad, q0, dw);
     each_score(dw, q0, [&](int query, int, A& x) { x = query < frames ? (x - mean[shared0 + query]) * scale : A(0); });
 #pragma unroll
-    for (int j = 0; j < kPartTiles; ++j) {
+    for (int j = 0; j < kPartTiles<T>; ++j) {
 #pragma unroll
       for (int i = 0; i < 4; ++i) w[j][i] *= dw[j][i];
     }
   };
-  weigh_rows_by_parts<T, kD, kPartTiles>(gradients, q, task.grad_rows(a, 1), r0);
+  weigh_rows_by_parts<T, kD, kPartTiles<T>>(gradients, q, task.grad_rows(a, 1), r0);
 }
 
 }  // namespace pyvidx::cuda
