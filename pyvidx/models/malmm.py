@@ -171,7 +171,8 @@ class MALMM(nn.Module):
             visual, query: have that bank. Without the query bank a push only fills the visual one, the Q-Former runs at
                 `ask`, and that takes any prompt.
             bank_dtype: of the rows that similarities are taken of. None: float32, also where the weights are 16-bit.
-                A 16-bit bank is half as large, but its rounding makes other pairs merge (`python -m bench.long_run drift`).
+                A 16-bit bank is half as large, but its rounding makes other pairs merge: `python -m bench.long_run
+                drift` measures how far that leads.
         """
         if prompt is None and (query or batch is None):
             raise ValueError("MALMM: start needs a prompt, or query=False and batch=B")
