@@ -3,6 +3,7 @@
 memory  peak memory and time per frame of MA-LMM's stream at its real sizes, over thousands of frames of features
 drift   how far 16-bit weights and banks come from float32 along a stream
 video   a synthetic video from the file to the answer: memory while it streams
+clip    whole clips of T = 100 frames at the real sizes, M = 10, 20, 40: the official algorithm, stream, clip
 """
 
 import argparse
@@ -29,15 +30,18 @@ TEXT, CHECKPOINTS = 12, 10
 def main(argv: Sequence[str] | None = None) -> dict:
     p = argparse.ArgumentParser(prog="python -m bench.long_run", description=__doc__,
                                 formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
-    p.add_argument("command", choices=["memory", "drift", "video"])
-    p.add_argument("--frames", type=int, help="default: 5000, 10000, 20 minutes at 10 frames per second")
+    p.add_argument("command", choices=["memory", "drift", "video", "clip"])
+    p.add_argument("--frames", type=int, help="default: 5000, 10000, 20 minutes at 10 frames per second, 100")
     p.add_argument("--small", action="store_true", help="tiny sizes: does it still run?")
+    p.add_argument("--threads", type=int, default=torch.get_num_threads())
     p.add_argument("--out", type=Path)
     options = p.parse_args(argv)
     torch.manual_seed(0)
+    torch.set_num_threads(options.threads)
     result = {"command": options.command, "machine": platform.processor() or platform.machine()}
     result |= {"torch": torch.__version__, "threads": torch.get_num_threads()}
-    run, frames = {"memory": (memory, 5000), "drift": (drift, 10_000), "video": (video, 12_000)}[options.command]
+    runs = {"memory": (memory, 5000), "drift": (drift, 10_000), "video": (video, 12_000), "clip": (clip, 100)}
+    run, frames = runs[options.command]
     with torch.inference_mode():
         result |= run(options.frames or frames, options.small)
     if options.out:
@@ -204,6 +208,48 @@ def video(frames: int, small: bool) -> dict:
         if seen != frames or not (sizes == frames).all():
             raise RuntimeError(f"long_run: {frames} frames written, {seen} read, {sizes.unique().tolist()} in the bank")
     return {"minutes": frames / 600, "rows": rows}
+
+
+def clip(frames: int, small: bool, rounds: int = 3) -> dict:
+    """Features to the query tokens at the last frame, from empty memories: all three in turn, round by round."""
+    from bench.bench_malmm import models
+
+    model, reference = models("small" if small else "real", "cpu")
+    P, C, Q = 1 + model.config.vision.patches, model.config.vision.width, model.config.qformer.queries
+    features = torch.randn(1, 1, P, C) + 0.5 * torch.randn(1, frames, P, C)
+    ids, mask = torch.randint(0, 50, (1, TEXT)), torch.ones(1, TEXT)
+
+    def official(M: int) -> Tensor:
+        state, x = reference.start(), None
+        for t in range(frames):
+            x, state = reference.step(state, features[:, t], t, ids, mask, M, last=t == frames - 1)
+        return x[:, :Q]
+
+    def stream(M: int) -> Tensor:
+        memories = model.start(model.prompt(ids), length=M)
+        for t in range(frames):
+            memories = model.push(memories, features[:, t])
+        return model.ask(memories)
+
+    def whole(M: int) -> Tensor:
+        return model.encode(features, model.prompt(ids), length=M)
+
+    contenders, rows = {"official": official, "stream": stream, "clip": whole}, []
+    for M in (4,) if small else (10, 20, 40):
+        seconds: dict[str, list[float]] = {name: [] for name in contenders}
+        tokens: dict[str, Tensor] = {}
+        for _ in range(rounds):
+            for name, contender in contenders.items():
+                begin = time.perf_counter()
+                tokens[name] = contender(M)
+                seconds[name].append(time.perf_counter() - begin)
+        scale = tokens["official"].abs().max()
+        rows.append({"M": M, "seconds": {name: [round(s, 3) for s in taken] for name, taken in seconds.items()}} | {
+            name: {"ratio": round(statistics.median(a / b for a, b in zip(seconds["official"], seconds[name])), 2),
+                   "difference": float((tokens[name] - tokens["official"]).abs().max() / scale)}
+            for name in ("stream", "clip")
+        })  # fmt: skip
+    return {"T": frames, "P": P, "C": C, "rounds": rounds, "rows": rows}
 
 
 if __name__ == "__main__":
