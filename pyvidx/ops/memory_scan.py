@@ -114,10 +114,12 @@ def settle_(rows: Tensor, extended: Tensor, plan: MergePlan, order: Tensor) -> N
         plan: of memory_scan_.
         order: int32 [B, N, M+1], of the state after the scan.
     """
-    table = plan.table[:, -1].transpose(1, 2).long()[..., None]  # [B, M+1, N, 1]
-    slot = order.transpose(1, 2).long()[..., None].expand_as(rows)
-    stored = extended.gather(1, table.clamp_min(0).expand_as(rows))
-    rows.scatter_(1, slot, torch.where(table >= 0, stored, rows.gather(1, slot)))
+    slot = order.transpose(1, 2).long()  # [B, M+1, N]
+    table = plan.table[:, -1].transpose(1, 2).long()
+    source = torch.where(table >= 0, table, slot)  # the list begins with the slots as they were
+    b = torch.arange(rows.shape[0], device=rows.device)[:, None, None]
+    n = torch.arange(rows.shape[2], device=rows.device)
+    rows[b, slot, n] = extended[b, source, n]  # whole rows: gather and scatter_ would read an index per element
 
 
 def _require_no_gradient(name: str, *tensors: Tensor) -> None:
