@@ -9,9 +9,15 @@ the properties of all.
 """
 
 from pyvidx.temporal.branch import Branch, BTAdapterModule
+from pyvidx.temporal.clip_vip import CLIPViP
+from pyvidx.temporal.grid_pool import GridPool
+from pyvidx.temporal.joint import Joint
 from pyvidx.temporal.mean import Mean
 from pyvidx.temporal.module import OUTPUTS, TemporalModule
 from pyvidx.temporal.registry import MODULES, create, names, register
+from pyvidx.temporal.separate import Separate
+from pyvidx.temporal.st_adapter import STAdapter
+from pyvidx.temporal.st_pool import STPool
 from pyvidx.temporal.stan import STAN
 
 __all__ = [
@@ -20,7 +26,13 @@ __all__ = [
     "STAN",
     "BTAdapterModule",
     "Branch",
+    "CLIPViP",
+    "GridPool",
+    "Joint",
     "Mean",
+    "STAdapter",
+    "STPool",
+    "Separate",
     "TemporalModule",
     "create",
     "names",

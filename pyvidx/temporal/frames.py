@@ -57,6 +57,13 @@ def frame_mean(x: Tensor, frame_mask: Tensor | None = None) -> Tensor:
     return real_only(x, frame_mask).sum(dim=1) / count
 
 
+def token_mask(frame_mask: Tensor | None, before: int, patches: int) -> Tensor | None:
+    """bool [B, T] -> [B, 1, 1, L] of a sequence: `before` tokens of the clip, then `patches` tokens of every frame."""
+    if frame_mask is None:
+        return None
+    return F.pad(frame_mask.repeat_interleave(patches, dim=1), (before, 0), value=True)[:, None, None]
+
+
 def attend_over_frames(qkv: Tensor, frame_mask: Tensor | None = None) -> Tensor:
     """Attention of every position over the real frames of its clip. qkv [B, T, N, 3, H, D] -> [B, T, N, H * D]."""
     if frame_mask is None:

@@ -8,12 +8,13 @@ layers) or inside it (it changes what goes in, or wraps the blocks). pyvidx.mode
     encode([outputs of the layers in `reads`])     tokens [B, *, C] and pooled [B, E]
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from torch import Tensor, nn
 
 from pyvidx.backbones.clip import CLIPVision, CLIPVisionConfig
 from pyvidx.encoding import Encoding
+from pyvidx.layers.block import Block
 from pyvidx.temporal.frames import frame_mean
 
 OUTPUTS = ("tokens", "pooled")
@@ -49,7 +50,7 @@ class TemporalModule(nn.Module):
         layout [B, ..., L, C], which its `block` and `encode` then take."""
         return x
 
-    def block(self, i: int, block: Callable[[Tensor], Tensor], x: Tensor, frame_mask: Tensor | None = None) -> Tensor:
+    def block(self, i: int, block: Block, x: Tensor, frame_mask: Tensor | None = None) -> Tensor:
         """Backbone layer i with whatever the module does around it. x as `embed` left it."""
         return block(x)
 
