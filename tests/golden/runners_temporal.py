@@ -10,7 +10,9 @@ from pyvidx.backbones.clip import CLIPVision, CLIPVisionConfig
 from pyvidx.integrations.clip_weights import fill
 from pyvidx.integrations.keys import THIRDS, locate, rename
 from pyvidx.layers.block import Block
+from pyvidx.losses import alignment
 from pyvidx.models import VideoEncoder
+from pyvidx.models.umt import UMTConfig, UMTStudent, UnmaskedTeacher
 from pyvidx.temporal.clip_vip import proxy_attention
 from pyvidx.temporal.grid_pool import grid_pool, with_newlines
 from pyvidx.temporal.st_adapter import Adapter
@@ -253,3 +255,52 @@ def llava_next_pool(file, run, variant, check):
         check(f"out.{mode}_6", grid_pool(even, mode, file.meta["stride"]), 1e-6)
     check("out.frame_newline", with_newlines(grid_pool(even, "bilinear"), newline), 1e-6)
     check("out.grid_newline", with_newlines(grid_pool(even, "bilinear"), newline, "row"), 1e-6)
+
+
+# --- UMT --------------------------------------------------------------------------------------------------------------
+
+
+def umt_student(weights, heads, image_size):
+    """The student of these weights; keys have no bias there."""
+    patch = weights["encoder.patch_embed.proj.weight"]
+    C, layers = patch.shape[0], 1 + max(int(k.split(".")[2]) for k in weights if k.startswith("encoder.blocks."))
+    mlp = weights["encoder.blocks.0.mlp.fc1.bias"].shape[0]
+    student = UMTStudent(UMTConfig(image_size, patch.shape[-1], C, heads, layers, mlp))
+    own = {"patch": patch[:, :, 0], "patch_bias": weights["encoder.patch_embed.proj.bias"]}
+    for i in range(layers):
+        theirs = {k: v for k, v in weights.items() if k.startswith(f"encoder.blocks.{i}.")}
+        theirs = {k.removeprefix(f"encoder.blocks.{i}."): v for k, v in theirs.items()}
+        q, v = theirs.pop("attn.q_bias"), theirs.pop("attn.v_bias")
+        theirs["attn.qkv.bias"] = torch.cat([q, torch.zeros_like(q), v])
+        own |= {f"blocks.{i}.{re.sub('^(attn|mlp).', '', k).replace('proj', 'out')}": v for k, v in theirs.items()}
+    for leaf in ("weight", "bias"):
+        own |= {f"norm.{leaf}": weights[f"encoder.norm.{leaf}"], f"norm_pool.{leaf}": weights[f"pool_norm.{leaf}"]}
+    student.load_state_dict(own)
+    return student
+
+
+@runner("joint_st_umt*", runs=once)
+@torch.no_grad()
+def umt(file, run, variant, check):
+    weights, pixels, meta = file.part("weights."), file.tensors["in.video"].transpose(1, 2), file.meta
+    student = umt_student(weights, meta["heads"], meta["img"])
+    full, per_frame = student(pixels), student(pixels, per_frame=True)
+    check("out.x_full", full.tokens)
+    check("out.pool_full", full.pooled[:, None])
+    check("out.pool_keep_temporal", per_frame.pooled)
+    E = file.tensors["in.teacher"].shape[-1]
+    teacher = CLIPVision(CLIPVisionConfig(meta["img"], meta["patch"], 8, 2, 2, 8, embed_dim=E))
+    step = UnmaskedTeacher(student, teacher, taps=2, mask_ratio=meta["mask_ratio"])
+    for i, head in enumerate(step.heads):
+        for leaf in ("weight", "bias"):
+            getattr(head[0], leaf).copy_(weights[f"clip_decoder.{i}.head.{leaf}"])
+            getattr(head[1], leaf).copy_(weights[f"clip_decoder.{i}.norm.{leaf}"])
+    mask = file.tensors["in.mask"]
+    visible = (~mask).nonzero()[:, 1].view(len(mask), meta["T"], -1)
+    (last,) = student.run(pixels, visible)
+    x = student.norm(last).flatten(1, 2)
+    check("out.x_vis", x)
+    check("out.pool_vis", student.norm_pool(x.mean(dim=1, keepdim=True)))
+    predicted = step.predict(pixels, visible).flatten(2, 3)
+    check("out.x_clip", predicted)
+    check("out.uta_loss", alignment(predicted, file.tensors["in.teacher"]))
