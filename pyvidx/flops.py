@@ -5,7 +5,7 @@ peak_bytes(lambda: encoder(pixels))     # the most that is alive at once besides
 """
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -206,8 +206,3 @@ def plot(costs: list[Cost], path: str | Path, title: str = "") -> Path:
     figure.suptitle(title)
     figure.savefig(path, dpi=110)
     return Path(path)
-
-
-def records(costs: list[Cost]) -> list[dict]:
-    """As plain data."""
-    return [asdict(c) for c in costs]

@@ -3,6 +3,7 @@
 import argparse
 import json
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -41,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(flops.table(costs))
     if options.json is not None:
         about = {"size": options.size, "dtype": options.dtype, "torch": torch.__version__}
-        options.json.write_text(json.dumps({"about": about, "costs": flops.records(costs)}, indent=1))
+        options.json.write_text(json.dumps({"about": about, "costs": [asdict(c) for c in costs]}, indent=1))
         print(f"wrote {options.json}")
     if options.plot is not None:
         print(f"wrote {flops.plot(costs, options.plot, title)}")
