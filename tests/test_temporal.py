@@ -9,6 +9,7 @@ import torch.nn.functional as F
 
 from pyvidx import temporal
 from pyvidx.backbones.clip import CLIPVision, CLIPVisionConfig
+from pyvidx.flops import count
 from pyvidx.layers.sincos import sincos_table
 from pyvidx.models import BTAdapter, BTAdapterConfig, VideoEncoder
 from pyvidx.temporal.clip_vip import proxy_attention
@@ -134,6 +135,21 @@ def test_stored_layers(name, options):
     assert torch.equal(got.tokens, want.tokens) and torch.equal(got.pooled, want.pooled)
     with pytest.raises(ValueError, match="xs must be"):
         model.from_layers(xs[1:])
+
+
+@torch.no_grad()
+def test_no_work_for_padding():
+    """A tower that is only read runs on real frames alone."""
+    model, pixels, mask = encoder("mean", {}), clips(), torch.tensor([[True] * 4, [True, True, False, False]])
+    one = count(lambda: model.layers(pixels[:1, :1]))
+    assert one > 0 and count(lambda: model.layers(pixels, frame_mask=mask)) == 6 * one
+
+
+@pytest.mark.parametrize("name", ["branch", "bt_adapter", "stan"])
+@torch.no_grad()
+def test_time_attention_adds_nothing_at_first(name):
+    layers = encoder(name, {}, randomize=False).temporal.branch.temporal
+    assert not any(layer(torch.randn(2, 4, P, C).double()).any() for layer in layers)
 
 
 @over(UNCHANGED)
