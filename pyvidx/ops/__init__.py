@@ -3,6 +3,7 @@ from pyvidx.ops.gated_fusion import fusion_input, gated_fusion, output_gate
 from pyvidx.ops.memory_merge import memory_merge, memory_merge_
 from pyvidx.ops.memory_scan import MergePlan, memory_replay, memory_scan_, settle_
 from pyvidx.ops.temporal_attention import temporal_attention
+from pyvidx.ops.temporal_scale import temporal_scale
 from pyvidx.ops.token_gather import token_gather
 
 __all__ = [
@@ -17,5 +18,6 @@ __all__ = [
     "output_gate",
     "settle_",
     "temporal_attention",
+    "temporal_scale",
     "token_gather",
 ]
