@@ -82,7 +82,7 @@ class Build:
     def __init__(self, folder: Path):
         self.folder = folder.resolve()
         self.folder.mkdir(parents=True, exist_ok=True)
-        self.lines: list[str] = ["ninja_required_version = 1.5"]
+        self.lines: list[str] = ["ninja_required_version = 1.5", f"builddir = {self.folder}"]
         self.rules: dict[tuple, str] = {}
 
     def _rule(self, command: str, deps: bool) -> str:
@@ -114,7 +114,8 @@ class Build:
         if not file.exists() or file.read_text() != text:
             file.write_text(text)
         jobs = os.environ.get("MAX_JOBS") or str(os.cpu_count())
-        subprocess.check_call([_ninja(), "-C", str(self.folder), "-j", jobs, "--quiet"])
+        # In ROOT, where the compilers run: the headers they found are named from there.
+        subprocess.check_call([_ninja(), "-f", str(file), "-j", jobs, "--quiet"], cwd=ROOT)
 
 
 def _ninja() -> str:

@@ -384,11 +384,13 @@ def test_branch_copies_the_tower():
         assert torch.equal(layer.fc1.weight, model.tower.blocks[str(i)].fc1.weight)
 
 
-@torch.no_grad()
-def test_proxy_attention():
-    """One softmax over proxies and own frame: the full attention with all else masked."""
-    B, M, T, n, H, D = 2, 3, 4, 5, 2, 4
-    qkv = torch.randn(B, M + T * n, 3, H, D, dtype=torch.float64)
+@pytest.mark.parametrize("gradient", [False, True])
+@pytest.mark.parametrize("D", [4, 8])
+def test_proxy_attention(D, gradient):
+    """One softmax over proxies and own frame: the full attention with all else masked. By slot table (D = 8, without a
+    gradient) and by copies."""
+    B, M, T, n, H = 2, 3, 4, 5, 2
+    qkv = torch.randn(B, M + T * n, 3, H, D, dtype=torch.float64, requires_grad=gradient)
     frame = torch.cat([torch.full((M,), -1), torch.arange(T).repeat_interleave(n)])
     sees = (frame[:, None] == frame) | (frame[:, None] == -1) | (frame == -1)
     q, k, v = qkv.permute(2, 0, 3, 1, 4)

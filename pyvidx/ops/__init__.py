@@ -2,7 +2,9 @@ from pyvidx.ops.bank_attention import bank_attention
 from pyvidx.ops.gated_fusion import fusion_input, gated_fusion, output_gate
 from pyvidx.ops.memory_merge import memory_merge, memory_merge_
 from pyvidx.ops.memory_scan import MergePlan, memory_replay, memory_scan_, settle_
+from pyvidx.ops.st_pool import st_pool
 from pyvidx.ops.temporal_attention import temporal_attention
+from pyvidx.ops.temporal_scale import temporal_scale
 from pyvidx.ops.token_gather import token_gather
 
 __all__ = [
@@ -16,6 +18,8 @@ __all__ = [
     "memory_scan_",
     "output_gate",
     "settle_",
+    "st_pool",
     "temporal_attention",
+    "temporal_scale",
     "token_gather",
 ]

@@ -10,21 +10,12 @@ from torch import Tensor, nn
 from pyvidx.backbones.clip import CLIPVision, CLIPVisionConfig
 from pyvidx.encoding import Encoding
 from pyvidx.layers.block import Block, residual
+from pyvidx.ops import temporal_scale
 from pyvidx.temporal.frames import frame_mean, real_only
 from pyvidx.temporal.module import OUTPUTS, TemporalModule, class_last
 from pyvidx.temporal.registry import register
 
 PLACES = ("both", "attention", "mlp")
-
-
-def temporal_scale(y: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """A depthwise convolution over time, zeros beyond the ends: z[t] = bias + sum_j weight[:, j] y[t + j - k // 2].
-
-    y [B, T, P, A], weight [A, k] (k odd), bias [A] -> [B, T, P, A].
-    """
-    T, k = y.shape[1], weight.shape[1]
-    padded = F.pad(y, (0, 0, 0, 0, k // 2, k // 2))
-    return sum((padded[:, j : j + T] * weight[:, j] for j in range(k)), bias)
 
 
 class Adapter(nn.Module):
@@ -45,17 +36,16 @@ class Adapter(nn.Module):
     def forward(self, x: Tensor, frame_mask: Tensor | None = None) -> Tensor:
         """x [B, T, 1+P, C], class token first -> x + what the adapter makes of its patches."""
         patches = x[:, :, 1:]
-        # Padding is to the convolution what lies beyond the ends: zero after `down`, whose bias is not.
-        y = real_only(self.down(patches), frame_mask)
-        y = residual(patches, self.up(self._conv(y)))
+        y = residual(patches, self.up(self._conv(self.down(patches), frame_mask)))
         return torch.cat([x[:, :, :1], y], dim=2)
 
-    def _conv(self, y: Tensor) -> Tensor:  # [B, T, P, A] -> the same
+    def _conv(self, y: Tensor, frame_mask: Tensor | None) -> Tensor:  # [B, T, P, A] -> the same
+        # Padding is to the convolution what lies beyond the ends: zero after `down`, whose bias is not.
         A, *kernel = self.weight.shape
         if kernel[1:] == [1, 1]:
-            return temporal_scale(y, self.weight.view(A, -1), self.bias)
+            return temporal_scale(y, self.weight.view(A, -1), self.bias, mask=frame_mask)
         side = math.isqrt(y.shape[2])
-        grid = y.unflatten(2, (side, side)).permute(0, 4, 1, 2, 3)  # [B, A, T, side, side]
+        grid = real_only(y, frame_mask).unflatten(2, (side, side)).permute(0, 4, 1, 2, 3)  # [B, A, T, side, side]
         z = F.conv3d(grid, self.weight[:, None], self.bias, padding=[k // 2 for k in kernel], groups=A)
         return z.permute(0, 2, 3, 4, 1).flatten(2, 3)
 

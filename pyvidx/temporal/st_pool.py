@@ -9,7 +9,7 @@ from torch import Tensor
 
 from pyvidx.backbones.clip import CLIPVision, CLIPVisionConfig
 from pyvidx.encoding import Encoding
-from pyvidx.temporal.frames import frame_mean, real_only
+from pyvidx.ops import st_pool
 from pyvidx.temporal.module import OUTPUTS, TemporalModule
 from pyvidx.temporal.registry import register
 
@@ -25,10 +25,10 @@ def space_time_means(x: Tensor, frame_mask: Tensor | None = None, rows: int | No
     Returns:
         [B, T + P, C], or [B, max(T, rows) + P, C].
     """
-    over_space = real_only(x.mean(dim=2), frame_mask)
+    over_time, over_space = st_pool(x, mask=frame_mask)
     if rows is not None:
         over_space = F.pad(over_space, (0, 0, 0, max(0, rows - x.shape[1])))
-    return torch.cat([over_space, frame_mean(x, frame_mask)], dim=1)
+    return torch.cat([over_space, over_time], dim=1)
 
 
 @register("st_pool")

@@ -1,0 +1,274 @@
+// A task walks the frames of a clip with a few rows (token positions), so that the K frames around each are still in
+// the caches: x is read from memory once. Within a frame, a vector of channels of four rows at a time, for which each
+// tap is loaded once. Frames that read as 0 are rows of zeros. Traffic: 2 passes; backward 3.
+#include "pyvidx/temporal_scale.h"
+
+#include "level.h"
+#include "parallel.h"
+#include "simd.h"
+
+namespace pyvidx {
+namespace {
+
+using simd::Acc;
+using simd::each;
+using simd::load;
+using simd::store;
+using simd::Vec;
+
+constexpr int kTogether = 4;  // rows
+
+// Rows of one frame, `step` elements apart.
+template <typename T>
+struct Rows {
+  T* data;
+  int64_t step;
+  PYVIDX_SIMD Rows from(int64_t row) const { return {data + row * step, step}; }
+};
+
+template <typename T>
+Rows<T> rows_of(const View<4>& x, int64_t b, int64_t t, int64_t n) {
+  return {x.at<T>(b, t, n), x.stride[2]};
+}
+
+// What all tasks read.
+template <typename T>
+struct Taps {
+  const Acc<T>* data;  // [K + 2, C]: the taps, the bias, zeros
+  int64_t K, C;
+  const Acc<T>* row(int64_t k) const { return data + k * C; }
+  Rows<const T> zeros() const { return {reinterpret_cast<const T*>(row(K + 1)), 0}; }  // 0 has the same bits in every T
+};
+
+template <typename T>
+Taps<T> fill_taps(const View<2>& weight, const View<1>& bias, const View<2>& taps) {
+  const int64_t C = weight.size[0], K = weight.size[1];
+  for (int64_t k = 0; k < K; ++k) {
+    for (int64_t c = 0; c < C; ++c) *taps.at<Acc<T>>(k, c) = simd::load(weight.at<const T>(c, k), simd::Part{1})[0];
+  }
+  each<T>(C, [&](int64_t c, auto part) {
+    store(taps.at<Acc<T>>(K, c), bias ? load(bias.at<const T>(c), part) : Vec<T>{}, part);
+    store(taps.at<Acc<T>>(K + 1, c), Vec<T>{}, part);
+  });
+  return {taps.at<const Acc<T>>(), K, C};
+}
+
+bool is_real(const View<2>& mask, int64_t b, int64_t t) { return !mask || *mask.at<const int32_t>(b, t) != 0; }
+
+// The frames that the taps of frame t meet: t - K / 2 and on, or the other way round.
+template <typename T, typename Reads>
+void fill_window(const View<4>& x, const Taps<T>& taps, int64_t b, int64_t t, int64_t n, int64_t step, Reads&& reads,
+                 Rows<const T>* window) {
+  for (int64_t k = 0; k < taps.K; ++k) {
+    const int64_t from = t + step * (k - taps.K / 2);
+    const bool there = from >= 0 && from < x.size[1] && reads(from);
+    window[k] = there ? rows_of<const T>(x, b, from, n) : taps.zeros();
+  }
+}
+
+// Rows may be stored past the caches where all of them are aligned.
+template <typename T>
+bool aligned(const Rows<T>& rows) {
+  return reinterpret_cast<uintptr_t>(rows.data) % simd::kBytes == 0 && rows.step * sizeof(T) % simd::kBytes == 0;
+}
+
+template <typename T, int kTaps, int kRows>
+void scale_rows(const Taps<T>& taps, const Rows<const T>* window, Rows<const T> residual, Rows<const T> next,
+                Rows<T> out, int64_t row, bool stream) {
+  const int64_t K = kTaps > 0 ? kTaps : taps.K;
+  Rows<const T> from[kTaps > 0 ? kTaps : kMaxTaps];
+  for (int64_t k = 0; k < K; ++k) from[k] = window[k].from(row);
+  out = out.from(row), next = next.from(row), residual = residual.from(row);
+  each<T>(taps.C, out.data, stream, [&](int64_t c, auto part) {
+    Vec<T> sum[kRows];
+#pragma GCC unroll 4
+    for (int r = 0; r < kRows; ++r) {
+      simd::prefetch(next.data + r * next.step + c);
+      sum[r] = load(taps.row(K) + c, part);
+    }
+    for (int64_t k = 0; k < K; ++k) {
+      const Vec<T> w = load(taps.row(k) + c, part);
+#pragma GCC unroll 4
+      for (int r = 0; r < kRows; ++r) sum[r] += w * load(from[k].data + r * from[k].step + c, part);
+    }
+#pragma GCC unroll 4
+    for (int r = 0; r < kRows; ++r) {
+      if (residual.data != nullptr) sum[r] += load(residual.data + r * residual.step + c, part);
+      store(out.data + r * out.step + c, sum[r], part);
+    }
+  });
+}
+
+template <typename T, int kTaps>
+void scale(const TemporalScaleArgs& a, const Executor& executor) {
+  const int64_t B = a.x.size[0], T_ = a.x.size[1], N = a.x.size[2], C = a.x.size[3];
+  const Taps<T> taps = fill_taps<T>(a.weight, a.bias, a.taps);
+  const int64_t chunks = (N + kScaleRows - 1) / kScaleRows;
+  const bool large = B * T_ * N * C * int64_t(sizeof(T)) > simd::kStreamBytes;
+  parallel_for(executor, B * chunks, kGrainElements / (kScaleRows * T_ * C + 1) + 1, [&](int64_t begin, int64_t end) {
+    for (int64_t task = begin; task < end; ++task) {
+      const int64_t b = task / chunks, n = task % chunks * kScaleRows, count = N - n < kScaleRows ? N - n : kScaleRows;
+      for (int64_t t = 0; t < T_; ++t) {
+        Rows<const T> window[kMaxTaps];
+        fill_window(a.x, taps, b, t, n, 1, [&](int64_t from) { return is_real(a.mask, b, from); }, window);
+        const int64_t ahead = t + taps.K / 2 + 1;
+        const Rows<const T> next = rows_of<const T>(a.x, b, ahead < T_ ? ahead : t, n);
+        const Rows<const T> residual = a.residual ? rows_of<const T>(a.residual, b, t, n) : Rows<const T>{};
+        const Rows<T> out = rows_of<T>(a.out, b, t, n);
+        const bool stream = large && aligned(out);
+        int64_t row = 0;
+        for (; row + kTogether <= count; row += kTogether)
+          scale_rows<T, kTaps, kTogether>(taps, window, residual, next, out, row, stream);
+        for (; row < count; ++row) scale_rows<T, kTaps, 1>(taps, window, residual, next, out, row, stream);
+      }
+    }
+    simd::fence();
+  });
+}
+
+template <typename T, int kTaps, bool kSums, int kRows>
+void backward_rows(const Taps<T>& taps, const Rows<const T>* window, Rows<const T> x, Rows<const T> next,
+                   Rows<const T> next_x, Rows<T> grad_x, Acc<T>* sums, int64_t row, bool stream) {
+  const int64_t K = kTaps > 0 ? kTaps : taps.K;
+  Rows<const T> from[kTaps > 0 ? kTaps : kMaxTaps];
+  for (int64_t k = 0; k < K; ++k) from[k] = window[k].from(row);
+  x = x.from(row), next = next.from(row), next_x = next_x.from(row), grad_x = grad_x.from(row);
+  each<T>(taps.C, grad_x.data, stream, [&](int64_t c, auto part) {
+    Vec<T> sum[kRows] = {}, value[kRows] = {};
+#pragma GCC unroll 4
+    for (int r = 0; r < kRows; ++r) {
+      simd::prefetch(next.data + r * next.step + c);
+      if constexpr (kSums) {
+        simd::prefetch(next_x.data + r * next_x.step + c);
+        value[r] = load(x.data + r * x.step + c, part);
+      }
+    }
+    for (int64_t k = 0; k < K; ++k) {
+      const Vec<T> w = load(taps.row(k) + c, part);
+      Vec<T> products = {}, plain = {};
+#pragma GCC unroll 4
+      for (int r = 0; r < kRows; ++r) {
+        const Vec<T> g = load(from[k].data + r * from[k].step + c, part);
+        sum[r] += w * g;
+        if constexpr (kSums) products += value[r] * g, plain += g;
+      }
+      if constexpr (kSums) {
+        Acc<T>* total = sums + k * taps.C + c;
+        store(total, load(total, part) + products, part);
+        if (k == K / 2) {
+          total = sums + K * taps.C + c;
+          store(total, load(total, part) + plain, part);
+        }
+      }
+    }
+#pragma GCC unroll 4
+    for (int r = 0; r < kRows; ++r) store(grad_x.data + r * grad_x.step + c, sum[r], part);
+  });
+}
+
+// A frame that the forward read as 0: its gradient is 0, and it has part in the bias alone.
+template <typename T, bool kSums>
+void masked_rows(const Taps<T>& taps, Rows<const T> grad, Rows<T> grad_x, Acc<T>* bias, int64_t count) {
+  for (int64_t row = 0; row < count; ++row) {
+    each<T>(taps.C, [&](int64_t c, auto part) {
+      store(grad_x.data + row * grad_x.step + c, Vec<T>{}, part);
+      if constexpr (kSums) store(bias + c, load(bias + c, part) + load(grad.data + row * grad.step + c, part), part);
+    });
+  }
+}
+
+template <typename T, int kTaps, bool kSums>
+void backward_part(const TemporalScaleBackwardArgs& a, const Taps<T>& taps, int64_t part, bool large) {
+  const int64_t T_ = a.grad_out.size[1], N = a.grad_out.size[2], C = taps.C;
+  const int64_t chunks = (N + kScaleRows - 1) / kScaleRows, spans = (T_ + kScaleFrames - 1) / kScaleFrames;
+  const int64_t b = part / chunks / spans, first = part / chunks % spans * kScaleFrames;
+  const int64_t n = part % chunks * kScaleRows, count = N - n < kScaleRows ? N - n : kScaleRows;
+  Acc<T>* sums = nullptr;
+  if constexpr (kSums) {
+    sums = a.partial.at<Acc<T>>(part);
+    __builtin_memset(sums, 0, (taps.K + 1) * C * sizeof *sums);
+  }
+  for (int64_t s = first; s < first + kScaleFrames && s < T_; ++s) {
+    const Rows<T> grad_x = rows_of<T>(a.grad_x, b, s, n);
+    if (!is_real(a.mask, b, s)) {
+      masked_rows<T, kSums>(taps, rows_of<const T>(a.grad_out, b, s, n), grad_x, sums + taps.K * C, count);
+      continue;
+    }
+    Rows<const T> window[kMaxTaps];
+    fill_window(a.grad_out, taps, b, s, n, -1, [](int64_t) { return true; }, window);
+    const int64_t ahead = s + taps.K / 2 + 1;
+    const Rows<const T> next = rows_of<const T>(a.grad_out, b, ahead < T_ ? ahead : s, n);
+    const Rows<const T> x = kSums ? rows_of<const T>(a.x, b, s, n) : taps.zeros();
+    const Rows<const T> next_x = kSums ? rows_of<const T>(a.x, b, s + 1 < T_ ? s + 1 : s, n) : taps.zeros();
+    const bool stream = large && aligned(grad_x);
+    int64_t row = 0;
+    for (; row + kTogether <= count; row += kTogether)
+      backward_rows<T, kTaps, kSums, kTogether>(taps, window, x, next, next_x, grad_x, sums, row, stream);
+    for (; row < count; ++row)
+      backward_rows<T, kTaps, kSums, 1>(taps, window, x, next, next_x, grad_x, sums, row, stream);
+  }
+}
+
+// The second stage: the parts' sums, in their order.
+template <typename T>
+void add_up(const TemporalScaleBackwardArgs& a, const Executor& executor, const Taps<T>& taps) {
+  constexpr int64_t kTile = 256;
+  const int64_t K = taps.K, C = taps.C, parts = a.partial.size[0], tiles = (C + kTile - 1) / kTile;
+  parallel_for(executor, (K + 1) * tiles, kGrainElements / (kTile * (parts + 1)) + 1, [&](int64_t begin, int64_t end) {
+    for (int64_t task = begin; task < end; ++task) {
+      const int64_t k = task / tiles, first = task % tiles * kTile, n = C - first < kTile ? C - first : kTile;
+      Acc<T> sum[kTile] = {};
+      for (int64_t part = 0; part < parts; ++part) {
+        const Acc<T>* row = a.partial.at<const Acc<T>>(part, k, first);
+        each<T>(n, [&](int64_t c, auto how) { store(sum + c, load(sum + c, how) + load(row + c, how), how); });
+      }
+      for (int64_t c = 0; c < n; ++c) {
+        T* out = k < K ? a.grad_weight.at<T>(first + c, k) : a.grad_bias.at<T>(first + c);
+        store(out, Vec<T>{} + sum[c], simd::Part{1});
+      }
+    }
+  });
+}
+
+template <typename T, int kTaps, bool kSums>
+void gradients(const TemporalScaleBackwardArgs& a, const Executor& executor) {
+  const int64_t B = a.grad_out.size[0], T_ = a.grad_out.size[1], N = a.grad_out.size[2], C = a.grad_out.size[3];
+  const Taps<T> taps = fill_taps<T>(a.weight, {}, a.taps);
+  const bool large = B * T_ * N * C * int64_t(sizeof(T)) > simd::kStreamBytes;
+  const int64_t grain = kGrainElements / (kScaleRows * kScaleFrames * C + 1) + 1;
+  parallel_for(executor, temporal_scale_parts(B, T_, N), grain, [&](int64_t begin, int64_t end) {
+    for (int64_t part = begin; part < end; ++part) backward_part<T, kTaps, kSums>(a, taps, part, large);
+    simd::fence();
+  });
+  if constexpr (kSums) add_up<T>(a, executor, taps);
+}
+
+// f(the number of taps that the loops over them are unrolled for; 0: any)
+template <typename F>
+void with_taps(int64_t K, F&& f) {
+  if (K == 3) return f(std::integral_constant<int, 3>{});
+  f(std::integral_constant<int, 0>{});
+}
+
+void forward(const TemporalScaleArgs& args, const Executor& executor) {
+  visit_dtype<float, double, Half, BFloat16>("temporal_scale", args.x.dtype, [&](auto t) {
+    using T = typename decltype(t)::type;
+    with_taps(args.weight.size[1], [&](auto taps) { scale<T, decltype(taps)::value>(args, executor); });
+  });
+}
+
+void backward(const TemporalScaleBackwardArgs& args, const Executor& executor) {
+  visit_dtype<float, double, Half, BFloat16>("temporal_scale_backward", args.grad_x.dtype, [&](auto t) {
+    using T = typename decltype(t)::type;
+    with_taps(args.weight.size[1], [&](auto taps) {
+      constexpr int kTaps = decltype(taps)::value;
+      args.grad_bias ? gradients<T, kTaps, true>(args, executor) : gradients<T, kTaps, false>(args, executor);
+    });
+  });
+}
+
+}  // namespace
+}  // namespace pyvidx
+
+PYVIDX_CPU_ENTRY(temporal_scale, TemporalScaleArgs, forward)
+PYVIDX_CPU_ENTRY(temporal_scale_backward, TemporalScaleBackwardArgs, backward)

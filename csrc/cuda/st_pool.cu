@@ -1,0 +1,186 @@
+// A warp takes a part, 32 patches of some frames, and 128 bytes of its channels: 8 lanes of 16 bytes side by side, and
+// 8 patches for each of the four groups of lanes. So a lane has 8 reads of a frame under way at once, keeps its
+// patches' sums in registers, and four groups' sums of a frame meet in two shuffles; nothing is shared between warps. A
+// second kernel adds up the parts of a frame and, where the frames were split as well, of a patch. Traffic: 1 read of
+// x, and the sums of the frames in float once out and back (1 / 16 of x in 16 bits each way), which stay in L2.
+//
+// Backward: a thread takes 16 bytes of channels of one patch in eight frames. Traffic: 1 write.
+#include "block.cuh"
+#include "pyvidx/st_pool.h"
+
+namespace pyvidx::cuda {
+
+constexpr int kPoolThreads = 128;
+constexpr int kPoolLanes = 8, kPoolGroups = 32 / kPoolLanes, kPoolPatches = int(kPoolRows) / kPoolGroups;
+constexpr int kAddUpThreads = 128, kSpreadThreads = 256, kSpreadFrames = 8;
+
+__device__ __forceinline__ bool is_real(const View<2>& mask, int64_t b, int64_t t) {
+  return !mask || *mask.at<const int32_t>(b, t) != 0;
+}
+
+// 1 / the frames of a clip that the mask keeps, 0 where there is none. The whole warp takes part.
+template <typename A>
+__device__ __forceinline__ A inverse_count(const View<2>& mask, int64_t b, int64_t T_) {
+  if (!mask) return A(1) / A(T_);
+  int count = 0;
+  for (int64_t t = threadIdx.x % 32; t < T_; t += 32) count += is_real(mask, b, t);
+  count = warp_sum(count);
+  return count > 0 ? A(1) / A(count) : A(0);
+}
+
+template <typename T, int kSize>
+__global__ __launch_bounds__(kPoolThreads) void st_pool_kernel(StPoolArgs a, unsigned spans, unsigned tiles,
+                                                               int64_t parts) {
+  using A = Acc<T>;
+  const int64_t T_ = a.x.size[1], P = a.x.size[2], C = a.x.size[3];
+  const unsigned chunks = unsigned(a.frame_sums.size[1]);
+  const int64_t part = int64_t(blockIdx.x) * (kPoolThreads / 32) + threadIdx.x / 32;
+  if (part >= parts) return;
+  const int lane = threadIdx.x % kPoolLanes, group = threadIdx.x % 32 / kPoolLanes;
+  const int64_t tile = part % tiles, chunk = part / tiles % chunks, span = part / tiles / chunks % spans;
+  const int64_t b = part / tiles / chunks / spans, p0 = chunk * kPoolRows + group;
+  const int64_t c = (tile * kPoolLanes + lane) * kSize;
+  const int64_t begin = span * a.frames, end = begin + a.frames < T_ ? begin + a.frames : T_;
+  const bool own = c < C;  // the others only take part in the shuffles
+  A patch[kPoolPatches][kSize] = {};
+#pragma unroll 1
+  for (int64_t t = begin; t < end; ++t) {
+    A frame[kSize] = {};
+    if (is_real(a.mask, b, t)) {
+#pragma unroll
+      for (int r = 0; r < kPoolPatches; ++r) {
+        const int64_t p = p0 + r * kPoolGroups;
+        A x[kSize] = {};
+        if (own && p < P) load_pack<T, kSize>(a.x.at<const T>(b, t, p, c), x);
+#pragma unroll
+        for (int i = 0; i < kSize; ++i) patch[r][i] += x[i], frame[i] += x[i];
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < kSize; ++i) {
+      for (int bit = kPoolLanes; bit < 32; bit *= 2) frame[i] += __shfl_xor_sync(kFullWarp, frame[i], bit);
+    }
+    if (group != 0 || !own) continue;
+    A* sums = a.frame_sums.at<A>(b, chunk, t, c);
+#pragma unroll
+    for (int i = 0; i < kSize; ++i) sums[i] = frame[i];
+  }
+  const A share = spans == 1 ? inverse_count<A>(a.mask, b, T_) : A(1);
+  if (!own) return;
+#pragma unroll
+  for (int r = 0; r < kPoolPatches; ++r) {
+    const int64_t p = p0 + r * kPoolGroups;
+    if (p >= P) return;
+#pragma unroll
+    for (int i = 0; i < kSize; ++i) patch[r][i] *= share;
+    if (spans == 1) {
+      store_pack<T, kSize>(a.spatial.at<T>(b, p, c), patch[r]);
+    } else {
+      A* sums = a.patch_sums.at<A>(b, span, p, c);
+#pragma unroll
+      for (int i = 0; i < kSize; ++i) sums[i] = patch[r][i];
+    }
+  }
+}
+
+// The second stage, a block for each row of temporal, then of spatial where its sums were split.
+template <typename T>
+__global__ __launch_bounds__(kAddUpThreads) void st_pool_add_up_kernel(StPoolArgs a, unsigned tiles) {
+  using A = Acc<T>;
+  const int64_t B = a.x.size[0], T_ = a.x.size[1], P = a.x.size[2];
+  const int64_t row = blockIdx.x / tiles, c = int64_t(blockIdx.x % tiles) * kAddUpThreads + threadIdx.x;
+  const bool temporal = row < B * T_;
+  const int64_t b = temporal ? row / T_ : (row - B * T_) / P, at = temporal ? row % T_ : (row - B * T_) % P;
+  const View<4>& sums = temporal ? a.frame_sums : a.patch_sums;
+  const A share = temporal ? A(1) / A(P) : inverse_count<A>(a.mask, b, T_);
+  if (c >= a.x.size[3]) return;
+  A sum = 0;
+  for (int64_t i = 0; i < sums.size[1]; ++i) sum += *sums.at<const A>(b, i, at, c);
+  *(temporal ? a.temporal.at<T>(b, at, c) : a.spatial.at<T>(b, at, c)) = from_acc<T>(sum * share);
+}
+
+template <typename T, int kSize>
+__global__ __launch_bounds__(kSpreadThreads) void st_pool_backward_kernel(StPoolBackwardArgs a, unsigned spans,
+                                                                          unsigned blocks_per_span) {
+  using A = Acc<T>;
+  const int64_t T_ = a.grad_x.size[1], P = a.grad_x.size[2], packs = a.grad_x.size[3] / kSize;
+  const unsigned unit = blockIdx.x / blocks_per_span;
+  const int64_t b = unit / spans, t0 = int64_t(unit % spans) * kSpreadFrames;
+  const int64_t i = int64_t(blockIdx.x % blocks_per_span) * kSpreadThreads + threadIdx.x;
+  const A of_frames = inverse_count<A>(a.mask, b, T_), of_patches = A(1) / A(P);
+  if (i >= P * packs) return;
+  const int64_t p = i / packs, c = (i - p * packs) * kSize;
+  A spatial[kSize];
+  load_pack<T, kSize>(a.grad_spatial.at<const T>(b, p, c), spatial);
+  for (int64_t t = t0; t < t0 + kSpreadFrames && t < T_; ++t) {
+    A grad[kSize];
+    load_pack<T, kSize>(a.grad_temporal.at<const T>(b, t, c), grad);
+    const bool real = is_real(a.mask, b, t);
+#pragma unroll
+    for (int e = 0; e < kSize; ++e) grad[e] = real ? spatial[e] * of_frames + grad[e] * of_patches : A(0);
+    store_pack<T, kSize>(a.grad_x.at<T>(b, t, p, c), grad);
+  }
+}
+
+}  // namespace pyvidx::cuda
+
+#ifndef __CUDACC_RTC__
+namespace pyvidx {
+
+using namespace cuda;
+
+namespace {
+
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+unsigned checked_grid(int64_t blocks) {
+  if (blocks > 0x7fffffff) throw std::runtime_error("st_pool: too many tokens");
+  return unsigned(blocks);
+}
+
+template <typename T, int kSize>
+void launch_forward(const StPoolArgs& a, cudaStream_t stream) {
+  const int64_t B = a.x.size[0], T_ = a.x.size[1], P = a.x.size[2], C = a.x.size[3];
+  if (B * C == 0) return;
+  const int64_t spans = ceil_div(T_, a.frames), tiles = ceil_div(C, kPoolLanes * kSize);
+  const int64_t parts = B * spans * a.frame_sums.size[1] * tiles;
+  PYVIDX_LAUNCH((st_pool_kernel<T, kSize>), checked_grid(ceil_div(parts, kPoolThreads / 32)), kPoolThreads, 0, stream,
+                a, unsigned(spans), unsigned(tiles), parts);
+  check_launch("st_pool_kernel");
+  const int64_t rows = B * (T_ + (spans > 1 ? P : 0)), add_up_tiles = ceil_div(C, kAddUpThreads);
+  PYVIDX_LAUNCH(st_pool_add_up_kernel<T>, checked_grid(rows * add_up_tiles), kAddUpThreads, 0, stream, a,
+                unsigned(add_up_tiles));
+  check_launch("st_pool_add_up_kernel");
+}
+
+template <typename T, int kSize>
+void launch_backward(const StPoolBackwardArgs& a, cudaStream_t stream) {
+  const int64_t B = a.grad_x.size[0], T_ = a.grad_x.size[1], P = a.grad_x.size[2], C = a.grad_x.size[3];
+  if (B * C == 0) return;
+  const int64_t spans = ceil_div(T_, kSpreadFrames), blocks = ceil_div(P * (C / kSize), kSpreadThreads);
+  PYVIDX_LAUNCH((st_pool_backward_kernel<T, kSize>), checked_grid(B * spans * blocks), kSpreadThreads, 0, stream, a,
+                unsigned(spans), unsigned(blocks));
+  check_launch("st_pool_backward_kernel");
+}
+
+}  // namespace
+
+void st_pool_cuda(const StPoolArgs& args, cudaStream_t stream) {
+  visit_dtype<float, double, __half, __nv_bfloat16>("st_pool", args.x.dtype, [&](auto t) {
+    using T = typename decltype(t)::type;
+    vectorizable<T>(args.x) && vectorizable<T>(args.spatial) ? launch_forward<T, kVec<T>>(args, stream)
+                                                             : launch_forward<T, 1>(args, stream);
+  });
+}
+
+void st_pool_backward_cuda(const StPoolBackwardArgs& args, cudaStream_t stream) {
+  visit_dtype<float, double, __half, __nv_bfloat16>("st_pool_backward", args.grad_x.dtype, [&](auto t) {
+    using T = typename decltype(t)::type;
+    vectorizable<T>(args.grad_spatial) && vectorizable<T>(args.grad_temporal) && vectorizable<T>(args.grad_x)
+        ? launch_backward<T, kVec<T>>(args, stream)
+        : launch_backward<T, 1>(args, stream);
+  });
+}
+
+}  // namespace pyvidx
+#endif
