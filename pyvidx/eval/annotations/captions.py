@@ -110,7 +110,7 @@ def msvd(path: str | Path, *, videos: str | Path | None = None) -> list[Sample]:
         wanted = Path(videos).read_text().split()
         lacking = sorted(set(wanted) - {video for video, _ in pairs})
         if lacking:
-            raise ValueError(f"annotations: {path} must have captions of {len(lacking)} more videos, e.g. {lacking[:3]}")
+            raise ValueError(f"annotations: {path} must have captions of {len(lacking)} more, e.g. {lacking[:3]}")
         pairs = [pair for pair in pairs if pair[0] in set(wanted)]
     return _grouped(pairs, path)
 

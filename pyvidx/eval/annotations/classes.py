@@ -81,7 +81,9 @@ def breakfast(path: str | Path, *, split: str | None = None, keep_broken: bool =
     return checked(made, path)
 
 
-def coin(path: str | Path, *, subset: str = "testing", label: str = "target", keep_broken: bool = False) -> list[Sample]:
+def coin(
+    path: str | Path, *, subset: str = "testing", label: str = "target", keep_broken: bool = False
+) -> list[Sample]:
     """COIN.json {id: {"subset", "target"}}, bare or under "database": one subset, "training" or "testing".
 
     Two ids that MA-LMM's code names as broken and, as there, entries without num_frames_actual are left out unless
