@@ -137,7 +137,7 @@ def encode_videos(
         timing.failed += 1
         return Encoded(path, error=f"{type(error).__name__}: {error}")
 
-    start = time.perf_counter()
+    began = time.perf_counter()
     group: list[tuple[str, Clip]] = []
     for path, future in _ahead(load, paths, workers, depth=workers + batch):
         try:
@@ -154,10 +154,10 @@ def encode_videos(
         if len(group) == batch:
             yield from run(group)
             group = []
-        timing.wall = time.perf_counter() - start
+        timing.wall = time.perf_counter() - began
     if group:
         yield from run(group)
-    timing.wall = time.perf_counter() - start
+    timing.wall = time.perf_counter() - began
 
 
 def _sized(preset: str | Preset, size: int) -> Preset:

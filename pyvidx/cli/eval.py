@@ -108,7 +108,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if result:
         print(report.text(result))
     for name, value in about.items():
-        if value not in (None, {}, [], ""):
+        if value:
             shown = f"{len(value)}: {', '.join(list(value)[:5])}" if isinstance(value, dict) else value
             print(f"{name}: {shown}")
     if result and options.json:

@@ -250,7 +250,7 @@ def run(
     A reply in `job` counts if it reads and answers the same messages to the same judge.
 
     Args:
-        job: JSON lines {"id", "messages" (a digest), "reply"}.
+        job: JSON lines {"id", "by" (a digest of judge and prompt), "messages" (a digest), "reply"}.
         verdict, compat: what a reply must hold, see read_reply.
         attempts: per item, for a reply that does not read or an error of the judge (RuntimeError).
         pause: seconds before the second attempt, doubled before each further one.
@@ -259,7 +259,8 @@ def run(
     job = Path(job)
     job.parent.mkdir(parents=True, exist_ok=True)
     requests = [prompt.fill(item) for item in asked]
-    digests = {r.id: hashlib.sha256(json.dumps([name, r.messages]).encode()).hexdigest()[:16] for r in requests}
+    graded_by = _digest([name, prompt.messages])
+    digests = {r.id: _digest([name, r.messages]) for r in requests}
     done = {}
     for line in _lines(job) if job.exists() else ():
         if digests.get(line["id"]) == line.get("messages") and _reads(line["reply"], verdict, compat) is None:
@@ -279,7 +280,7 @@ def run(
                 except RuntimeError as error:
                     failed[request.id] = str(error)
                     continue
-                line = {"id": request.id, "messages": digests[request.id], "reply": reply}
+                line = {"id": request.id, "by": graded_by, "messages": digests[request.id], "reply": reply}
                 file.write(json.dumps(line) + "\n")
                 file.flush()
                 why = _reads(reply, verdict, compat)
@@ -292,8 +293,19 @@ def run(
 
 
 def recorded(job: str | Path, *, verdict: bool, compat: str | None = None) -> dict[str, str]:
-    """The last reply that reads to each item of a job file, of all judges and prompts in it."""
-    return {x["id"]: x["reply"] for x in _lines(Path(job)) if _reads(x["reply"], verdict, compat) is None}
+    """The last reply that reads to each item of a job file.
+
+    Raises:
+        ValueError: they come from several judges or prompts.
+    """
+    kept = {x["id"]: x for x in _lines(Path(job)) if _reads(x["reply"], verdict, compat) is None}
+    if len({x.get("by") for x in kept.values()}) > 1:
+        raise ValueError(f"judge: the replies in {job} must come from one judge and one prompt")
+    return {key: x["reply"] for key, x in kept.items()}
+
+
+def _digest(value) -> str:
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:16]
 
 
 def _reads(reply: str, verdict: bool, compat: str | None) -> str | None:

@@ -197,6 +197,7 @@ def video_embeddings(config: Config, samples: Sequence[Sample]) -> tuple[Tensor,
         if have.find(name) is None and name not in broken:
             failed = errors.find(name)
             broken[name] = by_path[failed].error if failed else f"not in {config.videos}"
+    broken = {name: broken[name] for name in missing if name in broken}
     kept = [i for i, name in enumerate(names) if name not in broken]
     if broken and (config.broken == "fail" or not kept):
         raise BrokenVideos(broken)
