@@ -79,6 +79,24 @@ def test_ties_neither_help_nor_hurt():
         retrieval(torch.eye(3), ties="pessimistic", compat="clip4clip")
 
 
+def test_dual_softmax_comes_before_both_directions():
+    s = torch.rand(4, 4, dtype=torch.float64)
+    weighted = s * (100 * s).exp() / (100 * s).exp().sum(0, keepdim=True)  # over the texts
+    found, want = retrieval(s, dsl=True), retrieval(weighted)
+    assert list(found.values()) == list(want.values()) and set(found) == {f"{name} (DSL)" for name in want}
+
+
+def test_many_captions():
+    # Texts 0 and 1 are of video 0, text 2 of video 1. Text 1 is nearer to video 1.
+    s = torch.tensor([[0.9, 0.1], [0.2, 0.3], [0.1, 0.8]])
+    found = retrieval(s, [2, 1])
+    assert found["text to video"]["R@1"] == pytest.approx(200 / 3)
+    assert found["text to video"]["MnR"] == pytest.approx(4 / 3)
+    assert found["video to text"]["R@1"] == 100.0, "a video's nearest caption counts"
+    # Video 1 is nearest to a caption of video 0, whichever of the two.
+    assert retrieval(torch.tensor([[0.9, 0.1], [0.2, 0.9], [0.1, 0.8]]), [2, 1])["video to text"]["R@1"] == 50.0
+
+
 def test_submission(tmp_path):
     n = 3
     verb, noun = torch.randn(n, anticipation.VERBS), torch.randn(n, anticipation.NOUNS)
@@ -127,3 +145,35 @@ def test_command(tmp_path, capsys):
     assert capsys.readouterr().out.count("100.00") >= 2
     with pytest.raises(SystemExit):
         main(["retrieval", str(tmp_path / "none.safetensors")])
+
+
+def test_answers_of_annotation_files(tmp_path, capsys):
+    def put(name, value):
+        (tmp_path / name).write_text(json.dumps(value))
+        return str(tmp_path / name)
+
+    windows = put("lvu.json", {"a": {"duration": 145, "genre": "drama"}, "b": {"duration": 9, "genre": "comedy"}})
+    said = put("p.json", {"a_0": "comedy", "a_20": ["drama", "x"], "a_40": "drama", "b_0": "drama"})
+    command = ["answers", "--task", "lvu_genre", "--format", "lvu", "--annotations", windows, "--predictions", said]
+    out = tmp_path / "out.json"
+    assert main([*command, "--json", str(out), "--plot", str(tmp_path / "plot.png")]) == 0
+    result = json.loads(out.read_text())
+    assert result["lvu_genre, every window"]["top-1"] == 50.0 and result["about"]["labels"] == 2
+    assert result["lvu_genre, vote of each video"] == {"top-1": 50.0}
+    row = {"answer": "no", "answer_type": 3, "question": "is it", "video": "a"}
+    asked = put("q.json", [{"question_id": f"{v}_1", "question": "is it", "video_name": v} for v in "ab"])
+    told = put("t.json", [{"question_id": f"{v}_1", "answer": "no", "type": 3} for v in "ab"])
+    command = ["answers", "--task", "activitynet_qa", "--format", "ma_lmm_qa", "--annotations",
+               put("qa.json", {"a_1": row}), "--predictions", put("q1.json", {"a_1": "no"})]  # fmt: skip
+    capsys.readouterr()
+    assert main([*command, "--reference", asked, told]) == 0
+    text = capsys.readouterr().out
+    assert "questions missing from the annotations: 1: b_1" in text and "videos of those: 1" in text
+    assert main(["rows", "--task", "lvu_genre", "--format", "lvu", "--annotations", windows, "--option", "stride=50",
+                 "--suffix", ".mp4", "--out", str(tmp_path / "rows.jsonl")]) == 0  # fmt: skip
+    first = json.loads((tmp_path / "rows.jsonl").read_text().splitlines()[0])
+    assert first == {"video": "a.mp4", "prompt": "what is the genre of the movie?", "answer": "drama", "start": 0,
+                     "end": 99.1}  # fmt: skip
+    with pytest.raises(SystemExit):
+        main([*command, "--option", "odd"])
+    assert "takes NAME=VALUE" in capsys.readouterr().err

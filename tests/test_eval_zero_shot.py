@@ -98,9 +98,8 @@ def test_retrieval_from_videos_then_from_what_it_kept(folder, capsys, monkeypatc
     path, out = config(folder), folder / "out.json"
     assert main(["retrieval", "--config", str(path), "--json", str(out), "--plot", str(folder / "p.png")]) == 0
     first = json.loads(out.read_text())
-    assert (
-        set(first) == {"text to video", "video to text", "about"} and "random weights: True" in capsys.readouterr().out
-    )
+    assert set(first) == {"text to video", "video to text", "about"}
+    assert "random weights: True" in capsys.readouterr().out and (folder / "p.png").stat().st_size > 1000
     assert first["about"]["frames"] == "3" and first["about"]["texts"] == 3
     # By hand: the same model and tower on the same frames and texts.
     results, about = embeddings.load(folder / "cache/video.safetensors")
