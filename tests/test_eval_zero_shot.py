@@ -14,8 +14,9 @@ from pyvidx.cli.eval import main
 from pyvidx.encode import Encoded
 from pyvidx.eval import zero_shot
 from pyvidx.eval.classify import class_embeddings, classification, prompts
+from pyvidx.eval.files import Named
 from pyvidx.eval.text import Tokenizer, embed, load_tokenizer, token_ids
-from pyvidx.eval.zero_shot import CONFIGS, Config, Named
+from pyvidx.eval.zero_shot import CONFIGS, Config
 from pyvidx.models import BTAdapter, Encoding
 from pyvidx.preprocess import PRESETS
 from pyvidx.video import sampling, write

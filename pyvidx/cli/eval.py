@@ -8,6 +8,7 @@ from pathlib import Path
 
 from pyvidx import eval as tasks
 from pyvidx.eval import annotations, judge, lvu, report
+from pyvidx.eval.predict import predict, read_predictions
 from pyvidx.eval.retrieval import TIES, retrieval
 from pyvidx.eval.tasks import EXACT
 
@@ -29,9 +30,21 @@ def parser() -> argparse.ArgumentParser:
     for command in (r, c):
         command.add_argument("--broken", choices=["fail", "exclude"], help="videos that can not be read")
 
+    m = commands.add_parser("predict", help="MA-LMM's answers to a task's questions, from videos")
+    m.add_argument("--task", required=True, choices=tasks.names())
+    _annotated(m)
+    m.add_argument("--config", type=Path, required=True,
+                   help="model and language model, as `pyvidx train` reads it; the task says the rest")  # fmt: skip
+    m.add_argument("--weights", type=Path, help="in place of the configuration's, e.g. its out/best.safetensors")
+    m.add_argument("--root", type=Path, help="folder that is searched for the videos; default: the configuration's")
+    m.add_argument("--frames", type=int, help="in place of the task's")
+    m.add_argument("--memory", type=int, help="bank length in place of the task's")
+    m.add_argument("--device", help="default: a GPU if there is one")
+    m.add_argument("--out", type=Path, required=True, help=".jsonl; an ended run goes on from it")
+
     a = commands.add_parser("answers", help="answers in words against the annotated ones")
     a.add_argument("--task", required=True, choices=[t for t in tasks.names() if tasks.task(t).metric in EXACT])
-    a.add_argument("--predictions", type=Path, required=True, help='JSON {id: "answer" or [ranked answers]}')
+    a.add_argument("--predictions", type=Path, required=True, help='of `predict`, or JSON {id: "answer" or [ranked]}')
     _annotated(a)
     a.add_argument("--reference", type=Path, nargs="+", metavar="FILE",
                    help="the full test set, as official_qa: what the annotations lack is reported")  # fmt: skip
@@ -41,7 +54,7 @@ def parser() -> argparse.ArgumentParser:
     t.add_argument("--segments", type=Path, required=True, help="EPIC_100_validation.csv, or a file without classes")
     given = t.add_mutually_exclusive_group(required=True)
     given.add_argument("--scores", type=Path, help="safetensors with verb [n, 97] and noun [n, 300], in their order")
-    given.add_argument("--predictions", type=Path, help='JSON {narration_id: ["verb noun", ...]}, the best first')
+    given.add_argument("--predictions", type=Path, help='of `predict`, or JSON {narration_id: ["verb noun", ...]}')
     for name in ("verbs", "nouns"):
         t.add_argument(f"--{name}", type=Path, help=f"EPIC_100_{name[:-1]}_classes.csv, to read predictions with")
     t.add_argument("--unseen", type=Path, help="participants who are not in the training set")
@@ -94,7 +107,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = p.parse_args(argv)
     run = {
         "retrieval": run_retrieval, "classify": run_classify, "answers": run_answers, "aspects": run_aspects,
-        "anticipation": run_anticipation, "judge": run_judge, "rows": run_rows,
+        "anticipation": run_anticipation, "judge": run_judge, "rows": run_rows, "predict": run_predict,
     }[options.command]  # fmt: skip
     try:
         result, about = run(options)
@@ -146,10 +159,36 @@ def run_classify(options: argparse.Namespace):
     return zero_shot.run_classification(zero_shot.Config.from_file(options.config, **changes))
 
 
+def run_predict(options: argparse.Namespace):
+    from dataclasses import replace
+
+    import torch
+
+    from pyvidx.cli.encode import progress
+    from pyvidx.train import malmm, recipe
+
+    if options.format is None or options.out.suffix != ".jsonl":
+        raise ValueError("eval: predict needs a --format and --out FILE.jsonl")
+    task, samples = tasks.task(options.task), parsed(options)
+    task = replace(task, frames=options.frames or task.frames, memory=options.memory or task.memory)
+    config = malmm.Config.from_dict(recipe.load(options.config, "eval"))
+    config = replace(config, frames=task.frames, **({"weights": str(options.weights)} if options.weights else {}))
+    asked = malmm.build(config, torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu")))
+    broken = predict(
+        samples, task, asked.model.eval(), asked.language, options.out, root=options.root or config.root,
+        reader=config.reader, memory=asked.memory, shown=lambda todo: progress(todo, len(todo)),
+    )  # fmt: skip
+    about = {"samples": len(samples), "frames": task.frames, "memory": task.memory, "wrote": str(options.out)}
+    if asked.model.is_random:
+        about["random weights"] = True
+    if task.ours:
+        about["chosen by pyvidx, as nothing public says it"] = ", ".join(task.ours)
+    return {}, about | {"without an answer": broken}
+
+
 def run_answers(options: argparse.Namespace):
     task = tasks.task(options.task)
-    predicted = json.loads(options.predictions.read_text())
-    about = {}
+    predicted, about = read_predictions(options.predictions), {}
     if options.format is None:
         if len(options.annotations) != 1 or options.reference:
             raise ValueError("eval: several annotation files and a reference need a --format")
@@ -187,7 +226,7 @@ def run_anticipation(options: argparse.Namespace):
     else:
         if options.verbs is None or options.nouns is None:
             raise ValueError("eval: predictions need --verbs and --nouns, the files of the classes")
-        predicted = json.loads(options.predictions.read_text())
+        predicted = read_predictions(options.predictions)
         if lacking := [key for key in ids if key not in predicted]:
             raise ValueError(f"eval: {options.predictions} lacks {len(lacking)} segments, e.g. {lacking[:3]}")
         texts = [[x] if isinstance(x, str) else x for x in (predicted[key] for key in ids)]

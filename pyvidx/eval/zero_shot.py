@@ -18,10 +18,11 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from pyvidx import embeddings
-from pyvidx.encode import VIDEO_SUFFIXES, Encoded, encode_videos
+from pyvidx.encode import Encoded, encode_videos
 from pyvidx.eval.annotations import Sample, parse
 from pyvidx.eval.annotations.classes import class_names
 from pyvidx.eval.classify import class_embeddings, classification, prompts
+from pyvidx.eval.files import Named
 from pyvidx.eval.retrieval import retrieval
 from pyvidx.eval.text import embed, load_tokenizer, token_ids
 from pyvidx.models import BTAdapter
@@ -183,7 +184,7 @@ def video_embeddings(config: Config, samples: Sequence[Sample]) -> tuple[Tensor,
     if missing and config.model is not None:
         if config.root is None:
             raise ValueError(f"eval: root must be the folder of {len(missing)} videos without an embedding")
-        files = Named(str(p) for p in sorted(Path(config.root).rglob("*")) if p.suffix.lower() in VIDEO_SUFFIXES)
+        files = Named.under(config.root)
         found = {name: files.find(name) for name in missing}
         broken = {name: f"not in {config.root}" for name, path in found.items() if path is None}
         about = asked | {"model": config.model}
@@ -241,31 +242,6 @@ def text_embeddings(config: Config, texts: Sequence[str]) -> tuple[Tensor, dict]
         cache.parent.mkdir(parents=True, exist_ok=True)
         save_file({"text": found}, cache, {"format": "pt", "pyvidx": json.dumps({"texts": list(texts), **about})})
     return found, about
-
-
-class Named:
-    """Paths of videos, found by the end of the path, with or without suffix: "a/b.mp4" is b, b.mp4, b.avi and a/b."""
-
-    def __init__(self, paths):
-        self.paths: dict[str, list[str]] = {}
-        for path in paths:
-            self.paths.setdefault(_bare(path).rsplit("/", 1)[-1], []).append(path)
-
-    def find(self, name: str) -> str | None:
-        """The path, None if there is none; ValueError if there are several."""
-        bare = _bare(name)
-        last = bare.rsplit("/", 1)[-1]
-        found = [p for p in self.paths.get(last, ()) if ("/" + _bare(p)).endswith("/" + bare)]
-        if len(found) > 1:
-            raise ValueError(f"eval: the video {name} must be one file, got {', '.join(found[:3])}")
-        return found[0] if found else None
-
-
-def _bare(path: str) -> str:
-    """Without the suffix of a video. LSMDC's names hold dots, so no other is taken off."""
-    path = Path(path).as_posix()
-    dot = path.rfind(".")
-    return path[:dot] if dot > 0 and path[dot:].lower() in VIDEO_SUFFIXES else path
 
 
 def _noted(about: dict, name: str) -> str | None:
