@@ -59,8 +59,8 @@ def test_predict_then_score(run, capsys):  # noqa: F811
 
 def test_predictions_that_mean_nothing(tmp_path):
     (tmp_path / "p.jsonl").write_text('{"id": "a", "answers": ["x"]}\n{"id": "b"}\n')
-    with pytest.raises(ValueError, match="p.jsonl, line 2 must be an object with id and answers"):
+    with pytest.raises(ValueError, match="p.jsonl, line 2 must have answers"):
         read_predictions(tmp_path / "p.jsonl")
     (tmp_path / "p.json").write_text("[]")
-    with pytest.raises(ValueError, match="must hold an object"):
+    with pytest.raises(ValueError, match="p.json must hold an object, got list"):
         read_predictions(tmp_path / "p.json")

@@ -135,6 +135,12 @@ def test_what_the_encoder_wrote_is_taken(folder, capsys):
         assert encode([*command, name]) == 0
         assert main(["retrieval", "--config", str(config(folder, videos=name, root=None))]) == 0
         assert "videos: 3" in capsys.readouterr().out
+    moments = [{"video": f"{name}.mov", "description": "a"} for name in ("one", "two", "three")]
+    (folder / "didemo.json").write_text(json.dumps(moments))
+    assert encode([*command, "e.npz", "--end", "30"]) == 0
+    assert main(["retrieval", "--config", str(config(folder, format="didemo", annotations="didemo.json", videos="e.npz",
+                                                     texts=None))]) == 0  # fmt: skip
+    assert "end: 30.0" in capsys.readouterr().out
     assert encode([*command, "e.npz", "--end", "0.2"]) == 0
     with pytest.raises(SystemExit):
         main(["retrieval", "--config", str(config(folder, videos="e.npz"))])

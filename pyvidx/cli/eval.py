@@ -246,6 +246,8 @@ def run_anticipation(options: argparse.Namespace):
             result = anticipation.evaluate(verb, noun, segments, **lists)
         else:
             result = anticipation.evaluate_ranked(ranked, segments, **lists)
+        # A recall without segments, as no list of them was given, is NaN, which is no JSON.
+        result = {row: {k: v for k, v in found.items() if v == v} for row, found in result.items()}
     elif options.submission is None:
         raise ValueError(f"eval: {options.segments} has no classes to compare with; give --submission to write a file")
     if options.submission is not None:
@@ -267,7 +269,7 @@ def run_judge(options: argparse.Namespace):
         key = options.key_file.read_text().strip() if options.key_file else None
         by, name = judge.ChatJudge(options.url, options.model, key=key), options.model
     else:
-        by, name = judge.replay(options.replay), "replay"
+        by, name = judge.replay(options.replay), f"replay of {judge.digest(options.replay.read_text())}"
     asked = judge.predictions(options.predictions)
     pause = 0.0 if options.replay else 1.0
     replies = judge.run(
@@ -306,6 +308,13 @@ def parsed(options: argparse.Namespace) -> list[annotations.Sample]:
         raise ValueError(f"eval: --option takes NAME=VALUE, got {options.option}")
     if options.format in ("lvu", "lvu_official") and options.task.startswith("lvu_"):
         given.setdefault("task", options.task.removeprefix("lvu_"))
-    values = {name: {"true": True, "false": False}.get(value.lower(), value) for name, value in given.items()}
-    values = {name: int(v) if isinstance(v, str) and v.isdigit() else v for name, v in values.items()}
-    return annotations.parse(options.format, options.annotations, **values)
+    return annotations.parse(options.format, options.annotations, **{k: _value(v) for k, v in given.items()})
+
+
+def _value(text: str) -> bool | int | float | str:
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            pass
+    return {"true": True, "false": False}.get(text.lower(), text)

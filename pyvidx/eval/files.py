@@ -1,9 +1,32 @@
-"""Video files by the names that annotations give them."""
+"""Video files by the names that annotations give them, and files that grow by a line per sample."""
 
-from collections.abc import Iterable
+import json
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from pyvidx.encode import VIDEO_SUFFIXES
+from pyvidx.eval.annotations.sample import need
+
+
+def json_lines(path: str | Path, names: Sequence[str]) -> list[dict]:
+    """The objects of a .jsonl file, each with `names`. A line that a kill cut off, wherever, is left out."""
+    found = []
+    for n, line in enumerate(Path(path).read_text().splitlines(), 1):
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError:
+            continue
+        found.append(need(row, names, f"{path}, line {n}"))
+    return found
+
+
+def open_to_append(path: Path):
+    """The file, made with its folder if need be, on a line of its own after what a kill cut off."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    file = path.open("a")
+    if file.tell() and not path.read_bytes().endswith(b"\n"):
+        file.write("\n")
+    return file
 
 
 class Named:

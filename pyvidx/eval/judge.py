@@ -19,6 +19,7 @@ from typing import NamedTuple
 
 from pyvidx.eval.annotations.questions import numbered
 from pyvidx.eval.annotations.sample import items, load, need, texts
+from pyvidx.eval.files import json_lines, open_to_append
 
 # The questions each aspect is asked about. correctness, detail and context share one set.
 ASPECTS = {
@@ -134,7 +135,7 @@ def replay(path: str | Path) -> Judge:
     """
     path = Path(path)
     if path.suffix == ".jsonl":
-        found = {line["id"]: line["reply"] for line in _lines(path)}
+        found = {line["id"]: line["reply"] for line in json_lines(path, ("id", "reply"))}
     else:
         found = load(path, dict)
 
@@ -257,18 +258,15 @@ def run(
         name: of the judge; a job with another's replies is not taken over.
     """
     job = Path(job)
-    job.parent.mkdir(parents=True, exist_ok=True)
     requests = [prompt.fill(item) for item in asked]
-    graded_by = _digest([name, prompt.messages])
-    digests = {r.id: _digest([name, r.messages]) for r in requests}
+    graded_by = digest([name, prompt.messages])
+    digests = {r.id: digest([name, r.messages]) for r in requests}
     done = {}
-    for line in _lines(job) if job.exists() else ():
+    for line in json_lines(job, ("id", "reply")) if job.exists() else ():
         if digests.get(line["id"]) == line.get("messages") and _reads(line["reply"], verdict, compat) is None:
             done[line["id"]] = line["reply"]
     failed = {}
-    with job.open("a") as file:
-        if file.tell() and not job.read_bytes().endswith(b"\n"):
-            file.write("\n")  # after a line that was cut off
+    with open_to_append(job) as file:
         for request in requests:
             if request.id in done:
                 continue
@@ -298,13 +296,14 @@ def recorded(job: str | Path, *, verdict: bool, compat: str | None = None) -> di
     Raises:
         ValueError: they come from several judges or prompts.
     """
-    kept = {x["id"]: x for x in _lines(Path(job)) if _reads(x["reply"], verdict, compat) is None}
+    kept = {x["id"]: x for x in json_lines(job, ("id", "reply")) if _reads(x["reply"], verdict, compat) is None}
     if len({x.get("by") for x in kept.values()}) > 1:
         raise ValueError(f"judge: the replies in {job} must come from one judge and one prompt")
     return {key: x["reply"] for key, x in kept.items()}
 
 
-def _digest(value) -> str:
+def digest(value) -> str:
+    """16 letters that tell one value from another."""
     return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:16]
 
 
@@ -315,16 +314,3 @@ def _reads(reply: str, verdict: bool, compat: str | None) -> str | None:
     except ValueError as error:
         return str(error)
     return None
-
-
-def _lines(path: Path) -> list[dict]:
-    """Objects of a .jsonl file with id and reply; a line cut off by a kill is left out."""
-    found = []
-    for n, line in enumerate(path.read_text().splitlines(), 1):
-        if not line.endswith("}"):
-            continue
-        try:
-            found.append(need(json.loads(line), ("id", "reply"), f"{path}, line {n}"))
-        except json.JSONDecodeError:
-            continue
-    return found

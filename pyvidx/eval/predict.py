@@ -1,12 +1,13 @@
 """The answers of MA-LMM to the samples of a task, from video files."""
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from pyvidx.eval.annotations import Sample
-from pyvidx.eval.files import Named
+from pyvidx.eval.annotations.sample import load
+from pyvidx.eval.files import Named, json_lines, open_to_append
 from pyvidx.eval.tasks import Task
 from pyvidx.integrations.language import Language
 from pyvidx.models import MALMM
@@ -40,14 +41,11 @@ def predict(
         samples without an answer, and why: no such file, or it could not be read.
     """
     out = Path(out)
-    out.parent.mkdir(parents=True, exist_ok=True)
     done = read_predictions(out) if out.exists() else {}
     files, size = Named.under(root), model.config.vision.image_size
     preset = replace(PRESETS[task.preset], size=size, crop=size)
     weight, broken = next(model.parameters()), {}
-    with out.open("a") as file:
-        if file.tell() and not out.read_bytes().endswith(b"\n"):
-            file.write("\n")  # after a line that was cut off
+    with open_to_append(out) as file:
         for s in shown([s for s in samples if s.id not in done]):
             path = files.find(s.video)
             try:
@@ -67,26 +65,8 @@ def predict(
 
 
 def read_predictions(path: str | Path) -> dict[str, str | list[str]]:
-    """Answers by sample id: JSON lines {"id", "answers"} of `predict`, or a JSON object {id: answer or ranked answers}.
-
-    A last line that was cut off by a kill is left out.
-    """
+    """Answers by sample id: JSON lines {"id", "answers"} of `predict`, or a JSON object {id: answer or ranked answers}."""
     path = Path(path)
-    text = path.read_text()
-    if path.suffix != ".jsonl":
-        found = json.loads(text)
-        if not isinstance(found, dict):
-            raise ValueError(f"predictions: {path} must hold an object {{id: answer}}, got {type(found).__name__}")
-        return found
-    found = {}
-    for n, line in _lines(text):
-        try:
-            row = json.loads(line)
-            found[row["id"]] = row["answers"]
-        except (ValueError, LookupError, TypeError):
-            raise ValueError(f"predictions: {path}, line {n} must be an object with id and answers") from None
-    return found
-
-
-def _lines(text: str) -> Iterable[tuple[int, str]]:
-    return ((n, line) for n, line in enumerate(text.splitlines(), 1) if line.endswith("}"))
+    if path.suffix == ".jsonl":
+        return {row["id"]: row["answers"] for row in json_lines(path, ("id", "answers"))}
+    return load(path, dict)

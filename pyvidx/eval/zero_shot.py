@@ -135,7 +135,7 @@ def run_retrieval(config: Config) -> tuple[dict[str, dict[str, float]], dict]:
     words = words[torch.isin(owner, torch.tensor(kept))]
     counts = [len(samples[i].captions) for i in kept]
     similarity = normalize(words, dim=1) @ normalize(video, dim=1).T
-    captions = None if set(counts) == {1} else counts
+    captions = None if all(len(s.captions) == 1 for s in samples) else counts
     found = retrieval(similarity, captions, ties=config.ties, dsl=config.dsl, compat=config.compat)
     rule = {"ties": config.ties, "compat": config.compat, "dsl": config.dsl}
     return found, about | of_text | {"texts": len(words)} | rule
@@ -206,7 +206,8 @@ def video_embeddings(config: Config, samples: Sequence[Sample]) -> tuple[Tensor,
     if any(row is None for row in rows):
         raise ValueError(f"eval: {cache} must hold pooled embeddings: pyvidx encode --outputs pooled")
     random = about.get("is_random") in (True, "True")
-    about = {**asked, "videos": len(kept), "excluded videos": broken, "random weights": random}
+    about = {**asked, "model": about.get("model"), "videos": len(kept), "excluded videos": broken}
+    about["random weights"] = random
     return torch.cat(rows).float(), about, kept
 
 
