@@ -177,3 +177,24 @@ def test_answers_of_annotation_files(tmp_path, capsys):
     with pytest.raises(SystemExit):
         main([*command, "--option", "odd"])
     assert "takes NAME=VALUE" in capsys.readouterr().err
+
+
+def test_lvu_by_clips(tmp_path, capsys):
+    (tmp_path / "genre.csv").write_text("0 a0 x\n1 b0 x\n")
+    scores = torch.tensor([[2.0, 1.0], [0.0, 1.5], [0.0, 1.0]])
+    save_file({"video": torch.tensor([0, 0, 1]), "scores": scores}, tmp_path / "s.safetensors")
+    command = ["lvu", "--scores", str(tmp_path / "s.safetensors"), "--task"]
+    out = tmp_path / "out.json"
+    assert main([*command, "genre", "--annotations", str(tmp_path / "genre.csv"), "--json", str(out)]) == 0
+    result = json.loads(out.read_text())
+    assert result["each video"]["top-1"] == 50.0 and result["every clip"]["top-1"] == pytest.approx(200 / 3)
+    (tmp_path / "views.csv").write_text("100000 a0 x\n")
+    command += ["view_count", "--annotations", str(tmp_path / "views.csv")]
+    views = scores[:, 0].contiguous()
+    save_file({"video": torch.zeros(3, dtype=torch.long), "scores": views}, tmp_path / "s.safetensors")
+    assert main(command) == 0
+    assert f"{(2 / 3 - lvu.view_label(100000)) ** 2:.2f}" in capsys.readouterr().out
+    save_file({"video": torch.tensor([0, 0, 1]), "scores": views}, tmp_path / "s.safetensors")
+    with pytest.raises(SystemExit):
+        main(command)
+    assert "must hold clips of all 1 videos, got 2" in capsys.readouterr().err

@@ -1,6 +1,7 @@
 """Zero-shot retrieval and classification from video files and from embeddings, by the command line."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -17,9 +18,13 @@ from pyvidx.eval.classify import class_embeddings, classification, prompts
 from pyvidx.eval.files import Named
 from pyvidx.eval.text import Tokenizer, embed, load_tokenizer, token_ids
 from pyvidx.eval.zero_shot import CONFIGS, Config
+from pyvidx.integrations.checkpoints import load_official
 from pyvidx.models import BTAdapter, Encoding
-from pyvidx.preprocess import PRESETS
-from pyvidx.video import sampling, write
+from pyvidx.preprocess import PRESETS, preprocess
+from pyvidx.video import read, sampling, write
+from tests.test_checkpoints import VISION, state
+from tests.test_checkpoints import tower as towers
+from tests.torchvision_shim import mend_torchvision
 
 LETTERS = [c + end for end in ("", "</w>") for c in "abcdefghijklmnopqrstuvwxyz"]
 SPECIAL = ["<|startoftext|>", "<|endoftext|>"]
@@ -147,6 +152,26 @@ def test_what_the_encoder_wrote_is_taken(folder, capsys):
     assert "end = 0.2, not None" in capsys.readouterr().err
 
 
+def test_the_official_file_holds_both_towers(folder):
+    pytest.importorskip("transformers")
+    sizes = CLIPTextConfig(vocab=54, context=12, width=16, heads=2, layers=1, mlp_width=32, embed_dim=VISION.embed_dim)
+    tower = CLIPText(sizes)
+    words = {f"text_backbone.{name}": weight for name, weight in official_names(tower).items()}
+    torch.save({"state_dict": state(*towers(6, 4), prefix="backbone.") | words}, folder / "official.pth")
+    path = config(folder, model="official.pth", text=None)
+    assert main(["retrieval", "--config", str(path), "--json", str(folder / "out.json")]) == 0
+    assert json.loads((folder / "out.json").read_text())["about"]["random weights"] is False
+    (first, *_), _ = embeddings.load(folder / "cache/video.safetensors")
+    model, _ = load_official(folder / "official.pth")
+    clip = read("videos/one.mp4", frames=3, sampler="uniform")
+    preset = replace(PRESETS["bt_adapter_retrieval"], size=8, crop=8)
+    with torch.inference_mode():
+        want = model(preprocess(clip.frames, preset)[None], outputs=("pooled",)).pooled
+    torch.testing.assert_close(first.encoding.pooled, want, rtol=1e-4, atol=1e-5)
+    ids, _ = token_ids(["a red dot"], load_tokenizer("tokenizer"), 12)
+    torch.testing.assert_close(load_file(folder / "cache/text.safetensors")["text"][:1], tower(ids).detach())
+
+
 def test_broken_videos_fail_or_are_left_out(folder, capsys):
     pytest.importorskip("transformers")
     with (folder / "test.csv").open("a") as file:
@@ -198,6 +223,14 @@ def test_texts_are_cut(folder):
     assert spelled == [SPECIAL[0], "a", "b</w>", "c</w>", SPECIAL[1]]
     with pytest.raises(FileNotFoundError, match="there is no folder nowhere"):
         load_tokenizer("nowhere")
+
+
+def test_the_tokenizer_inside_open_clip():
+    mend_torchvision()
+    open_clip = pytest.importorskip("open_clip")
+    texts = ["A man is  running &amp; jumping", "x " * 90]
+    ids, cut = token_ids(texts, load_tokenizer("open_clip"), cut="official")
+    assert torch.equal(ids, open_clip.get_tokenizer("ViT-B-32")(texts)) and cut == 1
 
 
 def test_text_tower_in_batches():

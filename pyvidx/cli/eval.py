@@ -8,6 +8,7 @@ from pathlib import Path
 
 from pyvidx import eval as tasks
 from pyvidx.eval import annotations, judge, lvu, report
+from pyvidx.eval.annotations import classes
 from pyvidx.eval.predict import predict, read_predictions
 from pyvidx.eval.retrieval import TIES, retrieval
 from pyvidx.eval.tasks import EXACT
@@ -50,6 +51,12 @@ def parser() -> argparse.ArgumentParser:
                    help="the full test set, as official_qa: what the annotations lack is reported")  # fmt: skip
     a.add_argument("--compat", choices=["official"], help="ActivityNet's free questions as the published script counts")
 
+    v = commands.add_parser("lvu", help="LVU as its authors count: the summed softmax over the clips of each video")
+    v.add_argument("--task", required=True, choices=classes.LVU_LABELS + classes.LVU_REGRESSIONS)
+    v.add_argument("--annotations", type=Path, required=True, help="test.csv of the task, see lvu_official")
+    v.add_argument("--scores", type=Path, required=True, help="safetensors with video int [clips], the line of each "
+                   "clip's video from 0, and scores [clips, classes], or [clips] of a regression")  # fmt: skip
+
     t = commands.add_parser("anticipation", help="EPIC-Kitchens-100: the challenge's numbers and its submission file")
     t.add_argument("--segments", type=Path, required=True, help="EPIC_100_validation.csv, or a file without classes")
     given = t.add_mutually_exclusive_group(required=True)
@@ -89,7 +96,7 @@ def parser() -> argparse.ArgumentParser:
     w.add_argument("--suffix", default="", help="of the video files, e.g. .mp4")
     w.add_argument("--out", type=Path, required=True, help=".jsonl")
 
-    for command in (r, c, a, t, j, s):
+    for command in (r, c, a, v, t, j, s):
         command.add_argument("--json", "--out", type=Path, help="write the numbers, and what was run, as JSON too")
         command.add_argument("--plot", type=Path, help="draw them, .png")
     return p
@@ -107,7 +114,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = p.parse_args(argv)
     run = {
         "retrieval": run_retrieval, "classify": run_classify, "answers": run_answers, "aspects": run_aspects,
-        "anticipation": run_anticipation, "judge": run_judge, "rows": run_rows, "predict": run_predict,
+        "lvu": run_lvu, "anticipation": run_anticipation, "judge": run_judge, "rows": run_rows, "predict": run_predict,
     }[options.command]  # fmt: skip
     try:
         result, about = run(options)
@@ -208,6 +215,25 @@ def run_answers(options: argparse.Namespace):
         vote = lvu.vote_texts(first, [s.video for s in samples], [s.answer for s in samples])
         result[f"{options.task}, vote of each video"] = {"top-1": vote}
     return result, about
+
+
+def run_lvu(options: argparse.Namespace):
+    from safetensors.torch import load_file
+
+    samples = annotations.parse("lvu_official", options.annotations, task=options.task)
+    arrays = load_file(options.scores)
+    if not {"video", "scores"} <= set(arrays):
+        raise ValueError(f"eval: {options.scores} must hold video and scores, got {', '.join(sorted(arrays))}")
+    rows = arrays["video"].tolist()
+    if set(rows) != set(range(len(samples))):
+        raise ValueError(f"eval: {options.scores} must hold clips of all {len(samples)} videos, got {len(set(rows))}")
+    if options.task in classes.LVU_REGRESSIONS:
+        error = lvu.regression_error(arrays["scores"], rows, [samples[i].extra["target"] for i in rows])
+        return {options.task: {"mean square error": error}}, {"videos": len(samples), "clips": len(rows)}
+    wanted = [samples[i].extra["label"] for i in rows]
+    each = 100 * sum(int(a == b) for a, b in zip(arrays["scores"].argmax(1).tolist(), wanted)) / len(rows)
+    result = {"every clip": {"top-1": each}, "each video": {"top-1": lvu.vote(arrays["scores"], rows, wanted)}}
+    return result, {"videos": len(samples), "clips": len(rows)}
 
 
 def run_anticipation(options: argparse.Namespace):

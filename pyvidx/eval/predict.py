@@ -65,7 +65,7 @@ def predict(
 
 
 def read_predictions(path: str | Path) -> dict[str, str | list[str]]:
-    """Answers by sample id: JSON lines {"id", "answers"} of `predict`, or a JSON object {id: answer or ranked answers}."""
+    """Answers by sample id: JSON lines {"id", "answers"} of `predict`, or a JSON object {id: answer or ranked ones}."""
     path = Path(path)
     if path.suffix == ".jsonl":
         return {row["id"]: row["answers"] for row in json_lines(path, ("id", "answers"))}
