@@ -1,4 +1,4 @@
-"""Encoded videos to files: .safetensors, .npz or .parquet."""
+"""Encoded videos to files and back: .safetensors, .npz or .parquet."""
 
 import json
 from collections.abc import Sequence
@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from pyvidx.encode import Encoded
+from pyvidx.models import Encoding
 
 FORMATS = (".safetensors", ".npz", ".parquet")
 
@@ -47,6 +48,61 @@ def save(path: Path, results: Sequence[Encoded], about: dict) -> None:
         from safetensors.torch import save_file
 
         save_file(arrays, path, {"format": "pt", "pyvidx": json.dumps(note)})
+
+
+def load(path: Path) -> tuple[list[Encoded], dict]:
+    """What `save` wrote: the results, those that failed last, and `about`.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the suffix is unknown, or `save` did not write it.
+    """
+    check_format(path)
+    if not path.exists():
+        raise FileNotFoundError(f"embeddings: there is no {path}")
+    if path.suffix == ".parquet":
+        return _load_parquet(path)
+    if path.suffix == ".npz":
+        import numpy as np
+
+        with np.load(path) as file:
+            if not {"about", "seconds"} <= set(file):
+                raise ValueError(f"embeddings: {path} must be written by pyvidx encode, got {', '.join(file)}")
+            note = json.loads(str(file["about"]))
+            arrays = {k: torch.from_numpy(file[k]) for k in ("pooled", "tokens", "seconds") if k in file}
+    else:
+        from safetensors import safe_open
+
+        with safe_open(path, "pt") as file:
+            note = json.loads((file.metadata() or {}).get("pyvidx", "{}"))
+            if "paths" not in note:
+                raise ValueError(f"embeddings: {path} must be written by pyvidx encode, got {', '.join(file.keys())}")
+            arrays = {k: file.get_tensor(k) for k in file.keys()}
+    done = []
+    for i, name in enumerate(note["paths"]):
+        seconds = arrays["seconds"][i]
+        seconds = seconds[~seconds.isnan()]
+        tokens, pooled = (arrays[k][i : i + 1] if k in arrays else None for k in ("tokens", "pooled"))
+        done.append(Encoded(name, Encoding(tokens, pooled, seconds[None]), seconds))
+    return done + [Encoded(name, error=why) for name, why in note["errors"].items()], note["about"]
+
+
+def _load_parquet(path: Path) -> tuple[list[Encoded], dict]:
+    _, parquet = _pyarrow()
+    table = parquet.read_table(path)
+    about = json.loads((table.schema.metadata or {}).get(b"pyvidx", b"null"))
+    if about is None:
+        raise ValueError(f"embeddings: {path} must be written by pyvidx encode, got {', '.join(table.column_names)}")
+    done, failed = [], []
+    for row in table.to_pylist():
+        if row["error"] is not None:
+            failed.append(Encoded(row["path"], error=row["error"]))
+            continue
+        pooled = None if row["pooled"] is None else torch.tensor([row["pooled"]])
+        tokens = None if row["tokens"] is None else torch.tensor(row["tokens"]).view(1, *row["tokens_shape"])
+        seconds = torch.tensor(row["seconds"], dtype=torch.float64)
+        done.append(Encoded(row["path"], Encoding(tokens, pooled, seconds[None]), seconds))
+    return done + failed, about
 
 
 def _stacked(done: Sequence[Encoded]) -> dict[str, Tensor]:

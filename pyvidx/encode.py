@@ -12,6 +12,22 @@ from pyvidx.models import BTAdapter, Encoding
 from pyvidx.preprocess import PRESETS, Preset, preprocess
 from pyvidx.video import Clip, read
 
+VIDEO_SUFFIXES = {
+    ".mp4",
+    ".mkv",
+    ".webm",
+    ".avi",
+    ".mov",
+    ".m4v",
+    ".mpg",
+    ".mpeg",
+    ".ts",
+    ".flv",
+    ".wmv",
+    ".ogv",
+    ".3gp",
+}
+
 
 @dataclass(frozen=True)
 class Encoded:
@@ -66,6 +82,8 @@ def encode_videos(
     sampler: str = "uniform",
     reader: str = "auto",
     preset: str | Preset = "clip",
+    start: float | None = None,
+    end: float | None = None,
     outputs: Sequence[str] | None = None,
     batch: int = 1,
     workers: int = 1,
@@ -76,7 +94,7 @@ def encode_videos(
     Args:
         paths: video files, in the order the results come in.
         model: in eval mode, on its device and in its dtype; the frames are preprocessed there.
-        frames, sampler, reader: as in pyvidx.video.read.
+        frames, sampler, reader, start, end: as in pyvidx.video.read.
         preset: as in pyvidx.preprocess; its crop is set to the model's image size.
         outputs: "tokens", "pooled" or both; None: what the model has.
         batch: videos of equal frame count that are encoded together.
@@ -97,7 +115,7 @@ def encode_videos(
 
     def load(path: str) -> Clip:
         with timing.of("read"):
-            return read(path, frames=frames, sampler=sampler, reader=reader)
+            return read(path, frames=frames, sampler=sampler, reader=reader, start=start, end=end)
 
     def run(group: list[tuple[str, Clip]]) -> Iterator[Encoded]:
         try:
@@ -119,7 +137,7 @@ def encode_videos(
         timing.failed += 1
         return Encoded(path, error=f"{type(error).__name__}: {error}")
 
-    start = time.perf_counter()
+    began = time.perf_counter()
     group: list[tuple[str, Clip]] = []
     for path, future in _ahead(load, paths, workers, depth=workers + batch):
         try:
@@ -136,10 +154,10 @@ def encode_videos(
         if len(group) == batch:
             yield from run(group)
             group = []
-        timing.wall = time.perf_counter() - start
+        timing.wall = time.perf_counter() - began
     if group:
         yield from run(group)
-    timing.wall = time.perf_counter() - start
+    timing.wall = time.perf_counter() - began
 
 
 def _sized(preset: str | Preset, size: int) -> Preset:

@@ -9,26 +9,11 @@ from pathlib import Path
 import torch
 
 from pyvidx import embeddings
-from pyvidx.encode import Timing, encode_videos
+from pyvidx.encode import VIDEO_SUFFIXES, Timing, encode_videos
 from pyvidx.models import BTAdapter
 from pyvidx.preprocess import PRESETS
 from pyvidx.video import sampling
 
-VIDEO_SUFFIXES = {
-    ".mp4",
-    ".mkv",
-    ".webm",
-    ".avi",
-    ".mov",
-    ".m4v",
-    ".mpg",
-    ".mpeg",
-    ".ts",
-    ".flv",
-    ".wmv",
-    ".ogv",
-    ".3gp",
-}
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
@@ -44,6 +29,8 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--frames", type=int, default=8, help="frames per video")
     p.add_argument("--sampler", default="uniform", choices=sampling.names(aliases=True), metavar="NAME",
                    help=f"which frames: {', '.join(sampling.names())}")  # fmt: skip
+    p.add_argument("--start", type=float, help="second of every video to take frames from")
+    p.add_argument("--end", type=float, help="second of every video to take frames up to, e.g. 30 for DiDeMo")
     p.add_argument("--reader", default="auto", choices=["auto", "decord", "pyav", "torchcodec"])
     p.add_argument("--preset", default="clip", choices=list(PRESETS), help="preprocessing")
     p.add_argument("--outputs", default="pooled,tokens", help="pooled (video embedding), tokens (for a language model)")
@@ -76,6 +63,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         model,
         frames=options.frames,
         sampler=options.sampler,
+        start=options.start,
+        end=options.end,
         reader=options.reader,
         preset=options.preset,
         outputs=[o for o in options.outputs.split(",") if o],

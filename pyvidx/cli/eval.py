@@ -1,54 +1,153 @@
-"""python -m pyvidx eval answers|retrieval: numbers of a benchmark from files."""
+"""python -m pyvidx eval: numbers of a benchmark from videos, embeddings, answers or a judge's replies."""
 
 import argparse
 import json
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from pyvidx import eval as tasks
+from pyvidx.eval import annotations, judge, lvu, report
+from pyvidx.eval.annotations import classes
+from pyvidx.eval.predict import predict, read_predictions
 from pyvidx.eval.retrieval import TIES, retrieval
+from pyvidx.eval.tasks import EXACT
 
 
 def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(prog="python -m pyvidx eval", description=__doc__)
     commands = p.add_subparsers(dest="command", required=True)
-    a = commands.add_parser("answers", help="answers in words against the annotated ones")
-    a.add_argument("--task", required=True, choices=tasks.names())
-    a.add_argument("--predictions", type=Path, required=True, help='JSON {id: "answer" or [ranked answers]}')
-    a.add_argument("--annotations", type=Path, required=True,
-                   help='JSON {id: {"answer": ..., "answer_type": ... (ActivityNet-QA)}}')  # fmt: skip
-    a.add_argument("--compat", choices=["official"], help="ActivityNet's free questions as the published script counts")
-    r = commands.add_parser("retrieval", help="text-video retrieval from embeddings")
-    r.add_argument("embeddings", type=Path, help="safetensors with text [n, E], video [m, E] and, where n != m, "
-                   "captions int [m]: how many texts each video has, in their order")  # fmt: skip
-    r.add_argument("--ties", choices=TIES, default="average")
+
+    r = commands.add_parser("retrieval", help="text-video retrieval, from videos or from embeddings")
+    source = r.add_mutually_exclusive_group(required=True)
+    source.add_argument("--config", type=Path, help=".json or .toml, see pyvidx.eval.zero_shot.Config")
+    source.add_argument("embeddings", type=Path, nargs="?", help="safetensors with text [n, E], video [m, E] and, "
+                        "where n != m, captions int [m]: how many texts each video has, in their order")  # fmt: skip
+    r.add_argument("--ties", choices=TIES, help="default: average, or what the configuration says")
     r.add_argument("--dsl", action="store_true", help="dual softmax over the whole test set; the result is labeled")
     r.add_argument("--compat", choices=["clip4clip"], help="count ties as the public code does")
-    for command in (a, r):
-        command.add_argument("--out", type=Path, help="write the numbers as JSON too")
+    c = commands.add_parser("classify", help="zero-shot classification, from videos or from embeddings")
+    c.add_argument("--config", type=Path, required=True, help=".json or .toml, see pyvidx.eval.zero_shot.Config")
+    for command in (r, c):
+        command.add_argument("--broken", choices=["fail", "exclude"], help="videos that can not be read")
+
+    m = commands.add_parser("predict", help="MA-LMM's answers to a task's questions, from videos")
+    m.add_argument("--task", required=True, choices=tasks.names())
+    _annotated(m)
+    m.add_argument("--config", type=Path, required=True,
+                   help="model and language model, as `pyvidx train` reads it; the task says the rest")  # fmt: skip
+    m.add_argument("--weights", type=Path, help="in place of the configuration's, e.g. its out/best.safetensors")
+    m.add_argument("--root", type=Path, help="folder that is searched for the videos; default: the configuration's")
+    m.add_argument("--frames", type=int, help="in place of the task's")
+    m.add_argument("--memory", type=int, help="bank length in place of the task's")
+    m.add_argument("--device", help="default: a GPU if there is one")
+    m.add_argument("--out", type=Path, required=True, help=".jsonl; an ended run goes on from it")
+
+    a = commands.add_parser("answers", help="answers in words against the annotated ones")
+    a.add_argument("--task", required=True, choices=[t for t in tasks.names() if tasks.task(t).metric in EXACT])
+    a.add_argument("--predictions", type=Path, required=True, help='of `predict`, or JSON {id: "answer" or [ranked]}')
+    _annotated(a)
+    a.add_argument("--reference", type=Path, nargs="+", metavar="FILE",
+                   help="the full test set, as official_qa: what the annotations lack is reported")  # fmt: skip
+    a.add_argument("--compat", choices=["official"], help="ActivityNet's free questions as the published script counts")
+
+    v = commands.add_parser("lvu", help="LVU as its authors count: the summed softmax over the clips of each video")
+    v.add_argument("--task", required=True, choices=classes.LVU_LABELS + classes.LVU_REGRESSIONS)
+    v.add_argument("--annotations", type=Path, required=True, help="test.csv of the task, see lvu_official")
+    v.add_argument("--scores", type=Path, required=True, help="safetensors with video int [clips], the line of each "
+                   "clip's video from 0, and scores [clips, classes], or [clips] of a regression")  # fmt: skip
+
+    t = commands.add_parser("anticipation", help="EPIC-Kitchens-100: the challenge's numbers and its submission file")
+    t.add_argument("--segments", type=Path, required=True, help="EPIC_100_validation.csv, or a file without classes")
+    given = t.add_mutually_exclusive_group(required=True)
+    given.add_argument("--scores", type=Path, help="safetensors with verb [n, 97] and noun [n, 300], in their order")
+    given.add_argument("--predictions", type=Path, help='of `predict`, or JSON {narration_id: ["verb noun", ...]}')
+    for name in ("verbs", "nouns"):
+        t.add_argument(f"--{name}", type=Path, help=f"EPIC_100_{name[:-1]}_classes.csv, to read predictions with")
+    t.add_argument("--unseen", type=Path, help="participants who are not in the training set")
+    for name in ("verbs", "nouns"):
+        t.add_argument(f"--tail-{name}", type=Path, help=f"rare {name}")
+    t.add_argument("--submission", type=Path, help="write the challenge's file")
+    t.add_argument("--levels", type=int, nargs=3, metavar=("PT", "TL", "TD"), help="sls_pt, sls_tl and sls_td")
+
+    j = commands.add_parser("judge", help="answers graded by a judge: question answering, or an aspect of conversation")
+    j.add_argument("--protocol", required=True, choices=["qa", *judge.ASPECTS])
+    j.add_argument("--predictions", type=Path, required=True, help="JSON list as Video-ChatGPT's inference writes it")
+    j.add_argument("--prompt", type=Path, required=True,
+                   help='JSON list of {"role", "content"} with {question}, {answer}, {pred} (consistency: {question1}, '
+                   "{question2}, {answer}, {pred1}, {pred2}); none is shipped")  # fmt: skip
+    j.add_argument("--job", type=Path, required=True, help=".jsonl of the replies; an ended run goes on from it")
+    by = j.add_mutually_exclusive_group(required=True)
+    by.add_argument("--url", help="OpenAI-compatible service, e.g. http://localhost:8000/v1")
+    by.add_argument("--replay", type=Path, help="recorded replies: .jsonl of id and reply, or JSON {id: reply}")
+    j.add_argument("--model", help="name of the model at --url")
+    j.add_argument("--key-file", type=Path, help="file with the service's key")
+    j.add_argument("--attempts", type=int, default=3, help="per answer")
+    j.add_argument("--partial", action="store_true", help="numbers of what has a reply that reads; else all must")
+    s = commands.add_parser("aspects", help="five aspects of conversation and their mean, from the jobs of `judge`")
+    for name in judge.ASPECTS:
+        s.add_argument(f"--{name}", type=Path, required=True, help=".jsonl")
+    for command in (j, s):
+        command.add_argument("--compat", choices=["video_chatgpt"], help="whole scores, as the published script counts")
+
+    w = commands.add_parser("rows", help="annotations to the rows that `pyvidx train` reads")
+    w.add_argument("--task", required=True, choices=tasks.names(), help="whose prompt is asked")
+    _annotated(w)
+    w.add_argument("--suffix", default="", help="of the video files, e.g. .mp4")
+    w.add_argument("--out", type=Path, required=True, help=".jsonl")
+
+    for command in (r, c, a, v, t, j, s):
+        command.add_argument("--json", "--out", type=Path, help="write the numbers, and what was run, as JSON too")
+        command.add_argument("--plot", type=Path, help="draw them, .png")
     return p
+
+
+def _annotated(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--annotations", type=Path, nargs="+", required=True, metavar="FILE",
+                         help='the benchmark\'s file; without --format JSON {id: {"answer": ...}}')  # fmt: skip
+    command.add_argument("--format", choices=list(annotations.FORMATS), help="see pyvidx.eval.annotations")
+    command.add_argument("--option", nargs="+", default=[], metavar="NAME=VALUE", help="of the format, e.g. split=test")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     p = parser()
     options = p.parse_args(argv)
+    run = {
+        "retrieval": run_retrieval, "classify": run_classify, "answers": run_answers, "aspects": run_aspects,
+        "lvu": run_lvu, "anticipation": run_anticipation, "judge": run_judge, "rows": run_rows, "predict": run_predict,
+    }[options.command]  # fmt: skip
     try:
-        if options.command == "answers":
-            files = (json.loads(path.read_text()) for path in (options.predictions, options.annotations))
-            result = {options.task: tasks.task(options.task).score(*files, compat=options.compat)}
-        else:
-            result = from_embeddings(options)
+        result, about = run(options)
     except (FileNotFoundError, ValueError) as error:
         p.error(str(error))
-    print(table(result))
-    if options.out:
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.write_text(json.dumps(result, indent=1) + "\n")
-        print(f"wrote {options.out}")
+    except RuntimeError as error:
+        for name, why in getattr(error, "broken", {}).items():
+            print(f"FAILED {name}: {why}", file=sys.stderr)
+        print(error, file=sys.stderr)
+        return 1
+    if result:
+        print(report.text(result))
+    for name, value in about.items():
+        if value:
+            shown = f"{len(value)}: {', '.join(list(value)[:5])}" if isinstance(value, dict) else value
+            print(f"{name}: {shown}")
+    if result and options.json:
+        report.write_json(options.json, result, about)
+        print(f"wrote {options.json}")
+    if result and options.plot:
+        report.plot(options.plot, result, title=getattr(options, "task", None) or options.command)
+        print(f"wrote {options.plot}")
     return 0
 
 
-def from_embeddings(options: argparse.Namespace) -> dict[str, dict[str, float]]:
+def run_retrieval(options: argparse.Namespace):
+    changes = {"ties": options.ties, "dsl": options.dsl or None, "compat": options.compat, "broken": options.broken}
+    changes = {name: value for name, value in changes.items() if value is not None}
+    if options.config is not None:
+        from pyvidx.eval import zero_shot
+
+        return zero_shot.run_retrieval(zero_shot.Config.from_file(options.config, **changes))
+    changes.pop("broken", None)
     from safetensors.torch import load_file
     from torch.nn.functional import normalize
 
@@ -57,13 +156,191 @@ def from_embeddings(options: argparse.Namespace) -> dict[str, dict[str, float]]:
         raise ValueError(f"eval: {options.embeddings} must hold text and video, got {', '.join(sorted(arrays))}")
     similarity = normalize(arrays["text"].float(), dim=1) @ normalize(arrays["video"].float(), dim=1).T
     captions = arrays["captions"].tolist() if "captions" in arrays else None
-    return retrieval(similarity, captions, ties=options.ties, dsl=options.dsl, compat=options.compat)
+    return retrieval(similarity, captions, **changes), {}
 
 
-def table(result: dict[str, dict[str, float]]) -> str:
-    """One line per row of numbers, under their names."""
-    names = list(next(iter(result.values())))
-    left = max(len(row) for row in result)
-    lines = [" " * left + "".join(f"{name:>10}" for name in names)]
-    lines += [row.ljust(left) + "".join(f"{values[name]:10.2f}" for name in names) for row, values in result.items()]
-    return "\n".join(lines)
+def run_classify(options: argparse.Namespace):
+    from pyvidx.eval import zero_shot
+
+    changes = {} if options.broken is None else {"broken": options.broken}
+    return zero_shot.run_classification(zero_shot.Config.from_file(options.config, **changes))
+
+
+def run_predict(options: argparse.Namespace):
+    from dataclasses import replace
+
+    import torch
+
+    from pyvidx.cli.encode import progress
+    from pyvidx.train import malmm, recipe
+
+    if options.format is None or options.out.suffix != ".jsonl":
+        raise ValueError("eval: predict needs a --format and --out FILE.jsonl")
+    task, samples = tasks.task(options.task), parsed(options)
+    task = replace(task, frames=options.frames or task.frames, memory=options.memory or task.memory)
+    config = malmm.Config.from_dict(recipe.load(options.config, "eval"))
+    config = replace(config, frames=task.frames, **({"weights": str(options.weights)} if options.weights else {}))
+    asked = malmm.build(config, torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu")))
+    broken = predict(
+        samples, task, asked.model.eval(), asked.language, options.out, root=options.root or config.root,
+        reader=config.reader, memory=asked.memory, shown=lambda todo: progress(todo, len(todo)),
+    )  # fmt: skip
+    about = {"samples": len(samples), "frames": task.frames, "memory": task.memory, "wrote": str(options.out)}
+    if asked.model.is_random:
+        about["random weights"] = True
+    if task.ours:
+        about["chosen by pyvidx, as nothing public says it"] = ", ".join(task.ours)
+    return {}, about | {"without an answer": broken}
+
+
+def run_answers(options: argparse.Namespace):
+    task = tasks.task(options.task)
+    predicted, about = read_predictions(options.predictions), {}
+    if options.format is None:
+        if len(options.annotations) != 1 or options.reference:
+            raise ValueError("eval: several annotation files and a reference need a --format")
+        wanted = json.loads(options.annotations[0].read_text())
+    else:
+        samples = parsed(options)
+        wanted = annotations.truth(samples)
+        about["labels"] = len(annotations.labels(samples)) if task.metric == "exact" else None
+        if options.reference:
+            missing = annotations.absent(samples, annotations.parse("official_qa", options.reference))
+            about["questions missing from the annotations"] = {s.id: s.video for s in missing}
+            about["videos of those"] = len({s.video for s in missing}) or None
+    result = {options.task: task.score(predicted, wanted, compat=options.compat)}
+    if options.format == "lvu":
+        first = [p if isinstance(p, str) else p[0] for p in (predicted[s.id] for s in samples)]
+        result = {f"{options.task}, every window": result[options.task]}
+        vote = lvu.vote_texts(first, [s.video for s in samples], [s.answer for s in samples])
+        result[f"{options.task}, vote of each video"] = {"top-1": vote}
+    return result, about
+
+
+def run_lvu(options: argparse.Namespace):
+    from safetensors.torch import load_file
+
+    samples = annotations.parse("lvu_official", options.annotations, task=options.task)
+    arrays = load_file(options.scores)
+    if not {"video", "scores"} <= set(arrays):
+        raise ValueError(f"eval: {options.scores} must hold video and scores, got {', '.join(sorted(arrays))}")
+    rows = arrays["video"].tolist()
+    if set(rows) != set(range(len(samples))):
+        raise ValueError(f"eval: {options.scores} must hold clips of all {len(samples)} videos, got {len(set(rows))}")
+    if options.task in classes.LVU_REGRESSIONS:
+        error = lvu.regression_error(arrays["scores"], rows, [samples[i].extra["target"] for i in rows])
+        return {options.task: {"mean square error": error}}, {"videos": len(samples), "clips": len(rows)}
+    wanted = [samples[i].extra["label"] for i in rows]
+    each = 100 * sum(int(a == b) for a, b in zip(arrays["scores"].argmax(1).tolist(), wanted)) / len(rows)
+    result = {"every clip": {"top-1": each}, "each video": {"top-1": lvu.vote(arrays["scores"], rows, wanted)}}
+    return result, {"videos": len(samples), "clips": len(rows)}
+
+
+def run_anticipation(options: argparse.Namespace):
+    from safetensors.torch import load_file
+
+    from pyvidx.eval import anticipated_texts as words
+    from pyvidx.eval import anticipation
+
+    samples = annotations.parse("epic_kitchens", options.segments)
+    ids, action, about = [s.id for s in samples], None, {"segments": len(samples)}
+    if options.scores is not None:
+        arrays = load_file(options.scores)
+        if not {"verb", "noun"} <= set(arrays):
+            raise ValueError(f"eval: {options.scores} must hold verb and noun, got {', '.join(sorted(arrays))}")
+        verb, noun = arrays["verb"].float(), arrays["noun"].float()
+    else:
+        if options.verbs is None or options.nouns is None:
+            raise ValueError("eval: predictions need --verbs and --nouns, the files of the classes")
+        predicted = read_predictions(options.predictions)
+        if lacking := [key for key in ids if key not in predicted]:
+            raise ValueError(f"eval: {options.predictions} lacks {len(lacking)} segments, e.g. {lacking[:3]}")
+        texts = [[x] if isinstance(x, str) else x for x in (predicted[key] for key in ids)]
+        ranked = words.rank_texts(texts, words.read_classes(options.verbs), words.read_classes(options.nouns))
+        about["segments without an action that is a class"] = int((ranked.action[:, 0] < 0).sum())
+        about["chosen by pyvidx, as nothing public says it"] = "the ranking of texts; see the task's `ours`"
+        verb, noun, action = words.scores(ranked)
+    result = {}
+    if all("verb_class" in s.extra for s in samples):
+        lists = {
+            "unseen": words.read_ids(options.unseen, "participant_id") if options.unseen else [],
+            "tail_verbs": [int(x) for x in words.read_ids(options.tail_verbs, "verb")] if options.tail_verbs else [],
+            "tail_nouns": [int(x) for x in words.read_ids(options.tail_nouns, "noun")] if options.tail_nouns else [],
+        }
+        segments = anticipation.read_segments(options.segments)
+        if options.scores is not None:
+            result = anticipation.evaluate(verb, noun, segments, **lists)
+        else:
+            result = anticipation.evaluate_ranked(ranked, segments, **lists)
+        # A recall without segments, as no list of them was given, is NaN, which is no JSON.
+        result = {row: {k: v for k, v in found.items() if v == v} for row, found in result.items()}
+    elif options.submission is None:
+        raise ValueError(f"eval: {options.segments} has no classes to compare with; give --submission to write a file")
+    if options.submission is not None:
+        if options.levels is None:
+            raise ValueError("eval: a submission needs --levels, how much supervision was used")
+        levels = dict(zip(("sls_pt", "sls_tl", "sls_td"), options.levels))
+        options.submission.parent.mkdir(parents=True, exist_ok=True)
+        about["submission"] = str(
+            anticipation.write_submission(options.submission, ids, verb, noun, action, supervision=levels)
+        )
+    return result, about
+
+
+def run_judge(options: argparse.Namespace):
+    verdict = options.protocol == "qa"
+    if options.url is not None:
+        if options.model is None:
+            raise ValueError("eval: --url needs --model")
+        key = options.key_file.read_text().strip() if options.key_file else None
+        by, name = judge.ChatJudge(options.url, options.model, key=key), options.model
+    else:
+        by, name = judge.replay(options.replay), f"replay of {judge.digest(options.replay.read_text())}"
+    asked = judge.predictions(options.predictions)
+    pause = 0.0 if options.replay else 1.0
+    replies = judge.run(
+        asked, judge.Prompt.from_file(options.prompt), by, options.job, verdict=verdict, compat=options.compat,
+        attempts=1 if options.replay else options.attempts, pause=pause, name=name,
+    )  # fmt: skip
+    if replies.failed and not options.partial:
+        key, why = next(iter(replies.failed.items()))
+        raise RuntimeError(f"eval: {len(replies.failed)} of {len(asked)} have no reply that reads, e.g. {key}: {why}; "
+                           "the same command asks them again, --partial leaves them out")  # fmt: skip
+    result = judge.judged(list(replies.found.values()), verdict=verdict, compat=options.compat)
+    about = {"judge": name, "items": len(asked), "left out": replies.failed, "compat": options.compat}
+    return {options.protocol: result}, about
+
+
+def run_aspects(options: argparse.Namespace):
+    files = {name: getattr(options, name) for name in judge.ASPECTS}
+    replies = {name: judge.recorded(path, verdict=False, compat=options.compat) for name, path in files.items()}
+    about = {"items": " ".join(f"{name} {len(found)}" for name, found in replies.items()), "compat": options.compat}
+    found = judge.aspects({name: list(r.values()) for name, r in replies.items()}, compat=options.compat)
+    return {"score": found}, about
+
+
+def run_rows(options: argparse.Namespace):
+    if options.format is None:
+        raise ValueError("eval: rows need a --format")
+    samples = parsed(options)
+    annotations.write_rows(options.out, samples, tasks.task(options.task).ask, suffix=options.suffix)
+    return {}, {"samples": len(samples), "wrote": str(options.out)}
+
+
+def parsed(options: argparse.Namespace) -> list[annotations.Sample]:
+    """The samples of --annotations; LVU's formats take the task from --task."""
+    given = dict(pair.split("=", 1) for pair in options.option if "=" in pair)
+    if len(given) != len(options.option):
+        raise ValueError(f"eval: --option takes NAME=VALUE, got {options.option}")
+    if options.format in ("lvu", "lvu_official") and options.task.startswith("lvu_"):
+        given.setdefault("task", options.task.removeprefix("lvu_"))
+    return annotations.parse(options.format, options.annotations, **{k: _value(v) for k, v in given.items()})
+
+
+def _value(text: str) -> bool | int | float | str:
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            pass
+    return {"true": True, "false": False}.get(text.lower(), text)

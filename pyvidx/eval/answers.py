@@ -1,7 +1,6 @@
 """Answers in words against the right ones: exact match, in the variants of the public evaluations."""
 
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 Beams = Sequence[str]  # of one question, best first
 
@@ -55,34 +54,6 @@ def by_type(
     result = {f"type {t}": right[t] / count[t] for t in sorted(count)}
     result["free"] = sum(right[t] for t in free) / total if total else float("nan")
     return result | {"all": sum(right.values()) / sum(count.values())}
-
-
-def judged(replies: Sequence[Mapping | str]) -> dict[str, float]:
-    """Mean verdict of a judge (Video-ChatGPT's protocol), replies recorded or fresh; scores from 0 to 5.
-
-    A reply is {"pred": "yes" or "no", "score": number} or that as text. accuracy = yes / (yes + no), replies with
-    neither word left out; "yes" is looked for first. score = mean of int(score) over all replies, so 4.8 counts 4.
-
-    Raises:
-        ValueError: a reply without a score, or no reply says yes or no.
-    """
-    yes = no = 0
-    scores = []
-    for reply in replies:
-        if isinstance(reply, str):
-            score = re.search(r"""['"]score['"]\s*:\s*['"]?(-?\d+(?:\.\d+)?)""", reply)
-            verdict = re.search(r"""['"]pred['"]\s*:\s*['"]([^'"]*)""", reply)
-            if score is None:
-                raise ValueError(f"judged: a reply must hold a 'score', got {reply!r}")
-            reply = {"pred": verdict[1] if verdict else "", "score": float(score[1])}
-        verdict = str(reply.get("pred", "")).lower()
-        if "score" not in reply:
-            raise ValueError(f"judged: a reply must hold a 'score', got {reply!r}")
-        yes, no = yes + ("yes" in verdict), no + ("yes" not in verdict and "no" in verdict)
-        scores.append(int(reply["score"]))
-    if not yes + no:
-        raise ValueError(f"judged: no reply of {len(scores)} says yes or no")
-    return {"accuracy": yes / (yes + no), "score": sum(scores) / len(scores)}
 
 
 def _mean(found: Sequence[bool]) -> float:

@@ -25,6 +25,14 @@ class Segments(NamedTuple):
     noun: Tensor  # int64 [n]
 
 
+class Ranked(NamedTuple):
+    """The best five classes of each segment, int64 [n, 5], best first, -1 where there are fewer."""
+
+    verb: Tensor
+    noun: Tensor
+    action: Tensor
+
+
 def read_segments(path: str | Path) -> Segments:
     """Rows of EPIC_100_validation.csv: narration_id, participant_id, verb_class, noun_class."""
     with open(path, newline="") as file:
@@ -94,15 +102,32 @@ def evaluate(
             f"evaluate: scores must be [{n}, {VERBS}] and [{n}, {NOUNS}], got {tuple(verb.shape)}, {tuple(noun.shape)}"
         )
     action = actions(verb, noun)[0] if action is None else action
+    ranked = Ranked(verb.topk(5)[1], noun.topk(5)[1], action[:, :5])
+    return evaluate_ranked(ranked, segments, unseen=unseen, tail_verbs=tail_verbs, tail_nouns=tail_nouns)
+
+
+def evaluate_ranked(
+    ranked: "Ranked",
+    segments: Segments,
+    *,
+    unseen: Sequence[str] = (),
+    tail_verbs: Sequence[int] = (),
+    tail_nouns: Sequence[int] = (),
+) -> dict[str, dict[str, float]]:
+    """`evaluate` of the best five classes, as far as there are five; -1, which is no class, fills up."""
+    if any(ids.shape != (len(segments.ids), 5) for ids in ranked):
+        raise ValueError(
+            f"evaluate: ranked classes must be [{len(segments.ids)}, 5], got {[tuple(x.shape) for x in ranked]}"
+        )
     tails = (
         torch.isin(segments.verb, torch.tensor(tail_verbs, dtype=torch.long)),
         torch.isin(segments.noun, torch.tensor(tail_nouns, dtype=torch.long)),
     )
     new = torch.tensor([p in set(unseen) for p in segments.participants])
     ways = {
-        "verb": (verb.topk(5)[1], segments.verb, tails[0]),
-        "noun": (noun.topk(5)[1], segments.noun, tails[1]),
-        "action": (action[:, :5], 1000 * segments.verb + segments.noun, tails[0] | tails[1]),
+        "verb": (ranked.verb, segments.verb, tails[0]),
+        "noun": (ranked.noun, segments.noun, tails[1]),
+        "action": (ranked.action, 1000 * segments.verb + segments.noun, tails[0] | tails[1]),
     }
     return {
         name: {
@@ -117,13 +142,20 @@ def evaluate(
 
 
 def write_submission(
-    path: str | Path, ids: Sequence[str], verb: Tensor, noun: Tensor, *, supervision: Mapping[str, int]
+    path: str | Path,
+    ids: Sequence[str],
+    verb: Tensor,
+    noun: Tensor,
+    action: tuple[Tensor, Tensor] | None = None,
+    *,
+    supervision: Mapping[str, int],
 ) -> Path:
     """The challenge's file, version 0.2, with the 100 likeliest actions of each segment.
 
     Args:
         ids: narration ids of the test segments.
         verb, noun: scores [n, 97] and [n, 300].
+        action: ids and scores [n, 100], best first, as `actions` returns them. None: `actions` of the two.
         supervision: the levels that the challenge asks for: sls_pt (pretraining), sls_tl (training labels), sls_td
             (training data).
     """
@@ -133,7 +165,7 @@ def write_submission(
         raise ValueError(f"write_submission: scores must be [{len(ids)}, {VERBS}] and [{len(ids)}, {NOUNS}]")
     if len(set(ids)) != len(ids) or not (verb.isfinite().all() and noun.isfinite().all()):
         raise ValueError("write_submission: ids must be unique and scores finite")
-    chosen, scores = actions(verb, noun)
+    chosen, scores = actions(verb, noun) if action is None else action
     results = {}
     for i, name in enumerate(ids):
         pairs = zip(chosen[i].tolist(), scores[i].tolist())

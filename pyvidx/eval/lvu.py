@@ -1,6 +1,7 @@
 """LVU: windows of a long video, votes over them, and the scales of its two regression tasks."""
 
 import math
+from collections import Counter
 from collections.abc import Hashable, Sequence
 
 import torch
@@ -34,6 +35,24 @@ def vote(logits: Tensor, videos: Sequence[Hashable], labels: Sequence[int]) -> f
     for video, row in zip(videos, logits.float().softmax(-1)):
         sums[video] = sums.get(video, 0) + row
     return 100.0 * sum(int(total.argmax()) == wanted[video] for video, total in sums.items()) / len(sums)
+
+
+def vote_texts(predictions: Sequence[str], videos: Sequence[Hashable], answers: Sequence[str]) -> float:
+    """Percent of videos whose most frequent generated text, over their windows, is the answer.
+
+    Of texts as frequent, the one whose first window comes first in the order given. The public code has no vote:
+    MA-LMM counts every window, and the official `vote` needs scores of all classes.
+    """
+    if not len(predictions) == len(videos) == len(answers) > 0:
+        raise ValueError(
+            f"lvu.vote_texts: a video and an answer per text, got {len(videos)}, {len(answers)} for {len(predictions)}"
+        )
+    wanted, texts = {}, {}
+    for video, text, answer in zip(videos, predictions, answers):
+        if wanted.setdefault(video, answer) != answer:
+            raise ValueError(f"lvu.vote_texts: windows of a video share an answer, got two for {video!r}")
+        texts.setdefault(video, []).append(text)
+    return 100.0 * sum(Counter(t).most_common(1)[0][0] == wanted[v] for v, t in texts.items()) / len(texts)
 
 
 def view_label(views: float) -> float:

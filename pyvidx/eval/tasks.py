@@ -27,6 +27,8 @@ class Task:
         metric: "exact" (top 1 and top `returned`), "exact_first_word", "exact_by_type" (ActivityNet-QA), "caption"
             (COCO's caption tools) or "anticipation" (pyvidx.eval.anticipation).
         window: (seconds, stride) of each sample of a long video, or None: the whole video.
+        ours: fields that no public code states and pyvidx chose: EPIC-Kitchens-100 is only reported, so numbers under
+            them do not compare with the paper's.
     """
 
     name: str
@@ -43,6 +45,7 @@ class Task:
     length_penalty: float
     metric: str
     window: tuple[int, int] | None = None
+    ours: tuple[str, ...] = ()
 
     def ask(self, question: str | None = None) -> str:
         """The prompt of one sample."""
@@ -79,7 +82,10 @@ class Task:
             ValueError: an annotated sample has no prediction, or the metric is not exact match.
         """
         if self.metric not in EXACT:
-            tool = {"caption": "pycocoevalcap (it needs Java)", "anticipation": "pyvidx.eval.anticipation.evaluate"}
+            tool = {
+                "caption": "pycocoevalcap (it needs Java)",
+                "anticipation": "pyvidx eval anticipation",
+            }
             raise ValueError(f"task {self.name}: its metric is {self.metric}, which is the work of {tool[self.metric]}")
         if compat is not None and self.metric != "exact_by_type":
             raise ValueError(f"task {self.name}: it has no compat, got {compat!r}")
@@ -114,6 +120,7 @@ def _table() -> dict[str, Task]:
     for name, row in rows.items():
         row = common | row
         row["window"] = tuple(row["window"]) if row.get("window") else None
+        row["ours"] = tuple(row.get("ours", ()))
         tasks[name] = Task(name=name, **{key: value for key, value in row.items() if key in known})
     return tasks
 

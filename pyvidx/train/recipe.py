@@ -95,8 +95,8 @@ def groups(module: nn.Module, recipe: Recipe) -> list[dict]:
     ]
 
 
-def load(path: str | Path) -> dict:
-    """The values of a JSON or TOML file.
+def load(path: str | Path, who: str = "train") -> dict:
+    """The values of a JSON or TOML file; `who` starts the text of an error.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -104,12 +104,12 @@ def load(path: str | Path) -> dict:
     """
     path = Path(path)
     if path.suffix not in (".json", ".toml"):
-        raise ValueError(f"train: a configuration must be .json or .toml, got {path}")
+        raise ValueError(f"{who}: a configuration must be .json or .toml, got {path}")
     try:
         if path.suffix == ".json":
             return json.loads(path.read_text())
         return importlib.import_module("tomllib").loads(path.read_text())  # Python 3.11 on
     except ModuleNotFoundError as error:
-        raise ValueError(f"train: {path} needs Python 3.11 (tomllib); write it as .json") from error
+        raise ValueError(f"{who}: {path} needs Python 3.11 (tomllib); write it as .json") from error
     except ValueError as error:
-        raise ValueError(f"train: {path} does not parse: {error}") from error
+        raise ValueError(f"{who}: {path} does not parse: {error}") from error

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from pyvidx.eval import anticipation, lvu
-from pyvidx.eval.answers import by_type, correct, exact_match, judged
+from pyvidx.eval.answers import by_type, correct, exact_match
+from pyvidx.eval.judge import judged
 from pyvidx.eval.retrieval import retrieval
 from tests.golden.vectors import runner
 
@@ -75,5 +76,5 @@ def text(file, run, variant, check):
 
     case = file.meta["video_chatgpt"]
     for replies in (case["judge"], [str(reply) for reply in case["judge"]]):
-        found = judged(replies)
+        found = judged(replies, compat="video_chatgpt")
         assert found["accuracy"] == pytest.approx(case["accuracy"]) and found["score"] == pytest.approx(case["score"])

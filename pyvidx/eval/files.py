@@ -1,0 +1,61 @@
+"""Video files by the names that annotations give them, and files that grow by a line per sample."""
+
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from pyvidx.encode import VIDEO_SUFFIXES
+from pyvidx.eval.annotations.sample import need
+
+
+def json_lines(path: str | Path, names: Sequence[str]) -> list[dict]:
+    """The objects of a .jsonl file, each with `names`. A line that a kill cut off, wherever, is left out."""
+    found = []
+    for n, line in enumerate(Path(path).read_text().splitlines(), 1):
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError:
+            continue
+        found.append(need(row, names, f"{path}, line {n}"))
+    return found
+
+
+def open_to_append(path: Path):
+    """The file, made with its folder if need be, on a line of its own after what a kill cut off."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    file = path.open("a")
+    if file.tell() and not path.read_bytes().endswith(b"\n"):
+        file.write("\n")
+    return file
+
+
+class Named:
+    """Paths of videos, found by the end of the path, with or without suffix: "a/b.mp4" is b, b.mp4, b.avi and a/b."""
+
+    def __init__(self, paths: Iterable[str]):
+        self.paths: dict[str, list[str]] = {}
+        for path in paths:
+            self.paths.setdefault(_bare(path).rsplit("/", 1)[-1], []).append(path)
+
+    @classmethod
+    def under(cls, root: str | Path) -> "Named":
+        """The video files of a folder and its folders."""
+        if not Path(root).is_dir():
+            raise FileNotFoundError(f"eval: there is no folder {root}")
+        return cls(str(p) for p in sorted(Path(root).rglob("*")) if p.suffix.lower() in VIDEO_SUFFIXES)
+
+    def find(self, name: str) -> str | None:
+        """The path, None if there is none; ValueError if there are several."""
+        bare = _bare(name)
+        last = bare.rsplit("/", 1)[-1]
+        found = [p for p in self.paths.get(last, ()) if ("/" + _bare(p)).endswith("/" + bare)]
+        if len(found) > 1:
+            raise ValueError(f"eval: the video {name} must be one file, got {', '.join(found[:3])}")
+        return found[0] if found else None
+
+
+def _bare(path: str) -> str:
+    """Without the suffix of a video. LSMDC's names hold dots, so no other is taken off."""
+    path = Path(path).as_posix()
+    dot = path.rfind(".")
+    return path[:dot] if dot > 0 and path[dot:].lower() in VIDEO_SUFFIXES else path

@@ -1,0 +1,49 @@
+"""Tables of numbers as text, JSON and a picture."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+Table = Mapping[str, Mapping[str, float]]
+
+
+def text(result: Table) -> str:
+    """One line per row of numbers, under their names; a number that a row does not have is a dash."""
+    names = list(dict.fromkeys(name for row in result.values() for name in row))
+    left = max(len(row) for row in result)
+    wide = [max(10, len(name) + 2) for name in names]
+    lines = [" " * left + "".join(name.rjust(w) for name, w in zip(names, wide))]
+    for row, values in result.items():
+        cells = [f"{values[name]:.2f}" if name in values else "-" for name in names]
+        lines.append(row.ljust(left) + "".join(cell.rjust(w) for cell, w in zip(cells, wide)))
+    return "\n".join(lines)
+
+
+def write_json(path: Path, result: Table, about: Mapping | None = None) -> None:
+    """The rows, and what was run under "about"."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(dict(result) | ({"about": about} if about else {}), indent=1) + "\n")
+
+
+def plot(path: Path, result: Table, title: str = "") -> None:
+    """A panel per number, as their scales differ, with a bar per row.
+
+    Raises:
+        RuntimeError: matplotlib is not installed.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise RuntimeError("a plot needs matplotlib: pip install 'pyvidx[cli]'") from error
+    names = list(dict.fromkeys(name for row in result.values() for name in row))
+    figure = Figure(figsize=(1.2 + 1.6 * len(names), 2.6 + 0.12 * max(map(len, result))), layout="constrained")
+    for name, axes in zip(names, figure.subplots(1, len(names), squeeze=False)[0]):
+        rows = [row for row in result if name in result[row]]
+        bars = axes.bar(rows, [result[row][name] for row in rows], color=[f"C{list(result).index(r)}" for r in rows])
+        axes.bar_label(bars, fmt="%.1f")
+        axes.set_title(name)
+        axes.margins(y=0.15)
+        axes.tick_params(axis="x", rotation=90)
+    figure.suptitle(title)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path)
