@@ -44,6 +44,9 @@ def test_predict_then_score(run, capsys):  # noqa: F811
     )  # fmt: skip
     assert found["P47_blue"] == want
 
+    with pytest.raises(SystemExit):
+        main([*command, "--memory", "3"])
+    assert "must hold answers of this task and these weights" in capsys.readouterr().err
     with out.open("a") as file:
         file.write('{"id": "P47_lost", "ans')  # killed while it wrote
     before = out.read_text()

@@ -9,6 +9,7 @@ from pathlib import Path
 from pyvidx import eval as tasks
 from pyvidx.eval import annotations, judge, lvu, report
 from pyvidx.eval.annotations import classes
+from pyvidx.eval.files import digest
 from pyvidx.eval.predict import predict, read_predictions
 from pyvidx.eval.retrieval import TIES, retrieval
 from pyvidx.eval.tasks import EXACT
@@ -183,7 +184,8 @@ def run_predict(options: argparse.Namespace):
     asked = malmm.build(config, torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu")))
     broken = predict(
         samples, task, asked.model.eval(), asked.language, options.out, root=options.root or config.root,
-        reader=config.reader, memory=asked.memory, shown=lambda todo: progress(todo, len(todo)),
+        reader=config.reader, memory=asked.memory, name=str(config.weights),
+        shown=lambda todo: progress(todo, len(todo)),
     )  # fmt: skip
     about = {"samples": len(samples), "frames": task.frames, "memory": task.memory, "wrote": str(options.out)}
     if asked.model.is_random:
@@ -295,7 +297,7 @@ def run_judge(options: argparse.Namespace):
         key = options.key_file.read_text().strip() if options.key_file else None
         by, name = judge.ChatJudge(options.url, options.model, key=key), options.model
     else:
-        by, name = judge.replay(options.replay), f"replay of {judge.digest(options.replay.read_text())}"
+        by, name = judge.replay(options.replay), f"replay of {digest(options.replay.read_text())}"
     asked = judge.predictions(options.predictions)
     pause = 0.0 if options.replay else 1.0
     replies = judge.run(

@@ -1,5 +1,6 @@
 """Video files by the names that annotations give them, and files that grow by a line per sample."""
 
+import hashlib
 import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -18,6 +19,11 @@ def json_lines(path: str | Path, names: Sequence[str]) -> list[dict]:
             continue
         found.append(need(row, names, f"{path}, line {n}"))
     return found
+
+
+def digest(value) -> str:
+    """16 letters that tell one JSON value from another."""
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:16]
 
 
 def open_to_append(path: Path):

@@ -6,7 +6,6 @@ the same prompt and the same judge.
 """
 
 import ast
-import hashlib
 import json
 import re
 import time
@@ -19,7 +18,7 @@ from typing import NamedTuple
 
 from pyvidx.eval.annotations.questions import numbered
 from pyvidx.eval.annotations.sample import items, load, need, texts
-from pyvidx.eval.files import json_lines, open_to_append
+from pyvidx.eval.files import digest, json_lines, open_to_append
 
 # The questions each aspect is asked about. correctness, detail and context share one set.
 ASPECTS = {
@@ -300,11 +299,6 @@ def recorded(job: str | Path, *, verdict: bool, compat: str | None = None) -> di
     if len({x.get("by") for x in kept.values()}) > 1:
         raise ValueError(f"judge: the replies in {job} must come from one judge and one prompt")
     return {key: x["reply"] for key, x in kept.items()}
-
-
-def digest(value) -> str:
-    """16 letters that tell one value from another."""
-    return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:16]
 
 
 def _reads(reply: str, verdict: bool, compat: str | None) -> str | None:

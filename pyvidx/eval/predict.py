@@ -2,12 +2,12 @@
 
 import json
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from pyvidx.eval.annotations import Sample
 from pyvidx.eval.annotations.sample import load
-from pyvidx.eval.files import Named, json_lines, open_to_append
+from pyvidx.eval.files import Named, digest, json_lines, open_to_append
 from pyvidx.eval.tasks import Task
 from pyvidx.integrations.language import Language
 from pyvidx.models import MALMM
@@ -25,6 +25,7 @@ def predict(
     root: str | Path,
     reader: str = "auto",
     memory: dict | None = None,
+    name: str = "",
     shown=lambda samples: samples,
 ) -> dict[str, str]:
     """Ask about every sample and write each answer at once; what `out` already answers is not asked again.
@@ -32,16 +33,24 @@ def predict(
     Args:
         task: says prompt, frames, sampler, preset, bank length and beams.
         model: in eval mode; language: on the same device.
-        out: JSON lines {"id", "answers"}, the best first; read_predictions reads them.
+        out: JSON lines {"id", "by" (a digest of task, memory and name), "answers" (the best first)}.
         root: folder that is searched for the videos.
         memory: more arguments of MALMM.forward, such as visual=False; the length is the task's.
+        name: of the weights: answers of others are not taken over.
         shown: wraps the samples that are asked about, e.g. a progress bar.
 
     Returns:
         samples without an answer, and why: no such file, or it could not be read.
+
+    Raises:
+        ValueError: `out` holds answers of another task, memory or name.
     """
-    out = Path(out)
-    done = read_predictions(out) if out.exists() else {}
+    out, how = Path(out), {**(memory or {}), "length": task.memory}
+    by = digest([name, how, asdict(task)])
+    rows = json_lines(out, ("id", "by", "answers")) if out.exists() else []
+    if any(row["by"] != by for row in rows):
+        raise ValueError(f"predict: {out} must hold answers of this task and these weights, or be another file")
+    done = {row["id"] for row in rows}
     files, size = Named.under(root), model.config.vision.image_size
     preset = replace(PRESETS[task.preset], size=size, crop=size)
     weight, broken = next(model.parameters()), {}
@@ -56,10 +65,9 @@ def predict(
                 broken[s.id] = f"{type(error).__name__}: {error}"
                 continue
             pixels = preprocess(clip.frames.to(weight.device), preset, dtype=weight.dtype)[None]
-            how = {**(memory or {}), "length": task.memory}
             (answer,) = model.generate(pixels, [task.ask(s.question)], language, memory=how, **task.generation)
             answers = [answer] if isinstance(answer, str) else answer
-            file.write(json.dumps({"id": s.id, "answers": answers}) + "\n")
+            file.write(json.dumps({"id": s.id, "by": by, "answers": answers}) + "\n")
             file.flush()
     return broken
 

@@ -71,6 +71,7 @@ def retrieval(
         raise ValueError(f"retrieval: compat={compat!r} counts every tie; it takes no ties={ties!r}")
     _require_finite(similarity)
     if dsl:
+        similarity = similarity.double()  # in float32 weights of far videos vanish, and all those tie
         similarity = similarity * (100 * similarity).softmax(0)
     owner = torch.repeat_interleave(torch.arange(videos), counts)
     best = similarity.new_full((videos, videos), -torch.inf)  # [to video, from video]
