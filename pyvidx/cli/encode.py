@@ -13,22 +13,8 @@ from pyvidx.encode import Timing, encode_videos
 from pyvidx.models import BTAdapter
 from pyvidx.preprocess import PRESETS
 from pyvidx.video import sampling
+from pyvidx.video.reader import SUFFIXES
 
-VIDEO_SUFFIXES = {
-    ".mp4",
-    ".mkv",
-    ".webm",
-    ".avi",
-    ".mov",
-    ".m4v",
-    ".mpg",
-    ".mpeg",
-    ".ts",
-    ".flv",
-    ".wmv",
-    ".ogv",
-    ".3gp",
-}
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
@@ -100,7 +86,7 @@ def find(videos: Sequence[Path]):
     """Files as they are, folders searched for video files in name order."""
     for path in videos:
         if path.is_dir():
-            yield from (str(p) for p in sorted(path.rglob("*")) if p.suffix.lower() in VIDEO_SUFFIXES)
+            yield from (str(p) for p in sorted(path.rglob("*")) if p.suffix.lower() in SUFFIXES)
         else:
             yield str(path)
 

@@ -15,6 +15,7 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from pyvidx.layers.block import Block, residual
 from pyvidx.ops import fusion_input, gated_fusion, temporal_attention
@@ -113,6 +114,10 @@ class BTAdapterBranch(nn.Module):
         time_length: rows of the time table.
         gated: with a gate for layers 1..; otherwise plain sums.
         gate_scale: the gate's weight is sigmoid(gate_scale * gate), 0.5 at first.
+
+    Attributes:
+        checkpointing: compute the inside of every temporal and spatial layer again in the backward pass instead of
+            keeping it; the same gradients. Off at first.
     """
 
     def __init__(
@@ -129,7 +134,7 @@ class BTAdapterBranch(nn.Module):
         eps: float = 1e-5,
     ):
         super().__init__()
-        self.gate_scale = gate_scale
+        self.gate_scale, self.checkpointing = gate_scale, False
         self.seed = nn.Parameter(torch.zeros(width))
         self.time = nn.Parameter(torch.randn(time_length, width))
         self.gate = nn.Parameter(torch.zeros(width)) if gated else None
@@ -154,7 +159,7 @@ class BTAdapterBranch(nn.Module):
         for j, x in enumerate(xs):
             time, space = (drops and drops[j]) or (None, None)
             mixed = self.mix(j, x, states[-1] if states else None, position, group, time)
-            states.append(self.spatial[j](*mixed, space))
+            states.append(self._run(self.spatial[j], *mixed, space))
         return states
 
     def mix(
@@ -174,4 +179,10 @@ class BTAdapterBranch(nn.Module):
             z, cls, normed = fusion_input(x, position, self.time, self.seed, **where)
         else:
             z, cls, normed = gated_fusion(x, *state, self.gate, scale=self.gate_scale, **where)
-        return z, layer(normed, drop), cls
+        return z, self._run(layer, normed, drop), cls
+
+    def _run(self, layer: nn.Module, *inputs: Tensor | None):
+        if self.checkpointing and torch.is_grad_enabled():
+            # Nothing is drawn inside: the drops come in.
+            return checkpoint(layer, *inputs, use_reentrant=False, preserve_rng_state=False)
+        return layer(*inputs)
