@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from pyvidx.data.captions import Packed, captioned, folder, shards, webvid
-from pyvidx.train.data import Take, generator, sized
+from pyvidx.train.data import Take, generator, shortened, sized
 from pyvidx.train.pairs import PairVideos
 from pyvidx.video import write
 
@@ -125,7 +125,7 @@ def test_a_broken_row_gives_its_place_to_the_next(tmp_path):
     videos(tmp_path, c=90)
     for name in "abd":
         (tmp_path / f"{name}.txt").write_text(name)
-    take = Take(4, "random_segment", sized("bt_adapter_train", 16), area=(0.08, 1.0))
+    take = Take(4, "random_segment", sized("bt_adapter_train", 16), 24, (0.08, 1.0))
     data = PairVideos(folder(tmp_path), take, seed=1)
     batch = data.collate([data[3, row] for row in range(4)])
     assert batch.at == [(3, 0), (3, 3), (3, 3), (3, 3)] and batch.text == ["a", "d", "d", "d"]
@@ -147,3 +147,11 @@ def test_draws_are_of_seed_epoch_row_and_purpose():
     drawn = {float(torch.rand((), generator=generator(*key))) for key in keys}
     assert len(drawn) == len(keys)
     assert torch.rand((), generator=generator(1, 2, 3)) == torch.rand((), generator=generator(1, 2, 3))
+
+
+def test_the_shorter_side_first():
+    frames = torch.randint(0, 256, (2, 30, 60, 3), dtype=torch.uint8)
+    small = shortened(frames, 10)
+    assert small.dtype == torch.uint8 and small.shape == (2, 10, 20, 3)
+    # Every third pixel is the middle of its three: no antialiasing.
+    assert torch.equal(small, frames[:, 1::3, 1::3]) and torch.equal(shortened(frames, 30), frames)

@@ -139,7 +139,9 @@ def test_checkpointing_gives_the_same_gradients(mask):
     pixels = clip(B=2, dtype=torch.float32)
     batch, results = Pairs([(0, 4), (0, 9)], ["a", "some text"], pixels, {}), []
     for checkpointing in (False, True):
-        task = BTAdapterTask(step(drop_path=0.5, mask_rate=2 / 3, checkpointing=checkpointing), some_tokenizer, mask=mask)
+        task = BTAdapterTask(
+            step(drop_path=0.5, mask_rate=2 / 3, checkpointing=checkpointing), some_tokenizer, mask=mask
+        )
         task.train()
         calls = []
         for layer in (*task.model.branch.temporal, *task.model.branch.spatial):
@@ -278,10 +280,11 @@ def test_weights_of_open_clip(tmp_path):
 # --- the command
 
 
-def test_the_command_resumes_to_the_same_bits(run, monkeypatch, capsys):
+@pytest.mark.parametrize("amp", ["bfloat16", "float16"])
+def test_the_command_resumes_to_the_same_bits(run, monkeypatch, capsys, amp):
     folder, values = run
     held_out = {"kind": "folder", "root": str(folder / "videos")}
-    options = {"held_out": held_out, "recipe": {"amp": "bfloat16"}}
+    options = {"held_out": held_out, "recipe": {"amp": amp}}
     assert command(folder, values, **options, out=str(folder / "whole")) == 0
     with monkeypatch.context() as patched:
         # Killed in an epoch, between a checkpoint and the next.
@@ -303,7 +306,9 @@ def test_the_command_resumes_to_the_same_bits(run, monkeypatch, capsys):
     trained = [row for row in whole if "loss" in row]
     assert [row["step"] for row in trained] == [1, 2, 3, 4, 5, 6]
     assert [row["epoch"] for row in whole if "held_out" in row] == [0, 1, 2]
-    assert all(sum(row["parts"].values()) == pytest.approx(row["loss"]) and row["norm"] > 0 for row in trained)
+    assert all(sum(row["parts"].values()) == pytest.approx(row["loss"]) for row in trained)
+    finite = [row["norm"] for row in trained if row["norm"] is not None]  # float16 starts with too large a scale
+    assert min(finite) > 0 and (len(finite) == 6 or amp == "float16")
     assert set(trained[0]["parts"]) == {"vtc", "mbca", "mbta"} and {row["count"] for row in trained} == {4}
     assert (out / "loss.png").read_bytes().startswith(b"\x89PNG") and (out / "best.safetensors").exists()
     (broken,) = [json.loads(line) for line in (out / "broken.jsonl").read_text().splitlines()]

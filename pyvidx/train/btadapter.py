@@ -31,6 +31,8 @@ from pyvidx.train.recipe import Recipe
 from pyvidx.train.tokens import Tokenize, tokenizer
 
 MASKS = ("tube", "random")
+# The fields of Config that decide what the towers see.
+SEEN = ("text_length", "text_end", "frames", "shorter", "area", "preset")
 
 
 @dataclass(frozen=True)
@@ -50,8 +52,7 @@ class Config:
         tokenizer: folder of transformers; None: open_clip's.
         text_length, text_end: see train.tokens.tokenizer.
         frames: T.
-        area: see train.data.Take.
-        preset, reader: see train.data.Take; held-out clips are resized to the shorter side and cut in the middle.
+        shorter, area, preset, reader: see train.data.Take; held-out clips are whole, cut to a square in the middle.
         mask: "tube", or "random": other patches in every frame.
         mask_rate, mask_order, gradient, loss_weights, drop_path, checkpointing: see Pretraining, loss_weights as
             `weights` there.
@@ -73,6 +74,7 @@ class Config:
     text_length: int = 64
     text_end: str = "official"
     frames: int = 8
+    shorter: int | None = 256
     area: tuple[float, float] = (0.08, 1.0)
     preset: str = "bt_adapter_train"
     reader: str = "auto"
@@ -107,7 +109,7 @@ class Config:
     @property
     def about(self) -> dict:
         """What of it makes another run, beside the recipe."""
-        names = ("text_length", "text_end", "frames", "area", "preset", "mask", "mask_rate", "mask_order", "gradient",
+        names = (*SEEN, "mask", "mask_rate", "mask_order", "gradient",
                  "loss_weights", "drop_path")  # fmt: skip
         return {name: getattr(self, name) for name in names}
 
@@ -225,14 +227,16 @@ def datasets(config: Config, task: BTAdapterTask, ranks: Ranks) -> tuple[Dataset
         FileNotFoundError, ValueError: rows are not there or do not parse; stored features are of something else.
     """
     size, recipe = task.model.config.vision.image_size, config.recipe
-    take = Take(config.frames, "random_segment", sized(config.preset, size), config.area, reader=config.reader)
+    take = Take(
+        config.frames, "random_segment", sized(config.preset, size), config.shorter, config.area, reader=config.reader
+    )
     data, held_out = PairVideos(captioned(config.train), take, recipe.seed), None
     if config.held_out is not None:
         whole = Take(config.frames, "uniform", sized("bt_adapter_retrieval", size), reader=config.reader)
         held_out = PairVideos(captioned(config.held_out), whole, recipe.seed)
     if config.features is None:
         return data, held_out
-    about = {name: getattr(config, name) for name in ("frames", "area", "preset", "text_length", "text_end")}
+    about = {name: getattr(config, name) for name in SEEN}
     about |= {"rows": data.source.digest(), "towers": digest(task.model.backbone, task.step.text), "seed": recipe.seed,
               "depth": task.model.config.depth, "tokenizer": config.tokenizer, "amp": recipe.amp}  # fmt: skip
 

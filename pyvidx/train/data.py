@@ -77,6 +77,7 @@ class Take:
         frames: T.
         sampler: a name of pyvidx.video.sampling.
         preset: how pixels are resized and normalized.
+        shorter: pixels of the shorter side to resize to before anything else; None: no such step.
         area: least and largest share of a random box of the whole clip, see `random_box`; None: no box.
         flip: mirror every second clip.
         reader: as in pyvidx.video.read.
@@ -85,6 +86,7 @@ class Take:
     frames: int
     sampler: str
     preset: Preset
+    shorter: int | None = None
     area: tuple[float, float] | None = None
     flip: bool = False
     reader: str = "auto"
@@ -99,6 +101,8 @@ class Take:
     ) -> Tensor:
         """[T, 3, size, size]. draws: needed where anything is random; start, end, Raises: see pyvidx.video.read."""
         clip = read(path, self.frames, self.sampler, self.reader, start=start, end=end, generator=draws).frames
+        if self.shorter is not None:
+            clip = shortened(clip, self.shorter)
         if self.area is not None:
             top, left, h, w = random_box(*clip.shape[1:3], draws, self.area)
             clip = clip[:, top : top + h, left : left + w]
@@ -175,6 +179,12 @@ def sized(preset: str | Preset, size: int) -> Preset:
     if isinstance(preset, str) and preset not in PRESETS:
         raise ValueError(f"train: preset must be one of {', '.join(PRESETS)}, got {preset!r}")
     return replace(PRESETS[preset] if isinstance(preset, str) else preset, size=size, crop=size)
+
+
+def shortened(frames: Tensor, size: int) -> Tensor:
+    """uint8 [T, H, W, 3] with a shorter side of `size`, as mmaction2 resizes: bilinear, without antialiasing."""
+    levels = Preset(size, crop=None, filter="bilinear", long_side="nearest", mean=(0, 0, 0), std=(1 / 255,) * 3)
+    return preprocess(frames, levels).round().to(torch.uint8).movedim(1, 3)
 
 
 def generator(*key: int | str) -> torch.Generator:

@@ -38,7 +38,7 @@ class Features:
     Attributes:
         folder: of this data set and these towers alone.
         variants: draws of frames and boxes to store of every row.
-        dtype: of the file; "float32" keeps what the towers give, to the bit where the batches they run on have one size.
+        dtype: of the file; "float32" keeps them to the bit, which batches of another size can change.
         shard: rows of a file.
     """
 

@@ -54,8 +54,15 @@ class Task(nn.Module):
 
 
 class Stepped(NamedTuple):
-    """What an optimizer step did. loss: the mean over all processes; count: what that is over; norm: of the gradients
-    before clipping, or None. parts: of the loss, where the task names them."""
+    """What an optimizer step did.
+
+    Attributes:
+        loss: the mean over all processes.
+        count: what that is over.
+        norm: of the gradients before clipping; None without clipping, and where it is not finite: float16's scaler then
+            leaves the step out.
+        parts: of the loss, where the task names them.
+    """
 
     step: int
     epoch: int
@@ -292,6 +299,7 @@ def _step(state: State, wrapped: nn.Module, group: list, recipe: Recipe, ranks: 
     if recipe.clip is not None:
         state.scaler.unscale_(state.optimizer)
         norm = float(nn.utils.clip_grad_norm_(list(trained(state.task).values()), recipe.clip))
+        norm = norm if math.isfinite(norm) else None
     state.scaler.step(state.optimizer)
     state.scaler.update()
     state.optimizer.zero_grad(set_to_none=True)

@@ -55,7 +55,8 @@ def collate(pairs: Sequence[Pair]) -> Pairs:
 
 class PairVideos(Dataset):
     """Clips and captions of rows, indexed by (epoch, row). Instead of a row that cannot be read comes the next one that
-    can, so every process has the same number, and what is read depends on neither them nor their number.
+    can, so every process has the same number, and what is read depends on neither them nor their number. That row may
+    then be in a batch twice, as a negative of its own.
 
     Args:
         source: the rows.
