@@ -155,3 +155,16 @@ def test_the_shorter_side_first():
     assert small.dtype == torch.uint8 and small.shape == (2, 10, 20, 3)
     # Every third pixel is the middle of its three: no antialiasing.
     assert torch.equal(small, frames[:, 1::3, 1::3]) and torch.equal(shortened(frames, 30), frames)
+
+
+def test_a_shard_reads_as_a_folder(tmp_path):
+    videos(tmp_path / "v", a=40, b=180)
+    for name in "ab":
+        (tmp_path / f"v/{name}.txt").write_text(f"text of {name}")
+    files = {f"{p.stem}__{p.suffix[1:]}": p.read_bytes() for p in sorted((tmp_path / "v").iterdir())}
+    tar(tmp_path / "0.tar", **files)
+    take = Take(3, "random_segment", sized("bt_adapter_train", 16), area=(0.3, 1.0))
+    left, right = (PairVideos(s, take, seed=1) for s in (folder(tmp_path / "v"), shards(str(tmp_path / "0.tar"))))
+    for row in range(2):
+        assert torch.equal(left[1, row].video, right[1, row].video) and left[1, row].text == right[1, row].text
+    assert not torch.equal(left[1, 0].video, left[1, 1].video) and not left[1, 0].broken

@@ -20,7 +20,7 @@ from pyvidx.integrations.clip_text_weights import clip_text
 from pyvidx.integrations.mma_export import export_mma
 from pyvidx.models import BTAdapter
 from pyvidx.models.pretraining import Pretraining
-from pyvidx.train import Ranks, Recipe
+from pyvidx.train import Ranks, Recipe, btadapter
 from pyvidx.train.btadapter import BTAdapterTask, Config, build, datasets
 from pyvidx.train.loop import CHECKPOINT, evaluate
 from pyvidx.train.pairs import Pairs
@@ -31,16 +31,7 @@ from tests.test_models import CONFIG, P, clip, randomized
 from tests.torchvision_shim import mend_torchvision
 
 TEXT = CLIPTextConfig(vocab=49408, context=77, width=16, heads=2, layers=1, mlp_width=16, embed_dim=6)
-CAPTIONS = (
-    "a red wall",
-    "night",
-    "something green that is not grass",
-    "snow",
-    "a broken file",
-    "the sea",
-    "sand",
-    "ash",
-)
+CAPTIONS = ["a red wall", "night", "something green that is not grass", "snow", "a broken file", "sea", "sand", "ash"]
 
 
 def step(seed=1, **options):
@@ -56,7 +47,8 @@ def some_tokenizer(texts):
 def run(tmp_path):
     """A configuration, with weights and eight videos, one of which cannot be read."""
     pytest.importorskip("av", reason="reading video needs PyAV: pip install 'pyvidx[video]'")
-    pytest.importorskip("open_clip", reason="pip install 'pyvidx[hosts]'") if not mend_torchvision() else None
+    mend_torchvision()
+    pytest.importorskip("open_clip", reason="pip install 'pyvidx[hosts]'")
     torch.manual_seed(3)
     (tmp_path / "videos").mkdir()
     for i, text in enumerate(CAPTIONS):
@@ -134,14 +126,13 @@ def test_recipes_that_mean_nothing_are_refused(change):
 # --- the step
 
 
-@pytest.mark.parametrize("mask", ["tube", "random"])
-def test_checkpointing_gives_the_same_gradients(mask):
+@pytest.mark.parametrize("mask, mask_order", [("tube", "tube"), ("random", "tube"), ("tube", "official")])
+def test_checkpointing_gives_the_same_gradients(mask, mask_order):
     pixels = clip(B=2, dtype=torch.float32)
     batch, results = Pairs([(0, 4), (0, 9)], ["a", "some text"], pixels, {}), []
     for checkpointing in (False, True):
-        task = BTAdapterTask(
-            step(drop_path=0.5, mask_rate=2 / 3, checkpointing=checkpointing), some_tokenizer, mask=mask
-        )
+        options = {"drop_path": 0.5, "mask_rate": 2 / 3, "mask_order": mask_order, "checkpointing": checkpointing}
+        task = BTAdapterTask(step(**options), some_tokenizer, mask=mask)
         task.train()
         calls = []
         for layer in (*task.model.branch.temporal, *task.model.branch.spatial):
@@ -341,14 +332,18 @@ def test_tensorboard(run):
 
 def _process(rank, folder, values):
     torch.set_num_threads(1)
-    mend_torchvision()
+    btadapter.tokenizer = lambda *options: some_tokenizer  # open_clip takes seconds to import
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
     command(folder / str(rank), values)
+    stored = {"folder": str(folder / "stored"), "dtype": "float32", "shard": 3}
+    command(folder / str(rank), values, features=stored, out=str(folder / "two-stored"), recipe={"epochs": 1})
 
 
 def test_two_processes_are_one(run, monkeypatch):
-    """To 1e-5, with a video that cannot be read, DropPath, checkpointing and a held-out loss."""
+    """To 1e-5, with a video that cannot be read, DropPath, checkpointing and a held-out loss; also from features that
+    both have stored."""
     folder, values = run
+    monkeypatch.setattr(btadapter, "tokenizer", lambda *options: some_tokenizer)
     values |= {"checkpointing": True, "held_out": values["train"]}
     command(folder, values)
     with socket.socket() as free:
@@ -363,9 +358,11 @@ def test_two_processes_are_one(run, monkeypatch):
     got, want = lines(folder / "two"), lines(folder / "out")
     assert len(got) == 6 + 3
     torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(lines(folder / "two-stored"), want[:3], rtol=1e-5, atol=1e-6)
     weights = [load_file(folder / name / "last.safetensors") for name in ("two", "out")]
     torch.testing.assert_close(*weights, rtol=1e-5, atol=1e-6)
-    assert [(folder / n / "broken.jsonl").read_text() for n in ("two", "out")].count("") == 0
+    listed = {(folder / name / "broken.jsonl").read_text() for name in ("two", "two-stored", "out")}
+    assert len(listed) == 1 and "4.mp4" in listed.pop()
 
 
 # --- stored features

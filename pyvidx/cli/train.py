@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from pyvidx.train import recipe as recipes
-from pyvidx.train.curve import Board, Curve
+from pyvidx.train.curve import Board, Curve, progress
 from pyvidx.train.distributed import Ranks, ranks
 from pyvidx.train.loop import State, Stepped, train
 
@@ -89,13 +89,7 @@ class Shown(contextlib.AbstractContextManager):
         self.curve, self.board = Curve(self.out, state.step), Board(self.out, state.step)
         if state.step:
             print(f"going on after step {state.step}, epoch {state.epoch}", file=sys.stderr)
-        if sys.stderr.isatty():
-            try:
-                from tqdm import tqdm
-            except ImportError:
-                print("no progress bar: pip install 'pyvidx[cli]'", file=sys.stderr)
-                return
-            self.bar = tqdm(total=steps * self.epochs, initial=state.step, unit="step")
+        self.bar = progress(steps * self.epochs, state.step)
 
     def step(self, stepped: Stepped) -> None:
         if not self.first:

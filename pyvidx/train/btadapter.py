@@ -109,9 +109,8 @@ class Config:
     @property
     def about(self) -> dict:
         """What of it makes another run, beside the recipe."""
-        names = (*SEEN, "mask", "mask_rate", "mask_order", "gradient",
-                 "loss_weights", "drop_path")  # fmt: skip
-        return {name: getattr(self, name) for name in names}
+        names = ("mask", "mask_rate", "mask_order", "gradient", "loss_weights", "drop_path")
+        return {name: getattr(self, name) for name in (*SEEN, *names)}
 
 
 class BTAdapterTask(Task):
@@ -165,17 +164,15 @@ class BTAdapterTask(Task):
 
     def draws(self, at: Sequence[tuple[int, int]], T: int) -> tuple[Tensor, Drops | None]:
         """Masks [B, P] or [B, T*P] of samples, and in training mode their drops."""
-        step, P = self.step, self.model.config.vision.patches
-        n = P if self.mask == "tube" else T * P
-        K = (n - int(step.mask_rate * n)) // (n // P)  # kept in a frame slot
+        P, rate, depth = self.model.config.vision.patches, self.step.mask_rate, self.model.config.depth
+        tube = self.mask == "tube"
         masks, drops = [], []
         for epoch, row in at:
             draws = generator(self.seed, epoch, row, "mask")
-            draw = tube_mask(1, P, step.mask_rate, generator=draws) if self.mask == "tube" else random_mask(
-                1, T, P, step.mask_rate, generator=draws
-            )  # fmt: skip
-            masks.append(draw)
-            drops.append(drop_path_draws(step.drop_path, self.model.config.depth, 1, T, K, generator=draws))
+            mask = tube_mask(1, P, rate, generator=draws) if tube else random_mask(1, T, P, rate, generator=draws)
+            K = int((~mask).sum()) // (1 if tube else T)  # kept in a frame slot
+            masks.append(mask)
+            drops.append(drop_path_draws(self.step.drop_path, depth, 1, T, K, generator=draws))
         layers = [
             None if layer[0] is None else tuple(torch.cat(part).to(self.device) for part in zip(*layer))
             for layer in zip(*drops)
@@ -208,7 +205,6 @@ def build(config: Config, device: torch.device) -> BTAdapterTask:
         options = {name: getattr(config, name) for name in ("mask_rate", "mask_order", "gradient", "drop_path")}
         step = Pretraining(model, text, weights=config.loss_weights, checkpointing=config.checkpointing, **options)
         load_head(step, state)
-    model.is_random = False
     task = BTAdapterTask(
         step.float().to(device),  # trained weights have to be float32, whatever the file has; autocast makes the rest
         tokenizer(config.tokenizer, config.text_length, config.text_end),

@@ -1,4 +1,4 @@
-"""The loss of a run: one JSON line per step, a picture, and TensorBoard."""
+"""What a run shows: one JSON line per step, a picture of the loss, TensorBoard, and a progress bar."""
 
 import json
 import sys
@@ -87,3 +87,15 @@ class Board:
     def _write(self, name: str, value: float, step: int) -> None:
         if self.writer is not None:
             self.writer.add_scalar(name, value, step)
+
+
+def progress(total: int, initial: int = 0, unit: str = "step"):
+    """tqdm's bar on a terminal; None elsewhere, and with a note where it is not installed."""
+    if not sys.stderr.isatty():
+        return None
+    try:
+        from tqdm import tqdm
+    except ImportError:
+        print("no progress bar: pip install 'pyvidx[cli]'", file=sys.stderr)
+        return None
+    return tqdm(total=total, initial=initial, unit=unit)

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from pyvidx.models.config import known
+from pyvidx.train.curve import progress
 from pyvidx.train.distributed import Ranks
 from pyvidx.train.pairs import Pair, Pairs, collate
 
@@ -89,12 +90,17 @@ def store(features: Features, data: Dataset, frozen: Frozen, about: dict, ranks:
     folder.mkdir(parents=True, exist_ok=True)
     order = [(variant, row) for variant in range(features.variants) for row in range(len(data))]
     shards = [order[i : i + features.shard] for i in range(0, len(order), features.shard)]
-    broken = {}
-    for number in range(ranks.rank, len(shards), ranks.world):
+    broken, mine = {}, range(ranks.rank, len(shards), ranks.world)
+    bar = progress(len(mine), unit="shard of features") if ranks.first else None
+    for number in mine:
         path = folder / f"{number:05d}.safetensors"
         if (found := _broken(path, about)) is None:
             found = _write(path, shards[number], data, frozen, features, about, batch, workers)
         broken |= {number * features.shard + int(i): why for i, why in found.items()}
+        if bar is not None:
+            bar.update()
+    if bar is not None:
+        bar.close()
     merged = {place: why for part in ranks.gathered(broken) for place, why in part.items()}
     if ranks.first:
         content = {"about": about, "rows": len(data), "broken": merged}

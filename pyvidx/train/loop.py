@@ -266,11 +266,15 @@ class _Shared(nn.Module):
 
 
 def _step(state: State, wrapped: nn.Module, group: list, recipe: Recipe, ranks: Ranks, batches: int) -> Stepped | None:
-    """One optimizer step over a group of an epoch's micro-batches, in place; None where no process could read a
-    sample."""
+    """One optimizer step over a group of micro-batches, in place; None where no process could read a sample.
+
+    batches: micro-batches of an epoch.
+    """
     start = time.perf_counter()
     for batch in group:
         state.broken |= batch.broken
+        if state.task.whole_batch and len(batch) != recipe.batch:  # the other processes would wait forever
+            raise RuntimeError(f"train: every batch must have {recipe.batch} samples, got {len(batch)}")
     last = state.position + len(group) - 1  # the rate is that of the group's last micro-batch, as in the public code
     state.position = last + 1
     counts = [state.task.count(batch) if len(batch) else 0 for batch in group]

@@ -30,19 +30,20 @@ def tokenizer(folder: str | None = None, length: int = CONTEXT, end: str = "offi
     """
     if end not in ENDS or not 2 <= length <= CONTEXT:
         raise ValueError(f"tokenizer: end must be one of {ENDS} and length in [2, {CONTEXT}], got {end!r}, {length}")
-    whole = CONTEXT if end == "official" else length
-    library = "transformers" if folder else "open_clip"
+    if folder is not None and not Path(folder).is_dir():
+        raise FileNotFoundError(f"tokenizer: there is no folder {folder}")  # transformers would ask the network for it
     try:
         if folder is None:
             from open_clip.tokenizer import SimpleTokenizer
-
-            encode = SimpleTokenizer(context_length=whole)
-            return lambda texts: encode(list(texts))[:, :length]
-        from transformers import AutoTokenizer
+        else:
+            from transformers import AutoTokenizer
     except ImportError as error:
+        library = "open_clip" if folder is None else "transformers"
         raise RuntimeError(f"tokenizer: {library} is not installed: pip install 'pyvidx[hosts]'") from error
-    if not Path(folder).is_dir():
-        raise FileNotFoundError(f"tokenizer: there is no folder {folder}")  # transformers would ask the network for it
+    whole = CONTEXT if end == "official" else length
+    if folder is None:
+        encode = SimpleTokenizer(context_length=whole)
+        return lambda texts: encode(list(texts))[:, :length]
     encode = AutoTokenizer.from_pretrained(folder)
     options = {"padding": "max_length", "truncation": True, "max_length": whole, "return_tensors": "pt"}
     return lambda texts: encode(list(texts), **options)["input_ids"][:, :length]
