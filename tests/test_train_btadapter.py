@@ -18,8 +18,9 @@ from pyvidx.cli.train import main as train_command
 from pyvidx.integrations.checkpoints import load_official
 from pyvidx.integrations.clip_text_weights import clip_text
 from pyvidx.integrations.mma_export import export_mma
-from pyvidx.models import BTAdapter
+from pyvidx.models import BTAdapter, BTAdapterConfig
 from pyvidx.models.pretraining import Pretraining
+from pyvidx.models.reference import ReferenceBTAdapter
 from pyvidx.train import Ranks, Recipe, btadapter
 from pyvidx.train.btadapter import BTAdapterTask, Config, build, datasets
 from pyvidx.train.loop import CHECKPOINT, evaluate
@@ -213,6 +214,19 @@ def test_weights_from_the_official_file_and_back(tmp_path):
     torch.testing.assert_close(export_mma(task.step), export_mma(first), rtol=0, atol=0)
 
 
+def test_the_official_names_are_the_published_ones():
+    with torch.device("meta"):
+        text = CLIPText(CLIPTextConfig(49408, 77, 768, 12, 12, 3072, 768))
+        weights = export_mma(Pretraining(BTAdapter(BTAdapterConfig.named("clip-l-14")), text))
+        tower = ReferenceBTAdapter(CONFIG)
+        tiny = export_mma(Pretraining(BTAdapter(CONFIG), CLIPText(TEXT)))
+    assert (len(weights), sum(value.numel() for value in weights.values())) == (709, 499_858_944)
+    shapes = {name: value.shape for name, value in tiny.items()}
+    for name, value in tower.state_dict().items():
+        assert shapes.pop(f"backbone.{name}") == value.shape, name
+    assert {name.split(".")[0] for name in shapes} == {"text_backbone", "extra_proj"}
+
+
 def test_weights_of_a_clip(tmp_path):
     """A folder of transformers, its state dict, and open_clip's give the same towers and a branch that starts as it."""
     mend_torchvision()
@@ -330,6 +344,10 @@ def test_tensorboard(run):
     assert [e.value for e in read.Scalars("train/loss")] == pytest.approx([row["loss"] for row in rows])
 
 
+# The public code's gradient, of the losses that are gathered.
+OFFICIAL = {"gradient": "official", "loss_weights": [1, 0.1, 0], "recipe": {"epochs": 1}}
+
+
 def _process(rank, folder, values):
     torch.set_num_threads(1)
     btadapter.tokenizer = lambda *options: some_tokenizer  # open_clip takes seconds to import
@@ -337,6 +355,7 @@ def _process(rank, folder, values):
     command(folder / str(rank), values)
     stored = {"folder": str(folder / "stored"), "dtype": "float32", "shard": 3}
     command(folder / str(rank), values, features=stored, out=str(folder / "two-stored"), recipe={"epochs": 1})
+    command(folder / str(rank), values, **OFFICIAL, out=str(folder / "two-official"))
 
 
 def test_two_processes_are_one(run, monkeypatch):
@@ -346,6 +365,7 @@ def test_two_processes_are_one(run, monkeypatch):
     monkeypatch.setattr(btadapter, "tokenizer", lambda *options: some_tokenizer)
     values |= {"checkpointing": True, "held_out": values["train"]}
     command(folder, values)
+    command(folder, values, **OFFICIAL, out=str(folder / "official"))
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -361,6 +381,9 @@ def test_two_processes_are_one(run, monkeypatch):
     torch.testing.assert_close(lines(folder / "two-stored"), want[:3], rtol=1e-5, atol=1e-6)
     weights = [load_file(folder / name / "last.safetensors") for name in ("two", "out")]
     torch.testing.assert_close(*weights, rtol=1e-5, atol=1e-6)
+    official = [lines(folder / name)[0] for name in ("two-official", "official")]
+    assert official[0]["loss"] == pytest.approx(official[1]["loss"], rel=1e-5)
+    assert official[0]["norm"] == pytest.approx(official[1]["norm"] / 2, rel=1e-5)
     listed = {(folder / name / "broken.jsonl").read_text() for name in ("two", "two-stored", "out")}
     assert len(listed) == 1 and "4.mp4" in listed.pop()
 

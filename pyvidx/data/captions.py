@@ -55,7 +55,10 @@ class Captioned:
         Raises:
             FileNotFoundError: there is none.
         """
-        yield self.root / self.names[row]
+        path = self.root / self.names[row]
+        if not path.is_file():
+            raise FileNotFoundError(f"captions: there is no {path}")
+        yield path
 
     def digest(self) -> str:
         """A hash of names and captions: whether two are the same rows."""

@@ -37,7 +37,7 @@ class Features:
     """Where and how they are stored.
 
     Attributes:
-        folder: of this data set and these towers alone.
+        folder: of this data set and these towers alone; the same for all processes.
         variants: draws of frames and boxes to store of every row.
         dtype: of the file; "float32" keeps them to the bit, which batches of another size can change.
         shard: rows of a file.
@@ -70,7 +70,7 @@ def digest(*modules: nn.Module) -> str:
 
 
 def store(features: Features, data: Dataset, frozen: Frozen, about: dict, ranks: Ranks, batch: int, workers: int = 0):
-    """Write what is not there yet; all processes call it, and each writes every world-th shard.
+    """Write what is not there yet; all processes call it, and each writes its share of the shards.
 
     Args:
         data: of Pair, indexed by (epoch, row).
@@ -90,20 +90,22 @@ def store(features: Features, data: Dataset, frozen: Frozen, about: dict, ranks:
     folder.mkdir(parents=True, exist_ok=True)
     order = [(variant, row) for variant in range(features.variants) for row in range(len(data))]
     shards = [order[i : i + features.shard] for i in range(0, len(order), features.shard)]
-    broken, mine = {}, range(ranks.rank, len(shards), ranks.world)
+    paths = [folder / f"{number:05d}.safetensors" for number in range(len(shards))]
+    # What an interrupted run left is counted by one process, before any writes: all need the same list.
+    found = ranks.gathered({n: _broken(p, about) for n, p in enumerate(paths)} if ranks.first else None)[0]
+    mine = [number for number, broken in found.items() if broken is None][ranks.rank :: ranks.world]
     bar = progress(len(mine), unit="shard of features") if ranks.first else None
     for number in mine:
-        path = folder / f"{number:05d}.safetensors"
-        if (found := _broken(path, about)) is None:
-            found = _write(path, shards[number], data, frozen, features, about, batch, workers)
-        broken |= {number * features.shard + int(i): why for i, why in found.items()}
+        found[number] = _write(paths[number], shards[number], data, frozen, features, about, batch, workers)
         if bar is not None:
             bar.update()
     if bar is not None:
         bar.close()
-    merged = {place: why for part in ranks.gathered(broken) for place, why in part.items()}
+    for part in ranks.gathered({number: found[number] for number in mine}):
+        found |= part
     if ranks.first:
-        content = {"about": about, "rows": len(data), "broken": merged}
+        broken = {number * features.shard + int(i): why for number in found for i, why in found[number].items()}
+        content = {"about": about, "rows": len(data), "broken": broken}
         _replace(index, lambda part: part.write_text(json.dumps(content)))
     ranks.total(0)  # nobody reads before it is there
 
