@@ -212,6 +212,9 @@ def test_weights_from_the_official_file_and_back(tmp_path):
     for (name, p), q in zip(task.step.named_parameters(), first.parameters()):
         assert torch.equal(p, q), name
     torch.testing.assert_close(export_mma(task.step), export_mma(first), rtol=0, atol=0)
+    first.model.save(tmp_path / "ours.safetensors")
+    values |= {"text": values["weights"], "weights": str(tmp_path / "ours.safetensors")}
+    same(build(Config.from_dict(values), torch.device("cpu")), first)
 
 
 def test_the_official_names_are_the_published_ones():
@@ -468,6 +471,8 @@ def test_a_loss_over_the_batch_does_not_accumulate(run, capsys):
         ({"speed": 1}, "unknown fields speed"),
         ({"features": {"folder": "f", "dtype": "int8"}}, "dtype must be one of"),
         ({"text": None}, "holds no text tower"),
+        ({"weights": "TEXT"}, "holds no image tower"),
+        ({"weights": {"open_clip": "ViT-L-14"}}, "weights must be a path or"),
         ({"mask_order": "frames"}, "mask_order"),
         ({"preset": "none"}, "preset must be one of"),
         ({"weights": "nowhere.pth"}, "no file nowhere.pth"),
@@ -477,6 +482,8 @@ def test_a_loss_over_the_batch_does_not_accumulate(run, capsys):
 )
 def test_configurations_that_mean_nothing_are_refused(run, change, text, capsys):
     folder, values = run
+    if change.get("weights") == "TEXT":
+        change = {"weights": values["text"]}
     with pytest.raises(SystemExit):
         command(folder, values, **change)
     assert text in capsys.readouterr().err

@@ -91,6 +91,10 @@ class Config:
     def __post_init__(self):
         if self.mask not in MASKS:
             raise ValueError(f"Config: mask must be one of {', '.join(MASKS)}, got {self.mask!r}")
+        for name in ("weights", "text"):
+            value = getattr(self, name)
+            if isinstance(value, dict) and set(value) != {"open_clip", "pretrained"}:
+                raise ValueError(f'Config: {name} must be a path or {{"open_clip", "pretrained"}}, got {value}')
         if len(self.area) != 2 or not 0 < self.area[0] <= self.area[1] <= 1:
             raise ValueError(f"Config: area must be two shares in (0, 1], ascending, got {self.area}")
 
@@ -199,7 +203,7 @@ def build(config: Config, device: torch.device) -> BTAdapterTask:
         torch.manual_seed(config.recipe.seed)  # what the weights do not bring is the same in every process
         model, text, state = _model(config)
         if config.text is not None:
-            text = _clip(config, config.text)[1]
+            text = _clip(config, config.text, image=False)[1]
         if text is None:
             raise ValueError(f"Config: {config.weights} holds no text tower, so text must be given")
         options = {name: getattr(config, name) for name in ("mask_rate", "mask_order", "gradient", "drop_path")}
@@ -257,6 +261,8 @@ def _model(config: Config) -> tuple[BTAdapter, CLIPText | None, dict[str, Tensor
         text = {key: value for key, value in state.items() if "text_" in key}
         return model, clip_text(text, heads=text_heads, hidden_act=config.hidden_act) if text else None, state
     vision, text = _clip(config, state or config.weights)
+    if vision is None:
+        raise ValueError(f"Config: {config.weights} holds no image tower")
     sizes = {"depth": config.depth, "time_length": config.time_length, "gated": config.gated}
     model = BTAdapter(BTAdapterConfig(vision.config, **sizes), **modes)
     model.backbone.load_state_dict(vision.state_dict())
@@ -264,15 +270,16 @@ def _model(config: Config) -> tuple[BTAdapter, CLIPText | None, dict[str, Tensor
     return model, text, {}
 
 
-def _clip(config: Config, weights: str | dict) -> tuple[CLIPVision | None, CLIPText | None]:
-    """The towers of a CLIP, in any of the forms of Config.weights and Config.text, or of a state dict."""
+def _clip(config: Config, weights: str | dict, *, image: bool = True) -> tuple[CLIPVision | None, CLIPText | None]:
+    """The towers of a CLIP, in any of the forms of Config.weights and Config.text, or of a state dict; image=False
+    leaves that one in a state dict, which may be more than CLIP's."""
     heads, text_heads = config.heads or (None, None)
     if isinstance(weights, dict) and "open_clip" in weights:
         return _open_clip(**weights)
     if isinstance(weights, str) and Path(weights).is_dir():
         return _transformers(weights)
     state = state_of(weights)
-    has_vision = any("class_embedding" in key for key in state)
+    has_vision = image and any("class_embedding" in key for key in state)
     vision = clip_vision(state, heads=heads, hidden_act=config.hidden_act) if has_vision else None
     has_text = any("token_embedding" in key for key in state)
     return vision, clip_text(state, heads=text_heads, hidden_act=config.hidden_act) if has_text else None

@@ -11,8 +11,9 @@ those of variant e % variants.
 import hashlib
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -94,9 +95,20 @@ def store(features: Features, data: Dataset, frozen: Frozen, about: dict, ranks:
     # What an interrupted run left is counted by one process, before any writes: all need the same list.
     found = ranks.gathered({n: _broken(p, about) for n, p in enumerate(paths)} if ranks.first else None)[0]
     mine = [number for number, broken in found.items() if broken is None][ranks.rank :: ranks.world]
+    batches = {n: [shards[n][i : i + batch] for i in range(0, len(shards[n]), batch)] for n in mine}
+    loader = iter(
+        DataLoader(
+            data,
+            batch_sampler=[rows for n in mine for rows in batches[n]],  # one loader: workers take seconds to start
+            collate_fn=list,
+            num_workers=workers,
+            generator=torch.Generator(),
+            multiprocessing_context="spawn" if workers else None,
+        )
+    )
     bar = progress(len(mine), unit="shard of features") if ranks.first else None
     for number in mine:
-        found[number] = _write(paths[number], shards[number], data, frozen, features, about, batch, workers)
+        found[number] = _write(paths[number], islice(loader, len(batches[number])), frozen, features.dtype, about)
         if bar is not None:
             bar.update()
     if bar is not None:
@@ -148,21 +160,18 @@ def _about(features: Features, about: dict) -> dict:
 
 
 @torch.no_grad()
-def _write(path, order, data, frozen, features, about, batch, workers) -> dict[int, dict[str, str]]:
+def _write(
+    path: Path, batches: Iterable[list[Pair]], frozen: Frozen, dtype: str, about: dict
+) -> dict[int, dict[str, str]]:
     """A shard; what of its rows could not be read, by their place in it."""
-    batches = [order[i : i + batch] for i in range(0, len(order), batch)]
-    loader = DataLoader(
-        data, batch_sampler=batches, collate_fn=list, num_workers=workers, generator=torch.Generator(),
-        multiprocessing_context="spawn" if workers else None,
-    )  # fmt: skip
-    dtype, parts, broken = getattr(torch, features.dtype), {"layers": [], "text": [], "at": []}, []
-    for pairs in loader:
+    parts, broken = {"layers": [], "text": [], "at": []}, []
+    for pairs in batches:
         xs, text = frozen(collate(pairs))
-        parts["layers"].append(torch.stack(xs, dim=1).to("cpu", dtype))
+        parts["layers"].append(torch.stack(xs, dim=1).to("cpu", getattr(torch, dtype)))
         parts["text"].append(text.float().cpu())  # few
         parts["at"].append(torch.tensor([pair.at for pair in pairs]))
         if not bool(parts["layers"][-1].isfinite().all()):
-            raise ValueError(f"train: backbone outputs do not fit {features.dtype}; store them as bfloat16 or float32")
+            raise ValueError(f"train: backbone outputs do not fit {dtype}; store them as bfloat16 or float32")
         broken += [pair.broken for pair in pairs]
     tensors = {name: torch.cat(values).contiguous() for name, values in parts.items()}
     found = {i: why for i, why in enumerate(broken) if why}
