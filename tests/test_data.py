@@ -8,6 +8,7 @@ import tarfile
 import pytest
 import torch
 
+from pyvidx.data import captions
 from pyvidx.data.captions import Packed, captioned, folder, shards, webvid
 from pyvidx.train.data import Take, generator, shortened, sized
 from pyvidx.train.pairs import PairVideos
@@ -84,7 +85,7 @@ def test_folder(tmp_path):
         folder(tmp_path)
 
 
-def test_shards(tmp_path):
+def test_shards(tmp_path, monkeypatch):
     tar(tmp_path / "00.tar", a__mp4=b"video a", a__txt=b"one\n", b__json=b'{"caption": "two"}', b__mp4=b"video b")
     tar(
         tmp_path / "01.tar",
@@ -100,6 +101,14 @@ def test_shards(tmp_path):
         contents(captioned({"kind": "shards", "files": [str(tmp_path / "00.tar"), str(tmp_path / "01.tar")]})) == want
     )
     assert contents(pickle.loads(pickle.dumps(source))) == want  # as workers get it
+    index = tmp_path / "index.pt"
+    first = shards(str(tmp_path / "*.tar"), index)
+    with monkeypatch.context() as patched:
+        patched.setattr(captions, "_members", None)  # a second time it is not looked for
+        again = captioned({"kind": "shards", "files": str(tmp_path / "*.tar"), "index": str(index)})
+    assert contents(first) == contents(again) == want and again.digest() == source.digest()
+    tar(tmp_path / "01.tar", f__txt=b"six", f__mp4=b"video f")
+    assert contents(shards(str(tmp_path / "*.tar"), index))["01.tar/f"] == ("six", b"video f")
     whole = (tmp_path / "00.tar").read_bytes()
     (tmp_path / "cut.tar").write_bytes(whole[:700])
     (tmp_path / "text.tar").write_bytes(b"no archive" * 100)

@@ -6,6 +6,7 @@ import hashlib
 import inspect
 import itertools
 import json
+import os
 import tarfile
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
@@ -25,6 +26,13 @@ class Packed(Sequence[str]):
         self.bytes = torch.frombuffer(bytearray(b"".join(parts) or b"\0"), dtype=torch.uint8)
         self.ends = torch.tensor([0, *itertools.accumulate(map(len, parts))])
 
+    @classmethod
+    def of(cls, bytes: torch.Tensor, ends: torch.Tensor) -> "Packed":
+        """From the two tensors of another one."""
+        packed = cls(())
+        packed.bytes, packed.ends = bytes, ends
+        return packed
+
     def __len__(self) -> int:
         return len(self.ends) - 1
 
@@ -41,7 +49,8 @@ class Captioned:
     """
 
     def __init__(self, names: Iterable[str], texts: Iterable[str], root: str | Path = "."):
-        self.names, self.texts, self.root = Packed(names), Packed(texts), Path(root)
+        names, texts = (s if isinstance(s, Packed) else Packed(s) for s in (names, texts))
+        self.names, self.texts, self.root = names, texts, Path(root)
         if not len(self):
             raise ValueError("captions: there is no row")
 
@@ -160,13 +169,14 @@ def folder(root: str | Path) -> Captioned:
     return Captioned([p.relative_to(root).as_posix() for p in videos], texts, root)
 
 
-def shards(files: str | Sequence[str]) -> Shards:
+def shards(files: str | Sequence[str], index: str | Path | None = None) -> Shards:
     """WebDataset shards: .tar files in which KEY.mp4 is beside KEY.txt, or beside KEY.json with a "caption".
 
-    The headers of all files are read once, by seeking from one to the next.
+    The headers of all files are read, by seeking from one to the next: 0.2 ms per video.
 
     Args:
         files: paths, or patterns with * and ?.
+        index: file to keep what was found in; it is made again where a shard is another or was changed.
 
     Raises:
         FileNotFoundError: a pattern matches nothing.
@@ -178,13 +188,24 @@ def shards(files: str | Sequence[str]) -> Shards:
         if not found:
             raise FileNotFoundError(f"captions: there is no {pattern}")
         paths += map(Path, found)
+    state = [[str(p), p.stat().st_size, p.stat().st_mtime_ns] for p in paths]
+    if index is not None and Path(index).exists():
+        kept = torch.load(index, weights_only=True)
+        if kept["shards"] == state:
+            return Shards(*(Packed.of(*kept[name]) for name in ("names", "texts")), paths, kept["places"])
     names, texts, places = [], [], []
     for number, path in enumerate(paths):
         for key, (text, offset, size) in _members(path).items():
             names.append(f"{path.name}/{key}")
             texts.append(text)
             places.append((number, offset, size))
-    return Shards(names, texts, paths, torch.tensor(places, dtype=torch.int64))
+    found = Shards(names, texts, paths, torch.tensor(places, dtype=torch.int64))
+    if index is not None:
+        part = Path(f"{index}.{os.getpid()}.part")  # several processes may do this at once
+        columns = {name: (p.bytes, p.ends) for name, p in (("names", found.names), ("texts", found.texts))}
+        torch.save({"shards": state, "places": found.places, **columns}, part)
+        os.replace(part, index)
+    return found
 
 
 def _members(path: Path) -> dict[str, tuple[str, int, int]]:
