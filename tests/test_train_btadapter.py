@@ -1,6 +1,7 @@
 """BT-Adapter's pretraining as a command: the recipe's numbers, sources of weights, two processes as one, resuming to
 the same bits, stored features, mixed precision and what is left afterwards."""
 
+import contextlib
 import json
 import os
 import socket
@@ -254,14 +255,20 @@ def test_tensorboard(run):
 OFFICIAL = {"gradient": "official", "loss_weights": [1, 0.1, 0], "recipe": {"epochs": 1}}
 
 
-def _process(rank, folder, values):
+def _process(rank, folder, values, ports):
     torch.set_num_threads(1)
     btadapter.tokenizer = lambda *options: some_tokenizer  # open_clip takes seconds to import
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-    command(folder / str(rank), values)
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "MASTER_ADDR": "127.0.0.1", "WORLD_SIZE": "2"}
     stored = {"folder": str(folder / "stored"), "dtype": "float32", "shard": 3}
-    command(folder / str(rank), values, features=stored, out=str(folder / "two-stored"), recipe={"epochs": 1})
-    command(folder / str(rank), values, **OFFICIAL, out=str(folder / "two-official"))
+    changes = [
+        {},
+        {"features": stored, "out": str(folder / "two-stored"), "recipe": {"epochs": 1}},
+        OFFICIAL | {"out": str(folder / "two-official")},
+    ]
+    # A port each: on an old one the faster process would meet the store that the slower one is about to close.
+    for port, change in zip(ports, changes):
+        os.environ["MASTER_PORT"] = str(port)
+        command(folder / str(rank), values, **change)
 
 
 def test_two_processes_are_one(run, monkeypatch):
@@ -272,15 +279,15 @@ def test_two_processes_are_one(run, monkeypatch):
     values |= {"checkpointing": True, "held_out": values["train"]}
     command(folder, values)
     command(folder, values, **OFFICIAL, out=str(folder / "official"))
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    for name, value in {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}.items():
-        monkeypatch.setenv(name, value)
+    with contextlib.ExitStack() as stack:
+        free = [stack.enter_context(socket.socket()) for _ in range(3)]
+        for each in free:
+            each.bind(("127.0.0.1", 0))
+        ports = [each.getsockname()[1] for each in free]
     for rank in "01":
         (folder / rank).mkdir()
     two = values | {"out": str(folder / "two"), "recipe": values["recipe"] | {"batch": 2}}
-    torch.multiprocessing.spawn(_process, (folder, two), nprocs=2)
+    torch.multiprocessing.spawn(_process, (folder, two, ports), nprocs=2)
     got, want = lines(folder / "two"), lines(folder / "out")
     assert len(got) == 6 + 3
     torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
