@@ -7,7 +7,7 @@ COMMANDS = {
     "demo": "encode one video and show what comes out",
     "eval": "numbers of a benchmark from answers or embeddings",
     "memory": "stream one video through a memory bank and draw what its slots hold",
-    "train": "fine-tune a model, on one device or with torchrun on several",
+    "train": "pretrain or fine-tune a model, on one device or with torchrun on several",
     "flops": "parameters, arithmetic and memory of every temporal module",
     "info": "versions, devices, and which op runs as kernel or reference",
 }

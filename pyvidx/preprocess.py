@@ -74,7 +74,8 @@ class Preset:
             raise ValueError(f"Preset: 1 <= crop <= size must hold, got crop={self.crop}, size={self.size}")
 
 
-_RETRIEVAL = dict(filter="bilinear", long_side="nearest", mean=MMACTION_MEAN, std=MMACTION_STD)
+_MMACTION = dict(filter="bilinear", mean=MMACTION_MEAN, std=MMACTION_STD)
+_RETRIEVAL = dict(long_side="nearest", **_MMACTION)
 
 PRESETS: dict[str, Preset] = {
     # CLIP and all that use its processor.
@@ -82,6 +83,8 @@ PRESETS: dict[str, Preset] = {
     # BT-Adapter through mmaction2: MSR-VTT and classification; then DiDeMo, LSMDC, ActivityNet and stored features.
     "bt_adapter_retrieval": Preset(**_RETRIEVAL),
     "bt_adapter_retrieval_256": Preset(size=256, **_RETRIEVAL),
+    # Its pretraining, on random boxes.
+    "bt_adapter_train": Preset(resize="squash", **_MMACTION),
     # BT-Adapter chat and Video-ChatGPT: squashed by nearest, which leaves CLIP's processor nothing to resize.
     "bt_adapter_chat": Preset(resize="squash", filter="nearest"),
     # MA-LMM evaluation. Its cast lets overshoot wrap around, which turns 1.4 % of the pixels at hard edges black or

@@ -96,12 +96,12 @@ def test_rates_are_those_of_the_paper():
     # Breakfast: 1357 videos, 4 processes with 16 each, 21 steps, so the warm-up ends at 2e-6.
     steps = plan(1357, recipe, Ranks(3, 4), 0)
     assert len(steps) == 21 and {len(batch) for batch in steps} == {16}
-    assert learning_rate(recipe, 0, 0) == 1e-8
-    assert learning_rate(recipe, 0, 20) == pytest.approx(2e-6, rel=0.01)
-    assert learning_rate(recipe, 0, 5000) == 1e-4
-    assert learning_rate(recipe, 1, 7) == pytest.approx(1e-4 * 0.99384, rel=1e-5)  # (1 + cos(pi / 20)) / 2
-    assert learning_rate(recipe, 10, 0) == pytest.approx(0.5e-4)
-    assert learning_rate(recipe, 20, 0) == pytest.approx(0, abs=1e-12)
+    assert learning_rate(recipe, 0, 0, 21) == 1e-8
+    assert learning_rate(recipe, 0, 20, 21) == pytest.approx(2e-6, rel=0.01)
+    assert learning_rate(recipe, 0, 5000, 21) == 1e-4
+    assert learning_rate(recipe, 1, 7, 21) == pytest.approx(1e-4 * 0.99384, rel=1e-5)  # (1 + cos(pi / 20)) / 2
+    assert learning_rate(recipe, 10, 0, 21) == pytest.approx(0.5e-4)
+    assert learning_rate(recipe, 20, 0, 21) == pytest.approx(0, abs=1e-12)
 
 
 def test_weight_decay_is_for_what_the_official_names_say():

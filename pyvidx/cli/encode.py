@@ -13,6 +13,7 @@ from pyvidx.encode import VIDEO_SUFFIXES, Timing, encode_videos
 from pyvidx.models import BTAdapter
 from pyvidx.preprocess import PRESETS
 from pyvidx.video import sampling
+from pyvidx.video.reader import SUFFIXES
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -89,7 +90,7 @@ def find(videos: Sequence[Path]):
     """Files as they are, folders searched for video files in name order."""
     for path in videos:
         if path.is_dir():
-            yield from (str(p) for p in sorted(path.rglob("*")) if p.suffix.lower() in VIDEO_SUFFIXES)
+            yield from (str(p) for p in sorted(path.rglob("*")) if p.suffix.lower() in SUFFIXES)
         else:
             yield str(path)
 

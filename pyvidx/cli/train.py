@@ -1,20 +1,20 @@
-"""python -m pyvidx train malmm --config FILE"""
+"""python -m pyvidx train malmm|btadapter --config FILE"""
 
 import argparse
 import contextlib
+import importlib
 import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
-from safetensors.torch import save_file
-
 from pyvidx.train import recipe as recipes
-from pyvidx.train.curve import Curve
-from pyvidx.train.data import Videos, rows
+from pyvidx.train.curve import Board, Curve, progress
 from pyvidx.train.distributed import Ranks, ranks
 from pyvidx.train.loop import State, Stepped, train
+
+# Each module has a Config, build(config, device) -> Task and datasets(config, task, ranks) -> training, held out.
+KINDS = {"malmm": "fine-tune MA-LMM on answers", "btadapter": "pretrain BT-Adapter on captions"}
 
 
 def parser() -> argparse.ArgumentParser:
@@ -24,31 +24,25 @@ def parser() -> argparse.ArgumentParser:
         "that was ended goes on where its last checkpoint was written, with the same command.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    p.add_argument("what", choices=["malmm"], help="malmm: fine-tune MA-LMM on answers")
+    p.add_argument("what", choices=list(KINDS), help="; ".join(f"{name}: {what}" for name, what in KINDS.items()))
     p.add_argument("--config", type=Path, required=True, help=".json or .toml, see pyvidx/train/configs")
     p.add_argument("--device", choices=["cuda", "cpu"], help="default: GPUs if there are any")
-    p.add_argument("--export", type=Path, help="also write the trained part under the public code's names, .safetensors"
-                   " or .pth as the public code does")  # fmt: skip
+    p.add_argument("--export", type=Path, help="also write the weights under the public code's names, .safetensors or"
+                   " .pth as the public code does")  # fmt: skip
     return p
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    from pyvidx.train.malmm import Config, build
-
     p = parser()
     options = p.parse_args(argv)
     if options.export is not None and options.export.suffix not in (".safetensors", ".pth"):
         p.error(f"--export must end in .safetensors or .pth, got {options.export}")
+    kind = importlib.import_module(f"pyvidx.train.{options.what}")
     with ranks(options.device) as alike:
         try:
-            config = Config.from_dict(recipes.load(options.config))
-            task = build(config, alike.device)
-            make = {
-                "root": config.root, "frames": config.frames, "size": task.model.config.vision.image_size,
-                "preset": config.preset, "seed": config.recipe.seed, "reader": config.reader,
-            }  # fmt: skip
-            data = Videos(rows(config.train), **make)
-            held_out = None if config.held_out is None else Videos(rows(config.held_out), train=False, **make)
+            config = kind.Config.from_dict(recipes.load(options.config))
+            task = kind.build(config, alike.device)
+            data, held_out = kind.datasets(config, task, alike)
             out = Path(config.out)
             with Shown(out, alike, config.recipe.epochs) as shown:
                 state = train(
@@ -67,7 +61,8 @@ def finish(state: State, broken: dict[str, str], out: Path, export: Path | None)
     """The weights and the list of what could not be read."""
     print(f"wrote {write_model(state, out / 'last.safetensors')} after {state.step} steps")
     if export is not None:
-        write_export(state, export)
+        export.parent.mkdir(parents=True, exist_ok=True)
+        state.task.export(export, state.epoch - 1)
         print(f"wrote {export}")
     listed = out / "broken.jsonl"
     listed.write_text("".join(json.dumps({"video": v, "error": why}) + "\n" for v, why in sorted(broken.items())))
@@ -81,43 +76,26 @@ def write_model(state: State, path: Path) -> Path:
     return model.save(path)
 
 
-def write_export(state: State, path: Path) -> None:
-    """What was trained, as the public code's fine-tuned file has it."""
-    from pyvidx.integrations.malmm_checkpoints import export_malmm
-
-    weights = {n: w.cpu() for n, w in export_malmm(state.task.model, "lavis").items() if not n.startswith("visual_")}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if path.suffix == ".safetensors":
-        save_file(weights, path)
-    else:
-        torch.save({"model": weights, "epoch": state.epoch - 1}, path)
-
-
 class Shown(contextlib.AbstractContextManager):
-    """Progress bar, loss curve and best weights of the first process; the others show nothing."""
+    """Progress bar, loss curves and best weights of the first process; the others show nothing."""
 
     def __init__(self, out: Path, alike: Ranks, epochs: int):
         self.out, self.first, self.epochs = out, alike.first, epochs
-        self.bar = self.curve = None
+        self.bar = self.curve = self.board = None
 
     def start(self, state: State, steps: int) -> None:
         if not self.first:
             return
-        self.curve = Curve(self.out, state.step)
+        self.curve, self.board = Curve(self.out, state.step), Board(self.out, state.step)
         if state.step:
             print(f"going on after step {state.step}, epoch {state.epoch}", file=sys.stderr)
-        if sys.stderr.isatty():
-            try:
-                from tqdm import tqdm
-            except ImportError:
-                print("no progress bar: pip install 'pyvidx[cli]'", file=sys.stderr)
-                return
-            self.bar = tqdm(total=steps * self.epochs, initial=state.step, unit="step")
+        self.bar = progress(steps * self.epochs, state.step)
 
     def step(self, stepped: Stepped) -> None:
         if not self.first:
             return
         self.curve.add(stepped)
+        self.board.add(stepped)
         if self.bar is not None:
             self.bar.update()
             self.bar.set_postfix(epoch=stepped.epoch, loss=f"{stepped.loss:.4f}", lr=f"{stepped.rate:.2e}")
@@ -127,10 +105,12 @@ class Shown(contextlib.AbstractContextManager):
             return
         if loss is not None:
             self.curve.add_held_out(state.step, state.epoch - 1, loss)
+            self.board.add_held_out(state.step, loss)
             if best:
                 write_model(state, self.out / "best.safetensors")
         self.curve.draw()
 
     def __exit__(self, *exception) -> None:
-        if self.bar is not None:
-            self.bar.close()
+        for part in (self.bar, self.board):
+            if part is not None:
+                part.close()

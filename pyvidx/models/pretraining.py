@@ -48,6 +48,7 @@ class Pretraining(nn.Module):
         weights: of the losses, in the order of Losses.
         scale: of the cosines in both contrastive losses.
         drop_path: of the last branch layer, in training mode; the rates rise linearly from 0.
+        checkpointing: compute the branch's layers again in the backward pass instead of keeping what is inside them.
 
     Raises:
         ValueError: the model or an option does not fit.
@@ -64,6 +65,7 @@ class Pretraining(nn.Module):
         weights: tuple[float, float, float] = (1.0, 0.1, 0.1),
         scale: float = 100.0,
         drop_path: float = 0.1,
+        checkpointing: bool = False,
     ):
         super().__init__()
         v = model.config.vision
@@ -80,6 +82,7 @@ class Pretraining(nn.Module):
             )
         self.model, self.text = model, text.requires_grad_(False)
         self.model.backbone.requires_grad_(False)
+        self.model.branch.checkpointing = checkpointing
         self.head = nn.Sequential(nn.Linear(v.width, v.embed_dim), nn.LayerNorm(v.embed_dim))
         self.mask_rate, self.mask_order, self.gradient = mask_rate, mask_order, gradient
         self.weights, self.scale, self.drop_path = weights, scale, drop_path
@@ -102,10 +105,12 @@ class Pretraining(nn.Module):
             drops: from pyvidx.temporal.masking.drop_path_draws; default drawn in training mode, none in eval mode.
             generator: of the draws.
         """
-        with torch.no_grad():
-            xs = self.model.backbone(self.model.read_pixels(pixels), self._layers)
-            text = self.text(ids)
-        return self.from_layers(xs, text, mask=mask, drops=drops, generator=generator)
+        return self.from_layers(*self.frozen(pixels, ids), mask=mask, drops=drops, generator=generator)
+
+    @torch.no_grad()
+    def frozen(self, pixels: Tensor, ids: Tensor) -> tuple[tuple[Tensor, ...], Tensor]:
+        """What `from_layers` takes, from what `forward` takes: the part that no training changes."""
+        return self.model.backbone(self.model.read_pixels(pixels), self._layers), self.text(ids)
 
     def from_layers(
         self,

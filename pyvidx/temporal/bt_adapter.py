@@ -15,6 +15,7 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from pyvidx.layers.block import Block, residual
 from pyvidx.ops import fusion_input, gated_fusion
@@ -129,6 +130,10 @@ class BTAdapterBranch(nn.Module):
         gate_scale: the gate's weight is sigmoid(gate_scale * gate), 0.5 at first.
         interact: layers 1.. take in the backbone's newest tokens; otherwise only layer 0 reads the backbone.
         seeded: with a class seed of its own; otherwise one is handed in.
+
+    Attributes:
+        checkpointing: compute the inside of every temporal and spatial layer again in the backward pass instead of
+            keeping it; the same gradients. Off at first.
     """
 
     def __init__(
@@ -147,7 +152,7 @@ class BTAdapterBranch(nn.Module):
         eps: float = 1e-5,
     ):
         super().__init__()
-        self.gate_scale, self.interact = gate_scale, interact
+        self.gate_scale, self.interact, self.checkpointing = gate_scale, interact, False
         self.seed = nn.Parameter(torch.zeros(width)) if seeded else None
         self.time = nn.Parameter(torch.randn(time_length, width))
         self.gate = nn.Parameter(torch.zeros(width)) if gated and interact else None
@@ -178,7 +183,7 @@ class BTAdapterBranch(nn.Module):
         for j, x in enumerate(xs):
             time, space = (drops and drops[j]) or (None, None)
             mixed = self.mix(j, x, states[-1] if states else None, position, group, time, seed)
-            states.append(self.spatial[j](*mixed, space, group.frame_mask))
+            states.append(self._run(self.spatial[j], *mixed, space, group.frame_mask))
         return states
 
     def mix(
@@ -207,4 +212,10 @@ class BTAdapterBranch(nn.Module):
                 cls = mix(state[1], frame_mean(x[:, :, 0], real), self.gate, self.gate_scale)
         else:
             (z, cls), normed = state, layer.norm(state[0])
-        return z, layer(normed, drop, real), cls
+        return z, self._run(layer, normed, drop, real), cls
+
+    def _run(self, layer: nn.Module, *inputs: Tensor | None):
+        if self.checkpointing and torch.is_grad_enabled():
+            # Nothing is drawn inside: the drops come in.
+            return checkpoint(layer, *inputs, use_reentrant=False, preserve_rng_state=False)
+        return layer(*inputs)

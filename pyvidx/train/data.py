@@ -2,6 +2,7 @@
 read it and a resumed run reads the same."""
 
 import csv
+import hashlib
 import json
 import math
 from collections.abc import Sequence
@@ -68,11 +69,53 @@ def rows(path: str | Path) -> list[Row]:
     return found
 
 
+@dataclass(frozen=True)
+class Take:
+    """How a clip is taken of a video.
+
+    Attributes:
+        frames: T.
+        sampler: a name of pyvidx.video.sampling.
+        preset: how pixels are resized and normalized.
+        shorter: pixels of the shorter side to resize to before anything else; None: no such step.
+        area: least and largest share of a random box of the whole clip, see `random_box`; None: no box.
+        flip: mirror every second clip.
+        reader: as in pyvidx.video.read.
+    """
+
+    frames: int
+    sampler: str
+    preset: Preset
+    shorter: int | None = None
+    area: tuple[float, float] | None = None
+    flip: bool = False
+    reader: str = "auto"
+
+    def __call__(
+        self,
+        path: Path,
+        draws: torch.Generator | None = None,
+        *,
+        start: float | None = None,
+        end: float | None = None,
+    ) -> Tensor:
+        """[T, 3, size, size]. draws: needed where anything is random; start, end, Raises: see pyvidx.video.read."""
+        clip = read(path, self.frames, self.sampler, self.reader, start=start, end=end, generator=draws).frames
+        if self.shorter is not None:
+            clip = shortened(clip, self.shorter)
+        if self.area is not None:
+            top, left, h, w = random_box(*clip.shape[1:3], draws, self.area)
+            clip = clip[:, top : top + h, left : left + w]
+        if self.flip and torch.rand((), generator=draws) < 0.5:
+            clip = clip.flip(2)
+        return preprocess(clip, self.preset)
+
+
 class Videos(Dataset):
     """Clips of T frames of the rows' videos, normalized. Indexed by (epoch, row).
 
-    In training: T equal segments with one random frame each, a random box (see `random_box`) of the whole clip, and a
-    flip of every second one; otherwise T frames by a rounded linspace, whole. Both are resized to a square.
+    In training: T equal segments with one random frame each, a random box with half of the area or more, and a flip of
+    every second clip; otherwise T frames by a rounded linspace, whole. Both are resized to a square.
 
     Args:
         rows: the samples.
@@ -97,36 +140,24 @@ class Videos(Dataset):
         seed: int = 42,
         reader: str = "auto",
     ):
-        if isinstance(preset, str) and preset not in PRESETS:
-            raise ValueError(f"Videos: preset must be one of {', '.join(PRESETS)}, got {preset!r}")
-        preset = PRESETS[preset] if isinstance(preset, str) else preset
+        preset = sized(preset, size)
         if preset.resize != "squash":
             raise ValueError(f'Videos: the preset must resize by "squash", got {preset.resize!r}')
-        self.rows, self.root, self.frames, self.train, self.seed = list(rows), Path(root), frames, train, seed
-        self.preset, self.reader = replace(preset, size=size, crop=size), reader
+        self.rows, self.root, self.seed, self.train = list(rows), Path(root), seed, train
+        drawn = {"area": (0.5, 1.0), "flip": True} if train else {}
+        self.take = Take(frames, "random_interval" if train else "linspace_round", preset, reader=reader, **drawn)
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def __getitem__(self, at: tuple[int, int]) -> tuple[Row, Tensor | str]:
         """The row with its pixels [T, 3, size, size], or with the reason why there are none."""
-        epoch, index = at
-        row = self.rows[index]
-        draws = torch.Generator().manual_seed((self.seed << 40) + (epoch << 24) + index)
-        sampler = "random_interval" if self.train else "linspace_round"
+        row = self.rows[at[1]]
+        draws = generator(self.seed, *at) if self.train else None
         try:
-            clip = read(
-                self.root / row.video, self.frames, sampler, self.reader,
-                start=row.start, end=row.end, generator=draws if self.train else None,
-            ).frames  # fmt: skip
+            return row, self.take(self.root / row.video, draws, start=row.start, end=row.end)
         except Exception as error:  # whatever a damaged file makes a decoder raise
             return row, f"{type(error).__name__}: {error}"
-        if self.train:
-            top, left, h, w = random_box(*clip.shape[1:3], draws)
-            clip = clip[:, top : top + h, left : left + w]
-            if torch.rand((), generator=draws) < 0.5:
-                clip = clip.flip(2)
-        return row, preprocess(clip, self.preset)
 
     @staticmethod
     def collate(samples: Sequence[tuple[Row, Tensor | str]]) -> Batch:
@@ -139,15 +170,41 @@ class Videos(Dataset):
         )
 
 
-def random_box(H: int, W: int, draws: torch.Generator) -> tuple[int, int, int, int]:
-    """top, left, h, w of a box with 0.5 to 1 of the area and an aspect of 3/4 to 4/3, even in the logarithm.
+def sized(preset: str | Preset, size: int) -> Preset:
+    """A preset for images of this size.
+
+    Raises:
+        ValueError: there is none of this name.
+    """
+    if isinstance(preset, str) and preset not in PRESETS:
+        raise ValueError(f"train: preset must be one of {', '.join(PRESETS)}, got {preset!r}")
+    return replace(PRESETS[preset] if isinstance(preset, str) else preset, size=size, crop=size)
+
+
+def shortened(frames: Tensor, size: int) -> Tensor:
+    """uint8 [T, H, W, 3] with a shorter side of `size`, as mmaction2 resizes: bilinear, without antialiasing."""
+    levels = Preset(size, crop=None, filter="bilinear", long_side="nearest", mean=(0, 0, 0), std=(1 / 255,) * 3)
+    return preprocess(frames, levels).round().to(torch.uint8).movedim(1, 3)
+
+
+def generator(*key: int | str) -> torch.Generator:
+    """Of what is drawn for this key: seed, epoch, row, purpose. Hashed, for of a seed torch takes 32 bits alone."""
+    digest = hashlib.blake2b(repr(key).encode(), digest_size=4).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest, "little"))
+
+
+def random_box(
+    H: int, W: int, draws: torch.Generator, area: tuple[float, float] = (0.5, 1.0)
+) -> tuple[int, int, int, int]:
+    """top, left, h, w of a box with a share of the area and an aspect of 3/4 to 4/3, even in the logarithm.
 
     Of ten tries the first that fits; if none does, the largest box in the middle with an allowed aspect.
     """
+    low, high = area
     for _ in range(10):
         share, aspect = torch.rand(2, generator=draws, dtype=torch.float64).tolist()
-        area, ratio = H * W * (0.5 + 0.5 * share), math.exp(math.log(3 / 4) + aspect * math.log(16 / 9))
-        w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+        pixels, ratio = H * W * (low + (high - low) * share), math.exp(math.log(3 / 4) + aspect * math.log(16 / 9))
+        w, h = round(math.sqrt(pixels * ratio)), round(math.sqrt(pixels / ratio))
         if 0 < w <= W and 0 < h <= H:
             top = int(torch.randint(H - h + 1, (), generator=draws))
             return top, int(torch.randint(W - w + 1, (), generator=draws)), h, w

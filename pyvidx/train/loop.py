@@ -1,5 +1,6 @@
 """The training loop, for any Task: its state is a value that is saved at once and goes on to the same bits."""
 
+import math
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -25,24 +26,43 @@ FREE = ("save_every", "workers")
 class Task(nn.Module):
     """What is trained, as the loop sees it: parameters, a loss per batch, and the loss' weight.
 
-    forward(batch) gives the mean loss of a batch, a scalar. What is frozen may be held outside of the module's
-    parameters; what requires no gradient is not saved.
+    forward(batch) gives the mean loss of a batch, a scalar; where whole_batch is set, it may be named parts that
+    add up to it. What is frozen may be held outside of the module's parameters; what requires no gradient is not saved.
 
     Attributes:
         some_unused: parameters that require gradients may get none from a batch, but never the last one; costs a
             search per step.
+        whole_batch: the loss compares the samples of a batch with each other, across all processes (a contrastive
+            loss): it is not a mean of what micro-batches give, so there is no accumulation; forward gathers from all
+            processes and gives the loss of all their samples, for which every batch has to be full: the data put
+            another row in the place of one that cannot be read.
+        model: what is trained, with a `save(path)` of its own; for the command.
+        about: what else, beside the recipe, is the same in a run and the one that goes on with it.
     """
 
     some_unused = False
+    whole_batch = False
+    about: dict = {}
 
     def count(self, batch) -> int:
         """What the mean is over: answer tokens, or samples. 0: nothing to learn from."""
         raise NotImplementedError
 
+    def export(self, path: Path, epoch: int) -> None:
+        """Write what was trained under the names of the public code; epoch: the last one, from 0."""
+        raise NotImplementedError
+
 
 class Stepped(NamedTuple):
-    """What an optimizer step did. loss: the mean over all processes; count: what that is over; norm: of the gradients
-    before clipping, or None."""
+    """What an optimizer step did.
+
+    Attributes:
+        loss: the mean over all processes.
+        count: what that is over.
+        norm: of the gradients before clipping; None without clipping, and where it is not finite: float16's scaler then
+            leaves the step out.
+        parts: of the loss, where the task names them.
+    """
 
     step: int
     epoch: int
@@ -51,6 +71,7 @@ class Stepped(NamedTuple):
     count: int
     norm: float | None
     seconds: float
+    parts: dict[str, float]
 
 
 @dataclass
@@ -75,7 +96,16 @@ class State:
 
 
 def begin(task: Task, recipe: Recipe, ranks: Ranks) -> State:
-    """A new run: AdamW over what requires gradients, and the generators seeded with seed + rank."""
+    """A new run: AdamW over what requires gradients, and the generators seeded with seed + rank.
+
+    Raises:
+        ValueError: the recipe accumulates micro-batches of a loss that is over the whole batch.
+    """
+    if task.whole_batch and recipe.accumulation > 1:
+        raise ValueError(
+            "train: accumulation must be 1 for a loss that compares all samples of a batch, which is not the mean over "
+            f"micro-batches, got {recipe.accumulation}; larger batches take more processes or gradient checkpointing"
+        )
     torch.manual_seed(recipe.seed + ranks.rank)
     optimizer = torch.optim.AdamW(groups(task, recipe), lr=recipe.start_lr, betas=recipe.betas, eps=recipe.eps)
     return State(task, optimizer, torch.amp.GradScaler(ranks.device.type, enabled=recipe.amp == "float16"))
@@ -94,7 +124,7 @@ def save(state: State, path: Path, recipe: Recipe, ranks: Ranks, rows: int) -> N
             "step": state.step, "epoch": state.epoch, "position": state.position, "broken": merged, "best": state.best,
             "model": {name: p.detach() for name, p in trained(state.task).items()},
             "optimizer": state.optimizer.state_dict(), "scaler": state.scaler.state_dict(),
-            "generators": generators, "run": _run(recipe, ranks, rows),
+            "generators": generators, "run": _run(state.task, recipe, ranks, rows),
         }  # fmt: skip
         written = path.with_name(path.name + ".part")
         with written.open("wb") as file:
@@ -112,7 +142,7 @@ def restore(state: State, path: Path, recipe: Recipe, ranks: Ranks, rows: int) -
         ValueError: it is of another recipe, number of processes, number of rows or model.
     """
     saved = torch.load(path, map_location="cpu", weights_only=True)
-    run = _run(recipe, ranks, rows)
+    run = _run(state.task, recipe, ranks, rows)
     other = [f"{k} {saved['run'].get(k)} (now {v})" for k, v in run.items() if saved["run"].get(k) != v]
     if other:
         raise ValueError(f"train: {path} is of another run: {', '.join(other)}")
@@ -166,12 +196,13 @@ def train(
     # After the wrapping, which draws nothing but sends rank 0's weights to all.
     if all(ranks.gathered(path.exists())):
         state = restore(state, path, recipe, ranks, rows)
-    started(state, -(-len(plan(rows, recipe, ranks, 0)) // recipe.accumulation))
+    count = len(plan(rows, recipe, ranks, 0))
+    started(state, -(-count // recipe.accumulation))
     while state.epoch < recipe.epochs:
         task.train()
         batches = plan(rows, recipe, ranks, state.epoch)[state.position :]
         for group in _grouped(_loader(data, batches, recipe), recipe.accumulation):
-            stepped = _step(state, wrapped, group, recipe, ranks)
+            stepped = _step(state, wrapped, group, recipe, ranks, count)
             if stepped is not None:
                 report(stepped)
                 if state.step % recipe.save_every == 0:
@@ -190,22 +221,32 @@ def train(
 
 @torch.no_grad()
 def evaluate(task: Task, data: Dataset, recipe: Recipe, ranks: Ranks) -> tuple[float, dict[str, str]]:
-    """The mean loss over all rows in eval mode, and what of them this process could not read."""
+    """The mean loss over all rows in eval mode, and what of them this process could not read.
+
+    Where the loss is over the whole batch, an incomplete last one is left out.
+    """
     task.eval()
     mine = [(0, row) for row in range(ranks.rank, len(data), ranks.world)]
+    if task.whole_batch:
+        mine = mine[: len(data) // (recipe.batch * ranks.world) * recipe.batch]
     batches = [mine[i : i + recipe.batch] for i in range(0, len(mine), recipe.batch)]
     sums, count, broken = 0.0, 0, {}
     for batch in _loader(data, batches, recipe):
         broken |= batch.broken
         weight = task.count(batch) if len(batch) else 0
         if weight:
-            with _autocast(recipe, ranks):
-                sums += weight * float(task(batch))
+            with autocast(recipe, ranks):
+                sums += weight * float(total(task(batch)))
             count += weight
     sums, count = ranks.total(sums, count)
     if count == 0:
-        raise RuntimeError("train: none of the held-out rows could be read")
+        raise RuntimeError("train: none of the held-out rows could be read, or they are too few for a batch")
     return sums / count, broken
+
+
+def total(loss: Tensor | dict[str, Tensor]) -> Tensor:
+    """The loss itself, of one in parts."""
+    return sum(loss.values()) if isinstance(loss, dict) else loss
 
 
 class _Shared(nn.Module):
@@ -216,7 +257,7 @@ class _Shared(nn.Module):
         super().__init__()
         self.task = task
 
-    def forward(self, batch) -> Tensor:
+    def forward(self, batch) -> Tensor | dict[str, Tensor]:
         if batch is not None:
             return self.task(batch)
         own = list(trained(self.task).values())
@@ -224,42 +265,52 @@ class _Shared(nn.Module):
         return sum(0 * p.sum() for p in (own[-1:] if self.task.some_unused else own))
 
 
-def _step(state: State, wrapped: nn.Module, group: list, recipe: Recipe, ranks: Ranks) -> Stepped | None:
-    """One optimizer step over a group of micro-batches, in place; None where no process could read a sample."""
+def _step(state: State, wrapped: nn.Module, group: list, recipe: Recipe, ranks: Ranks, batches: int) -> Stepped | None:
+    """One optimizer step over a group of micro-batches, in place; None where no process could read a sample.
+
+    batches: micro-batches of an epoch.
+    """
     start = time.perf_counter()
     for batch in group:
         state.broken |= batch.broken
+        if state.task.whole_batch and len(batch) != recipe.batch:  # the other processes would wait forever
+            raise RuntimeError(f"train: every batch must have {recipe.batch} samples, got {len(batch)}")
     last = state.position + len(group) - 1  # the rate is that of the group's last micro-batch, as in the public code
     state.position = last + 1
     counts = [state.task.count(batch) if len(batch) else 0 for batch in group]
-    total, filled = ranks.total(sum(counts), sum(c > 0 for c in counts))
-    if total == 0:
+    samples, filled = ranks.total(sum(counts), sum(c > 0 for c in counts))
+    if samples == 0:
         return None
-    rate = learning_rate(recipe, state.epoch, last)
+    rate = learning_rate(recipe, state.epoch, last, batches)
     for part in state.optimizer.param_groups:
-        part["lr"] = rate
-    seen = 0.0
+        part["lr"] = rate * part["multiplier"]
+    seen: dict[str, float] = {}
     for i, (batch, count) in enumerate(zip(group, counts)):
-        share = count / total if recipe.reduction == "tokens" else (count > 0) / filled
+        share = count / samples if recipe.reduction == "tokens" else (count > 0) / filled
         waiting = i + 1 < len(group) and ranks.world > 1
         with wrapped.no_sync() if waiting else nullcontext():
-            with _autocast(recipe, ranks):
-                loss = share * wrapped(batch if count else None)
+            with autocast(recipe, ranks):
+                loss = wrapped(batch if count else None)
             # Gradients are averaged over processes; shares add up to 1 over all of them.
-            state.scaler.scale(loss * ranks.world).backward()
-        seen += float(loss.detach())
-    (seen,) = ranks.total(seen)
-    if seen != seen or abs(seen) == float("inf"):
-        raise RuntimeError(f"train: the loss of step {state.step} (epoch {state.epoch}) is {seen}")
+            state.scaler.scale(share * total(loss) * ranks.world).backward()
+        for name, part in (loss if isinstance(loss, dict) else {"loss": loss}).items():
+            seen[name] = seen.get(name, 0.0) + share * float(part.detach())
+    parts = dict(zip(seen, ranks.total(*seen.values())))
+    mean = sum(parts.values())
+    if not math.isfinite(mean):
+        raise RuntimeError(f"train: the loss of step {state.step} (epoch {state.epoch}) is {mean}")
     norm = None
     if recipe.clip is not None:
         state.scaler.unscale_(state.optimizer)
         norm = float(nn.utils.clip_grad_norm_(list(trained(state.task).values()), recipe.clip))
+        norm = norm if math.isfinite(norm) else None
     state.scaler.step(state.optimizer)
     state.scaler.update()
     state.optimizer.zero_grad(set_to_none=True)
     state.step += 1
-    return Stepped(state.step, state.epoch, rate, seen, int(total), norm, time.perf_counter() - start)
+    took = time.perf_counter() - start
+    named = {} if parts.keys() == {"loss"} else parts
+    return Stepped(state.step, state.epoch, rate, mean, int(samples), norm, took, named)
 
 
 def _loader(data: Dataset, batches: list[list], recipe: Recipe) -> DataLoader:
@@ -285,7 +336,8 @@ def _grouped(batches: Iterable, size: int) -> Iterator[list]:
         yield group
 
 
-def _autocast(recipe: Recipe, ranks: Ranks):
+def autocast(recipe: Recipe, ranks: Ranks):
+    """The recipe's mixed precision."""
     if recipe.amp == "none":
         return nullcontext()
     return torch.autocast(ranks.device.type, getattr(torch, recipe.amp))
@@ -298,6 +350,6 @@ def _generators(ranks: Ranks) -> dict[str, Tensor]:
     return states
 
 
-def _run(recipe: Recipe, ranks: Ranks, rows: int) -> dict:
+def _run(task: Task, recipe: Recipe, ranks: Ranks, rows: int) -> dict:
     fixed = {name: value for name, value in recipe.to_dict().items() if name not in FREE}
-    return fixed | {"processes": ranks.world, "rows": rows}
+    return fixed | task.about | {"processes": ranks.world, "rows": rows}

@@ -4,13 +4,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
 from pyvidx.integrations.language import Language
-from pyvidx.integrations.malmm_checkpoints import load_malmm
+from pyvidx.integrations.malmm_checkpoints import export_malmm, load_malmm
 from pyvidx.models.config import known
 from pyvidx.models.malmm import MALMM
-from pyvidx.train.data import Batch
+from pyvidx.train.data import Batch, Videos, rows
+from pyvidx.train.distributed import Ranks
 from pyvidx.train.loop import Task
 from pyvidx.train.recipe import Recipe
 
@@ -106,6 +108,14 @@ class MALMMTask(Task):
         pixels = batch.pixels.to(self.model.projection.weight.device)
         return self.model.loss(pixels, batch.prompts, batch.answers, self.language, memory=self.memory)
 
+    def export(self, path: Path, epoch: int) -> None:
+        """What was trained, as in the public code's fine-tuned file: .safetensors, or .pth as it writes."""
+        weights = {n: w.cpu() for n, w in export_malmm(self.model, "lavis").items() if not n.startswith("visual_")}
+        if path.suffix == ".safetensors":
+            save_file(weights, path)
+        else:
+            torch.save({"model": weights, "epoch": epoch}, path)
+
 
 def build(config: Config, device: torch.device) -> MALMMTask:
     """Model and language model of a configuration.
@@ -133,3 +143,17 @@ def build(config: Config, device: torch.device) -> MALMMTask:
     language = Language(lm, tokenizer, text, bos=config.bos, max_text=config.max_text, max_answer=config.max_answer)
     # Trained weights have to be float32, whatever the file has; autocast makes the rest.
     return MALMMTask(model.float().to(device), language.to(device), config.memory)
+
+
+def datasets(config: Config, task: MALMMTask, ranks: Ranks) -> tuple[Videos, Videos | None]:
+    """Training rows and held-out ones.
+
+    Raises:
+        FileNotFoundError, ValueError: rows are not there or do not parse.
+    """
+    make = {
+        "root": config.root, "frames": config.frames, "size": task.model.config.vision.image_size,
+        "preset": config.preset, "seed": config.recipe.seed, "reader": config.reader,
+    }  # fmt: skip
+    held_out = None if config.held_out is None else Videos(rows(config.held_out), train=False, **make)
+    return Videos(rows(config.train), **make), held_out

@@ -4,7 +4,7 @@ import dataclasses
 import importlib
 import json
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from torch import nn
@@ -13,6 +13,8 @@ from pyvidx.models.config import known
 
 AMP = ("float16", "bfloat16", "none")
 REDUCTIONS = ("tokens", "ranks")
+SCHEDULES = ("epochs", "steps")
+DECAYS = ("matrices", "all")
 
 
 @dataclass(frozen=True)
@@ -23,8 +25,13 @@ class Recipe:
         epochs: E.
         batch: samples of a micro-batch of one process; an incomplete last one is left out, as in the public code.
         accumulation: micro-batches of an optimizer step. What is left of an epoch makes a smaller last step.
-        peak_lr, start_lr, min_lr, warmup: see `learning_rate`; warmup counts micro-batches, as in the public code.
+        schedule: "epochs" (LAVIS, MA-LMM) or "steps" (BT-Adapter), see `learning_rate`.
+        peak_lr, start_lr, min_lr: of both.
+        warmup: micro-batches of the warm-up of "epochs".
+        warmup_epochs, cosine_epochs: of "steps".
+        multipliers: of the learning rate, by a part of the parameter's name; of several the longest part counts.
         betas, eps, weight_decay: of AdamW.
+        decay: what decays: "matrices", see `decays`, or "all".
         clip: largest gradient norm; None: no clipping.
         amp: "float16" (with a gradient scaler), "bfloat16" or "none".
         seed: of the order and the samples; seed + rank of what the model draws.
@@ -38,13 +45,18 @@ class Recipe:
     epochs: int = 20
     batch: int = 16
     accumulation: int = 1
+    schedule: str = "epochs"
     peak_lr: float = 1e-4
     start_lr: float = 1e-8
     min_lr: float = 0.0
     warmup: int = 1000
+    warmup_epochs: float = 0.5
+    cosine_epochs: float = 4.5
+    multipliers: dict[str, float] = field(default_factory=dict)
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
     weight_decay: float = 0.05
+    decay: str = "matrices"
     clip: float | None = None
     amp: str = "float16"
     seed: int = 42
@@ -56,9 +68,15 @@ class Recipe:
         for name in ("epochs", "batch", "accumulation", "save_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"Recipe: {name} must be at least 1, got {getattr(self, name)}")
-        for name, allowed in (("amp", AMP), ("reduction", REDUCTIONS)):
+        choices = (("amp", AMP), ("reduction", REDUCTIONS), ("schedule", SCHEDULES), ("decay", DECAYS))
+        for name, allowed in choices:
             if getattr(self, name) not in allowed:
                 raise ValueError(f"Recipe: {name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
+        if self.warmup_epochs < 0 or self.cosine_epochs <= 0:
+            raise ValueError(
+                "Recipe: warmup_epochs must be at least 0 and cosine_epochs more, "
+                f"got {self.warmup_epochs} and {self.cosine_epochs}"
+            )
         object.__setattr__(self, "betas", tuple(self.betas))
 
     @classmethod
@@ -69,16 +87,25 @@ class Recipe:
         return dataclasses.asdict(self) | {"betas": list(self.betas)}
 
 
-def learning_rate(recipe: Recipe, epoch: int, batch: int) -> float:
-    """The rate at a micro-batch of an epoch, both counted from 0, as LAVIS and MA-LMM have it.
+def learning_rate(recipe: Recipe, epoch: int, batch: int, batches: int) -> float:
+    """The rate at a micro-batch of an epoch of `batches`, epoch and batch counted from 0.
 
-    Epoch 0 is a linear warm-up, start + (peak - start) * batch / warmup, at most peak, cut off by the epoch's end;
-    then, constant over an epoch, min + (peak - min) / 2 * (1 + cos(pi * epoch / E)). So a data set of few batches
-    jumps from far below the peak to it.
+    "epochs", as LAVIS and MA-LMM have it: epoch 0 is a linear warm-up, start + (peak - start) * batch / warmup, at most
+    peak, cut off by the epoch's end; then, constant over an epoch, min + (peak - min) / 2 * (1 + cos(pi * epoch / E)).
+    So a data set of few batches jumps from far below the peak to it.
+
+    "steps", as BT-Adapter has it, with p = epoch + batch / batches: linear from start at p = 0 to peak at
+    p = warmup_epochs, then min + (peak - min) / 2 * (1 + cos(pi * (p - warmup_epochs) / cosine_epochs)).
     """
+    low, height = recipe.min_lr, recipe.peak_lr - recipe.min_lr
+    if recipe.schedule == "steps":
+        p, warm = epoch + batch / batches, recipe.warmup_epochs
+        if p < warm:
+            return recipe.start_lr + (recipe.peak_lr - recipe.start_lr) * p / warm
+        return low + height / 2 * (1 + math.cos(math.pi * min((p - warm) / recipe.cosine_epochs, 1)))
     if epoch == 0:
         return min(recipe.peak_lr, recipe.start_lr + (recipe.peak_lr - recipe.start_lr) * batch / max(recipe.warmup, 1))
-    return recipe.min_lr + (recipe.peak_lr - recipe.min_lr) / 2 * (1 + math.cos(math.pi * epoch / recipe.epochs))
+    return low + height / 2 * (1 + math.cos(math.pi * epoch / recipe.epochs))
 
 
 def decays(name: str, parameter: nn.Parameter) -> bool:
@@ -86,13 +113,27 @@ def decays(name: str, parameter: nn.Parameter) -> bool:
     return parameter.dim() >= 2 and not any(part in name for part in ("bias", "ln", "bn"))
 
 
+def multiplier(name: str, recipe: Recipe) -> float:
+    """Of a parameter's learning rate: that of the longest key in its name, or 1."""
+    found = [key for key in recipe.multipliers if key in name]
+    return recipe.multipliers[max(found, key=len)] if found else 1.0
+
+
 def groups(module: nn.Module, recipe: Recipe) -> list[dict]:
-    """AdamW's parameter groups, of what requires gradients: with and without weight decay."""
+    """AdamW's parameter groups, of what requires gradients: by multiplier, and with weight decay before without.
+
+    Raises:
+        ValueError: a multiplier's key is in no name.
+    """
     trained = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
-    return [
-        {"params": [p for n, p in trained if decays(n, p)], "weight_decay": recipe.weight_decay},
-        {"params": [p for n, p in trained if not decays(n, p)], "weight_decay": 0.0},
-    ]
+    idle = [key for key in recipe.multipliers if not any(key in name for name, _ in trained)]
+    if idle:
+        raise ValueError(f"Recipe: no trained parameter has {', '.join(idle)} of multipliers in its name")
+    found: dict[tuple[float, float], list] = {}
+    for name, p in trained:
+        decay = recipe.weight_decay if recipe.decay == "all" or decays(name, p) else 0.0
+        found.setdefault((multiplier(name, recipe), -decay), []).append(p)
+    return [{"params": found[key], "weight_decay": -key[1], "multiplier": key[0]} for key in sorted(found)]
 
 
 def load(path: str | Path, who: str = "train") -> dict:

@@ -14,6 +14,9 @@ from . import decord_reader, pyav_reader, sampling, torchcodec_reader
 from .clip import Clip
 from .index import FrameIndex, scan
 
+# Of the files in a folder, those that are videos.
+SUFFIXES = (".mp4", ".mkv", ".webm", ".avi", ".mov", ".m4v", ".mpg", ".mpeg", ".ts", ".flv", ".wmv", ".ogv", ".3gp")
+
 _DECODE = {"decord": decord_reader.decode, "pyav": pyav_reader.decode, "torchcodec": torchcodec_reader.decode}
 _ITERATE = {"pyav": pyav_reader.iterate, "torchcodec": torchcodec_reader.iterate}
 

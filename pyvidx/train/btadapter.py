@@ -1,0 +1,323 @@
+"""BT-Adapter as a Task: masked pretraining on videos with captions (arXiv:2309.15785, section 3.2)."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from pyvidx.backbones.clip import CLIPVision
+from pyvidx.backbones.clip_text import CLIPText
+from pyvidx.data.captions import captioned
+from pyvidx.integrations.checkpoints import load_official, state_of
+from pyvidx.integrations.clip_text_weights import clip_text
+from pyvidx.integrations.clip_weights import clip_vision
+from pyvidx.integrations.mma_export import export_mma, load_head
+from pyvidx.models.bt_adapter import BTAdapter
+from pyvidx.models.config import BTAdapterConfig, known
+from pyvidx.models.files import FILE_NAME
+from pyvidx.models.pretraining import Pretraining
+from pyvidx.temporal.masking import Drops, drop_path_draws, random_mask, tube_mask
+from pyvidx.train.data import Take, generator, sized
+from pyvidx.train.distributed import Ranks
+from pyvidx.train.features import Features, StoredPairs, digest, store
+from pyvidx.train.loop import Task, autocast
+from pyvidx.train.pairs import Pairs, PairVideos
+from pyvidx.train.recipe import Recipe
+from pyvidx.train.tokens import Tokenize, tokenizer
+
+MASKS = ("tube", "random")
+# The fields of Config that decide what the towers see.
+SEEN = ("text_length", "text_end", "frames", "shorter", "area", "preset")
+
+
+@dataclass(frozen=True)
+class Config:
+    """A pretraining run, as in train/configs/btadapter-webvid.json. Paths are relative to where the command runs.
+
+    Attributes:
+        out: folder for checkpoint, weights, losses and what could not be read.
+        train, held_out: rows, {"kind": ..., ...}, see data.captions.captioned; held_out may be left out.
+        weights: what to start from: a file or folder written by BTAdapter.save, the official pretraining file, a
+            folder of transformers' CLIP, a CLIP's state dict (transformers, open_clip), or
+            {"open_clip": NAME, "pretrained": FILE}.
+        text: the text tower's, one of the last four; None: `weights` holds it.
+        hidden_act: of a CLIP from a state dict, see CLIPVisionConfig.
+        heads: of such a CLIP and of its text tower; None: width / 64.
+        depth, time_length, gated: of a branch that starts from a CLIP, see BTAdapterConfig.
+        tokenizer: folder of transformers; None: open_clip's.
+        text_length, text_end: see train.tokens.tokenizer.
+        frames: T.
+        shorter, area, preset, reader: see train.data.Take; held-out clips are whole, cut to a square in the middle.
+        mask: "tube", or "random": other patches in every frame.
+        mask_rate, mask_order, gradient, loss_weights, drop_path, checkpointing: see Pretraining, loss_weights as
+            `weights` there.
+        features: store what the frozen towers give instead of computing it in every epoch, see train.features.Features.
+        recipe: see Recipe.
+    """
+
+    out: str
+    train: dict
+    weights: str | dict
+    held_out: dict | None = None
+    text: str | dict | None = None
+    hidden_act: str = "quick_gelu"
+    heads: tuple[int, int] | None = None
+    depth: int = 4
+    time_length: int = 64
+    gated: bool = True
+    tokenizer: str | None = None
+    text_length: int = 64
+    text_end: str = "official"
+    frames: int = 8
+    shorter: int | None = 256
+    area: tuple[float, float] = (0.08, 1.0)
+    preset: str = "bt_adapter_train"
+    reader: str = "auto"
+    mask: str = "tube"
+    mask_rate: float = 0.7
+    mask_order: str = "tube"
+    gradient: str = "global"
+    loss_weights: tuple[float, float, float] = (1.0, 0.1, 0.1)
+    drop_path: float = 0.1
+    checkpointing: bool = False
+    features: Features | None = None
+    recipe: Recipe = field(default_factory=Recipe)
+
+    def __post_init__(self):
+        if self.mask not in MASKS:
+            raise ValueError(f"Config: mask must be one of {', '.join(MASKS)}, got {self.mask!r}")
+        for name in ("weights", "text"):
+            value = getattr(self, name)
+            if isinstance(value, dict) and set(value) != {"open_clip", "pretrained"}:
+                raise ValueError(f'Config: {name} must be a path or {{"open_clip", "pretrained"}}, got {value}')
+        if len(self.area) != 2 or not 0 < self.area[0] <= self.area[1] <= 1:
+            raise ValueError(f"Config: area must be two shares in (0, 1], ascending, got {self.area}")
+
+    @classmethod
+    def from_dict(cls, values: dict) -> "Config":
+        """Raises ValueError for fields that are unknown or missing."""
+        values = known(cls, dict(values))
+        missing = {"out", "train", "weights"} - values.keys()
+        if missing:
+            raise ValueError(f"Config: {', '.join(sorted(missing))} must be given")
+        if values.get("features") is not None:
+            values["features"] = Features.from_dict(values["features"])
+        lists = {name: tuple(value) for name, value in values.items() if isinstance(value, list)}
+        return cls(**(values | lists | {"recipe": Recipe.from_dict(values.get("recipe", {}))}))
+
+    @property
+    def about(self) -> dict:
+        """What of it makes another run, beside the recipe."""
+        names = ("mask", "mask_rate", "mask_order", "gradient", "loss_weights", "drop_path")
+        return {name: getattr(self, name) for name in (*SEEN, *names)}
+
+
+class BTAdapterTask(Task):
+    """Trained: the branch, the gates and the head of the token loss.
+
+    Masks and DropPath are drawn for each sample from seed, epoch and row, so they depend on neither the number of
+    processes nor on where a run was ended.
+
+    Args:
+        step: on its device.
+        tokenize: captions to ids.
+        mask: "tube" or "random".
+        seed: of the draws.
+    """
+
+    whole_batch = True
+
+    def __init__(self, step: Pretraining, tokenize: Tokenize, *, mask: str = "tube", seed: int = 42):
+        super().__init__()
+        self.step, self.tokenize, self.mask, self.seed = step, tokenize, mask, seed
+
+    @property
+    def model(self) -> BTAdapter:
+        return self.step.model
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.branch.seed.device
+
+    def count(self, batch: Pairs) -> int:
+        return len(batch)
+
+    def forward(self, batch: Pairs) -> dict[str, Tensor]:
+        """Losses by their names."""
+        mask, drops = self.draws(batch.at, batch.frames)
+        if isinstance(batch.text, Tensor):
+            # Contiguous, as from the backbone: with other strides sums are taken in another order.
+            xs = [x.contiguous() for x in batch.video.to(self.device).unbind(1)]
+            losses = self.step.from_layers(xs, batch.text.to(self.device), mask=mask, drops=drops)
+        else:
+            losses = self.step(*self.inputs(batch), mask=mask, drops=drops)
+        return losses._asdict()
+
+    def inputs(self, batch: Pairs) -> tuple[Tensor, Tensor]:
+        """pixels [B, T, 3, h, w] and ids [B, L]."""
+        return batch.video.to(self.device), self.tokenize(batch.text).to(self.device)
+
+    def frozen(self, batch: Pairs) -> tuple[tuple[Tensor, ...], Tensor]:
+        """What the frozen towers give, see Pretraining.frozen."""
+        return self.step.frozen(*self.inputs(batch))
+
+    def draws(self, at: Sequence[tuple[int, int]], T: int) -> tuple[Tensor, Drops | None]:
+        """Masks [B, P] or [B, T*P] of samples, and in training mode their drops."""
+        P, rate, depth = self.model.config.vision.patches, self.step.mask_rate, self.model.config.depth
+        tube = self.mask == "tube"
+        masks, drops = [], []
+        for epoch, row in at:
+            draws = generator(self.seed, epoch, row, "mask")
+            mask = tube_mask(1, P, rate, generator=draws) if tube else random_mask(1, T, P, rate, generator=draws)
+            K = int((~mask).sum()) // (1 if tube else T)  # kept in a frame slot
+            masks.append(mask)
+            drops.append(drop_path_draws(self.step.drop_path, depth, 1, T, K, generator=draws))
+        layers = [
+            None if layer[0] is None else tuple(torch.cat(part).to(self.device) for part in zip(*layer))
+            for layer in zip(*drops)
+        ]
+        return torch.cat(masks).to(self.device), layers if self.training else None
+
+    def export(self, path: Path, epoch: int) -> None:
+        """All weights under the official names: .safetensors, or .pth as the public code writes it."""
+        weights = {name: value.cpu().contiguous() for name, value in export_mma(self.step).items()}
+        if path.suffix == ".safetensors":
+            save_file(weights, path)
+        else:
+            torch.save({"meta": {"epoch": epoch}, "state_dict": weights}, path)
+
+
+def build(config: Config, device: torch.device) -> BTAdapterTask:
+    """The pretraining of a configuration.
+
+    Raises:
+        FileNotFoundError, ValueError: weights are not there or do not fit.
+        RuntimeError: a library that they need is not installed.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.recipe.seed)  # what the weights do not bring is the same in every process
+        model, text, state = _model(config)
+        if config.text is not None:
+            text = _clip(config, config.text, image=False)[1]
+        if text is None:
+            raise ValueError(f"Config: {config.weights} holds no text tower, so text must be given")
+        options = {name: getattr(config, name) for name in ("mask_rate", "mask_order", "gradient", "drop_path")}
+        step = Pretraining(model, text, weights=config.loss_weights, checkpointing=config.checkpointing, **options)
+        load_head(step, state)
+    task = BTAdapterTask(
+        step.float().to(device),  # trained weights have to be float32, whatever the file has; autocast makes the rest
+        tokenizer(config.tokenizer, config.text_length, config.text_end),
+        mask=config.mask,
+        seed=config.recipe.seed,
+    )
+    task.about = config.about
+    return task
+
+
+def datasets(config: Config, task: BTAdapterTask, ranks: Ranks) -> tuple[Dataset, Dataset | None]:
+    """Training rows, from stored features if the configuration says so (made where they are not there), and held-out
+    ones.
+
+    Raises:
+        FileNotFoundError, ValueError: rows are not there or do not parse; stored features are of something else.
+    """
+    size, recipe = task.model.config.vision.image_size, config.recipe
+    take = Take(
+        config.frames, "random_segment", sized(config.preset, size), config.shorter, config.area, reader=config.reader
+    )
+    data, held_out = PairVideos(captioned(config.train), take, recipe.seed), None
+    if config.held_out is not None:
+        whole = Take(config.frames, "uniform", sized("bt_adapter_retrieval", size), reader=config.reader)
+        held_out = PairVideos(captioned(config.held_out), whole, recipe.seed)
+    if config.features is None:
+        return data, held_out
+    about = {name: getattr(config, name) for name in SEEN}
+    about |= {"rows": data.source.digest(), "towers": digest(task.model.backbone, task.step.text), "seed": recipe.seed,
+              "depth": task.model.config.depth, "tokenizer": config.tokenizer, "amp": recipe.amp}  # fmt: skip
+
+    def frozen(batch: Pairs):
+        with autocast(recipe, ranks):
+            return task.frozen(batch)
+
+    store(config.features, data, frozen, about, ranks, recipe.batch, recipe.workers)
+    return StoredPairs(config.features, about), held_out
+
+
+def _model(config: Config) -> tuple[BTAdapter, CLIPText | None, dict[str, Tensor]]:
+    """The model, the text tower if it is with it, and the state dict it is from, if it is."""
+    # Both codes give the same numbers here but where the public one takes 3 frames for 3 channels.
+    modes = {"compat": "paper", "tower": "mma"}
+    if isinstance(config.weights, str) and _is_ours(Path(config.weights)):
+        return BTAdapter.from_pretrained(config.weights, **modes), None, {}
+    state = {} if isinstance(config.weights, dict) or Path(config.weights).is_dir() else state_of(config.weights)
+    if any("btadapter" in key or "timesFPN" in key for key in state):
+        heads, text_heads = config.heads or (None, None)
+        model, _ = load_official(state, heads=heads, hidden_act=config.hidden_act, **modes)
+        text = {key: value for key, value in state.items() if "text_" in key}
+        return model, clip_text(text, heads=text_heads, hidden_act=config.hidden_act) if text else None, state
+    vision, text = _clip(config, state or config.weights)
+    if vision is None:
+        raise ValueError(f"Config: {config.weights} holds no image tower")
+    sizes = {"depth": config.depth, "time_length": config.time_length, "gated": config.gated}
+    model = BTAdapter(BTAdapterConfig(vision.config, **sizes), **modes)
+    model.backbone.load_state_dict(vision.state_dict())
+    model.init_from_backbone()
+    return model, text, {}
+
+
+def _clip(config: Config, weights: str | dict, *, image: bool = True) -> tuple[CLIPVision | None, CLIPText | None]:
+    """The towers of a CLIP, in any of the forms of Config.weights and Config.text, or of a state dict; image=False
+    leaves that one in a state dict, which may be more than CLIP's."""
+    heads, text_heads = config.heads or (None, None)
+    if isinstance(weights, dict) and "open_clip" in weights:
+        return _open_clip(**weights)
+    if isinstance(weights, str) and Path(weights).is_dir():
+        return _transformers(weights)
+    state = state_of(weights)
+    has_vision = image and any("class_embedding" in key for key in state)
+    vision = clip_vision(state, heads=heads, hidden_act=config.hidden_act) if has_vision else None
+    has_text = any("token_embedding" in key for key in state)
+    return vision, clip_text(state, heads=text_heads, hidden_act=config.hidden_act) if has_text else None
+
+
+def _transformers(folder: str) -> tuple[CLIPVision, CLIPText]:
+    from pyvidx.integrations import huggingface
+
+    try:
+        from transformers import CLIPModel
+    except ImportError as error:
+        raise RuntimeError("train: a folder of transformers needs it: pip install 'pyvidx[hosts]'") from error
+    model = CLIPModel.from_pretrained(folder, local_files_only=True)
+    c = model.config.text_config
+    options = {"heads": c.num_attention_heads, "hidden_act": c.hidden_act, "eps": c.layer_norm_eps}
+    return huggingface.clip_vision(model), clip_text(model.state_dict(), **options)
+
+
+def _open_clip(open_clip: str, pretrained: str) -> tuple[CLIPVision, CLIPText]:
+    from pyvidx.integrations import open_clip as ours
+
+    if not Path(pretrained).is_file():
+        raise FileNotFoundError(f"train: there is no file {pretrained}")  # open_clip would ask the network for it
+    try:
+        from open_clip import create_model
+    except ImportError as error:
+        raise RuntimeError("train: open_clip is not installed: pip install 'pyvidx[hosts]'") from error
+    model = create_model(open_clip, pretrained=pretrained)
+    vision = ours.clip_vision(model)
+    state = {key: value for key, value in model.state_dict().items() if not key.startswith("visual.")}
+    heads = getattr(model, "text", model).transformer.resblocks[0].attn.num_heads
+    return vision, clip_text(state, heads=heads, hidden_act=vision.config.hidden_act)
+
+
+def _is_ours(path: Path) -> bool:
+    """Written by BTAdapter.save."""
+    file = path if path.suffix == ".safetensors" else path / FILE_NAME
+    if not file.is_file():
+        return False
+    with safe_open(file, "pt") as opened:
+        return "pyvidx" in (opened.metadata() or {})

@@ -1,0 +1,195 @@
+"""What BT-Adapter's frozen towers give for every row, on disk: the branch never feeds the backbone, so it is the same
+in every epoch that sees the same frames.
+
+    FOLDER/index.json           what it was made from, and the shards
+    FOLDER/00000.safetensors    of each row in a shard: layers [d, T, 1+P, C], text [E], at (variant, row read)
+
+A row of ViT-L/14 with 8 frames takes 16.8 MB in float16. Frames and boxes are drawn once per variant: epoch e sees
+those of variant e % variants.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+
+from pyvidx.models.config import known
+from pyvidx.train.curve import progress
+from pyvidx.train.distributed import Ranks
+from pyvidx.train.pairs import Pair, Pairs, collate
+
+DTYPES = ("float16", "bfloat16", "float32")
+INDEX = "index.json"
+
+Frozen = Callable[[Pairs], tuple[tuple[Tensor, ...], Tensor]]
+
+
+@dataclass(frozen=True)
+class Features:
+    """Where and how they are stored.
+
+    Attributes:
+        folder: of this data set and these towers alone; the same for all processes.
+        variants: draws of frames and boxes to store of every row.
+        dtype: of the file; "float32" keeps them to the bit, which batches of another size can change.
+        shard: rows of a file.
+    """
+
+    folder: str
+    variants: int = 1
+    dtype: str = "float16"
+    shard: int = 64
+
+    def __post_init__(self):
+        if self.dtype not in DTYPES:
+            raise ValueError(f"Features: dtype must be one of {', '.join(DTYPES)}, got {self.dtype!r}")
+        if self.variants < 1 or self.shard < 1:
+            raise ValueError(f"Features: variants and shard must be at least 1, got {self.variants} and {self.shard}")
+
+    @classmethod
+    def from_dict(cls, values: dict) -> "Features":
+        return cls(**known(cls, values))
+
+
+def digest(*modules: nn.Module) -> str:
+    """A hash of their parameters' names, dtypes and values."""
+    result = hashlib.sha256()
+    for module in modules:
+        for name, p in sorted(module.state_dict().items()):
+            result.update(f"{name} {p.dtype} {tuple(p.shape)} ".encode())
+            result.update(p.detach().cpu().contiguous().view(torch.uint8).numpy().data)
+    return result.hexdigest()
+
+
+def store(features: Features, data: Dataset, frozen: Frozen, about: dict, ranks: Ranks, batch: int, workers: int = 0):
+    """Write what is not there yet; all processes call it, and each writes its share of the shards.
+
+    Args:
+        data: of Pair, indexed by (epoch, row).
+        frozen: a batch to outputs of d backbone layers, [B, T, 1+P, C] each, and text embeddings [B, E].
+        about: what the numbers depend on; JSON.
+        batch: rows to run at once.
+        workers: as in Recipe.
+
+    Raises:
+        ValueError: the folder holds features of something else, or a value does not fit the dtype.
+    """
+    folder, about = Path(features.folder), _about(features, about)
+    index = folder / INDEX
+    if all(ranks.gathered(index.exists())):
+        StoredPairs(features, about)  # refuses others
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    order = [(variant, row) for variant in range(features.variants) for row in range(len(data))]
+    shards = [order[i : i + features.shard] for i in range(0, len(order), features.shard)]
+    paths = [folder / f"{number:05d}.safetensors" for number in range(len(shards))]
+    # What an interrupted run left is counted by one process, before any writes: all need the same list.
+    found = ranks.gathered({n: _broken(p, about) for n, p in enumerate(paths)} if ranks.first else None)[0]
+    mine = [number for number, broken in found.items() if broken is None][ranks.rank :: ranks.world]
+    batches = {n: [shards[n][i : i + batch] for i in range(0, len(shards[n]), batch)] for n in mine}
+    loader = iter(
+        DataLoader(
+            data,
+            batch_sampler=[rows for n in mine for rows in batches[n]],  # one loader: workers take seconds to start
+            collate_fn=list,
+            num_workers=workers,
+            generator=torch.Generator(),
+            multiprocessing_context="spawn" if workers else None,
+        )
+    )
+    bar = progress(len(mine), unit="shard of features") if ranks.first else None
+    for number in mine:
+        found[number] = _write(paths[number], islice(loader, len(batches[number])), frozen, features.dtype, about)
+        if bar is not None:
+            bar.update()
+    if bar is not None:
+        bar.close()
+    for part in ranks.gathered({number: found[number] for number in mine}):
+        found |= part
+    if ranks.first:
+        broken = {number * features.shard + int(i): why for number in found for i, why in found[number].items()}
+        content = {"about": about, "rows": len(data), "broken": broken}
+        _replace(index, lambda part: part.write_text(json.dumps(content)))
+    ranks.total(0)  # nobody reads before it is there
+
+
+class StoredPairs(Dataset):
+    """The rows of a folder that `store` filled, indexed by (epoch, row).
+
+    Raises:
+        FileNotFoundError: there is no index.
+        ValueError: they were made from something else.
+    """
+
+    def __init__(self, features: Features, about: dict):
+        self.folder, self.variants, self.shard = Path(features.folder), features.variants, features.shard
+        content = json.loads((self.folder / INDEX).read_text())
+        about, found = _about(features, about), content["about"]
+        other = [f"{k} {found.get(k)} (now {about.get(k)})" for k in {**found, **about} if found.get(k) != about.get(k)]
+        if other:
+            raise ValueError(f"train: the features in {self.folder} are of something else: {', '.join(other)}")
+        self.rows, self.broken = content["rows"], content["broken"]
+
+    def __len__(self) -> int:
+        return self.rows
+
+    def __getitem__(self, at: tuple[int, int]) -> Pair:
+        epoch, row = at
+        place = epoch % self.variants * self.rows + row
+        number, i = divmod(place, self.shard)
+        with safe_open(self.folder / f"{number:05d}.safetensors", "pt") as file:
+            layers, text, read = (file.get_slice(name)[i].clone() for name in ("layers", "text", "at"))
+        # In this epoch: masks are drawn anew.
+        return Pair((epoch, int(read[1])), text, layers.float(), self.broken.get(str(place), {}))
+
+    collate = staticmethod(collate)
+
+
+def _about(features: Features, about: dict) -> dict:
+    own = {"variants": features.variants, "dtype": features.dtype, "shard": features.shard}
+    return json.loads(json.dumps(about | own))
+
+
+@torch.no_grad()
+def _write(
+    path: Path, batches: Iterable[list[Pair]], frozen: Frozen, dtype: str, about: dict
+) -> dict[int, dict[str, str]]:
+    """A shard; what of its rows could not be read, by their place in it."""
+    parts, broken = {"layers": [], "text": [], "at": []}, []
+    for pairs in batches:
+        xs, text = frozen(collate(pairs))
+        parts["layers"].append(torch.stack(xs, dim=1).to("cpu", getattr(torch, dtype)))
+        parts["text"].append(text.float().cpu())  # few
+        parts["at"].append(torch.tensor([pair.at for pair in pairs]))
+        if not bool(parts["layers"][-1].isfinite().all()):
+            raise ValueError(f"train: backbone outputs do not fit {dtype}; store them as bfloat16 or float32")
+        broken += [pair.broken for pair in pairs]
+    tensors = {name: torch.cat(values).contiguous() for name, values in parts.items()}
+    found = {i: why for i, why in enumerate(broken) if why}
+    header = {"format": "pt", "pyvidx": json.dumps({"about": about, "broken": found})}
+    _replace(path, lambda part: save_file(tensors, part, header))
+    return found
+
+
+def _broken(path: Path, about: dict) -> dict[str, dict[str, str]] | None:
+    """What a shard that an interrupted run left could not read; None: there is none like it."""
+    if not path.exists():
+        return None
+    with safe_open(path, "pt") as file:
+        header = json.loads(file.metadata()["pyvidx"])
+    return header["broken"] if header["about"] == about else None
+
+
+def _replace(path: Path, write: Callable[[Path], object]) -> None:
+    part = path.with_name(path.name + ".part")
+    write(part)
+    os.replace(part, path)

@@ -1,0 +1,49 @@
+"""Captions to CLIP's token ids."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from torch import Tensor
+
+ENDS = ("official", "kept")
+CONTEXT = 77
+
+Tokenize = Callable[[Sequence[str]], Tensor]
+
+
+def tokenizer(folder: str | None = None, length: int = CONTEXT, end: str = "official") -> Tokenize:
+    """CLIP's byte-pair encoding.
+
+    Args:
+        folder: of a transformers tokenizer; None: open_clip, which brings the vocabulary.
+        length: L, at most 77.
+        end: "official": texts are cut to 77 with their end token, and then to L without it, as by the public code, so
+            that a longer one is read at whatever id is largest; "kept": cut to L with it.
+
+    Returns:
+        texts -> int64 [B, L].
+
+    Raises:
+        ValueError: length or end is not one of these.
+        FileNotFoundError: there is no such folder.
+        RuntimeError: the library is not installed.
+    """
+    if end not in ENDS or not 2 <= length <= CONTEXT:
+        raise ValueError(f"tokenizer: end must be one of {ENDS} and length in [2, {CONTEXT}], got {end!r}, {length}")
+    if folder is not None and not Path(folder).is_dir():
+        raise FileNotFoundError(f"tokenizer: there is no folder {folder}")  # transformers would ask the network for it
+    try:
+        if folder is None:
+            from open_clip.tokenizer import SimpleTokenizer
+        else:
+            from transformers import AutoTokenizer
+    except ImportError as error:
+        library = "open_clip" if folder is None else "transformers"
+        raise RuntimeError(f"tokenizer: {library} is not installed: pip install 'pyvidx[hosts]'") from error
+    whole = CONTEXT if end == "official" else length
+    if folder is None:
+        encode = SimpleTokenizer(context_length=whole)
+        return lambda texts: encode(list(texts))[:, :length]
+    encode = AutoTokenizer.from_pretrained(folder)
+    options = {"padding": "max_length", "truncation": True, "max_length": whole, "return_tensors": "pt"}
+    return lambda texts: encode(list(texts), **options)["input_ids"][:, :length]
