@@ -12,22 +12,6 @@ from pyvidx.models import BTAdapter, Encoding
 from pyvidx.preprocess import PRESETS, Preset, preprocess
 from pyvidx.video import Clip, read
 
-VIDEO_SUFFIXES = {
-    ".mp4",
-    ".mkv",
-    ".webm",
-    ".avi",
-    ".mov",
-    ".m4v",
-    ".mpg",
-    ".mpeg",
-    ".ts",
-    ".flv",
-    ".wmv",
-    ".ogv",
-    ".3gp",
-}
-
 
 @dataclass(frozen=True)
 class Encoded:

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from pyvidx import embeddings
-from pyvidx.encode import VIDEO_SUFFIXES, Timing, encode_videos
+from pyvidx.encode import Timing, encode_videos
 from pyvidx.models import BTAdapter
 from pyvidx.preprocess import PRESETS
 from pyvidx.video import sampling

@@ -5,8 +5,8 @@ import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from pyvidx.encode import VIDEO_SUFFIXES
 from pyvidx.eval.annotations.sample import need
+from pyvidx.video.reader import SUFFIXES
 
 
 def json_lines(path: str | Path, names: Sequence[str]) -> list[dict]:
@@ -48,7 +48,7 @@ class Named:
         """The video files of a folder and its folders."""
         if not Path(root).is_dir():
             raise FileNotFoundError(f"eval: there is no folder {root}")
-        return cls(str(p) for p in sorted(Path(root).rglob("*")) if p.suffix.lower() in VIDEO_SUFFIXES)
+        return cls(str(p) for p in sorted(Path(root).rglob("*")) if p.suffix.lower() in SUFFIXES)
 
     def find(self, name: str) -> str | None:
         """The path, None if there is none; ValueError if there are several."""
@@ -64,4 +64,4 @@ def _bare(path: str) -> str:
     """Without the suffix of a video. LSMDC's names hold dots, so no other is taken off."""
     path = Path(path).as_posix()
     dot = path.rfind(".")
-    return path[:dot] if dot > 0 and path[dot:].lower() in VIDEO_SUFFIXES else path
+    return path[:dot] if dot > 0 and path[dot:].lower() in SUFFIXES else path
