@@ -2,6 +2,7 @@ from pyvidx.ops.bank_attention import bank_attention
 from pyvidx.ops.gated_fusion import fusion_input, gated_fusion, output_gate
 from pyvidx.ops.memory_merge import memory_merge, memory_merge_
 from pyvidx.ops.memory_scan import MergePlan, memory_replay, memory_scan_, settle_
+from pyvidx.ops.quick_gelu import quick_gelu
 from pyvidx.ops.temporal_attention import temporal_attention
 from pyvidx.ops.token_gather import token_gather
 
@@ -15,6 +16,7 @@ __all__ = [
     "memory_replay",
     "memory_scan_",
     "output_gate",
+    "quick_gelu",
     "settle_",
     "temporal_attention",
     "token_gather",
