@@ -1,9 +1,9 @@
 """One step of BT-Adapter's pretraining, T = 8: forward, losses, backward, against the official step in plain torch.
 
 From pixels (the frozen towers included) and from the outputs of the last backbone layers, with the tube mask of 0.7 and
-without. The towers share one set of weights. Of the branch's own step a profile tells matrix products and attention from
-the rest, whose least traffic is counted below; `rest_floor_share` is a copy of as many bytes over it. Wall times of a
-busy machine drift by more than the ratio: `vs_eager_cpu` is that of the threads' CPU time.
+without. Of the branch's own step a profile tells matrix products and attention from the rest, whose least traffic is
+counted below; `rest_floor_share` is a copy of as many bytes over it. Wall times of a busy machine drift by more than
+the ratio: `vs_eager_cpu` is that of the process's CPU time.
 """
 
 import dataclasses
@@ -103,9 +103,9 @@ def least_rest(ours: Pretraining, B: int, K: int) -> int:
     """Bytes of the branch's step that are neither products' nor attention's, each tensor once per fused pass.
 
     In passes over the kept tokens [B, T, K, C], per layer: fusion with LayerNorm 4 forward (3 in layer 0, which has no
-    z) and 5 backward (4); temporal attention 4 and 7; residual, class rows and LayerNorm 4 and 4; residual and LayerNorm
-    4 and 4; QuickGELU on 4 C 8 and 12; the last residual 3 and 0. Then the two normalized tensors of the token loss,
-    of width E: 2 and 3, the head's LayerNorm 2 and 4, and LayerNorm of the teacher's tokens 2.
+    z) and 5 backward (4); temporal attention 4 and 7; residual, class rows and LayerNorm 4 and 4; residual and
+    LayerNorm 4 and 4; QuickGELU on 4 C 8 and 12; the last residual 3 and 0. Then, of width E, the token loss 2 and 3
+    and the head's LayerNorm 2 and 4, and LayerNorm of the teacher's tokens 2.
     """
     config = ours.model.config
     item = next(ours.parameters()).element_size()

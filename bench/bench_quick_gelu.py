@@ -1,4 +1,4 @@
-"""QuickGELU over the MLP rows of CLIP-L/14 and B/16, T = 8, and its gradient. Eager is the official x * sigmoid(1.702 x)."""
+"""QuickGELU over the MLP rows of CLIP-L/14 and B/16, T = 8, and its gradient. Eager is x * sigmoid(1.702 x)."""
 
 import pytest
 import torch

@@ -6,7 +6,7 @@ import torch
 from pyvidx.cli import plan as cli
 from pyvidx.models.config import BTAdapterConfig
 from pyvidx.models.reference import ReferenceBTAdapter
-from pyvidx.train.cost import CARDS, Cost, Plan, Shares, count, parts, reduce_seconds, seconds
+from pyvidx.train.cost import Cost, Plan, Shares, cards, count, parts, reduce_seconds, seconds
 
 GIGA = 1e9
 
@@ -43,7 +43,7 @@ def test_the_official_forward(size, want):
 
 
 def test_branch(masked, unmasked):
-    """The closed formulas per branch layer: T n (10 D^2 + 4 T D), S 8 D^2 (n + T) + 16 D^2 (n + 1) + 4 D (P + 1)^2 T."""
+    """The closed counts of a layer: T n (10 D^2 + 4 T D), S 8 D^2 (n + T) + 16 D^2 (n + 1) + 4 D (P + 1)^2 T."""
     D, T = 1024, 8
     for found, P, want in ((unmasked, 256, 301.4), (masked, 77, 89)):
         n = P * T
@@ -91,18 +91,23 @@ def test_seconds():
 
 
 def test_command(capsys):
-    options = ["pretrain", "--size", "tiny", "--batch", "2", "--cards", "4", "--card", "h100", "--decode-seconds", "0.1"]
+    options = "pretrain --size tiny --batch 2 --cards 4 --card h100 --decode-seconds 0.1".split()
     cli.main([*options, "--decode-cores", "10"])
     text = capsys.readouterr().out
-    assert CARDS["cards"]["h100"]["name"] in text and "assumed, not measured" in text and "slides: 3 hours" in text
+    assert cards()["cards"]["h100"]["name"] in text and "assumed, not measured" in text and "slides: 3 hours" in text
     assert "69 core hours: 6.9 hours on 10 cores" in text
     cli.main([*options[:-2], "--cached-features", "--no-mask"])
     text = capsys.readouterr().out
     assert "stored outputs" in text and "mask 0," in text and "decoding" not in text
-    for bad, message in ((["--products-share", "2"], "share of products"), (["--cards", "0"], "at least 1"),
-                         (["--decode-video", "/nowhere.mp4"], "/nowhere.mp4")):  # fmt: skip
+    for bad, message in {
+        "--products-share 2": "share of products",
+        "--cards 0": "at least 1",
+        "--mask-rate 1": "mask rate",
+        "--frames 65": "frames must be",
+        "--decode-video /nowhere.mp4": "/nowhere.mp4",
+    }.items():
         with pytest.raises(SystemExit):
-            cli.main([*options[:7], *bad])
+            cli.main([*options[:7], *bad.split()])
         assert message in capsys.readouterr().err
 
 

@@ -25,8 +25,10 @@ ACTIVATIONS = {"quick_gelu": _quick_gelu, "gelu": F.gelu, "silu": _silu}
 
 
 def residual(x: Tensor, y: Tensor) -> Tensor:
-    """x + y, written into y, the fresh output of a linear layer, without autograd: there y is a view of what the product
-    wrote, and writing into a view makes the backward pass copy the gradient three times."""
+    """x + y, written into y, the fresh output of a linear layer, where no gradient is wanted.
+
+    Under autograd y is a view of what the product wrote: writing into it makes the backward pass copy the gradient.
+    """
     return y.add_(x) if y.dtype == x.dtype and not wants_grad(x, y) else x + y
 
 

@@ -6,6 +6,7 @@ results of every operation that is not a view, once each: what the project's fus
 operation at a time; attention is taken to run without its scores in memory, as on a GPU.
 """
 
+import functools
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -25,9 +26,14 @@ from pyvidx.models.config import BTAdapterConfig
 from pyvidx.models.pretraining import Pretraining
 from pyvidx.temporal.grouping import Grouping
 
-CARDS = json.loads((Path(__file__).parent / "cards.json").read_text())
 TEXT_LENGTH = 64  # of the official pretraining
 OPTIMIZER_BYTES = 30  # of a value: AdamW reads it, its gradient and two moments, writes three of them and a 16-bit copy
+
+
+@functools.cache
+def cards() -> dict:
+    """Data-sheet numbers of known cards, and their source."""
+    return json.loads((Path(__file__).parent / "cards.json").read_text())
 
 
 @dataclass(frozen=True)
@@ -118,6 +124,15 @@ class Plan:
     mask_rate: float = 0.7
     checkpoint: bool = True
     cached: bool = False
+
+    def __post_init__(self):
+        if not 0 <= self.mask_rate < 1:
+            raise ValueError(f"plan: the mask rate must be in [0, 1), got {self.mask_rate}")
+        if not 1 <= self.frames <= self.config.time_length or self.batch < 1:
+            raise ValueError(
+                f"plan: frames must be in [1, {self.config.time_length}] and batch at least 1, "
+                f"got {self.frames} and {self.batch}"
+            )
 
     @property
     def config(self) -> BTAdapterConfig:
