@@ -6,6 +6,7 @@ _HOME = {
     "BTAdapter": "pyvidx.models",
     "Encoding": "pyvidx.models",
     "MALMM": "pyvidx.models",
+    "VideoEncoder": "pyvidx.models",
     "Clip": "pyvidx.video",
     "read": "pyvidx.video",
     "stream": "pyvidx.video",

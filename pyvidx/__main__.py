@@ -9,6 +9,7 @@ COMMANDS = {
     "memory": "stream one video through a memory bank and draw what its slots hold",
     "train": "fine-tune a model, on one device or with torchrun on several",
     "plan": "hours of a pretraining run on cards of a kind, from counted work",
+    "flops": "parameters, arithmetic and memory of every temporal module",
     "info": "versions, devices, and which op runs as kernel or reference",
 }
 
@@ -26,6 +27,8 @@ def main() -> int:
         from pyvidx.cli.encode import main as run
     elif name == "eval":
         from pyvidx.cli.eval import main as run
+    elif name == "flops":
+        from pyvidx.cli.flops import main as run
     elif name == "memory":
         from pyvidx.cli.memory import main as run
     elif name == "train":

@@ -119,9 +119,13 @@ class CLIPVision(nn.Module):
 
     def embed(self, pixels: Tensor, *, interpolate: bool = False) -> Tensor:
         """LN([class; patches W] + position): the input of layer 0. [..., 3, h, w] -> [..., 1+P, C]."""
+        return self.norm_pre(self.tokens(pixels, interpolate=interpolate))
+
+    def tokens(self, pixels: Tensor, *, interpolate: bool = False) -> Tensor:
+        """[class; patches W] + position, before the first LayerNorm. [..., 3, h, w] -> [..., 1+P, C]."""
         x, rows, columns = patch_rows("CLIPVision", pixels, self.patch)
         x = torch.cat([self.class_token.expand(x.shape[0], 1, -1), x], dim=1)
-        x = self.norm_pre(x + self._positions(rows, columns, interpolate))
+        x = x + self._positions(rows, columns, interpolate)
         return x.view(*pixels.shape[:-3], *x.shape[1:])
 
     def _positions(self, rows: int, columns: int, interpolate: bool) -> Tensor:

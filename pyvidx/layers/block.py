@@ -65,16 +65,20 @@ class Block(nn.Module):
         self.fc1 = nn.Linear(width, mlp_width)
         self.fc2 = nn.Linear(mlp_width, width)
 
-    def forward(self, x: Tensor) -> Tensor:  # [..., N, C] -> [..., N, C], attention over N
-        x = residual(x, self.attend(x))
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        """[..., N, C] -> [..., N, C], attention over N. mask: as in `attend`."""
+        x = residual(x, self.attend(x, mask))
         return residual(x, self.mlp(x))
 
-    def attend(self, x: Tensor) -> Tensor:
-        """MHA(LN x) without the residual. [..., N, C] -> [..., N, C]."""
+    def attend(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        """MHA(LN x) without the residual. [..., N, C] -> [..., N, C].
+
+        mask: bool, True = attended to, of a shape that broadcasts to [rows, H, N, N]; not for a causal block.
+        """
         *rows, N, C = x.shape
         qkv = self.qkv(self.norm1(x)).view(-1, N, 3, self.heads, C // self.heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # [rows, H, N, D] each
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=self.causal)
         return self.out(y.transpose(1, 2).reshape(*rows, N, C))
 
     def hidden(self, x: Tensor) -> Tensor:

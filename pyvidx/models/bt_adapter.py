@@ -1,21 +1,22 @@
 """BT-Adapter (One For All, arXiv:2309.15785): a CLIP tower and the branch that gives it a sense of time."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from pyvidx.backbones.clip import CLIPVision
+from pyvidx.encoding import Encoding
 from pyvidx.models import files
 from pyvidx.models.config import BTAdapterConfig
-from pyvidx.models.encoding import Encoding
 from pyvidx.models.fold import fold
-from pyvidx.ops import output_gate
+from pyvidx.temporal.branch import encode_branch, frame_vectors, until_last
 from pyvidx.temporal.bt_adapter import BTAdapterBranch
+from pyvidx.temporal.frames import check_frame_mask, on_real_frames, real_only
 from pyvidx.temporal.grouping import Grouping, grouping
-
-OUTPUTS = ("tokens", "pooled")
+from pyvidx.temporal.module import OUTPUTS
 
 
 class BTAdapter(nn.Module):
@@ -62,6 +63,7 @@ class BTAdapter(nn.Module):
         outputs: Sequence[str] | None = None,
         times: Tensor | None = None,
         mask: Tensor | None = None,
+        frame_mask: Tensor | None = None,
     ) -> Encoding:
         """Encode videos.
 
@@ -76,19 +78,27 @@ class BTAdapter(nn.Module):
             times: [B, T] seconds, passed through.
             mask: True = removed from the branch; [P] or [B, P] (paper), [B, T*P] frame-major (official mma). Only for
                 outputs=("pooled",).
+            frame_mask: bool [B, T], True = a real frame: the others, of padded clips, have no influence, whatever they
+                hold. For clips of at most config.time_length frames, and not for the official llava tower.
 
         Raises:
-            ValueError: the input, the frame count, the mask or the outputs do not fit.
+            ValueError: the input, the frame count, a mask or the outputs do not fit.
         """
         if self.config.part == "features":
-            return self.encode_features(pixels, outputs=outputs, times=times)
+            return self.encode_features(pixels, outputs=outputs, times=times, frame_mask=frame_mask)
         wanted, pixels = self._wanted(outputs), self.read_pixels(pixels)
-        self._group(pixels.shape[1], mask, pixels.device, wanted)  # refuses frame counts and masks before the work
-        xs = self.backbone(pixels, self._branch_inputs(wanted))
-        return self.encode_layers(xs, outputs=outputs, times=times, mask=mask)
+        real = check_frame_mask("BTAdapter", frame_mask, *pixels.shape[:2], pixels.device)
+        group = self._group(pixels.shape[1], mask, pixels.device, wanted, real)  # refuses what does not fit first
+        xs = on_real_frames(lambda x: self.backbone(x, self._branch_inputs(wanted)), pixels, real)
+        return self._encode(xs, group, wanted, times)
 
     def encode_features(
-        self, features: Tensor, *, outputs: Sequence[str] | None = None, times: Tensor | None = None
+        self,
+        features: Tensor,
+        *,
+        outputs: Sequence[str] | None = None,
+        times: Tensor | None = None,
+        frame_mask: Tensor | None = None,
     ) -> Encoding:
         """The same from stored backbone tokens: the input of backbone layer L - d, for any part of the model.
 
@@ -97,11 +107,13 @@ class BTAdapter(nn.Module):
                 video, and fails on [B, 3, 1+P, C], which it takes for pixels.
         """
         wanted, x, xs = self._wanted(outputs), self._read_features(features), []
-        self.grouping(x)  # refuses a wrong shape or frame count before the work
+        real = check_frame_mask("BTAdapter", frame_mask, *x.shape[:2], x.device)
+        group = self.grouping(x, frame_mask=real)  # refuses a wrong shape or frame count before the work
+        x = real_only(x, real)
         for i in self._branch_inputs(wanted):
             x = self.backbone.blocks[str(i)](x)
             xs.append(x)
-        return self.encode_layers(xs, outputs=outputs, times=times)
+        return self._encode(xs, group, wanted, times)
 
     def encode_layers(
         self,
@@ -110,6 +122,7 @@ class BTAdapter(nn.Module):
         outputs: Sequence[str] | None = None,
         times: Tensor | None = None,
         mask: Tensor | None = None,
+        frame_mask: Tensor | None = None,
     ) -> Encoding:
         """The branch and the heads on backbone outputs, which may be cached: the branch never feeds the backbone.
 
@@ -122,59 +135,45 @@ class BTAdapter(nn.Module):
                 f"BTAdapter: {' and '.join(wanted)} need the outputs of backbone layers "
                 f"{list(self._branch_inputs(wanted))}, got {len(xs)} tensors"
             )
-        group, last = self.grouping(xs[0], mask, wanted), len(xs) - 1
-        states, mixed = self._run_branch(xs, group)
-        if wanted == ("tokens",):
-            return Encoding(
-                tokens=fused_tokens(xs[last], *self.branch.spatial[last].mean_tokens(*mixed, group)), times=times
-            )
-        tokens = None
-        if "tokens" in wanted:
-            z, cls = states[-1]
-            tokens = fused_tokens(xs[last - 1], group.patch_mean(z), cls)
-        # The projection has no bias: the mean of the frames' projections is the projection of their mean.
-        frames = self.frame_vectors(xs[last], self.branch.spatial[last].class_token(*mixed)).mean(dim=1)
-        projection = self.backbone.projection
-        return Encoding(tokens, frames if projection is None else projection(frames), times)
+        real = check_frame_mask("BTAdapter", frame_mask, *xs[0].shape[:2], xs[0].device)
+        group = self.grouping(xs[0], mask, wanted, real)
+        return self._encode([real_only(x, real) for x in xs], group, wanted, times)
+
+    def _encode(self, xs: Sequence[Tensor], group: Grouping, wanted: Sequence[str], times: Tensor | None) -> Encoding:
+        gate = {"gate": self.output_gate, "gate_scale": self.config.output_gate_scale}
+        return replace(encode_branch(self.branch, xs, self.backbone, group, wanted, **gate), times=times)
 
     def encode_frames(self, pixels: Tensor) -> Tensor:
         """One vector per frame, whose mean, projected, is "pooled". pixels as in `forward` -> [B, T, C]."""
         xs = self.backbone(self.read_pixels(pixels), self._branch_inputs(self._wanted(("pooled",))))
-        _, mixed = self._run_branch(xs, self.grouping(xs[0]))
+        _, mixed = until_last(self.branch, xs, self.backbone.position, self.grouping(xs[0]))
         return self.frame_vectors(xs[-1], self.branch.spatial[-1].class_token(*mixed))
 
-    def _run_branch(self, xs: Sequence[Tensor], group: Grouping) -> tuple[list, tuple[Tensor, Tensor, Tensor]]:
-        """States of all layers but the last, and the last up to its space attention: of that less may be needed."""
-        position, last = self.backbone.position, len(xs) - 1
-        states = self.branch(xs[:last], position, group)
-        return states, self.branch.mix(last, xs[last], states[-1] if states else None, position, group)
-
     def frame_vectors(self, x: Tensor, cls: Tensor) -> Tensor:
-        """LN((1 - w) cls + w X_cls) of every frame, w = sigmoid(1e4 * output_gate); ungated LN(cls + X_cls).
+        """LN((1 - w) cls + w X_cls) of every frame, see pyvidx.temporal.branch. x [B, T, 1+P, C] of the last backbone
+        layer, cls [B, C] of the last branch layer -> [B, T, C]."""
+        return frame_vectors(x, cls, self.backbone, self.output_gate, self.config.output_gate_scale)
 
-        x [B, T, 1+P, C] of the last backbone layer, cls [B, C] of the last branch layer -> [B, T, C].
-        """
-        norm = self.backbone.norm_post
-        return output_gate(
-            x[:, :, 0],
-            cls,
-            self.output_gate,
-            scale=self.config.output_gate_scale,
-            norm=(norm.weight, norm.bias, norm.eps),
-        )
-
-    def grouping(self, x: Tensor, mask: Tensor | None = None, wanted: Sequence[str] = ()) -> Grouping:
+    def grouping(
+        self,
+        x: Tensor,
+        mask: Tensor | None = None,
+        wanted: Sequence[str] = (),
+        frame_mask: Tensor | None = None,
+    ) -> Grouping:
         """The arrangement of the branch tokens of backbone tokens x [B, T, 1+P, C]."""
         P, C = self.config.vision.patches, self.config.vision.width
         if x.dim() != 4 or x.shape[2] != 1 + P or x.shape[3] != C:
             raise ValueError(f"BTAdapter: backbone tokens must be [B, T, {1 + P}, {C}], got {tuple(x.shape)}")
-        return self._group(x.shape[1], mask, x.device, wanted)
+        return self._group(x.shape[1], mask, x.device, wanted, frame_mask)
 
-    def _group(self, T: int, mask: Tensor | None, device: torch.device, wanted: Sequence[str]) -> Grouping:
+    def _group(
+        self, T: int, mask: Tensor | None, device: torch.device, wanted: Sequence[str], frame_mask: Tensor | None
+    ) -> Grouping:
         if mask is not None and "tokens" in wanted:
             raise ValueError("BTAdapter: tokens need all patches; with a mask ask for outputs=('pooled',)")
         modes = {"compat": self.compat, "tower": self.tower, "time_length": self.config.time_length}
-        return grouping(T, self.config.vision.patches, mask=mask, device=device, **modes)
+        return grouping(T, self.config.vision.patches, mask=mask, frame_mask=frame_mask, device=device, **modes)
 
     def read_pixels(self, pixels: Tensor) -> Tensor:
         """The forms `forward` takes -> [B, T, 3, h, w]."""
@@ -273,12 +272,3 @@ class BTAdapter(nn.Module):
             for layer in model.branch.temporal:
                 nn.init.normal_(layer.fc.weight, std=model.config.vision.width**-0.5)
         return model.eval()
-
-
-def fused_tokens(x: Tensor, patches: Tensor, cls: Tensor) -> Tensor:
-    """What a language model gets: means over time of backbone and branch, averaged; patches first, class token last.
-
-    x [B, T, 1+P, C] of the backbone, patches [B, P, C] (frame means) and cls [B, C] of the branch -> [B, 1+P, C].
-    """
-    x = x.mean(dim=1)
-    return torch.cat([x[:, 1:] + patches, (x[:, 0] + cls)[:, None]], dim=1) / 2

@@ -13,6 +13,7 @@ from torch import Tensor
 
 _lib = torch.library.Library("pyvidx", "DEF")
 REFERENCES: dict[str, Callable] = {}  # op name -> reference, in order of definition
+FLOPS: dict[str, Callable] = {}  # op name -> its matrix products, for pyvidx.flops
 
 
 def define(
@@ -23,6 +24,7 @@ def define(
     backward: Callable | None = None,
     setup_context: Callable | None = None,
     autocast: str | None = None,
+    flops: Callable | None = None,
 ) -> torch._ops.OpOverload:
     """Register torch.ops.pyvidx.<name> and return it.
 
@@ -33,6 +35,8 @@ def define(
         backward, setup_context: as in torch.library.register_autograd.
         autocast: under torch.autocast, "low" casts floating inputs to the autocast dtype (as for a matmul), "widest"
             to the widest dtype among them (as for a sum). None: inputs are taken as they are.
+        flops: operations in matrix products, 2 per multiply-add, as a function of the arguments with shapes in place
+            of tensors. None: it has none.
     """
     name = schema.split("(")[0]
 
@@ -51,6 +55,8 @@ def define(
         for device in ("cpu", "cuda"):
             _lib.impl(name, _autocast_rule(op, device, autocast), f"Autocast{device.upper()}")
     REFERENCES[name] = reference
+    if flops is not None:
+        FLOPS[name] = flops
     return op
 
 

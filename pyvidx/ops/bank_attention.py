@@ -148,6 +148,12 @@ def _reference_out(q, rows, table, sizes, mask, heads, scale, out):
     out.copy_(reference(q, rows, table, sizes, mask, heads, scale))
 
 
+def _flops(q, rows, table, sizes, mask, heads, scale, *out):
+    B, t, n, D = q
+    L = rows[1] if table is None else table[3]
+    return 4 * B * t * n * rows[2] * L * D  # scores, and their product with the values
+
+
 def _setup_context(ctx, inputs, output):
     q, rows, table, sizes, mask, ctx.heads, ctx.scale = inputs
     ctx.save_for_backward(q, rows, table, sizes, mask)
@@ -168,10 +174,12 @@ _op = define(
     backward=_backward,
     setup_context=_setup_context,
     autocast="low",
+    flops=_flops,
 )
 _op_out = define(
     "bank_attention_out(Tensor q, Tensor rows, Tensor? table, Tensor? sizes, Tensor? mask, int heads, float scale,"
     " Tensor(a!) out) -> ()",
     reference=_reference_out,
     fake=lambda q, rows, table, sizes, mask, heads, scale, out: None,
+    flops=_flops,
 )

@@ -69,6 +69,11 @@ def _fake(qkv, scale):
     return qkv.new_empty(B, T, P, H * D)
 
 
+def _flops(qkv, scale, *out):
+    B, T, P, _, H, D = qkv
+    return 4 * B * P * H * T * T * D  # scores, and their product with the values
+
+
 def _setup_context(ctx, inputs, output):
     qkv, ctx.scale = inputs
     ctx.save_for_backward(qkv)
@@ -86,14 +91,17 @@ _op = define(
     backward=_backward,
     setup_context=_setup_context,
     autocast="low",
+    flops=_flops,
 )
 _op_out = define(
     "temporal_attention_out(Tensor qkv, float scale, Tensor(a!) out) -> ()",
     reference=_reference_out,
     fake=lambda qkv, scale, out: None,
+    flops=_flops,
 )
 _op_backward = define(
     "temporal_attention_backward(Tensor grad_out, Tensor qkv, float scale) -> Tensor",
     reference=reference_backward,
     fake=lambda grad_out, qkv, scale: qkv.new_empty(qkv.shape),
+    flops=lambda grad_out, qkv, scale: 5 * _flops(qkv, scale) // 2,  # five products where forward has two
 )

@@ -17,28 +17,35 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pyvidx.layers.block import Block, residual, wants_grad
-from pyvidx.ops import fusion_input, gated_fusion, temporal_attention
+from pyvidx.ops import fusion_input, gated_fusion
+from pyvidx.ops.gated_fusion_reference import mix
+from pyvidx.temporal.frames import attend_over_frames, frame_mean
 from pyvidx.temporal.grouping import Grouping
 from pyvidx.temporal.masking import Drops, scaled
 
 
 class TemporalLayer(nn.Module):
-    """FC(MHA(LN z)) over the slots of each group. `fc` is None where it was folded into `out`."""
+    """FC(MHA(LN z)) over the slots of each group. `fc`, zero at first, may be None: left out, or folded into `out`."""
 
-    def __init__(self, width: int, heads: int, eps: float):
+    def __init__(self, width: int, heads: int, eps: float, *, fc: bool = True):
         super().__init__()
         self.heads = heads
         self.norm = nn.LayerNorm(width, eps=eps)
         self.qkv = nn.Linear(width, 3 * width)
         self.out = nn.Linear(width, width)
-        self.fc = nn.Linear(width, width)
-        nn.init.zeros_(self.fc.weight)
-        nn.init.zeros_(self.fc.bias)
+        self.fc = nn.Linear(width, width) if fc else None
+        if fc:
+            nn.init.zeros_(self.fc.weight)
+            nn.init.zeros_(self.fc.bias)
 
-    def forward(self, normed: Tensor, drop: Tensor | None = None) -> Tensor:
-        """LN z [B, S, K, C] -> [B, S, K, C], without the residual. drop [B, K]: see masking.drop_path_draws."""
+    def forward(self, normed: Tensor, drop: Tensor | None = None, frame_mask: Tensor | None = None) -> Tensor:
+        """LN z [B, S, K, C] -> [B, S, K, C], without the residual.
+
+        drop [B, K]: see masking.drop_path_draws. frame_mask [B, S]: the slots attended to, see pyvidx.temporal.frames.
+        """
         B, S, K, C = normed.shape
-        y = self.out(temporal_attention(self.qkv(normed).view(B, S, K, 3, self.heads, C // self.heads)))
+        qkv = self.qkv(normed).view(B, S, K, 3, self.heads, C // self.heads)
+        y = self.out(attend_over_frames(qkv, frame_mask))
         y = scaled(y, drop, (B, 1, K, 1))  # before fc: a dropped group still gets its bias
         return y if self.fc is None else self.fc(y)
 
@@ -51,25 +58,32 @@ class SpatialLayer(Block):
     q, k and v.
     """
 
-    def forward(self, z: Tensor, a: Tensor, cls: Tensor, drop: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """z + a and cls -> the layer's z [B, S, K, C] (a view) and cls [B, C]. drop [B, S]: see masking."""
-        x = self.space(z, a, cls, drop)
+    def forward(
+        self, z: Tensor, a: Tensor, cls: Tensor, drop: Tensor | None = None, frame_mask: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """z + a and cls -> the layer's z [B, S, K, C] (a view) and cls [B, C].
+
+        drop [B, S]: see masking. frame_mask [B, S]: the slots whose class results are averaged.
+        """
+        x = self.space(z, a, cls, drop, frame_mask)
         x = residual(x, self.mlp(x))
         return x[:, :, 1:], x[:, 0, 0]
 
-    def space(self, z: Tensor, a: Tensor, cls: Tensor, drop: Tensor | None = None) -> Tensor:
+    def space(
+        self, z: Tensor, a: Tensor, cls: Tensor, drop: Tensor | None = None, frame_mask: Tensor | None = None
+    ) -> Tensor:
         """The attention half, [B, S, 1 + K, C], every slot with the same class row in front."""
         x = _with_class(z, a, cls)
-        return _join(x, self.attend(x), drop)
+        return _join(x, self.attend(x), drop, frame_mask)
 
     def mean_tokens(self, z: Tensor, a: Tensor, cls: Tensor, group: Grouping) -> tuple[Tensor, Tensor]:
         """Frame means of forward's z, [B, P, C], and cls. The MLP's second layer, being linear, runs on the means."""
-        x = self.space(z, a, cls)
+        x = self.space(z, a, cls, frame_mask=group.frame_mask)
         h = self.hidden(x)
         patches = group.patch_mean(x[:, :, 1:]) + self.fc2(group.patch_mean(h[:, :, 1:]))
         return patches, x[:, 0, 0] + self.fc2(h[:, 0, 0])
 
-    def class_token(self, z: Tensor, a: Tensor, cls: Tensor) -> Tensor:
+    def class_token(self, z: Tensor, a: Tensor, cls: Tensor, frame_mask: Tensor | None = None) -> Tensor:
         """forward's cls [B, C] alone: one query per slot, and no projection of the patches.
 
         With q = Wq n_cls + bq the scores are n . (Wk^T q) up to a constant, and the values' sum is Wv (sum p n) + bv:
@@ -83,7 +97,7 @@ class SpatialLayer(Block):
         q = F.linear(self.norm1(cls), wq.flatten(0, 1), bq.flatten()).view(B, H, D)
         probe = torch.einsum("bhd,hdc->bch", q * D**-0.5, wk)
         weights = (n @ probe[:, None]).softmax(dim=2)  # [B, S, 1 + K, H]
-        mixed = (weights.transpose(2, 3) @ n).mean(dim=1)  # [B, H, C], over the slots
+        mixed = frame_mean(weights.transpose(2, 3) @ n, frame_mask)  # [B, H, C], over the slots
         y = (torch.einsum("bhc,hdc->bhd", mixed, wv) + bv).reshape(B, C)
         cls = residual(cls, self.out(y))
         return residual(cls, self.mlp(cls))
@@ -115,12 +129,12 @@ class _WithClass(torch.autograd.Function):
         return tuple(g.to(dtype) for g, dtype in zip(grads, ctx.dtypes))
 
 
-def _join(x: Tensor, y: Tensor, drop: Tensor | None) -> Tensor:
-    """x + drop y, the class rows of drop y averaged over the slots. x, y [B, S, 1 + K, C], drop [B, S]."""
-    if wants_grad(x, y) and not torch.compiler.is_compiling():
+def _join(x: Tensor, y: Tensor, drop: Tensor | None, frame_mask: Tensor | None = None) -> Tensor:
+    """x + drop y, the class rows of drop y averaged over the slots. x, y [B, S, 1 + K, C], drop, frame_mask [B, S]."""
+    if frame_mask is None and wants_grad(x, y) and not torch.compiler.is_compiling():
         return _Join.apply(x, y, None if drop is None else drop.to(y.dtype)[:, :, None, None])
     y = scaled(y, drop, (*y.shape[:2], 1, 1))
-    y[:, :, 0] = y[:, :, 0].mean(dim=1, keepdim=True)
+    y[:, :, 0] = frame_mean(y[:, :, 0], frame_mask)[:, None]
     return residual(x, y)
 
 
@@ -155,6 +169,8 @@ class BTAdapterBranch(nn.Module):
         time_length: rows of the time table.
         gated: with a gate for layers 1..; otherwise plain sums.
         gate_scale: the gate's weight is sigmoid(gate_scale * gate), 0.5 at first.
+        interact: layers 1.. take in the backbone's newest tokens; otherwise only layer 0 reads the backbone.
+        seeded: with a class seed of its own; otherwise one is handed in.
     """
 
     def __init__(
@@ -167,19 +183,26 @@ class BTAdapterBranch(nn.Module):
         time_length: int = 64,
         gated: bool = True,
         gate_scale: float = 100.0,
+        interact: bool = True,
+        seeded: bool = True,
         hidden_act: str = "quick_gelu",
         eps: float = 1e-5,
     ):
         super().__init__()
-        self.gate_scale = gate_scale
-        self.seed = nn.Parameter(torch.zeros(width))
+        self.gate_scale, self.interact = gate_scale, interact
+        self.seed = nn.Parameter(torch.zeros(width)) if seeded else None
         self.time = nn.Parameter(torch.randn(time_length, width))
-        self.gate = nn.Parameter(torch.zeros(width)) if gated else None
+        self.gate = nn.Parameter(torch.zeros(width)) if gated and interact else None
         self.temporal = nn.ModuleList(TemporalLayer(width, heads, eps) for _ in range(depth))
         self.spatial = nn.ModuleList(SpatialLayer(width, heads, mlp_width, hidden_act, eps) for _ in range(depth))
 
     def forward(
-        self, xs: Sequence[Tensor], position: Tensor, group: Grouping, drops: Drops | None = None
+        self,
+        xs: Sequence[Tensor],
+        position: Tensor,
+        group: Grouping,
+        drops: Drops | None = None,
+        seed: Tensor | None = None,
     ) -> list[tuple[Tensor, Tensor]]:
         """Every layer's state.
 
@@ -188,6 +211,7 @@ class BTAdapterBranch(nn.Module):
             position: [1+P, C], the backbone's position table.
             group: from pyvidx.temporal.grouping.grouping(T, P, ...).
             drops: DropPath, from pyvidx.temporal.masking.drop_path_draws; only training has it.
+            seed: [C], in place of the branch's own.
 
         Returns:
             (z [B, S, K, C], cls [B, C]) per layer.
@@ -195,8 +219,8 @@ class BTAdapterBranch(nn.Module):
         states = []
         for j, x in enumerate(xs):
             time, space = (drops and drops[j]) or (None, None)
-            mixed = self.mix(j, x, states[-1] if states else None, position, group, time)
-            states.append(self.spatial[j](*mixed, space))
+            mixed = self.mix(j, x, states[-1] if states else None, position, group, time, seed)
+            states.append(self.spatial[j](*mixed, space, group.frame_mask))
         return states
 
     def mix(
@@ -207,13 +231,22 @@ class BTAdapterBranch(nn.Module):
         position: Tensor,
         group: Grouping,
         drop: Tensor | None = None,
+        seed: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Fusion and time attention of layer j: z [B, S, K, C], what time attention adds to it, and cls [B, C]."""
         layer = self.temporal[j]
         norm = (layer.norm.weight, layer.norm.bias, layer.norm.eps)
         where = {"keep": group.keep, "pair": group.pair, "norm": norm}
+        real = group.frame_mask
         if state is None:
-            z, cls, normed = fusion_input(x, position, self.time, self.seed, **where)
-        else:
+            seed = self.seed if seed is None else seed
+            z, cls, normed = fusion_input(x, position, self.time, seed, **where)
+            if real is not None:  # the op averages all class tokens
+                cls = (frame_mean(x[:, :, 0], real) + seed + position[0]) / 2
+        elif self.interact:
             z, cls, normed = gated_fusion(x, *state, self.gate, scale=self.gate_scale, **where)
-        return z, layer(normed, drop), cls
+            if real is not None:
+                cls = mix(state[1], frame_mean(x[:, :, 0], real), self.gate, self.gate_scale)
+        else:
+            (z, cls), normed = state, layer.norm(state[0])
+        return z, layer(normed, drop, real), cls

@@ -7,10 +7,12 @@ a slot is a frame and a group a patch. The official code differs in two places, 
 * the training mask is drawn frame-major and applied to patch-major tokens, so slots and groups are mixtures.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+
+from pyvidx.temporal.frames import frame_mean
 
 COMPATS = ("paper", "official")
 MASK_ORDERS = ("tube", "official")
@@ -28,6 +30,7 @@ class Grouping:
         keep: None (S = frames, K = patches), int64 [B or 1, K] (the same patches of every frame), or int64
             [B or 1, S, K] of flat source indices t * P + p: the forms that pyvidx.ops takes.
         masked: some tokens are left out.
+        frame_mask: None, or bool [B, T], the real frames of padded clips (pyvidx.temporal.frames). A slot is a frame.
     """
 
     frames: int
@@ -35,13 +38,14 @@ class Grouping:
     pair: bool = False
     keep: Tensor | None = None
     masked: bool = False
+    frame_mask: Tensor | None = None
 
     def patch_mean(self, z: Tensor) -> Tensor:
         """Mean over the frames of every patch. [B, S, K, F] -> [B, P, F]."""
         if self.masked:
             raise ValueError("BT-Adapter: tokens need all patches; a masked clip has only a pooled embedding")
         if self.keep is None:
-            return z.mean(dim=1)
+            return frame_mean(z, self.frame_mask)
         B, S, K, F = z.shape
         where = self.keep[0].flatten().argsort()  # unmasked tables are permutations, the same for every video
         return z.reshape(B, S * K, F)[:, where].view(B, -1, self.patches, F).mean(dim=1)
@@ -56,6 +60,7 @@ def grouping(
     time_length: int = 64,
     mask: Tensor | None = None,
     mask_order: str | None = None,
+    frame_mask: Tensor | None = None,
     device: torch.device | None = None,
 ) -> Grouping:
     """The grouping of a clip.
@@ -68,11 +73,26 @@ def grouping(
         mask: bool, True = removed. A tube [P] or [B, P], or (both orders) [B, T*P], frame-major as it is drawn.
         mask_order: "tube": a mask removes the tokens it names, so a tube's slots are frames and its groups patches.
             "official": the row [B, T*P] is laid on the patch-major tokens as it is. Default: that of `compat`.
+        frame_mask: bool [B, T], True = a real frame, checked by check_frame_mask. Only where slots are frames: not for
+            clips averaged in pairs, nor for the official groups and masks that mix frames.
         device: of the index table.
 
     Raises:
-        ValueError: the frame count or the mask does not fit.
+        ValueError: the frame count or a mask does not fit.
     """
+    modes = {"compat": compat, "tower": tower, "time_length": time_length}
+    group = _grouping(T, P, mask=mask, mask_order=mask_order, device=device, **modes)
+    if frame_mask is None:
+        return group
+    if group.pair or (group.keep is not None and group.keep.dim() == 3):
+        raise ValueError(
+            "BT-Adapter: frame_mask needs slots that are frames: at most time_length frames, no official llava tower, "
+            f"no mask that mixes frames; got T = {T}, time_length {time_length}, {compat} {tower}"
+        )
+    return replace(group, frame_mask=frame_mask)
+
+
+def _grouping(T, P, *, compat, tower, time_length, mask, mask_order, device) -> Grouping:
     if compat not in COMPATS or tower not in TOWERS:
         raise ValueError(
             f"BT-Adapter: compat must be one of {COMPATS} and tower of {TOWERS}, got {compat!r}, {tower!r}"

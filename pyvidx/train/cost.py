@@ -20,6 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
+from pyvidx import flops
 from pyvidx.backbones import CLIPText, CLIPTextConfig
 from pyvidx.models import BTAdapter
 from pyvidx.models.config import BTAdapterConfig
@@ -57,9 +58,9 @@ class Cost:
 
 def count(function: Callable[[], object]) -> Cost:
     """The cost of what function runs."""
-    with _Counter() as counter, _FlashAttention():
-        function()
-    return counter.cost
+    with _Bytes() as moved, _FlashAttention():
+        operations = flops.count(function)
+    return Cost(operations, moved.products, moved.others)
 
 
 class _FlashAttention(TorchFunctionMode):
@@ -73,21 +74,10 @@ class _FlashAttention(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-def _attention(qkv: Tensor, products: int) -> int:
-    B, T, P, _, H, D = qkv.shape
-    return 2 * products * B * P * H * T * T * D
-
-
-FORMULAS = {  # besides torch's own; the gradient computes the scores again
-    torch.ops.pyvidx.temporal_attention: lambda qkv, *args: _attention(qkv, 2),
-    torch.ops.pyvidx.temporal_attention_backward: lambda grad, qkv, *args: _attention(qkv, 5),
-}
-
-
-class _Counter(TorchDispatchMode):
+class _Bytes(TorchDispatchMode):
     def __init__(self):
         super().__init__()
-        self.cost = Cost()
+        self.products = self.others = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -95,14 +85,10 @@ class _Counter(TorchDispatchMode):
         if all(a.alias_info is not None and not a.alias_info.is_write for a in func._schema.returns):
             return out  # a view
         moved = sum(t.numel() * t.element_size() for t in tree_leaves((args, kwargs, out)) if isinstance(t, Tensor))
-        packet = func._overloadpacket
-        if packet in FORMULAS:
-            self.cost += Cost(FORMULAS[packet](*args), 0, moved)
-        elif packet in flop_registry:
-            flops, attention = flop_registry[packet](*args, **kwargs, out_val=out), "attention" in str(packet)
-            self.cost += Cost(flops, 0 if attention else moved, moved if attention else 0)
+        if func._overloadpacket in flop_registry and "attention" not in func.name():
+            self.products += moved
         else:
-            self.cost += Cost(0, 0, moved)
+            self.others += moved
         return out
 
 

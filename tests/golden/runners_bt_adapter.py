@@ -9,11 +9,12 @@ from pyvidx.backbones.clip import CLIPVisionConfig
 from pyvidx.integrations.checkpoints import load_weights
 from pyvidx.integrations.clip_text_weights import clip_text
 from pyvidx.integrations.keys import THIRDS, locate
-from pyvidx.models.bt_adapter import BTAdapter, fused_tokens
+from pyvidx.models.bt_adapter import BTAdapter
 from pyvidx.models.config import BTAdapterConfig
 from pyvidx.models.pretraining import Pretraining
 from pyvidx.models.pretraining_reference import ReferencePretraining
 from pyvidx.models.reference import ReferenceBTAdapter
+from pyvidx.temporal.branch import fused_tokens
 from tests.golden.vectors import runner
 
 BOTH = ("reference", "fast", "folded")

@@ -5,7 +5,14 @@ import fnmatch
 import pytest
 
 # They register themselves.
-from tests.golden import runners_bt_adapter, runners_eval, runners_ma_lmm, runners_malmm, runners_memory  # noqa: F401
+from tests.golden import (  # noqa: F401
+    runners_bt_adapter,
+    runners_eval,
+    runners_ma_lmm,
+    runners_malmm,
+    runners_memory,
+    runners_temporal,
+)
 from tests.golden.vectors import FOLDER, Check, files, runner_of
 
 FILES = files()

@@ -10,7 +10,8 @@ class Encoding:
     """A batch of encoded videos. What was not asked for is None.
 
     Attributes:
-        tokens: [B, 1+P, C] for a language model: P patch tokens averaged over time, then one class token.
+        tokens: [B, 1+P, C] for a language model: P patch tokens averaged over time, then one class token. A temporal
+            module that gives other rows says so.
         pooled: [B, E] video embedding, not normalized.
         times: [B, T] seconds of the frames, as they were handed in.
     """

@@ -1,0 +1,216 @@
+"""UMT (arXiv:2303.16058): a video transformer taught by a frozen CLIP that sees all tokens, while it sees few of them.
+
+    student   x = patches W + b + sincos(t, p), joint attention over the visible tokens of all frames
+    teacher   u_k = projection(LN(tokens of layer L - K + k)), of every frame by itself
+    loss      mean over k and visible tokens of 2 - 2 cos(LN(W_k (LN(x_k) + sincos)), u_k), x_k of the student's layers
+
+Which tokens are visible is drawn, frame by frame, by the attention of the teacher's class token.
+"""
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from pyvidx.backbones.clip import CLIPVision
+from pyvidx.encoding import Encoding
+from pyvidx.layers.block import Block
+from pyvidx.layers.patch import patch_rows
+from pyvidx.layers.sincos import sincos_table
+from pyvidx.losses import alignment
+from pyvidx.models import files
+from pyvidx.models.config import known
+from pyvidx.ops import token_gather
+from pyvidx.temporal.frames import check_frame_mask, frame_mean, real_only, token_mask
+
+
+@dataclass(frozen=True)
+class UMTConfig:
+    """Sizes of the student.
+
+    Attributes:
+        image_size, patch_size: pixels; images are square.
+        width, heads, layers, mlp_width: as in a CLIP tower.
+        eps: of every LayerNorm.
+    """
+
+    image_size: int
+    patch_size: int
+    width: int
+    heads: int
+    layers: int
+    mlp_width: int
+    eps: float = 1e-6
+
+    @property
+    def patches(self) -> int:
+        """P, patches of a frame."""
+        return (self.image_size // self.patch_size) ** 2
+
+
+class UMTStudent(nn.Module):
+    """A ViT over all tokens of a clip: no class token, a fixed sin-cos table over the T*P positions, GELU.
+
+    The public code gives queries and values a bias and keys none. Ours have one, zero at first, which changes nothing:
+    it adds the same to all scores of a query, and softmax takes that away.
+    """
+
+    def __init__(self, config: UMTConfig):
+        super().__init__()
+        self.config = config
+        C, p = config.width, config.patch_size
+        self.patch = nn.Parameter(torch.randn(C, 3, p, p) * (3 * p * p) ** -0.5)
+        self.patch_bias = nn.Parameter(torch.zeros(C))
+        self.blocks = nn.ModuleList(
+            Block(C, config.heads, config.mlp_width, "gelu", config.eps) for _ in range(config.layers)
+        )
+        for block in self.blocks:
+            nn.init.zeros_(block.qkv.bias)
+        self.norm = nn.LayerNorm(C, eps=config.eps)
+        self.norm_pool = nn.LayerNorm(C, eps=config.eps)
+
+    def forward(self, pixels: Tensor, *, frame_mask: Tensor | None = None, per_frame: bool = False) -> Encoding:
+        """Encode videos.
+
+        Args:
+            pixels: [B, T, 3, h, w], normalized; cast to the model's dtype.
+            frame_mask: bool [B, T], True = a real frame; the others have no influence. Default: all are real.
+            per_frame: pooled is [B, T, C], zero where a frame is not real.
+
+        Returns:
+            tokens [B, T*P, C], frame after frame, zero where a frame is not real; pooled [B, C], LN of their mean.
+        """
+        real = check_frame_mask("UMTStudent", frame_mask, *pixels.shape[:2], pixels.device)
+        (x,) = self.run(real_only(pixels, real), frame_mask=real)
+        x = real_only(self.norm(x), real)  # [B, T, P, C]
+        frames = x.mean(dim=2)
+        pooled = real_only(self.norm_pool(frames), real) if per_frame else self.norm_pool(frame_mean(frames, real))
+        return Encoding(x.flatten(1, 2), pooled)
+
+    def run(
+        self, pixels: Tensor, visible: Tensor | None = None, *, taps: int = 1, frame_mask: Tensor | None = None
+    ) -> list[Tensor]:
+        """Outputs of the last `taps` layers, before any norm.
+
+        visible: as token_gather takes it, int64 [B, T, V], which tokens are seen (flat indices t * P + p); None: all.
+        Returns [B, T, V, C] each.
+        """
+        if pixels.dim() != 5 or pixels.shape[-1] != self.config.image_size or pixels.shape[-2] != pixels.shape[-1]:
+            size = self.config.image_size
+            raise ValueError(f"UMTStudent: pixels must be [B, T, 3, {size}, {size}], got {tuple(pixels.shape)}")
+        B, T, P = *pixels.shape[:2], self.config.patches
+        x, _, _ = patch_rows("UMTStudent", pixels, self.patch, self.patch_bias)
+        x = x.view(B, T, P, -1) + self.positions(T, x)
+        x = (x if visible is None else token_gather(x, visible)).flatten(1, 2)
+        mask, found = token_mask(frame_mask, 0, P), []
+        for block in self.blocks:
+            x = block(x, mask)
+            found.append(x)
+        return [x.unflatten(1, (T, -1)) for x in found[-taps:]]
+
+    def positions(self, T: int, like: Tensor) -> Tensor:
+        """[T, P, C]."""
+        return sincos_table(T * self.config.patches, self.config.width, like).view(T, self.config.patches, -1)
+
+    def save(self, path: str | Path) -> Path:
+        """Write one safetensors file, configuration included. A path without that ending is a folder."""
+        return files.write(path, "umt", self, {"config": dataclasses.asdict(self.config)})
+
+    @classmethod
+    def from_pretrained(cls, path: str | Path) -> "UMTStudent":
+        """Load what `save` wrote, a file or its folder, in eval mode and with the dtypes of the file."""
+        header, weights = files.read(path, "umt")
+        with torch.device("meta"):
+            model = cls(UMTConfig(**known(UMTConfig, header["config"])))
+        model.load_state_dict(weights, strict=True, assign=True)
+        return model.eval()
+
+
+class UnmaskedTeacher(nn.Module):
+    """The first stage of UMT's training: student, frozen teacher, and one head per aligned layer, thrown away later.
+
+    Args:
+        student: of the same image size and number of patches as the teacher.
+        teacher: a whole CLIP tower.
+        taps: K, the last layers of both that are aligned.
+        mask_ratio: int(mask_ratio * P) patches of every frame are left out.
+
+    Raises:
+        ValueError: sizes or an option do not fit.
+    """
+
+    def __init__(self, student: UMTStudent, teacher: CLIPVision, *, taps: int = 6, mask_ratio: float = 0.8):
+        super().__init__()
+        s, t = student.config, teacher.config
+        if teacher.norm_post is None or t.layers < 2 or (s.image_size, s.patches) != (t.image_size, t.patches):
+            raise ValueError(
+                f"UnmaskedTeacher: teacher must be whole, of 2 layers or more, with {s.patches} patches of "
+                f"{s.image_size} pixels, got {t}"
+            )
+        if not 1 <= taps <= min(s.layers, t.layers) or not 0 <= mask_ratio < 1:
+            raise ValueError(
+                f"UnmaskedTeacher: taps must be in [1, {min(s.layers, t.layers)}] and mask_ratio in [0, 1), "
+                f"got {taps} and {mask_ratio}"
+            )
+        self.student, self.teacher, self.mask_ratio = student, teacher, mask_ratio
+        self.teacher.requires_grad_(False)
+        E = t.width if teacher.projection is None else t.embed_dim
+        self.heads = nn.ModuleList(
+            nn.Sequential(nn.Linear(s.width, E), nn.LayerNorm(E, eps=s.eps)) for _ in range(taps)
+        )
+
+    def forward(
+        self, pixels: Tensor, *, visible: Tensor | None = None, generator: torch.Generator | None = None
+    ) -> Tensor:
+        """The loss of a batch, a scalar.
+
+        Args:
+            pixels: [B, T, 3, h, w], normalized as the teacher's.
+            visible: int64 [B, T, V] instead of a draw, flat indices t * P + p ascending.
+            generator: of the draw.
+        """
+        layers, taps = self.teacher.config.layers, len(self.heads)
+        with torch.no_grad():
+            xs = self.teacher(pixels, range(max(layers - max(taps, 2), 0), layers))
+            if visible is None:
+                visible = self.draw(class_attention(self.teacher, xs[-2]), generator)
+            targets = self.targets(xs[-taps:], visible)
+        return alignment(self.predict(pixels, visible), targets)
+
+    def predict(self, pixels: Tensor, visible: Tensor) -> Tensor:
+        """The heads' outputs, [K, B, T, V, E]."""
+        found = self.student.run(pixels, visible, taps=len(self.heads))
+        positions = token_gather(
+            self.student.positions(pixels.shape[1], found[0]).expand(len(pixels), -1, -1, -1), visible
+        )
+        return torch.stack([head(self.student.norm(x) + positions) for head, x in zip(self.heads, found)])
+
+    def targets(self, xs: list[Tensor], visible: Tensor) -> Tensor:
+        """projection(LN(tokens)) of the visible patches of teacher layers [B, T, 1+P, C] -> [K, B, T, V, E]."""
+        tokens = torch.stack([self.teacher.norm_post(token_gather(x[:, :, 1:], visible)) for x in xs])
+        return tokens if self.teacher.projection is None else self.teacher.projection(tokens)
+
+    def draw(self, attention: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """Visible tokens, drawn without replacement in proportion to the attention they get.
+
+        attention [B, T, P], not negative -> int64 [B, T, V], V = P - int(mask_ratio * P), flat indices t * P + p.
+        """
+        B, T, P = attention.shape
+        count = P - int(self.mask_ratio * P)
+        drawn = torch.multinomial(attention.float().flatten(0, 1), count, generator=generator).sort(dim=1).values
+        return drawn.view(B, T, count) + P * torch.arange(T, device=drawn.device)[:, None]
+
+
+def class_attention(tower: CLIPVision, x: Tensor) -> Tensor:
+    """What the last layer's class token attends to among the patches, averaged over the heads.
+
+    x: the input of that layer, [..., 1+P, C] -> [..., P].
+    """
+    block = tower.blocks[str(tower.layers[-1])]
+    C = x.shape[-1]
+    q, k, _ = block.qkv(block.norm1(x)).unflatten(-1, (3, block.heads, C // block.heads)).unbind(-3)  # [..., 1+P, H, D]
+    scores = torch.einsum("...hd,...nhd->...hn", q[..., 0, :, :], k) / math.sqrt(q.shape[-1])
+    return scores.softmax(dim=-1)[..., 1:].mean(dim=-2)

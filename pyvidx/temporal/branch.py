@@ -1,0 +1,169 @@
+"""Branches beside the tower: BT-Adapter, and the steps that led to it (arXiv:2309.15785, table 6)."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from pyvidx.backbones.clip import CLIPVision, CLIPVisionConfig
+from pyvidx.encoding import Encoding
+from pyvidx.ops import output_gate
+from pyvidx.temporal.bt_adapter import BTAdapterBranch
+from pyvidx.temporal.frames import frame_mean, real_only
+from pyvidx.temporal.grouping import Grouping, grouping
+from pyvidx.temporal.module import OUTPUTS, TemporalModule
+from pyvidx.temporal.registry import register
+
+
+@register("branch")
+class Branch(TemporalModule):
+    """d layers of time and space attention beside the last d layers of the tower; see pyvidx.temporal.bt_adapter.
+
+    Args:
+        depth: d; layer j reads the output of backbone layer L - d + j.
+        time_length: rows of the time table. Longer clips, up to twice that, are averaged in pairs of frames.
+        interact: every layer takes in the backbone's newest tokens. False: only the first reads the backbone and the
+            two streams meet again at the output ("+ branch modeling"). True: "+ backbone-branch interaction".
+        gated: mix channel by channel with sigmoid weights, 0.5 at first; otherwise plain sums.
+        gate_scale, output_gate_scale: factors of the gates' logits.
+
+    Frame masks: for clips of at most time_length frames.
+    """
+
+    seeded = True  # with a class seed of its own
+
+    def __init__(
+        self,
+        vision: CLIPVisionConfig,
+        *,
+        depth: int = 4,
+        time_length: int = 64,
+        interact: bool = True,
+        gated: bool = True,
+        gate_scale: float = 100.0,
+        output_gate_scale: float = 1e4,
+    ):
+        super().__init__(vision)
+        if not 2 <= depth <= vision.layers:  # 2: tokens come from the last layer but one
+            raise ValueError(f"Branch: depth must be in [2, {vision.layers}], got {depth}")
+        self.output_gate_scale = output_gate_scale
+        self.branch = BTAdapterBranch(
+            vision.width,
+            vision.heads,
+            vision.mlp_width,
+            depth=depth,
+            time_length=time_length,
+            gated=gated,
+            gate_scale=gate_scale,
+            interact=interact,
+            seeded=self.seeded,
+            hidden_act=vision.hidden_act,
+            eps=vision.eps,
+        )
+        self.output_gate = nn.Parameter(torch.zeros(vision.width)) if gated else None
+
+    @property
+    def reads(self) -> range:
+        return range(self.vision.layers - len(self.branch.spatial), self.vision.layers)
+
+    def init_from(self, tower: CLIPVision) -> None:
+        """The official start of training: space attention and MLP copied from the backbone layers read."""
+        for i, layer in zip(self.reads, self.branch.spatial):
+            layer.load_state_dict(tower.blocks[str(i)].state_dict())
+
+    def encode(
+        self,
+        xs: Sequence[Tensor],
+        tower: CLIPVision,
+        frame_mask: Tensor | None = None,
+        outputs: Sequence[str] = OUTPUTS,
+    ) -> Encoding:
+        """tokens: backbone and branch after the last layer but one, averaged over time and with each other."""
+        wanted = list(xs if "pooled" in outputs else xs[:-1])
+        return encode_branch(self.branch, wanted, tower, self._group(xs[0], frame_mask), outputs, **self._heads(tower))
+
+    def _group(self, x: Tensor, frame_mask: Tensor | None) -> Grouping:
+        T, P, rows = x.shape[1], self.vision.patches, len(self.branch.time)
+        return grouping(T, P, time_length=rows, frame_mask=frame_mask, device=x.device)
+
+    def _heads(self, tower: CLIPVision) -> dict:
+        return {"gate": self.output_gate, "gate_scale": self.output_gate_scale}
+
+
+@register("bt_adapter")
+class BTAdapterModule(Branch):
+    """BT-Adapter as a temporal module: the numbers of pyvidx.models.BTAdapter, whose weights have the same names."""
+
+    def __init__(
+        self,
+        vision: CLIPVisionConfig,
+        *,
+        depth: int = 4,
+        time_length: int = 64,
+        gated: bool = True,
+        gate_scale: float = 100.0,
+        output_gate_scale: float = 1e4,
+    ):
+        scales = {"gate_scale": gate_scale, "output_gate_scale": output_gate_scale}
+        super().__init__(vision, depth=depth, time_length=time_length, gated=gated, **scales)
+
+
+def encode_branch(
+    branch: BTAdapterBranch,
+    xs: Sequence[Tensor],
+    tower: CLIPVision,
+    group: Grouping,
+    outputs: Sequence[str],
+    *,
+    gate: Tensor | None = None,
+    gate_scale: float = 1e4,
+    seed: Tensor | None = None,
+    per_frame: bool = False,
+) -> Encoding:
+    """The branch and the heads on backbone outputs. What is not asked for is not computed.
+
+    Args:
+        xs: [B, T, 1+P, C] of backbone layers L-d, L-d+1, ..., to the last one or, without "pooled", the last but one.
+        gate, gate_scale: of the output, see frame_vectors.
+        seed: [C], in place of the branch's own.
+        per_frame: pooled is [B, T, E], zero where a frame is not real.
+    """
+    last, real = len(xs) - 1, group.frame_mask
+    states, mixed = until_last(branch, xs, tower.position, group, seed)
+    if "pooled" not in outputs:
+        patches, cls = branch.spatial[last].mean_tokens(*mixed, group)
+        return Encoding(fused_tokens(xs[last], patches, cls, real))
+    tokens = None
+    if "tokens" in outputs:
+        z, cls = states[-1]
+        tokens = fused_tokens(xs[last - 1], group.patch_mean(z), cls, real)
+    frames = frame_vectors(xs[last], branch.spatial[last].class_token(*mixed, real), tower, gate, gate_scale)
+    # The projection has no bias: the mean of the frames' projections is the projection of their mean.
+    frames = real_only(frames, real) if per_frame else frame_mean(frames, real)
+    return Encoding(tokens, frames if tower.projection is None else tower.projection(frames))
+
+
+def until_last(
+    branch: BTAdapterBranch, xs: Sequence[Tensor], position: Tensor, group: Grouping, seed: Tensor | None = None
+) -> tuple[list[tuple[Tensor, Tensor]], tuple[Tensor, Tensor, Tensor]]:
+    """States of all layers but the last, and the last up to its space attention: of that less may be needed."""
+    states = branch(xs[:-1], position, group, seed=seed)
+    return states, branch.mix(len(xs) - 1, xs[-1], states[-1] if states else None, position, group, seed=seed)
+
+
+def frame_vectors(x: Tensor, cls: Tensor, tower: CLIPVision, gate: Tensor | None, gate_scale: float) -> Tensor:
+    """LN((1 - w) cls + w X_cls) of every frame, w = sigmoid(gate_scale * gate); without a gate LN(cls + X_cls).
+
+    x [B, T, 1+P, C] of the last backbone layer, cls [B, C] of the last branch layer -> [B, T, C].
+    """
+    norm = (tower.norm_post.weight, tower.norm_post.bias, tower.norm_post.eps)
+    return output_gate(x[:, :, 0], cls, gate, scale=gate_scale, norm=norm)
+
+
+def fused_tokens(x: Tensor, patches: Tensor, cls: Tensor, frame_mask: Tensor | None = None) -> Tensor:
+    """What a language model gets: means over time of backbone and branch, averaged; patches first, class token last.
+
+    x [B, T, 1+P, C] of the backbone, patches [B, P, C] (frame means) and cls [B, C] of the branch -> [B, 1+P, C].
+    """
+    x = frame_mean(x, frame_mask)
+    return torch.cat([x[:, 1:] + patches, (x[:, 0] + cls)[:, None]], dim=1) / 2

@@ -1,0 +1,98 @@
+"""CLIP-ViP (arXiv:2209.06430): a few proxy tokens of the clip see all frames, and every frame sees them."""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pyvidx.backbones.clip import CLIPVision, CLIPVisionConfig
+from pyvidx.encoding import Encoding
+from pyvidx.layers.block import Block, residual
+from pyvidx.temporal.frames import frame_mean, token_mask
+from pyvidx.temporal.module import OUTPUTS, TemporalModule
+from pyvidx.temporal.registry import register
+
+
+def proxy_attention(qkv: Tensor, proxies: int, frames: int, frame_mask: Tensor | None = None) -> Tensor:
+    """Proxies attend to everything; a patch to the proxies and its own frame, in one softmax.
+
+    qkv [B, M + T*P, 3, H, D] of M proxies and T frames, frame_mask bool [B, T] -> [B, M + T*P, H * D].
+    """
+    B, L, _, H, D = qkv.shape
+    M, T, P = proxies, frames, (L - proxies) // frames
+    q, k, v = qkv.permute(2, 0, 3, 1, 4)  # [B, H, L, D] each
+    head = F.scaled_dot_product_attention(q[:, :, :M], k, v, attn_mask=token_mask(frame_mask, M, P))
+    rows = qkv[:, M:].unflatten(1, (T, P))  # [B, T, P, 3, H, D]
+    # torch has no attention over two lists of keys: the M proxies are copied in front of every frame's P keys, which
+    # costs a pass over keys and values, where writing scores out would cost one over [T*P, M + P] for every head.
+    shared = qkv[:, None, :M, 1:].expand(B, T, M, 2, H, D)
+    k, v = torch.cat([shared, rows[:, :, :, 1:]], dim=2).permute(3, 0, 1, 4, 2, 5).flatten(1, 2)  # [B * T, H, M + P, D]
+    q = rows[:, :, :, 0].flatten(0, 1).transpose(1, 2)  # [B * T, H, P, D]
+    y = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(B, T * P, H * D)
+    return torch.cat([head.transpose(1, 2).reshape(B, M, H * D), y], dim=1)
+
+
+@register("clip_vip")
+class CLIPViP(TemporalModule):
+    """The tower's own weights, with attention blocked by frame but for the proxies. Between `embed` and `encode` the
+    tokens are one sequence [B, M + T*P, C]: the class token, M - 1 added proxies, then frame after frame.
+
+    The paper trains CLIP as well. tokens: the class token last, the added proxies left out.
+
+    Args:
+        proxies: M, the class token included.
+        time_length: rows of the time table, zero at first; resized linearly to the number of (real) frames.
+    """
+
+    reads_only = False
+
+    def __init__(self, vision: CLIPVisionConfig, *, proxies: int = 4, time_length: int = 12):
+        super().__init__(vision)
+        if proxies < 1:
+            raise ValueError(f"CLIPViP: proxies must be at least 1, the class token, got {proxies}")
+        C = vision.width
+        self.proxies = proxies
+        self.added = nn.Parameter(torch.randn(proxies - 1, C) * C**-0.5) if proxies > 1 else None
+        self.time = nn.Parameter(torch.zeros(time_length, C))
+
+    def embed(self, x: Tensor, tower: CLIPVision, frame_mask: Tensor | None = None) -> Tensor:
+        B, T, _, C = x.shape
+        if frame_mask is None:
+            frame_mask = torch.ones(1, T, dtype=torch.bool, device=x.device)
+        patches = x[:, :, 1:] + self.times(frame_mask)[:, :, None]
+        added = [] if self.added is None else [(self.added + tower.position[0]).expand(B, -1, C)]
+        return torch.cat([x[:, 0, :1], *added, patches.flatten(1, 2)], dim=1)
+
+    def times(self, frame_mask: Tensor) -> Tensor:
+        """Rows of the time table, resized for the n real frames of each clip. [B, T] -> [B, T, C]."""
+        rows, n = len(self.time), frame_mask.sum(dim=1, keepdim=True).double()
+        place = frame_mask.cumsum(dim=1).double() - 1  # among the real frames
+        at = ((place + 0.5) * (rows / n) - 0.5).clamp(0, rows - 1)
+        low = at.long()
+        return torch.lerp(self.time[low], self.time[(low + 1).clamp_max(rows - 1)], (at - low)[..., None].to(self.time))
+
+    def block(self, i: int, block: Block, x: Tensor, frame_mask: Tensor | None = None) -> Tensor:
+        x = residual(x, self.attend(block, x, frame_mask))
+        return residual(x, block.mlp(x))
+
+    def attend(self, block: Block, x: Tensor, frame_mask: Tensor | None = None) -> Tensor:
+        """The block's attention of LN x [B, M + T*P, C], blocked by frame, without the residual."""
+        B, L, C = x.shape
+        M, P = self.proxies, self.vision.patches
+        qkv = block.qkv(block.norm1(x)).view(B, L, 3, block.heads, C // block.heads)
+        return block.out(proxy_attention(qkv, M, (L - M) // P, frame_mask))
+
+    def encode(
+        self,
+        xs: Sequence[Tensor],
+        tower: CLIPVision,
+        frame_mask: Tensor | None = None,
+        outputs: Sequence[str] = OUTPUTS,
+    ) -> Encoding:
+        tokens = None
+        if "tokens" in outputs:
+            x = xs[-2]
+            patches = x[:, self.proxies :].unflatten(1, (-1, self.vision.patches))
+            tokens = torch.cat([frame_mean(patches, frame_mask), x[:, :1]], dim=1)
+        return Encoding(tokens, tower.embedding(xs[-1]) if "pooled" in outputs else None)

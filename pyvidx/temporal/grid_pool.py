@@ -1,0 +1,74 @@
+"""Fewer tokens of every frame, frames kept apart: LLaVA-NeXT-Video's pooling of the patch grid."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from pyvidx.backbones.clip import CLIPVision, CLIPVisionConfig
+from pyvidx.encoding import Encoding
+from pyvidx.temporal.frames import real_only
+from pyvidx.temporal.module import OUTPUTS, TemporalModule
+from pyvidx.temporal.registry import register
+
+MODES = ("average", "max", "bilinear")
+
+
+def grid_pool(x: Tensor, mode: str = "average", stride: int = 2) -> Tensor:
+    """The patch grid of every frame, smaller by `stride`.
+
+    [..., P, C], a square grid -> [..., side * side, C]; side is floor(sqrt(P) / stride) for "average" and "max", which
+    drop what is left over, and ceil for "bilinear" (align_corners=False).
+    """
+    side = math.isqrt(x.shape[-2])
+    if mode not in MODES or not 1 <= stride <= side:
+        raise ValueError(f"grid_pool: mode must be one of {MODES} and stride in [1, {side}], got {mode!r} and {stride}")
+    grid = x.reshape(-1, side, side, x.shape[-1]).permute(0, 3, 1, 2)
+    if mode == "bilinear":
+        grid = F.interpolate(grid, size=(-(-side // stride),) * 2, mode="bilinear", align_corners=False)
+    else:
+        grid = (F.avg_pool2d if mode == "average" else F.max_pool2d)(grid, stride)
+    return grid.flatten(2).transpose(1, 2).reshape(*x.shape[:-2], -1, x.shape[-1])
+
+
+def with_newlines(x: Tensor, newline: Tensor, every: str = "frame") -> Tensor:
+    """A learned row after every "frame", or after every "row" of its grid. [..., T, P, C], [C] -> [..., tokens, C].
+
+    For the rows a language model gets, after its projection.
+    """
+    if every not in ("frame", "row"):
+        raise ValueError(f"with_newlines: every must be frame or row, got {every!r}")
+    length = x.shape[-2] if every == "frame" else math.isqrt(x.shape[-2])
+    lines = x.reshape(*x.shape[:-3], -1, length, x.shape[-1])
+    ends = newline.to(x).expand(*lines.shape[:-2], 1, -1)
+    return torch.cat([lines, ends], dim=-2).flatten(-3, -2)
+
+
+@register("grid_pool")
+class GridPool(TemporalModule):
+    """No parameters. tokens [B, T * side * side, C], frame after frame, no class token; zero where a frame is not real.
+
+    Args:
+        mode, stride: as in `grid_pool`.
+    """
+
+    def __init__(self, vision: CLIPVisionConfig, *, mode: str = "average", stride: int = 2):
+        super().__init__(vision)
+        grid_pool(torch.zeros(vision.patches, 1, device="cpu"), mode, stride)  # refuses what does not fit
+        self.mode, self.stride = mode, stride
+
+    def encode(
+        self,
+        xs: Sequence[Tensor],
+        tower: CLIPVision,
+        frame_mask: Tensor | None = None,
+        outputs: Sequence[str] = OUTPUTS,
+    ) -> Encoding:
+        encoding = super().encode(xs, tower, frame_mask, [o for o in outputs if o != "tokens"])
+        if "tokens" in outputs:
+            pooled = grid_pool(xs[-2][:, :, 1:], self.mode, self.stride)  # [B, T, side * side, C]
+            encoding = replace(encoding, tokens=real_only(pooled, frame_mask).flatten(1, 2))
+        return encoding

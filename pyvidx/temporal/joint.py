@@ -1,0 +1,78 @@
+"""Joint space-time attention: all tokens of a clip in one sequence, as in UMT (arXiv:2303.16058)."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from pyvidx.backbones.clip import CLIPVision, CLIPVisionConfig
+from pyvidx.encoding import Encoding
+from pyvidx.layers.block import Block
+from pyvidx.layers.sincos import sincos_table
+from pyvidx.temporal.frames import frame_mean, token_mask
+from pyvidx.temporal.module import OUTPUTS, TemporalModule
+from pyvidx.temporal.registry import register
+
+
+@register("joint")
+class Joint(TemporalModule):
+    """Every layer attends over the whole clip: attention costs T times as much. Between `embed` and `encode` the tokens
+    are one sequence [B, M + T*P, C], frame after frame, M = 1 with a class token of the clip.
+
+    Meant for a tower that is trained as well: a frozen one has never seen such sequences.
+
+    Args:
+        time_length: rows of the learned time table, zero at first.
+        sincos: a fixed table over all T*P positions instead, added to the tower's own positions.
+        class_token: False: none, as in UMT; pooled is then the LayerNorm and projection of the mean of all tokens, and
+            tokens are [B, P, C].
+    """
+
+    reads_only = False
+
+    def __init__(
+        self,
+        vision: CLIPVisionConfig,
+        *,
+        time_length: int = 64,
+        sincos: bool = False,
+        class_token: bool = True,
+    ):
+        super().__init__(vision)
+        self.before = int(class_token)
+        self.time = None if sincos else nn.Parameter(torch.zeros(time_length, vision.width))
+
+    def embed(self, x: Tensor, tower: CLIPVision, frame_mask: Tensor | None = None) -> Tensor:
+        B, T, N, C = x.shape
+        patches = x[:, :, 1:]
+        if self.time is None:
+            patches = patches + sincos_table(T * (N - 1), C, x).view(T, N - 1, C)
+        else:
+            if T > len(self.time):
+                raise ValueError(f"Joint: T must be at most {len(self.time)}, the rows of the time table, got {T}")
+            patches = patches + self.time[:T, None]
+        # The class rows of all frames are the same here.
+        return torch.cat([x[:, 0, : self.before], patches.flatten(1, 2)], dim=1)
+
+    def block(self, i: int, block: Block, x: Tensor, frame_mask: Tensor | None = None) -> Tensor:
+        return block(x, token_mask(frame_mask, self.before, self.vision.patches))
+
+    def encode(
+        self,
+        xs: Sequence[Tensor],
+        tower: CLIPVision,
+        frame_mask: Tensor | None = None,
+        outputs: Sequence[str] = OUTPUTS,
+    ) -> Encoding:
+        tokens = pooled = None
+        if "tokens" in outputs:
+            tokens = torch.cat([frame_mean(self._patches(xs[-2]), frame_mask), xs[-2][:, : self.before]], dim=1)
+        if "pooled" in outputs:
+            x = xs[-1]
+            if not self.before:
+                x = frame_mean(self._patches(x), frame_mask).mean(dim=1, keepdim=True)
+            pooled = tower.embedding(x)
+        return Encoding(tokens, pooled)
+
+    def _patches(self, x: Tensor) -> Tensor:  # [B, M + T*P, C] -> [B, T, P, C]
+        return x[:, self.before :].unflatten(1, (-1, self.vision.patches))

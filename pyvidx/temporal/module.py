@@ -1,0 +1,77 @@
+"""What gives an image tower a sense of time: the interface of every temporal module.
+
+A frozen CLIP tower encodes frames one by one; a TemporalModule works beside it (it only reads the outputs of some
+layers) or inside it (it changes what goes in, or wraps the blocks). pyvidx.models.VideoEncoder joins the two:
+
+    x = embed(tokens + positions)                  [B, T, N, C], class token first, before the tower's first LayerNorm
+    x = block(i, tower block i, x)                 for every layer up to the last that is read
+    encode([outputs of the layers in `reads`])     tokens [B, *, C] and pooled [B, E]
+"""
+
+from collections.abc import Sequence
+
+from torch import Tensor, nn
+
+from pyvidx.backbones.clip import CLIPVision, CLIPVisionConfig
+from pyvidx.encoding import Encoding
+from pyvidx.layers.block import Block
+from pyvidx.temporal.frames import frame_mean
+
+OUTPUTS = ("tokens", "pooled")
+
+
+class TemporalModule(nn.Module):
+    """Base class; as it is, it averages what the tower makes of each frame.
+
+    Frame masks: frame_mask is bool [B, T], True = a real frame, or None where all are. The caller has put zeros (or
+    what a tower makes of them) where frames are not real; a module leaves them out of every mean and softmax over time.
+
+    Attributes:
+        reads: original indices of the backbone layers whose outputs `encode` wants.
+        reads_only: the tower runs untouched, `embed` and `block` are not called: its outputs may be cached.
+        spec: {"name": ..., options}, what `pyvidx.temporal.create` made it of.
+    """
+
+    reads_only = True
+    spec: dict
+
+    def __init__(self, vision: CLIPVisionConfig):
+        super().__init__()
+        if vision.layers < 2:  # tokens are those of the last layer but one
+            raise ValueError(f"TemporalModule: the tower must have at least 2 layers, got {vision.layers}")
+        self.vision = vision
+
+    @property
+    def reads(self) -> range:
+        return range(self.vision.layers - 2, self.vision.layers)
+
+    def embed(self, x: Tensor, tower: CLIPVision, frame_mask: Tensor | None = None) -> Tensor:
+        """The tokens before the tower's first LayerNorm, positions added: [B, T, N, C] -> the same, or the module's own
+        layout [B, ..., L, C], which its `block` and `encode` then take."""
+        return x
+
+    def block(self, i: int, block: Block, x: Tensor, frame_mask: Tensor | None = None) -> Tensor:
+        """Backbone layer i with whatever the module does around it. x as `embed` left it."""
+        return block(x)
+
+    def encode(
+        self,
+        xs: Sequence[Tensor | None],
+        tower: CLIPVision,
+        frame_mask: Tensor | None = None,
+        outputs: Sequence[str] = OUTPUTS,
+    ) -> Encoding:
+        """From the outputs of the layers in `reads` to the video. Without "pooled" the last of them may be None.
+
+        tokens [B, 1+P, C]: the last layer but one, as video language models take it, averaged over the frames; patches
+        first, class token last. pooled [B, E]: the mean of the frames' image embeddings. What is not in outputs
+        is None.
+        """
+        tokens = class_last(frame_mean(xs[-2], frame_mask)) if "tokens" in outputs else None
+        pooled = frame_mean(tower.embedding(xs[-1]), frame_mask) if "pooled" in outputs else None
+        return Encoding(tokens, pooled)
+
+
+def class_last(x: Tensor) -> Tensor:
+    """[B, 1+P, C], class token first -> the order of Encoding.tokens, class token last."""
+    return x.roll(-1, dims=1)

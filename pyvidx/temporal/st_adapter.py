@@ -1,0 +1,125 @@
+"""ST-Adapter (arXiv:2206.13559): bottlenecks with a depthwise convolution over time inside the tower's blocks."""
+
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pyvidx.backbones.clip import CLIPVision, CLIPVisionConfig
+from pyvidx.encoding import Encoding
+from pyvidx.layers.block import Block, residual
+from pyvidx.temporal.frames import frame_mean, real_only
+from pyvidx.temporal.module import OUTPUTS, TemporalModule, class_last
+from pyvidx.temporal.registry import register
+
+PLACES = ("both", "attention", "mlp")
+
+
+def temporal_scale(y: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """A depthwise convolution over time, zeros beyond the ends: z[t] = bias + sum_j weight[:, j] y[t + j - k // 2].
+
+    y [B, T, P, A], weight [A, k] (k odd), bias [A] -> [B, T, P, A].
+    """
+    T, k = y.shape[1], weight.shape[1]
+    padded = F.pad(y, (0, 0, 0, 0, k // 2, k // 2))
+    return sum((padded[:, j : j + T] * weight[:, j] for j in range(k)), bias)
+
+
+class Adapter(nn.Module):
+    """up(conv(down x)) on the patches; the class token passes by. Zero at first: the convolution starts at zero.
+
+    The public code has no activation; neither has this.
+    """
+
+    def __init__(self, width: int, hidden: int, kernel: tuple[int, int, int]):
+        super().__init__()
+        self.down = nn.Linear(width, hidden)
+        self.weight = nn.Parameter(torch.zeros(hidden, *kernel))
+        self.bias = nn.Parameter(torch.zeros(hidden))
+        self.up = nn.Linear(hidden, width)
+        nn.init.zeros_(self.down.bias)
+        nn.init.zeros_(self.up.bias)
+
+    def forward(self, x: Tensor, frame_mask: Tensor | None = None) -> Tensor:
+        """x [B, T, 1+P, C], class token first -> x + what the adapter makes of its patches."""
+        patches = x[:, :, 1:]
+        # Padding is to the convolution what lies beyond the ends: zero after `down`, whose bias is not.
+        y = real_only(self.down(patches), frame_mask)
+        y = residual(patches, self.up(self._conv(y)))
+        return torch.cat([x[:, :, :1], y], dim=2)
+
+    def _conv(self, y: Tensor) -> Tensor:  # [B, T, P, A] -> the same
+        A, *kernel = self.weight.shape
+        if kernel[1:] == [1, 1]:
+            return temporal_scale(y, self.weight.view(A, -1), self.bias)
+        side = math.isqrt(y.shape[2])
+        grid = y.unflatten(2, (side, side)).permute(0, 4, 1, 2, 3)  # [B, A, T, side, side]
+        z = F.conv3d(grid, self.weight[:, None], self.bias, padding=[k // 2 for k in kernel], groups=A)
+        return z.permute(0, 2, 3, 4, 1).flatten(2, 3)
+
+
+@register("st_adapter")
+class STAdapter(TemporalModule):
+    """Adapters before the attention and before the MLP of the tower's blocks; as they start, they change nothing.
+
+    pooled: projection(LN(mean over the frames of the class tokens)).
+
+    Args:
+        layers: in the last this many layers of the tower; None: in all.
+        width: of the bottleneck.
+        kernel: of the convolution over (time, rows, columns), odd. (3, 1, 1), that of the published scripts, sees time
+            only.
+        places: "both", "attention" (before it) or "mlp".
+    """
+
+    reads_only = False
+
+    def __init__(
+        self,
+        vision: CLIPVisionConfig,
+        *,
+        layers: int | None = None,
+        width: int = 384,
+        kernel: Sequence[int] = (3, 1, 1),
+        places: str = "both",
+    ):
+        super().__init__(vision)
+        layers, kernel = vision.layers if layers is None else layers, tuple(kernel)
+        if not 1 <= layers <= vision.layers:
+            raise ValueError(f"STAdapter: layers must be in [1, {vision.layers}], got {layers}")
+        if len(kernel) != 3 or any(k < 1 or k % 2 == 0 for k in kernel):
+            raise ValueError(f"STAdapter: kernel must be three odd numbers, got {kernel}")
+        if places not in PLACES:
+            raise ValueError(f"STAdapter: places must be one of {PLACES}, got {places!r}")
+        self.first = vision.layers - layers
+
+        def adapters(place):
+            if places not in ("both", place):
+                return None
+            return nn.ModuleList(Adapter(vision.width, width, kernel) for _ in range(layers))
+
+        self.attention, self.mlp = adapters("attention"), adapters("mlp")
+
+    def block(self, i: int, block: Block, x: Tensor, frame_mask: Tensor | None = None) -> Tensor:
+        j = i - self.first
+        if j < 0:
+            return block(x)
+        if self.attention is not None:
+            x = self.attention[j](x, frame_mask)
+        x = residual(x, block.attend(x))
+        if self.mlp is not None:
+            x = self.mlp[j](x, frame_mask)
+        return residual(x, block.mlp(x))
+
+    def encode(
+        self,
+        xs: Sequence[Tensor],
+        tower: CLIPVision,
+        frame_mask: Tensor | None = None,
+        outputs: Sequence[str] = OUTPUTS,
+    ) -> Encoding:
+        tokens = class_last(frame_mean(xs[-2], frame_mask)) if "tokens" in outputs else None
+        pooled = tower.embedding(frame_mean(xs[-1][:, :, :1], frame_mask)) if "pooled" in outputs else None
+        return Encoding(tokens, pooled)

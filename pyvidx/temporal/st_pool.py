@@ -1,0 +1,57 @@
+"""The pooling of Video-ChatGPT (arXiv:2306.05424): every frame's mean over space, every patch's mean over time."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from pyvidx.backbones.clip import CLIPVision, CLIPVisionConfig
+from pyvidx.encoding import Encoding
+from pyvidx.temporal.frames import frame_mean, real_only
+from pyvidx.temporal.module import OUTPUTS, TemporalModule
+from pyvidx.temporal.registry import register
+
+
+def space_time_means(x: Tensor, frame_mask: Tensor | None = None, rows: int | None = None) -> Tensor:
+    """[mean over space of every frame; mean over time of every patch].
+
+    Args:
+        x: [B, T, P, C] patches.
+        frame_mask: bool [B, T]; rows of frames that are not real are zero.
+        rows: fill the first part up to this many rows with zeros; more frames stay as they are.
+
+    Returns:
+        [B, T + P, C], or [B, max(T, rows) + P, C].
+    """
+    over_space = real_only(x.mean(dim=2), frame_mask)
+    if rows is not None:
+        over_space = F.pad(over_space, (0, 0, 0, max(0, rows - x.shape[1])))
+    return torch.cat([over_space, frame_mean(x, frame_mask)], dim=1)
+
+
+@register("st_pool")
+class STPool(TemporalModule):
+    """No parameters. tokens [B, max(T, rows) + P, C] of the last layer but one, no class token.
+
+    Args:
+        rows: of the frames' part, zeros where there are fewer frames, as the public code has it (zeros before the
+            projection to the language model, which turns them into its bias). None: T.
+    """
+
+    def __init__(self, vision: CLIPVisionConfig, *, rows: int | None = 100):
+        super().__init__(vision)
+        self.rows = rows
+
+    def encode(
+        self,
+        xs: Sequence[Tensor],
+        tower: CLIPVision,
+        frame_mask: Tensor | None = None,
+        outputs: Sequence[str] = OUTPUTS,
+    ) -> Encoding:
+        encoding = super().encode(xs, tower, frame_mask, [o for o in outputs if o != "tokens"])
+        if "tokens" in outputs:
+            encoding = replace(encoding, tokens=space_time_means(xs[-2][:, :, 1:], frame_mask, self.rows))
+        return encoding

@@ -1,0 +1,105 @@
+"""UMT: the student, what of a clip it sees, and that a frozen teacher teaches it."""
+
+import dataclasses
+import math
+
+import pytest
+import torch
+
+from pyvidx.backbones.clip import CLIPVision, CLIPVisionConfig
+from pyvidx.models.umt import UMTConfig, UMTStudent, UnmaskedTeacher, class_attention
+
+TEACHER = CLIPVisionConfig(image_size=12, patch_size=4, width=16, heads=2, layers=3, mlp_width=24, embed_dim=6)
+STUDENT = UMTConfig(image_size=12, patch_size=4, width=20, heads=2, layers=3, mlp_width=40)
+P = STUDENT.patches
+
+
+def step(**options):
+    return UnmaskedTeacher(UMTStudent(STUDENT), CLIPVision(TEACHER), **{"taps": 2, "mask_ratio": 0.6, **options})
+
+
+def clips(B=2, T=4):
+    return torch.randn(B, T, 3, 12, 12)
+
+
+def test_it_learns():
+    """On one batch, from a fixed view: the loss halves, and the teacher stays as it was."""
+    model, pixels = step(), clips()
+    before = {k: v.clone() for k, v in model.teacher.state_dict().items()}
+    visible = model.draw(torch.ones(2, 4, P))
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=3e-3)
+    losses = []
+    for _ in range(60):
+        loss = model(pixels, visible=visible)
+        losses.append(loss.item())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert losses[-1] < losses[0] / 2
+    assert all(torch.equal(v, before[k]) for k, v in model.teacher.state_dict().items())
+    unread = ("student.norm_pool",)  # of use only after pretraining
+    lacking = [n for n, p in model.named_parameters() if p.requires_grad and p.grad is None]
+    assert all(n.startswith(unread) for n in lacking)
+
+
+def test_draws():
+    """V of P in every frame, ascending; a patch without attention is not drawn where there are others."""
+    model, generator = step(), torch.Generator().manual_seed(3)
+    attention = torch.rand(2, 4, P)
+    attention[..., :5] = 0
+    visible = model.draw(attention, generator)
+    assert visible.shape == (2, 4, 4)  # 9 - int(0.6 * 9)
+    assert (visible // P == torch.arange(4)[:, None]).all() and (visible % P >= 5).all()
+    assert (visible.diff(dim=-1) > 0).all()
+    peaked = torch.full((500, 1, P), 0.1)
+    peaked[..., 2] = 1.0
+    share = [(model.draw(peaked, generator) == p).any(-1).float().mean() for p in (2, 3)]
+    assert share[0] > 0.9 > share[1]
+    pixels = clips()
+    same = [model(pixels, generator=torch.Generator().manual_seed(5)) for _ in range(2)]
+    assert torch.equal(*same)
+
+
+@torch.no_grad()
+def test_class_attention():
+    tower, x = CLIPVision(TEACHER), torch.randn(2, 4, 1 + P, 16)
+    block = tower.blocks["2"]
+    q, k, _ = block.qkv(block.norm1(x)).view(2, 4, 1 + P, 3, 2, 8).permute(3, 0, 1, 4, 2, 5)
+    want = ((q @ k.transpose(-1, -2)) / math.sqrt(8)).softmax(-1)[..., 0, 1:].mean(2)
+    torch.testing.assert_close(class_attention(tower, x), want)
+
+
+@torch.no_grad()
+def test_student_frame_masks():
+    model, pixels = UMTStudent(STUDENT).double(), clips(T=5).double()
+    alone, mask = model(pixels[1:, :3]), torch.tensor([[True] * 5, [True] * 3 + [False] * 2])
+    pixels[1, 3:] = math.nan
+    got, per_frame = model(pixels, frame_mask=mask), model(pixels, frame_mask=mask, per_frame=True).pooled
+    torch.testing.assert_close(got.pooled[1:], alone.pooled)
+    torch.testing.assert_close(got.tokens[1:, : 3 * P], alone.tokens)
+    assert not got.tokens[1, 3 * P :].any() and not per_frame[1, 3:].any() and per_frame.shape == (2, 5, 20)
+
+
+@torch.no_grad()
+def test_seeing_all_is_the_whole_clip():
+    model, pixels = UMTStudent(STUDENT).double(), clips().double()
+    everything = torch.arange(4 * P).view(1, 4, P).expand(2, -1, -1).contiguous()
+    torch.testing.assert_close(model.run(pixels, everything)[0], model.run(pixels)[0])
+
+
+@torch.no_grad()
+def test_save_and_load(tmp_path):
+    model, pixels = UMTStudent(STUDENT).eval(), clips()
+    again = UMTStudent.from_pretrained(model.save(tmp_path / "student"))
+    assert again.config == STUDENT and torch.equal(again(pixels).pooled, model(pixels).pooled)
+
+
+def test_errors():
+    for options in ({"taps": 4}, {"taps": 0}, {"mask_ratio": 1.0}):
+        with pytest.raises(ValueError, match="taps must be in"):
+            step(**options)
+    with pytest.raises(ValueError, match="teacher must be whole.* with 9 patches"):
+        UnmaskedTeacher(UMTStudent(STUDENT), CLIPVision(dataclasses.replace(TEACHER, patch_size=6)))
+    for pixels in (clips()[0], clips()[..., :8]):
+        with pytest.raises(ValueError, match="pixels must be"):
+            UMTStudent(STUDENT)(pixels)
