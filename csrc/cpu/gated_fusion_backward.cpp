@@ -4,6 +4,11 @@
 //
 // Statistics of the norm come from the forward (8 bytes a row). The row itself is the saved out, or is computed again
 // where the gradient of the gate reads x and z anyway: no pass is spent on it alone.
+//
+// Rows go in small groups, each in two passes (the means that the norm needs, then the gradients), while the next group
+// is fetched. Traffic with norm and gate, without grad_x: 5 passes. CPU time on a busy Zen 4, one thread, ViT-L/14:
+// 0.74 to 0.80 of a copy of those bytes in float, 0.47 to 0.60 in bfloat16, where the arithmetic binds. Row by row,
+// with the sums read and written for each and stores that took turns, it was 0.6 and 0.3 to 0.5.
 #include "level.h"
 #include "parallel.h"
 #include "pyvidx/gated_fusion.h"
@@ -31,8 +36,8 @@ template <typename T>
 struct Row {
   const T *grad_out, *grad_normed, *value, *x, *x_pair, *z;
   T *grad_x, *grad_x_pair, *grad_z;
-  Acc<T> mean, rstd, mean_g,
-      mean_gx;  // with a norm: its statistics; means of g and g * normal, g = grad_normed * weight
+  Acc<T> mean, rstd;       // with a norm: its statistics
+  Acc<T> mean_g, mean_gx;  // of g and g * normal, g = grad_normed * weight
 };
 
 template <typename T>
