@@ -11,7 +11,7 @@ from pyvidx.backbones import CLIPText, CLIPTextConfig
 from pyvidx.losses import alignment, contrastive, gather
 from pyvidx.models import BTAdapter
 from pyvidx.models.pretraining import Pretraining
-from pyvidx.temporal.bt_adapter import _join, _with_class
+from pyvidx.temporal.bt_adapter import _join, _split, _with_class
 from pyvidx.temporal.grouping import grouping
 from pyvidx.temporal.masking import drop_path_draws, random_mask, tube_mask
 from tests.test_models import CONFIG, P, clip, close, randomized
@@ -171,7 +171,8 @@ def test_class_rows_join_exactly(dropped):
         close(_join(x, y.clone(), drop), x + added)
     leaves = [t.requires_grad_() for t in (z, a, cls)]
     assert torch.autograd.gradcheck(_with_class, leaves)
-    assert torch.autograd.gradcheck(lambda x, y: _join(x, y, drop), [x.requires_grad_(), y.requires_grad_()])
+    assert torch.autograd.gradcheck(_split, [x.requires_grad_()])
+    assert torch.autograd.gradcheck(lambda x, y: _join(x, y, drop), [x, y.requires_grad_()])
 
 
 def test_autocast_joins_in_the_wider_dtype():

@@ -66,8 +66,7 @@ class SpatialLayer(Block):
         drop [B, S]: see masking. frame_mask [B, S]: the slots whose class results are averaged.
         """
         x = self.space(z, a, cls, drop, frame_mask)
-        x = residual(x, self.mlp(x))
-        return x[:, :, 1:], x[:, 0, 0]
+        return _split(residual(x, self.mlp(x)))
 
     def space(
         self, z: Tensor, a: Tensor, cls: Tensor, drop: Tensor | None = None, frame_mask: Tensor | None = None
@@ -127,6 +126,29 @@ class _WithClass(torch.autograd.Function):
         rows = grad[:, :, 1:]
         grads = rows, rows, grad[:, :, 0].sum(dim=1)
         return tuple(g.to(dtype) for g, dtype in zip(grads, ctx.dtypes))
+
+
+def _split(x: Tensor) -> tuple[Tensor, Tensor]:
+    """x [B, S, 1 + K, C], every slot with the same class row -> views: patches [B, S, K, C] and class [B, C]."""
+    if torch.compiler.is_compiling():
+        return x[:, :, 1:], x[:, 0, 0]
+    return _Split.apply(x)
+
+
+class _Split(torch.autograd.Function):
+    """The gradient is written once; those of two slices would each fill a whole tensor, to be added up."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.shape = x.shape
+        return x[:, :, 1:], x[:, 0, 0]
+
+    @staticmethod
+    def backward(ctx, grad_z, grad_cls):
+        grad = grad_z.new_empty(ctx.shape)
+        grad[:, :, 1:] = grad_z
+        grad[:, 0, 0], grad[:, 1:, 0] = grad_cls, 0
+        return grad
 
 
 def _join(x: Tensor, y: Tensor, drop: Tensor | None, frame_mask: Tensor | None = None) -> Tensor:
