@@ -43,6 +43,28 @@ def case(form, norm, model, B, T, dtype, device, keep=None):
     )
 
 
+def backward_case(model, B, T, dtype, device, keep=None):
+    """As in training beside a frozen backbone: every gradient but that of x."""
+    P, C = CLIP[model]
+    K = P if keep is None else keep.shape[-1]
+
+    def random(*shape):
+        return torch.randn(*shape, device=device).to(dtype)
+
+    x, z, cls, gate, weight = random(B, T, 1 + P, C), random(B, T, K, C), random(B, C), random(C) / 100, random(C)
+    stats = torch.randn(B, T, K, 2, device=device).abs()
+    grads = random(B, T, K, C), random(B, C), random(B, T, K, C)
+    args = (*grads, None, x, z, cls, gate, keep, None, weight, stats, T, P, 100.0, False, False, False, True, True)
+    return Case(
+        "gated_fusion_backward gate + norm",
+        {"B": B, "T": T, "P": P, "K": K, "C": C},
+        dtype,
+        lambda: torch.ops.pyvidx.gated_fusion_backward(*args),
+        lambda: plain.fuse_backward(*args),
+        bytes=5 * nbytes(z),
+    )
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
 @pytest.mark.parametrize("B, T", SIZES, ids=lambda n: str(n))
 @pytest.mark.parametrize("model", CLIP)
@@ -64,3 +86,12 @@ def test_masked(model, dtype, device, measure):
     P = CLIP[model][0]
     keep = torch.stack([torch.randperm(P)[: P - int(0.7 * P)].sort().values for _ in range(8)]).to(device)
     measure(case("gate", True, model, 8, 8, dtype, device, keep))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
+@pytest.mark.parametrize("masked", [False, True], ids=["whole", "masked"])
+@pytest.mark.parametrize("model", CLIP)
+def test_backward(model, masked, dtype, device, measure):
+    P = CLIP[model][0]
+    keep = torch.stack([torch.randperm(P)[: P - int(0.7 * P)].sort().values for _ in range(4)]).to(device)
+    measure(backward_case(model, 4, 8, dtype, device, keep if masked else None))

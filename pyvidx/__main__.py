@@ -8,6 +8,7 @@ COMMANDS = {
     "eval": "numbers of a benchmark from answers or embeddings",
     "memory": "stream one video through a memory bank and draw what its slots hold",
     "train": "pretrain or fine-tune a model, on one device or with torchrun on several",
+    "plan": "hours of a pretraining run on cards of a kind, from counted work",
     "flops": "parameters, arithmetic and memory of every temporal module",
     "info": "versions, devices, and which op runs as kernel or reference",
 }
@@ -32,6 +33,8 @@ def main() -> int:
         from pyvidx.cli.memory import main as run
     elif name == "train":
         from pyvidx.cli.train import main as run
+    elif name == "plan":
+        from pyvidx.cli.plan import main as run
     else:
         from pyvidx.cli.demo import main as run
     return run(sys.argv[2:]) or 0

@@ -9,6 +9,8 @@ The loss of UMT (arXiv:2303.16058) is `alignment` as well.
 Half precision is computed in float32, also under autocast: a float16 logit near 30 has steps of 0.02.
 """
 
+from contextlib import nullcontext
+
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -32,7 +34,7 @@ def contrastive(a: Tensor, b: Tensor, *, scale: float = 100.0) -> Tensor:
     """
     if a.dim() != 2 or a.shape != b.shape or not a.shape[0]:
         raise ValueError(f"contrastive: a and b must both be [N, E], N > 0, got {tuple(a.shape)} and {tuple(b.shape)}")
-    with torch.autocast(a.device.type, enabled=False):
+    with _no_autocast(a):
         logits = scale * (_unit(a) @ _unit(b).T)
         target = torch.arange(len(a), device=a.device)
         return F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)
@@ -55,7 +57,7 @@ def alignment(student: Tensor, teacher: Tensor) -> Tensor:
             "alignment: student and teacher must be of one shape, not empty, "
             f"got {tuple(student.shape)} and {tuple(teacher.shape)}"
         )
-    with torch.autocast(student.device.type, enabled=False):
+    with _no_autocast(student):
         return (2 - 2 * (_unit(student) * _unit(teacher.detach())).sum(dim=-1)).mean()
 
 
@@ -98,6 +100,11 @@ class _Gather(torch.autograd.Function):
             dist.all_reduce(grad, group=ctx.group)  # gloo has no reduce_scatter; these rows are few
         start = dist.get_rank(ctx.group) * ctx.rows
         return grad[start : start + ctx.rows], None, None
+
+
+def _no_autocast(x: Tensor):
+    kind = x.device.type  # meta tensors, of which operations are counted, know no autocast
+    return torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext()
 
 
 def _unit(x: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from pyvidx.backbones import CLIPText, CLIPTextConfig
 from pyvidx.losses import alignment, contrastive, gather
 from pyvidx.models import BTAdapter
 from pyvidx.models.pretraining import Pretraining
+from pyvidx.temporal.bt_adapter import _join, _split, _with_class
 from pyvidx.temporal.grouping import grouping
 from pyvidx.temporal.masking import drop_path_draws, random_mask, tube_mask
 from tests.test_models import CONFIG, P, clip, close, randomized
@@ -153,6 +154,40 @@ def test_an_unmasked_step_embeds_as_the_model():
     step = build(mask_rate=0.0)
     video = step.model(pixels, outputs=("pooled",)).pooled
     close(step(pixels, ids).vtc, contrastive(video, step.text(ids)))
+
+
+@pytest.mark.parametrize("dropped", [False, True])
+def test_class_rows_join_exactly(dropped):
+    """Under autograd in one pass each way; values as without, gradients as they should be."""
+    torch.manual_seed(3)
+    z, a, cls, y = (torch.randn(2, *shape).double() for shape in ((3, 4, 5), (3, 4, 5), (5,), (3, 5, 5)))
+    drop = torch.tensor([[0, 2.0, 2], [2, 0, 0]]) if dropped else None
+    x = torch.cat([cls[:, None, None].expand(2, 3, 1, 5), z + a], dim=2)
+    added = y.clone() if drop is None else y * drop[:, :, None, None]
+    added[:, :, 0] = added[:, :, 0].mean(dim=1, keepdim=True)
+    close(_join(x, y.clone().requires_grad_(), drop).detach(), x + added)
+    with torch.no_grad():
+        assert torch.equal(_with_class(z, a, cls), x)
+        close(_join(x, y.clone(), drop), x + added)
+    leaves = [t.requires_grad_() for t in (z, a, cls)]
+    assert torch.autograd.gradcheck(_with_class, leaves)
+    assert torch.autograd.gradcheck(_split, [x.requires_grad_()])
+    assert torch.autograd.gradcheck(lambda x, y: _join(x, y, drop), [x, y.requires_grad_()])
+
+
+def test_autocast_joins_in_the_wider_dtype():
+    step = build().float().train()
+    pixels, ids, mask = batch()
+    with torch.autocast("cpu", torch.bfloat16):
+        losses = step(pixels.float(), ids, mask=mask, generator=torch.Generator().manual_seed(1))
+    losses.total.backward()
+    grads = {n: p.grad for n, p in step.named_parameters() if p.requires_grad}
+    assert all(g.dtype == torch.float32 and g.isfinite().all() for g in grads.values())
+    exact = build().train()
+    exact(pixels, ids, mask=mask, generator=torch.Generator().manual_seed(1)).total.backward()
+    near = {n: torch.cosine_similarity(grads[n].double().flatten(), p.grad.flatten(), dim=0)
+            for n, p in exact.named_parameters() if p.requires_grad}  # fmt: skip
+    assert torch.stack(list(near.values())).median() > 0.98
 
 
 def test_wrong_input():

@@ -4,23 +4,32 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-
-def quick_gelu(x: Tensor) -> Tensor:
-    """x * sigmoid(1.702 x), the activation of OpenAI's CLIP."""
-    return F.silu(1.702 * x) * (1 / 1.702)
+from pyvidx import ops
 
 
-def silu(x: Tensor) -> Tensor:
-    """What quick_gelu becomes when its two factors are folded into the weights beside it. In place without autograd."""
-    return F.silu(x, inplace=not (torch.is_grad_enabled() and x.requires_grad))
+def _quick_gelu(x: Tensor) -> Tensor:
+    """In place without autograd: x is the fresh output of a linear layer."""
+    return ops.quick_gelu(x) if wants_grad(x) else ops.quick_gelu(x, out=x)
 
 
-ACTIVATIONS = {"quick_gelu": quick_gelu, "gelu": F.gelu, "silu": silu}
+def _silu(x: Tensor) -> Tensor:
+    """What quick_gelu becomes when its two factors are folded into the weights beside it. In place as well."""
+    return F.silu(x, inplace=not wants_grad(x))
+
+
+def wants_grad(*tensors: Tensor) -> bool:
+    return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+
+
+ACTIVATIONS = {"quick_gelu": _quick_gelu, "gelu": F.gelu, "silu": _silu}
 
 
 def residual(x: Tensor, y: Tensor) -> Tensor:
-    """x + y, written into y where the dtypes allow: y is the fresh output of a linear layer, no gradient needs it."""
-    return y.add_(x) if y.dtype == x.dtype else x + y
+    """x + y, written into y, the fresh output of a linear layer, where no gradient is wanted.
+
+    Under autograd y is a view of what the product wrote: writing into it makes the backward pass copy the gradient.
+    """
+    return y.add_(x) if y.dtype == x.dtype and not wants_grad(x, y) else x + y
 
 
 class Block(nn.Module):

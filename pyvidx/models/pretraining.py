@@ -131,7 +131,17 @@ class Pretraining(nn.Module):
             raise ValueError(
                 f"Pretraining: xs must be the outputs of backbone layers {list(self._layers)}, got {len(xs)} tensors"
             )
-        group = self.grouping(xs[0], mask, generator)
+        return self.losses(xs, text, self.grouping(xs[0], mask, generator), drops, generator)
+
+    def losses(
+        self,
+        xs: Sequence[Tensor],
+        text: Tensor,
+        group: Grouping,
+        drops: Drops | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Losses:
+        """The same for the tokens of a grouping."""
         z, cls = self.states(xs, group, drops, generator)[-1]  # [B, S, K, C], [B, C]
         project = self.model.backbone.projection
         video = project(self.model.frame_vectors(xs[-1], cls).mean(dim=1))

@@ -2,6 +2,7 @@ from pyvidx.ops.bank_attention import bank_attention
 from pyvidx.ops.gated_fusion import fusion_input, gated_fusion, output_gate
 from pyvidx.ops.memory_merge import memory_merge, memory_merge_
 from pyvidx.ops.memory_scan import MergePlan, memory_replay, memory_scan_, settle_
+from pyvidx.ops.quick_gelu import quick_gelu
 from pyvidx.ops.st_pool import st_pool
 from pyvidx.ops.temporal_attention import temporal_attention
 from pyvidx.ops.temporal_scale import temporal_scale
@@ -17,6 +18,7 @@ __all__ = [
     "memory_replay",
     "memory_scan_",
     "output_gate",
+    "quick_gelu",
     "settle_",
     "st_pool",
     "temporal_attention",

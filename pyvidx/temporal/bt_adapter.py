@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from pyvidx.layers.block import Block, residual
+from pyvidx.layers.block import Block, residual, wants_grad
 from pyvidx.ops import fusion_input, gated_fusion
 from pyvidx.ops.gated_fusion_reference import mix
 from pyvidx.temporal.frames import attend_over_frames, frame_mean
@@ -67,17 +67,14 @@ class SpatialLayer(Block):
         drop [B, S]: see masking. frame_mask [B, S]: the slots whose class results are averaged.
         """
         x = self.space(z, a, cls, drop, frame_mask)
-        x = residual(x, self.mlp(x))
-        return x[:, :, 1:], x[:, 0, 0]
+        return _split(residual(x, self.mlp(x)))
 
     def space(
         self, z: Tensor, a: Tensor, cls: Tensor, drop: Tensor | None = None, frame_mask: Tensor | None = None
     ) -> Tensor:
         """The attention half, [B, S, 1 + K, C], every slot with the same class row in front."""
         x = _with_class(z, a, cls)
-        y = scaled(self.attend(x), drop, (*x.shape[:2], 1, 1))
-        y[:, :, 0] = frame_mean(y[:, :, 0], frame_mask)[:, None]
-        return residual(x, y)
+        return _join(x, self.attend(x), drop, frame_mask)
 
     def mean_tokens(self, z: Tensor, a: Tensor, cls: Tensor, group: Grouping) -> tuple[Tensor, Tensor]:
         """Frame means of forward's z, [B, P, C], and cls. The MLP's second layer, being linear, runs on the means."""
@@ -107,15 +104,82 @@ class SpatialLayer(Block):
 
 
 def _with_class(z: Tensor, a: Tensor, cls: Tensor) -> Tensor:
-    """[cls; z + a] of every slot, [B, S, 1 + K, C]; one pass where no gradient is wanted and no compiler does it."""
-    B, S, K, C = z.shape
-    wants_grad = torch.is_grad_enabled() and (z.requires_grad or a.requires_grad or cls.requires_grad)
-    if wants_grad or torch.compiler.is_compiling():
-        return torch.cat([cls[:, None, None].expand(B, S, 1, C), z + a], dim=2)
-    x = z.new_empty(B, S, 1 + K, C, dtype=torch.promote_types(z.dtype, a.dtype))
-    torch.add(z, a, out=x[:, :, 1:])
-    x[:, :, 0] = cls[:, None]
-    return x
+    """[cls; z + a] of every slot, [B, S, 1 + K, C]."""
+    if torch.compiler.is_compiling():  # a compiler makes one pass of it by itself
+        return torch.cat([cls[:, None, None].expand(-1, z.shape[1], 1, -1), z + a], dim=2)
+    return _WithClass.apply(z, a, cls)
+
+
+class _WithClass(torch.autograd.Function):
+    """One pass: a cat would copy z + a."""
+
+    @staticmethod
+    def forward(ctx, z, a, cls):
+        B, S, K, C = z.shape
+        x = z.new_empty(B, S, 1 + K, C, dtype=torch.promote_types(z.dtype, a.dtype))
+        torch.add(z, a, out=x[:, :, 1:])
+        x[:, :, 0] = cls[:, None]
+        ctx.dtypes = z.dtype, a.dtype, cls.dtype
+        return x
+
+    @staticmethod
+    def backward(ctx, grad):
+        rows = grad[:, :, 1:]
+        grads = rows, rows, grad[:, :, 0].sum(dim=1)
+        return tuple(g.to(dtype) for g, dtype in zip(grads, ctx.dtypes))
+
+
+def _split(x: Tensor) -> tuple[Tensor, Tensor]:
+    """x [B, S, 1 + K, C], every slot with the same class row -> views: patches [B, S, K, C] and class [B, C]."""
+    if torch.compiler.is_compiling():
+        return x[:, :, 1:], x[:, 0, 0]
+    return _Split.apply(x)
+
+
+class _Split(torch.autograd.Function):
+    """The gradient is written once; those of two slices would each fill a whole tensor, to be added up."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.shape = x.shape
+        return x[:, :, 1:], x[:, 0, 0]
+
+    @staticmethod
+    def backward(ctx, grad_z, grad_cls):
+        grad = grad_z.new_empty(ctx.shape)
+        grad[:, :, 1:] = grad_z
+        grad[:, 0, 0], grad[:, 1:, 0] = grad_cls, 0
+        return grad
+
+
+def _join(x: Tensor, y: Tensor, drop: Tensor | None, frame_mask: Tensor | None = None) -> Tensor:
+    """x + drop y, the class rows of drop y averaged over the slots. x, y [B, S, 1 + K, C], drop, frame_mask [B, S]."""
+    if frame_mask is None and wants_grad(x, y) and not torch.compiler.is_compiling():
+        return _Join.apply(x, y, None if drop is None else drop.to(y.dtype)[:, :, None, None])
+    y = scaled(y, drop, (*y.shape[:2], 1, 1))
+    y[:, :, 0] = frame_mean(y[:, :, 0], frame_mask)[:, None]
+    return residual(x, y)
+
+
+class _Join(torch.autograd.Function):
+    """One pass each way. Averaging in place under autograd would copy the whole gradient."""
+
+    @staticmethod
+    def forward(ctx, x, y, factor):
+        ctx.dtypes = x.dtype, y.dtype
+        ctx.save_for_backward(factor)
+        cls = y[:, :, :1] if factor is None else y[:, :, :1] * factor
+        out = x + y if factor is None else torch.addcmul(x, y, factor)
+        out[:, :, :1] = x[:, :, :1] + cls.mean(dim=1, keepdim=True)
+        return out
+
+    @staticmethod
+    def backward(ctx, grad):
+        (factor,) = ctx.saved_tensors
+        cls = grad[:, :, :1].mean(dim=1, keepdim=True)
+        grad_y = grad.clone() if factor is None else grad * factor
+        grad_y[:, :, :1] = cls if factor is None else cls * factor
+        return grad.to(ctx.dtypes[0]), grad_y.to(ctx.dtypes[1]), None
 
 
 class BTAdapterBranch(nn.Module):

@@ -1,0 +1,185 @@
+"""One step of BT-Adapter's pretraining, T = 8: forward, losses, backward, against the official step in plain torch.
+
+From pixels (the frozen towers included) and from the outputs of the last backbone layers, with the tube mask of 0.7 and
+without. Of the branch's own step a profile tells matrix products and attention from the rest, whose least traffic is
+counted below; `rest_floor_share` is a copy of as many bytes over it. Wall times of a busy machine drift by more than
+the ratio: `vs_eager_cpu` is that of the process's CPU time.
+"""
+
+import dataclasses
+import functools
+import statistics
+import time
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
+
+from bench.harness import Case, compare, nbytes
+from pyvidx.backbones import CLIPText, CLIPTextConfig
+from pyvidx.integrations.checkpoints import load_weights
+from pyvidx.models import BTAdapter
+from pyvidx.models.config import BTAdapterConfig
+from pyvidx.models.pretraining import Pretraining
+from pyvidx.models.pretraining_reference import ReferencePretraining
+from pyvidx.models.reference import ReferenceBTAdapter
+from pyvidx.temporal.masking import drop_path_draws, tube_mask
+
+T, LENGTH = 8, 64
+PRODUCTS = ("mm", "addmm", "bmm", "baddbmm", "attention", "convolution")
+
+
+class Given(nn.Module):
+    """A frozen part whose output is known."""
+
+    def __init__(self, output: Tensor):
+        super().__init__()
+        self.output = output
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.output
+
+
+@functools.lru_cache(maxsize=1)
+def models(size: str, whole: bool, device: str) -> tuple[Pretraining, ReferencePretraining]:
+    """With the same weights. Not whole: only as many backbone layers as the branch reads, which are not run."""
+    torch.manual_seed(0)
+    config = BTAdapterConfig.named(size)
+    if not whole:
+        config = dataclasses.replace(config, vision=dataclasses.replace(config.vision, layers=config.depth))
+    E = config.vision.embed_dim
+    text = CLIPText(CLIPTextConfig(1000, 77, E, max(1, E // 64), 12 if whole else 1, 4 * E, E)).to(device)
+    tower = ReferenceBTAdapter(config, "mma").to(device)
+    tower.requires_grad_(False)
+    for name, parameter in tower.named_parameters():
+        parameter.requires_grad_(name.startswith(("btadapter", "balance")))
+    model = BTAdapter(config).to(device)
+    load_weights(model, tower.state_dict())
+    ours, theirs = Pretraining(model, text).to(device).train(), ReferencePretraining(tower, text).to(device)
+    theirs.head.load_state_dict(ours.head.state_dict())
+    return ours, theirs
+
+
+def steps(size: str, source: str, B: int, rate: float, device: str) -> tuple[Callable, Callable, Pretraining, int]:
+    """Our step, the official one, our model and the patches kept. Both leave gradients on parameters without any."""
+    ours, theirs = models(size, source == "pixels", device)
+    v, depth = ours.model.config.vision, ours.model.config.depth
+    mask = tube_mask(B, v.patches, rate, device=device)
+    K = int((~mask[0]).sum())
+    drops = drop_path_draws(0.1, depth, B, T, K, device=device)
+    ids = torch.randint(1, 1000, (B, LENGTH), device=device)
+    pixels = torch.randn(B, T, 3, v.image_size, v.image_size, device=device)
+    if source == "layers":
+        xs = [torch.randn(B, T, 1 + v.patches, v.width, device=device) for _ in range(depth)]
+        theirs.model.layers = nn.ModuleList(Given(x.flatten(0, 1)) for x in xs)
+        with torch.no_grad():
+            text = ours.text(ids)
+        theirs.text = Given(text)
+        theirs.model.pre_layrnorm, theirs.model._embed = nn.Identity(), lambda pixels: pixels
+
+    def run():
+        ours.zero_grad(set_to_none=True)
+        if source == "layers":
+            losses = ours.from_layers(xs, text, mask=mask, drops=drops)
+        else:
+            losses = ours(pixels, ids, mask=mask, drops=drops)
+        losses.total.backward()
+        return losses
+
+    frame_major = mask.repeat(1, T)
+
+    def eager():
+        theirs.zero_grad(set_to_none=True)
+        losses = theirs(pixels, ids, frame_major, drops)
+        sum(losses).backward()
+        return losses
+
+    return run, eager, ours, K
+
+
+def least_rest(ours: Pretraining, B: int, K: int) -> int:
+    """Bytes of the branch's step that are neither products' nor attention's, each tensor once per fused pass.
+
+    In passes over the kept tokens [B, T, K, C], per layer: fusion with LayerNorm 4 forward (3 in layer 0, which has no
+    z) and 5 backward (4); temporal attention 4 and 7; residual, class rows and LayerNorm 4 and 4; residual and
+    LayerNorm 4 and 4; QuickGELU on 4 C 8 and 12; the last residual 3 and 0. Then, of width E, the token loss 2 and 3
+    and the head's LayerNorm 2 and 4, and LayerNorm of the teacher's tokens 2.
+    """
+    config = ours.model.config
+    item = next(ours.parameters()).element_size()
+    rows = B * T * K * item
+    layer = 4 + 5 + 4 + 7 + 4 + 4 + 4 + 4 + 8 + 12 + 3
+    C, E = config.vision.width, config.vision.embed_dim
+    return rows * (C * (config.depth * layer - 2) + E * 11 + C * 2)
+
+
+def parts(run: Callable) -> tuple[float, float]:
+    """Milliseconds of products with attention, and of the rest, in one run."""
+    with profile(activities=[ProfilerActivity.CPU]) as profiled:
+        run()
+    products = rest = 0.0
+    for event in profiled.key_averages():
+        if "temporal_attention" not in event.key and any(name in event.key for name in PRODUCTS):
+            products += event.self_cpu_time_total / 1e3
+        else:
+            rest += event.self_cpu_time_total / 1e3
+    return products, rest
+
+
+def cpu_ratio(run: Callable, eager: Callable, rounds: int) -> float:
+    """Medians of the process's CPU time, in turn."""
+    times: dict[Callable, list[float]] = {run: [], eager: []}
+    for _ in range(rounds):
+        for function, spent in times.items():
+            start = time.process_time()
+            function()
+            spent.append(time.process_time() - start)
+    return statistics.median(times[eager]) / statistics.median(times[run])
+
+
+def case(size: str, source: str, B: int, rate: float, device: str, rounds: int) -> Case:
+    run, eager, ours, K = steps(size, source, B, rate, device)
+    with torch.enable_grad():
+        extra = {"vs_eager_cpu": cpu_ratio(run, eager, rounds)}
+        if source == "layers" and device == "cpu":
+            profiled = [parts(f) for f in (run, eager) for _ in range(rounds)]
+            for name, several in (("", profiled[:rounds]), ("eager_", profiled[rounds:])):
+                for part, values in zip(("products_ms", "rest_ms"), zip(*several)):
+                    extra[name + part] = statistics.median(values)
+            extra["rest_bytes"] = least_rest(ours, B, K)
+    v = ours.model.config.vision
+    shape = {"size": size, "from": source, "B": B, "T": T, "K": K, "C": v.width}
+    moved = nbytes(*(p for p in ours.parameters() if p.requires_grad)) * 2 + least_rest(ours, B, K)
+    with_grad = torch.enable_grad()
+    return Case("pretraining", shape, torch.float32, with_grad(run), with_grad(eager), bytes=moved, compiled=False,
+                extra=extra)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "size, source, B, rate",
+    [
+        pytest.param(size, source, B, rate, id=f"{size}-{source}-B{B}-{'masked' if rate else 'whole'}")
+        for size, source, B in (
+            ("tiny", "layers", 2), ("clip-b-16", "layers", 1), ("clip-b-16", "pixels", 1), ("clip-l-14", "layers", 1),
+            ("clip-l-14", "pixels", 1),
+        )
+        for rate in (0.7, 0.0)
+    ],
+)  # fmt: skip
+def test_pretraining(size, source, B, rate, device, benchmark, request):
+    """Without `measure`: a step of the real sizes takes up to a minute, and ten more of them would tell nothing."""
+    option = request.config.getoption
+    torch.set_num_threads(option("--threads"))
+    info = measured(case(size, source, B, rate, device, 1 if option("--smallest") else 3), device, option("--seconds"))
+    benchmark.pedantic(lambda: None, rounds=1)  # pytest-benchmark keeps the file
+    benchmark.group = info["op"]
+    benchmark.extra_info.update(info)
+
+
+def measured(case: Case, device: str, seconds: float) -> dict:
+    info = compare(case, device, seconds, with_compile=False)
+    if "rest_ms" in info:
+        info["rest_floor_share"] = info["rest_bytes"] / info["copy_gbps"] / 1e6 / info["rest_ms"]
+    return info
