@@ -1,5 +1,6 @@
 """python -m pyvidx COMMAND: encode videos, run the demo, train, say what is installed."""
 
+import importlib
 import sys
 
 COMMANDS = {
@@ -21,23 +22,8 @@ def main() -> int:
         for command, what in COMMANDS.items():
             print(f"  {command:8} {what}", file=sys.stderr)
         return 0 if name in ("", "-h", "--help") else 2
-    if name == "info":
-        from pyvidx.info import main as run
-    elif name == "encode":
-        from pyvidx.cli.encode import main as run
-    elif name == "eval":
-        from pyvidx.cli.eval import main as run
-    elif name == "flops":
-        from pyvidx.cli.flops import main as run
-    elif name == "memory":
-        from pyvidx.cli.memory import main as run
-    elif name == "train":
-        from pyvidx.cli.train import main as run
-    elif name == "plan":
-        from pyvidx.cli.plan import main as run
-    else:
-        from pyvidx.cli.demo import main as run
-    return run(sys.argv[2:]) or 0
+    module = "pyvidx.info" if name == "info" else f"pyvidx.cli.{name}"
+    return importlib.import_module(module).main(sys.argv[2:]) or 0
 
 
 if __name__ == "__main__":
