@@ -1,7 +1,9 @@
 """What a computation costs, without running it: arithmetic and memory, counted from the code itself on meta tensors.
 
-count(lambda: encoder(pixels))          # FLOPs: matrix products and attention, 2 per multiply-add
-peak_bytes(lambda: encoder(pixels))     # the most that is alive at once besides what was there before
+    count(lambda: encoder(pixels))          # FLOPs: matrix products and attention, 2 per multiply-add
+    peak_bytes(lambda: encoder(pixels))     # the most that is alive at once besides what was there before
+
+`family` does both for every temporal module.
 """
 
 from collections.abc import Callable
@@ -157,7 +159,7 @@ def family(vision: CLIPVisionConfig, frames: list[int], dtype: torch.dtype = tor
 
 
 def meta_encoder(vision: CLIPVisionConfig, name: str, options: dict, dtype: torch.dtype = torch.float32) -> nn.Module:
-    """A VideoEncoder without values."""
+    """A VideoEncoder without values, on the device "meta"."""
     with torch.device("meta"):
         return VideoEncoder(CLIPVision(vision), temporal.create(name, vision, **options)).to(dtype).eval()
 

@@ -4,6 +4,8 @@
     MBCA  contrastive(mean over kept tokens of projected tokens, t)
     MBTA  alignment(student, teacher)                              every kept token and the frozen backbone's
 
+The loss of UMT (arXiv:2303.16058) is `alignment` as well.
+
 Half precision is computed in float32, also under autocast: a float16 logit near 30 has steps of 0.02.
 """
 

@@ -95,6 +95,21 @@ def test_whole_encoders(T, joint, separate, last4):
     assert forward("bt_adapter", {}, T, outputs=("tokens",)) < forward("bt_adapter", {}, T)
 
 
+@pytest.mark.parametrize(
+    "size, name, options, millions",
+    [
+        ("clip-l-14", "bt_adapter", {}, 71.453696),
+        ("clip-l-14", "st_adapter", {"places": "mlp"}, 18.9),
+        ("clip-b-16", "st_adapter", {"places": "mlp"}, 7.11),
+        ("clip-l-14", "clip_vip", {}, 0.01536),  # 3 proxies, 12 rows of time
+    ],
+)
+def test_trained_parameters(size, name, options, millions):
+    encoder = meta_encoder(BTAdapterConfig.named(size).vision, name, options)
+    trained = sum(p.numel() for p in encoder.parameters() if p.requires_grad)
+    assert trained == pytest.approx(millions * 1e6, rel=0.003)
+
+
 def test_own_ops():
     B, T, K, H, D, M, n = 2, 5, 3, 4, 8, 7, 6
     qkv = torch.randn(B, T, K, 3, H, D, requires_grad=True)

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 
 from pyvidx import temporal
 from pyvidx.backbones.clip import CLIPVision, CLIPVisionConfig
+from pyvidx.flops import count
 from pyvidx.layers.sincos import sincos_table
 from pyvidx.models import BTAdapter, BTAdapterConfig, VideoEncoder
 from pyvidx.temporal.clip_vip import proxy_attention
@@ -18,7 +19,7 @@ from pyvidx.temporal.st_adapter import temporal_scale
 VISION = CLIPVisionConfig(image_size=12, patch_size=4, width=16, heads=2, layers=5, mlp_width=24, embed_dim=6)
 P, C, E = VISION.patches, VISION.width, VISION.embed_dim
 VARIANTS = [
-    *((name, {}) for name in temporal.names()),
+    *((name, {"width": 8} if name == "st_adapter" else {}) for name in temporal.names()),
     ("branch", {"interact": False, "gated": False}),
     ("branch", {"interact": False, "depth": 2}),
     ("joint", {"class_token": False, "sincos": True}),
@@ -27,10 +28,24 @@ VARIANTS = [
     ("st_adapter", {"kernel": (3, 3, 3), "layers": 2, "places": "mlp", "width": 8}),
     ("clip_vip", {"proxies": 1}),
 ]
-UNCHANGED = ("mean", "separate", "st_adapter", "st_pool", "grid_pool")  # as they start: the frames' own numbers
-every = pytest.mark.parametrize(
-    "name, options", VARIANTS, ids=lambda v: v if isinstance(v, str) else "-".join(map(str, v.values())) or "default"
-)
+
+
+def over(variants):
+    def label(v):
+        return v if isinstance(v, str) else "-".join(map(str, v.values())) or "default"
+
+    return pytest.mark.parametrize("name, options", variants, ids=label)
+
+
+every = over(VARIANTS)
+# As they start: the frames' own numbers.
+UNCHANGED = [
+    (name, options)
+    for name, options in VARIANTS
+    if name in ("mean", "separate", "st_adapter", "st_pool", "grid_pool")
+    and options.get("fc") is not False
+    and options.get("class_token") != "clip"
+]
 
 
 def tower():
@@ -122,12 +137,25 @@ def test_stored_layers(name, options):
         model.from_layers(xs[1:])
 
 
-@every
+@torch.no_grad()
+def test_no_work_for_padding():
+    """A tower that is only read runs on real frames alone."""
+    model, pixels, mask = encoder("mean", {}), clips(), torch.tensor([[True] * 4, [True, True, False, False]])
+    one = count(lambda: model.layers(pixels[:1, :1]))
+    assert one > 0 and count(lambda: model.layers(pixels, frame_mask=mask)) == 6 * one
+
+
+@pytest.mark.parametrize("name", ["branch", "bt_adapter", "stan"])
+@torch.no_grad()
+def test_time_attention_adds_nothing_at_first(name):
+    layers = encoder(name, {}, randomize=False).temporal.branch.temporal
+    assert not any(layer(torch.randn(2, 4, P, C).double()).any() for layer in layers)
+
+
+@over(UNCHANGED)
 @torch.no_grad()
 def test_as_it_starts(name, options):
     """Modules that promise it change nothing at first."""
-    if name not in UNCHANGED or "clip" in options.values() or options.get("fc") is False:
-        pytest.skip(f"{name} makes no such promise")
     model, mean, pixels = encoder(name, options, randomize=False), encoder("mean", {}), clips()
     mean.tower.load_state_dict(model.tower.state_dict())
     if name in ("mean", "separate", "st_adapter"):
@@ -168,13 +196,11 @@ def test_gradients(name, options):
         assert all(x.grad_fn is None for x in model.layers(pixels)), "no graph of the tower"
 
 
-@every
+@over([v for v in VARIANTS if v[0] not in ("mean", "st_pool", "grid_pool") and "sincos" not in v[1]])
 def test_masked_gradients(name, options):
     """What padding holds reaches no gradient."""
     model, pixels, mask = encoder(name, options), clips(), torch.tensor([[True] * 4, [True, True, False, False]])
     parameters = list(model.temporal.parameters())
-    if not parameters:
-        pytest.skip(f"{name} has no parameters")
 
     def gradients(fill):
         encoding = model(torch.where(mask[..., None, None, None], pixels, fill), frame_mask=mask)
@@ -182,6 +208,51 @@ def test_masked_gradients(name, options):
 
     for got, want in zip(gradients(math.nan), gradients(0.0)):
         close(got, want)
+
+
+@every
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@torch.no_grad()
+def test_half_precision(name, options, dtype):
+    """Weights of half precision, with and without a mask: off by some roundings of a few layers."""
+    model, pixels, mask = encoder(name, options), clips(), torch.tensor([[True] * 4, [True, True, False, False]])
+    want, masked = model(pixels), model(pixels, frame_mask=mask)
+    model, pixels = model.to(dtype), pixels.to(dtype)
+    for got, exact in ((model(pixels), want), (model(pixels, frame_mask=mask), masked)):
+        for output in ("tokens", "pooled"):
+            a, b = getattr(got, output), getattr(exact, output)
+            assert a.dtype == dtype
+            assert (a.double() - b).norm() < 12 * torch.finfo(dtype).eps * b.norm()
+
+
+@every
+def test_autocast(name, options):
+    """Mixed precision: float32 parameters, bfloat16 products, float32 gradients."""
+    model, pixels = encoder(name, options).float(), clips().float()
+    mask = torch.tensor([[True] * 4, [True, True, False, False]])
+    with torch.no_grad():
+        want = model(pixels, frame_mask=mask)
+    with torch.autocast("cpu", torch.bfloat16):
+        got = model(pixels, frame_mask=mask)
+    for output in ("tokens", "pooled"):
+        a, b = getattr(got, output).float(), getattr(want, output)
+        assert (a - b).norm() < 0.05 * b.norm()
+    if any(p.requires_grad for p in model.parameters()):
+        (got.tokens.float().square().sum() + got.pooled.float().square().sum()).backward()
+    for p in model.temporal.parameters():
+        assert p.grad is None or (p.grad.dtype == torch.float32 and p.grad.isfinite().all())
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=() if n in ("stan", "clip_vip") else pytest.mark.slow) for n in temporal.names()]
+)
+@torch.no_grad()
+def test_compiles_without_breaks(name):
+    model, pixels = encoder(name, {}), clips()
+    torch._dynamo.reset()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    close(compiled(pixels).pooled, model(pixels).pooled)
+    close(compiled(pixels).tokens, model(pixels).tokens)
 
 
 @every
@@ -283,15 +354,17 @@ def test_frame_masks_of_the_bt_adapter_model(compat):
             refused(clips(1, T), frame_mask=torch.arange(T)[None] < 2)
 
 
+@every
 @torch.no_grad()
-def test_masks_may_have_gaps():
-    """A frame's place is its index, wherever the padding stands: means of the others, whatever the gap holds."""
-    model, pixels = encoder("bt_adapter", {}), clips(B=1, T=4)
+def test_masks_may_have_gaps(name, options):
+    """Padding may stand anywhere, and nothing of it is seen."""
+    model, pixels = encoder(name, options), clips(B=1, T=4)
     mask = torch.tensor([[True, False, True, True]])
     other = pixels.clone()
     other[:, 1] = math.inf
-    assert torch.equal(model(pixels, frame_mask=mask).pooled, model(other, frame_mask=mask).pooled)
-    assert (model(pixels, frame_mask=mask).pooled - model(pixels[:, [0, 2, 3]]).pooled).abs().max() > 1e-6
+    want, got = model(pixels, frame_mask=mask), model(other, frame_mask=mask)
+    assert torch.equal(got.pooled, want.pooled) and torch.equal(got.tokens, want.tokens)
+    assert (got.pooled - model(pixels).pooled).abs().max() > 1e-6
 
 
 @torch.no_grad()

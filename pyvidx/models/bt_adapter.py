@@ -88,9 +88,9 @@ class BTAdapter(nn.Module):
             return self.encode_features(pixels, outputs=outputs, times=times, frame_mask=frame_mask)
         wanted, pixels = self._wanted(outputs), self.read_pixels(pixels)
         real = check_frame_mask("BTAdapter", frame_mask, *pixels.shape[:2], pixels.device)
-        self._group(pixels.shape[1], mask, pixels.device, wanted, real)  # refuses what does not fit before the work
+        group = self._group(pixels.shape[1], mask, pixels.device, wanted, real)  # refuses what does not fit first
         xs = on_real_frames(lambda x: self.backbone(x, self._branch_inputs(wanted)), pixels, real)
-        return self._encode(xs, self.grouping(xs[0], mask, wanted, real), wanted, times)
+        return self._encode(xs, group, wanted, times)
 
     def encode_features(
         self,
@@ -167,7 +167,9 @@ class BTAdapter(nn.Module):
             raise ValueError(f"BTAdapter: backbone tokens must be [B, T, {1 + P}, {C}], got {tuple(x.shape)}")
         return self._group(x.shape[1], mask, x.device, wanted, frame_mask)
 
-    def _group(self, T, mask, device, wanted, frame_mask) -> Grouping:
+    def _group(
+        self, T: int, mask: Tensor | None, device: torch.device, wanted: Sequence[str], frame_mask: Tensor | None
+    ) -> Grouping:
         if mask is not None and "tokens" in wanted:
             raise ValueError("BTAdapter: tokens need all patches; with a mask ask for outputs=('pooled',)")
         modes = {"compat": self.compat, "tower": self.tower, "time_length": self.config.time_length}

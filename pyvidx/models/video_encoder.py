@@ -66,10 +66,13 @@ class VideoEncoder(nn.Module):
             ValueError: pixels, frame_mask, the frame count or outputs do not fit.
         """
         pixels, real, wanted = self._read(pixels), self._real(frame_mask, pixels), self._wanted(outputs)
+        reads = self.temporal.reads
+        reads = reads if "pooled" in wanted else reads[:-1]
         if self.temporal.reads_only:
-            xs = self._run_tower(pixels, real)
+            xs = self._run_tower(pixels, real, reads)
         else:
-            xs = self._run_inside(real_only(pixels, real), real)
+            xs = self._run_inside(real_only(pixels, real), real, reads)
+        xs = xs if "pooled" in wanted else (*xs, None)
         return dataclasses.replace(self.temporal.encode(xs, self.tower, real, wanted), times=times)
 
     def layers(self, pixels: Tensor, *, frame_mask: Tensor | None = None) -> tuple[Tensor, ...]:
@@ -80,7 +83,7 @@ class VideoEncoder(nn.Module):
         """
         self._need_reads_only()
         pixels = self._read(pixels)
-        return self._run_tower(pixels, self._real(frame_mask, pixels))
+        return self._run_tower(pixels, self._real(frame_mask, pixels), self.temporal.reads)
 
     def from_layers(
         self,
@@ -102,11 +105,11 @@ class VideoEncoder(nn.Module):
         xs = [real_only(x, real) for x in xs]
         return dataclasses.replace(self.temporal.encode(xs, self.tower, real, wanted), times=times)
 
-    def _run_tower(self, pixels: Tensor, real: Tensor | None) -> tuple[Tensor, ...]:
-        return on_real_frames(lambda x: self.tower(x, self.temporal.reads), pixels, real)
+    def _run_tower(self, pixels: Tensor, real: Tensor | None, reads: range) -> tuple[Tensor, ...]:
+        return on_real_frames(lambda x: self.tower(x, reads), pixels, real)
 
-    def _run_inside(self, pixels: Tensor, real: Tensor | None) -> tuple[Tensor, ...]:
-        reads, found = self.temporal.reads, []
+    def _run_inside(self, pixels: Tensor, real: Tensor | None, reads: range) -> tuple[Tensor, ...]:
+        found = []
         x = self.tower.norm_pre(self.temporal.embed(self.tower.tokens(pixels), self.tower, real))
         for i in range(reads.stop):
             x = self.temporal.block(i, self.tower.blocks[str(i)], x, real)

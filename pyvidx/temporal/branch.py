@@ -26,10 +26,11 @@ class Branch(TemporalModule):
             two streams meet again at the output ("+ branch modeling"). True: "+ backbone-branch interaction".
         gated: mix channel by channel with sigmoid weights, 0.5 at first; otherwise plain sums.
         gate_scale, output_gate_scale: factors of the gates' logits.
-        seeded: with a class seed of its own.
 
     Frame masks: for clips of at most time_length frames.
     """
+
+    seeded = True  # with a class seed of its own
 
     def __init__(
         self,
@@ -41,7 +42,6 @@ class Branch(TemporalModule):
         gated: bool = True,
         gate_scale: float = 100.0,
         output_gate_scale: float = 1e4,
-        seeded: bool = True,
     ):
         super().__init__(vision)
         if not 2 <= depth <= vision.layers:  # 2: tokens come from the last layer but one
@@ -56,7 +56,7 @@ class Branch(TemporalModule):
             gated=gated,
             gate_scale=gate_scale,
             interact=interact,
-            seeded=seeded,
+            seeded=self.seeded,
             hidden_act=vision.hidden_act,
             eps=vision.eps,
         )

@@ -54,7 +54,8 @@ def frame_mean(x: Tensor, frame_mask: Tensor | None = None) -> Tensor:
     if frame_mask is None:
         return x.mean(dim=1)
     count = frame_mask.sum(dim=1).view(-1, *(1,) * (x.dim() - 2))
-    return real_only(x, frame_mask).sum(dim=1) / count
+    wide = torch.promote_types(x.dtype, torch.float32)  # a sum of frames may leave float16's range
+    return (real_only(x, frame_mask).sum(dim=1, dtype=wide) / count).to(x.dtype)
 
 
 def token_mask(frame_mask: Tensor | None, before: int, patches: int) -> Tensor | None:

@@ -56,12 +56,12 @@ class TemporalModule(nn.Module):
 
     def encode(
         self,
-        xs: Sequence[Tensor],
+        xs: Sequence[Tensor | None],
         tower: CLIPVision,
         frame_mask: Tensor | None = None,
         outputs: Sequence[str] = OUTPUTS,
     ) -> Encoding:
-        """From the outputs of the layers in `reads` to the video.
+        """From the outputs of the layers in `reads` to the video. Without "pooled" the last of them may be None.
 
         tokens [B, 1+P, C]: the last layer but one, as video language models take it, averaged over the frames; patches
         first, class token last. pooled [B, E]: the mean of the frames' image embeddings. What is not in outputs

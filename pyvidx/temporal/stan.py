@@ -17,8 +17,10 @@ class STAN(Branch):
             weigh the frames; otherwise their mean.
     """
 
+    seeded = False
+
     def __init__(self, vision: CLIPVisionConfig, *, depth: int = 4, time_length: int = 64, per_frame: bool = False):
-        super().__init__(vision, depth=depth, time_length=time_length, gated=False, seeded=False)
+        super().__init__(vision, depth=depth, time_length=time_length, gated=False)
         self.per_frame = per_frame
 
     def _heads(self, tower: CLIPVision) -> dict[str, Tensor | bool]:

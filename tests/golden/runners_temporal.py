@@ -186,7 +186,7 @@ def clipvip_vision(file, run, variant, check):
     model.temporal.added.copy_(weights["embeddings.added_cls"])
     model.temporal.time.copy_(weights["embeddings.temporal_embedding"][0])
     check("out.embeddings", model.temporal.embed(model.tower.tokens(video), model.tower))
-    check("out.last_hidden_state", model._run_inside(video, None)[-1])
+    check("out.last_hidden_state", model._run_inside(video, None, model.temporal.reads)[-1])
     check("out.pooled", model(video).pooled)
 
 
