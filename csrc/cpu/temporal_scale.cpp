@@ -1,6 +1,8 @@
 // A task walks the frames of a clip with a few rows (token positions), so that the K frames around each are still in
 // the caches: x is read from memory once. Within a frame, a vector of channels of four rows at a time, for which each
-// tap is loaded once. Frames that read as 0 are rows of zeros. Traffic: 2 passes; backward 3.
+// tap is loaded once. Frames that read as 0 are rows of zeros. Traffic: 2 passes; backward 3, and one to fetch the
+// lines of grad_x that are written: storing them past the caches took four times as long between the sums' loads and
+// stores.
 #include "pyvidx/temporal_scale.h"
 
 #include "level.h"
@@ -128,12 +130,12 @@ void scale(const TemporalScaleArgs& a, const Executor& executor) {
 
 template <typename T, int kTaps, bool kSums, int kRows>
 void backward_rows(const Taps<T>& taps, const Rows<const T>* window, Rows<const T> x, Rows<const T> next,
-                   Rows<const T> next_x, Rows<T> grad_x, Acc<T>* sums, int64_t row, bool stream) {
+                   Rows<const T> next_x, Rows<T> grad_x, Acc<T>* sums, int64_t row) {
   const int64_t K = kTaps > 0 ? kTaps : taps.K;
   Rows<const T> from[kTaps > 0 ? kTaps : kMaxTaps];
   for (int64_t k = 0; k < K; ++k) from[k] = window[k].from(row);
   x = x.from(row), next = next.from(row), next_x = next_x.from(row), grad_x = grad_x.from(row);
-  each<T>(taps.C, grad_x.data, stream, [&](int64_t c, auto part) {
+  each<T>(taps.C, [&](int64_t c, auto part) {
     Vec<T> sum[kRows] = {}, value[kRows] = {};
 #pragma GCC unroll 4
     for (int r = 0; r < kRows; ++r) {
@@ -178,7 +180,7 @@ void masked_rows(const Taps<T>& taps, Rows<const T> grad, Rows<T> grad_x, Acc<T>
 }
 
 template <typename T, int kTaps, bool kSums>
-void backward_part(const TemporalScaleBackwardArgs& a, const Taps<T>& taps, int64_t part, bool large) {
+void backward_part(const TemporalScaleBackwardArgs& a, const Taps<T>& taps, int64_t part) {
   const int64_t T_ = a.grad_out.size[1], N = a.grad_out.size[2], C = taps.C;
   const int64_t chunks = (N + kScaleRows - 1) / kScaleRows, spans = (T_ + kScaleFrames - 1) / kScaleFrames;
   const int64_t b = part / chunks / spans, first = part / chunks % spans * kScaleFrames;
@@ -200,12 +202,10 @@ void backward_part(const TemporalScaleBackwardArgs& a, const Taps<T>& taps, int6
     const Rows<const T> next = rows_of<const T>(a.grad_out, b, ahead < T_ ? ahead : s, n);
     const Rows<const T> x = kSums ? rows_of<const T>(a.x, b, s, n) : taps.zeros();
     const Rows<const T> next_x = kSums ? rows_of<const T>(a.x, b, s + 1 < T_ ? s + 1 : s, n) : taps.zeros();
-    const bool stream = large && aligned(grad_x);
     int64_t row = 0;
     for (; row + kTogether <= count; row += kTogether)
-      backward_rows<T, kTaps, kSums, kTogether>(taps, window, x, next, next_x, grad_x, sums, row, stream);
-    for (; row < count; ++row)
-      backward_rows<T, kTaps, kSums, 1>(taps, window, x, next, next_x, grad_x, sums, row, stream);
+      backward_rows<T, kTaps, kSums, kTogether>(taps, window, x, next, next_x, grad_x, sums, row);
+    for (; row < count; ++row) backward_rows<T, kTaps, kSums, 1>(taps, window, x, next, next_x, grad_x, sums, row);
   }
 }
 
@@ -234,11 +234,9 @@ template <typename T, int kTaps, bool kSums>
 void gradients(const TemporalScaleBackwardArgs& a, const Executor& executor) {
   const int64_t B = a.grad_out.size[0], T_ = a.grad_out.size[1], N = a.grad_out.size[2], C = a.grad_out.size[3];
   const Taps<T> taps = fill_taps<T>(a.weight, {}, a.taps);
-  const bool large = B * T_ * N * C * int64_t(sizeof(T)) > simd::kStreamBytes;
   const int64_t grain = kGrainElements / (kScaleRows * kScaleFrames * C + 1) + 1;
   parallel_for(executor, temporal_scale_parts(B, T_, N), grain, [&](int64_t begin, int64_t end) {
-    for (int64_t part = begin; part < end; ++part) backward_part<T, kTaps, kSums>(a, taps, part, large);
-    simd::fence();
+    for (int64_t part = begin; part < end; ++part) backward_part<T, kTaps, kSums>(a, taps, part);
   });
   if constexpr (kSums) add_up<T>(a, executor, taps);
 }

@@ -1,7 +1,7 @@
 // Forward: a thread takes 16 bytes of channels of one token position in four frames: it has the six frames that these
 // meet under way at once, and memory is read 1.5 times through L2, once from outside it. Backward: a block takes a part
-// (8 positions in 16 frames), a warp a position of it, 32 lanes 512 bytes of its channels; the sums for weight and bias
-// stay in registers, are added up over the warps in shared memory, and a second kernel adds up the parts in their
+// (8 positions in 16 frames), a warp two positions of it, 32 lanes 512 bytes of their channels; the sums for weight and
+// bias stay in registers, are added up over the warps in shared memory, and a second kernel adds up the parts in their
 // order. Traffic: 2 passes; backward 3, and 2 % for the sums.
 //
 // That is for three taps, as published, and rows of whole 16 bytes. Any other number of taps or alignment goes channel
@@ -17,7 +17,7 @@ constexpr int kAnyThreads = 128;
 constexpr int kForwardFrames = 4;  // of a thread
 template <typename T>
 constexpr int kBackwardFrames = sizeof(T) == 2 ? 2 : 4;  // at a time: 16-bit rows have twice the values in registers
-constexpr int kScaleWarps = int(kScaleRows);
+constexpr int kBackwardThreads = 128, kBackwardWarps = kBackwardThreads / 32;  // some 130 registers a thread: 3 blocks
 
 // 16 bytes of channels, 0 where the frame is not there or left out by the mask.
 template <typename T>
@@ -138,35 +138,35 @@ __device__ __forceinline__ void backward_step(const TemporalScaleBackwardArgs& a
 }
 
 template <typename T, bool kSums>
-__global__ __launch_bounds__(kScaleThreads, 2) void temporal_scale_backward_kernel(TemporalScaleBackwardArgs a,
+__global__ __launch_bounds__(kBackwardThreads) void temporal_scale_backward_kernel(TemporalScaleBackwardArgs a,
                                                                                    unsigned tiles) {
   constexpr int kSize = kVec<T>, kValues = (kTaps + 1) * kSize;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const unsigned part = blockIdx.x / tiles;
   const Part at = part_of(a.grad_out, part);
   const int64_t C = a.grad_out.size[3], first = int64_t(blockIdx.x % tiles) * 32 * kSize, c = first + lane * kSize;
-  const int64_t n = at.n + warp;
   Acc<T> w[kTaps][kSize], sums[kTaps + 1][kSize] = {};
-  if (c < C && n < a.grad_out.size[2]) {
-    load_taps<T>(a.weight, c, w);
+  if (c < C) load_taps<T>(a.weight, c, w);
+#pragma unroll 1
+  for (int64_t n = at.n + warp; c < C && n < at.n + kScaleRows && n < a.grad_out.size[2]; n += kBackwardWarps) {
 #pragma unroll 1
     for (int64_t s = at.s; s < at.s + kScaleFrames && s < a.grad_out.size[1]; s += kBackwardFrames<T>) {
       backward_step<T, kSums>(a, at.b, s, n, c, w, sums);
     }
   }
   if constexpr (kSums) {
-    __shared__ Acc<T> shared[kScaleWarps][kValues][32];
+    __shared__ Acc<T> shared[kBackwardWarps][kValues][32];
 #pragma unroll
     for (int k = 0; k <= kTaps; ++k) {
 #pragma unroll
       for (int i = 0; i < kSize; ++i) shared[warp][k * kSize + i][lane] = sums[k][i];
     }
     __syncthreads();
-    for (int v = warp; v < kValues; v += kScaleWarps) {
+    for (int v = warp; v < kValues; v += kBackwardWarps) {
       if (c >= C) break;
       Acc<T> sum = 0;
 #pragma unroll
-      for (int other = 0; other < kScaleWarps; ++other) sum += shared[other][v][lane];
+      for (int other = 0; other < kBackwardWarps; ++other) sum += shared[other][v][lane];
       *a.partial.at<Acc<T>>(part, v / kSize, c + v % kSize) = sum;
     }
   }
@@ -180,28 +180,38 @@ __global__ __launch_bounds__(kAnyThreads) void temporal_scale_backward_any_kerne
   const int64_t T_ = a.grad_out.size[1], N = a.grad_out.size[2], K = a.weight.size[1];
   const int64_t c = int64_t(blockIdx.x % tiles) * kAnyThreads + threadIdx.x;
   if (c >= a.grad_out.size[3]) return;
-  const auto each_row = [&](auto&& f) {
+  // f(s, x or grad_x there, grad_out of the position): plain pointers, because with views ptxas spilled here
+  const auto each_row = [&](const View<4>& x, auto&& f) {
+#pragma unroll 1
     for (int64_t n = at.n; n < at.n + kScaleRows && n < N; ++n) {
-      for (int64_t s = at.s; s < at.s + kScaleFrames && s < T_; ++s) f(s, n);
+      const T* g = a.grad_out.at<const T>(at.b, 0, n, c);
+#pragma unroll 1
+      for (int64_t s = at.s; s < at.s + kScaleFrames && s < T_; ++s) f(s, x.at<T>(at.b, s, n, c), g);
     }
   };
-  each_row([&](int64_t s, int64_t n) {
+  const auto grad = [&](const T* g, int64_t t) {
+    return t >= 0 && t < T_ ? to_acc(g[t * a.grad_out.stride[1]]) : Acc<T>(0);
+  };
+  const auto real = [&](int64_t s) { return !a.mask || *a.mask.at<const int32_t>(at.b, s) != 0; };
+  each_row(a.grad_x, [&](int64_t s, T* out, const T* g) {
     Acc<T> sum = 0;
-    const bool real = !a.mask || *a.mask.at<const int32_t>(at.b, s) != 0;
-    for (int64_t k = 0; real && k < K; ++k) {
-      sum += to_acc(*a.weight.at<const T>(c, k)) * element<T>(a.grad_out, {}, at.b, s - k + K / 2, n, c);
-    }
-    *a.grad_x.at<T>(at.b, s, n, c) = from_acc<T>(sum);
+    const int64_t taps = real(s) ? K : 0;
+#pragma unroll 1
+    for (int64_t k = 0; k < taps; ++k) sum += to_acc(*a.weight.at<const T>(c, k)) * grad(g, s - k + K / 2);
+    *out = from_acc<T>(sum);
   });
   if (!a.grad_bias) return;
-  for (int64_t k = 0; k <= K; ++k) {
+#pragma unroll 1
+  for (int64_t k = 0; k < K; ++k) {
     Acc<T> sum = 0;
-    each_row([&](int64_t s, int64_t n) {
-      sum += k == K ? element<T>(a.grad_out, {}, at.b, s, n, c)
-                    : element<T>(a.grad_out, {}, at.b, s - k + K / 2, n, c) * element<T>(a.x, a.mask, at.b, s, n, c);
+    each_row(a.x, [&](int64_t s, const T* x, const T* g) {
+      if (real(s)) sum += grad(g, s - k + K / 2) * to_acc(*x);
     });
     *a.partial.at<Acc<T>>(part, k, c) = sum;
   }
+  Acc<T> sum = 0;
+  each_row(a.x, [&](int64_t s, const T*, const T* g) { sum += grad(g, s); });
+  *a.partial.at<Acc<T>>(part, K, c) = sum;
 }
 
 // The second stage: 32 channels per block, a warp of channels for every eighth of the parts.
@@ -272,11 +282,11 @@ void launch_backward(const TemporalScaleBackwardArgs& a, cudaStream_t stream) {
       vectorizable<T>(a.grad_x)) {
     const int64_t tiles = ceil_div(C, 32 * kVec<T>);
     if (a.grad_bias) {
-      PYVIDX_LAUNCH((temporal_scale_backward_kernel<T, true>), checked_grid(parts * tiles), kScaleThreads, 0, stream, a,
-                    unsigned(tiles));
-    } else {
-      PYVIDX_LAUNCH((temporal_scale_backward_kernel<T, false>), checked_grid(parts * tiles), kScaleThreads, 0, stream,
+      PYVIDX_LAUNCH((temporal_scale_backward_kernel<T, true>), checked_grid(parts * tiles), kBackwardThreads, 0, stream,
                     a, unsigned(tiles));
+    } else {
+      PYVIDX_LAUNCH((temporal_scale_backward_kernel<T, false>), checked_grid(parts * tiles), kBackwardThreads, 0,
+                    stream, a, unsigned(tiles));
     }
     check_launch("temporal_scale_backward_kernel");
   } else if (parts > 0) {
