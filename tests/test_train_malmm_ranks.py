@@ -1,9 +1,9 @@
 """MA-LMM trained on two gloo processes against one: the same losses, gradients and weights.
 
 But for the biases of keys: such a bias adds the same to all scores of a query, which a softmax does not see, so its
-gradient is 0 but for rounding (measured: 2e-11, beside 2e-3 for the biases of values). AdamW divides a gradient by its own
-size, so each of them walks up to the learning rate per step wherever rounding points, and an order of additions leads
-it elsewhere (measured: 4e-6 after 4 steps at 1e-3). What holds for them is that nothing depends on them.
+gradient is 0 but for rounding (measured: 2e-11, where those of the values are 2e-3). AdamW divides a gradient by its
+own size, so each of them walks up to the learning rate per step wherever rounding points, and an order of additions
+leads it elsewhere (measured: 4e-6 after 4 steps at 1e-3). What holds for them is that nothing depends on them.
 """
 
 import os
