@@ -1,7 +1,8 @@
 """Cross-attention of a Q-Former over MA-LMM's full visual bank: 32 queries, 257 positions, 12 heads of 64.
 
 "slots": a stream's frame, all slots as they lie, against torch's attention, for which they are contiguous. "table": 16
-frames of a clip, whose keys a table names, against a gather of each step's keys and torch's attention.
+frames of a clip, whose keys a table names, against a gather of each step's keys and torch's attention. The backward
+pass, to queries and rows, is measured against the same formulas in plain torch, a step at a time.
 """
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from bench.harness import Case, nbytes
-from pyvidx.ops.bank_attention import bank_attention
+from pyvidx.ops.bank_attention import bank_attention, reference_backward
 
 QUERIES, POSITIONS, HEADS, WIDTH = 32, 257, 12, 768
 
@@ -21,12 +22,17 @@ def attend(q, rows):
     return F.scaled_dot_product_attention(query, k, v).transpose(1, 2).flatten(2)
 
 
-def case(path, M, dtype, device):
+def inputs(path, M, dtype, device):
     t = 16 if path == "table" else 1
     S = M + 1 + (2 * t if path == "table" else 0)
     q = torch.randn(1, t, QUERIES, WIDTH, device=device).to(dtype)
     rows = torch.randn(1, S, POSITIONS, 2 * WIDTH, device=device).to(dtype)
     table = torch.rand(1, t, POSITIONS, S, device=device).argsort(-1)[..., : M + 1].int() if path == "table" else None
+    return t, S, q, rows, table
+
+
+def case(path, M, dtype, device):
+    t, S, q, rows, table = inputs(path, M, dtype, device)
     positions = torch.arange(POSITIONS, device=device)[:, None]
     steps = [None] if table is None else [(table[0, s].long() * POSITIONS + positions).flatten() for s in range(t)]
 
@@ -47,8 +53,31 @@ def case(path, M, dtype, device):
     )
 
 
+def backward_case(path, M, dtype, device):
+    t, S, q, rows, table = inputs(path, M, dtype, device)
+    scale = (WIDTH // HEADS) ** -0.5
+    y, lse = torch.ops.pyvidx.bank_attention(q, rows, table, None, None, HEADS, scale)
+    args = (torch.randn_like(y), q, rows, table, None, None, y, lse, HEADS, scale, True)
+    return Case(
+        "bank_attention_backward",
+        {"path": path, "M": M, "t": t, "S": S},
+        dtype,
+        lambda: torch.ops.pyvidx.bank_attention_backward(*args),
+        lambda: reference_backward(*args),
+        bytes=nbytes(rows, rows, q, q, q, q),
+        flops=10 * t * QUERIES * (M + 1) * POSITIONS * WIDTH,
+    )
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=lambda d: str(d).removeprefix("torch."))
 @pytest.mark.parametrize("M", [10, 20, 40])
 @pytest.mark.parametrize("path", ["slots", "table"])
 def test_bank_attention(path, M, dtype, device, measure):
     measure(case(path, M, dtype, device))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=lambda d: str(d).removeprefix("torch."))
+@pytest.mark.parametrize("M", [10, 20, 40])
+@pytest.mark.parametrize("path", ["slots", "table"])
+def test_bank_attention_backward(path, M, dtype, device, measure):
+    measure(backward_case(path, M, dtype, device))

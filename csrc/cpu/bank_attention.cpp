@@ -2,52 +2,12 @@
 // blocks of 64; of each head, the block's keys and values are packed as float, both products run in registers from
 // there, and the scores, w[key][query], stay in L1. What the next head reads is fetched meanwhile. Traffic: 1 pass over
 // the rows. Arithmetic: 4 n D flops per key, for 32 queries in float 16 per byte: it binds.
-#include "pyvidx/bank_attention.h"
+#include "bank_attention.h"
 
 #include "level.h"
-#include "temporal_attention.h"  // packing and scratch
 
 namespace pyvidx {
 namespace {
-
-constexpr int64_t kBlock = 64;
-
-template <typename T>
-struct Block {
-  const T* row[kBlock];
-  Acc<T> bias[kBlock];
-  int64_t count = 0;
-};
-
-// The keys of a step at positions [p, end), a block at a time.
-template <typename T>
-struct Walk {
-  const BankAttentionArgs& a;
-  int64_t b, s, p, end, j = 0;
-
-  void next(Block<T>& block) {
-    const int64_t L = a.table ? a.table.size[3] : a.rows.size[1];
-    block.count = 0;
-    for (; p < end; ++p, j = 0) {
-      if (a.mask && *a.mask.at<const int32_t>(b, p) == 0) continue;
-      for (; j < L; ++j) {
-        const int64_t slot = a.table ? *a.table.at<const int32_t>(b, s, p, j) : j;
-        if (slot < 0) continue;
-        if (block.count == kBlock) return;
-        block.bias[block.count] = a.sizes ? Acc<T>(__builtin_log(*a.sizes.at<const int32_t>(b, s, p, j))) : 0;
-        block.row[block.count++] = a.rows.at<const T>(b, slot, p);
-      }
-    }
-  }
-};
-
-// memory [keys][ld] <- D elements of each row from `offset` on, 0 beyond D
-template <typename T>
-void pack(const Block<T>& block, int64_t offset, int64_t D, Acc<T>* memory, int64_t ld) {
-  for (int64_t j = 0; j < block.count; ++j) {
-    each<T>(D, [&](int64_t d, auto part) { store(memory + j * ld + d, load(block.row[j] + offset + d, part)); });
-  }
-}
 
 // w[key][query] <- e^(scale w + bias - largest); `largest` and `total` move on, fade <- what older sums shrink by.
 template <typename V, typename A>
@@ -70,34 +30,18 @@ __attribute__((noinline)) void online_softmax(A* w, int64_t keys, int64_t ld, co
   }
 }
 
-struct Sizes {
-  int64_t steps, n, H, d, ld, splits, piece, padded;
-  explicit Sizes(const BankAttentionArgs& a)
-      : steps(a.q.size[1]),
-        n(a.q.size[2]),
-        H(a.heads),
-        d(a.q.size[3] / a.heads),
-        ld(bank_attention_padded(d)),
-        splits(a.partial.size[1]),
-        piece(bank_attention_partial(n, d)),
-        padded(bank_attention_padded(n)) {}
-};
-
 // The partial sums of one head.
 template <typename A>
 struct Partial {
   A *sums, *largest, *total;
   Partial(const BankAttentionArgs& a, const Sizes& z, int64_t step, int64_t split, int64_t h)
-      : sums(static_cast<A*>(a.partial.data) + ((step * z.H + h) * z.splits + split) * z.piece),
-        largest(sums + z.n * z.ld),
-        total(largest + z.padded) {}
+      : sums(a.partial.at<A>(step * z.H + h, split)), largest(sums + z.n * z.ld), total(largest + z.padded) {}
 };
 
 template <typename T>
 void attend_split(const BankAttentionArgs& a, const Sizes& z, int64_t step, int64_t split) {
   using A = Acc<T>;
   const int64_t b = step / z.steps, s = step % z.steps, n = z.n, d = z.d, ld = z.ld, N = a.rows.size[2];
-  const int64_t D = z.H * d;
   with_query_vector<T>(n, [&](auto query_vector) {
     using V = decltype(query_vector);
     const int64_t queries = round_up(n, sizeof(V) / sizeof(A));
@@ -119,19 +63,10 @@ void attend_split(const BankAttentionArgs& a, const Sizes& z, int64_t step, int6
       const Block<T>&block = blocks[current], &after = blocks[current ^ 1];
       walk.next(blocks[current ^ 1]);
       for (int64_t h = 0; h < z.H; ++h) {
-        const Block<T>& next = h + 1 < z.H ? block : after;
-        const int64_t offset = h + 1 < z.H ? (h + 1) * d : 0;
-        const auto fetch_next = [&](int64_t begin, int64_t end) {
-          for (int64_t j = begin; j < end && j < next.count; ++j) {
-            for (int64_t i = 0; i < d; i += 64 / int64_t(sizeof(T))) {
-              simd::prefetch(next.row[j] + offset + i);
-              simd::prefetch(next.row[j] + offset + D + i);
-            }
-          }
-        };
+        const auto fetch_next = h + 1 < z.H ? fetch(block, (h + 1) * d, d, z.D) : fetch(after, 0, d, z.D);
         const Partial<A> to(a, z, step, split, h);
         pack(block, h * d, d, keys, ld);
-        pack(block, D + h * d, d, values, ld);
+        pack(block, z.D + h * d, d, values, ld);
         product<V>(block.count, queries, d, Left<A>{keys, ld, 1}, Matrix<const A>{qt + h * ld * queries, queries},
                    Matrix<A>{w, queries}, fetch_next);
         online_softmax<V>(w, block.count, queries, block.bias, A(a.scale), to.largest, to.total, fade);
@@ -153,18 +88,23 @@ void merge_head(const BankAttentionArgs& a, const Sizes& z, int64_t step, int64_
   using A = Acc<T>;
   using V = Vec<T>;
   constexpr int64_t kLanes = sizeof(V) / sizeof(A);
+  const int64_t piece = a.partial.stride[1];
   const Partial<A> first(a, z, step, 0, h);
   for (int64_t c = 0; c < z.padded; c += kLanes) {
     V top = simd::read<V>(first.largest + c), total = {};
-    for (int64_t i = 1; i < z.splits; ++i) top = simd::larger(simd::read<V>(first.largest + i * z.piece + c), top);
+    for (int64_t i = 1; i < z.splits; ++i) top = simd::larger(simd::read<V>(first.largest + i * piece + c), top);
     for (int64_t i = 0; i < z.splits; ++i) {
-      const V factor = simd::exp(simd::read<V>(first.largest + i * z.piece + c) - top);
-      total += factor * simd::read<V>(first.total + i * z.piece + c);
-      simd::write(first.largest + i * z.piece + c, factor);
+      const V factor = simd::exp(simd::read<V>(first.largest + i * piece + c) - top);
+      total += factor * simd::read<V>(first.total + i * piece + c);
+      simd::write(first.largest + i * piece + c, factor);
+    }
+    for (int64_t i = c; a.lse && i < z.n && i < c + kLanes; ++i) {
+      const A sum = total[i - c];
+      *a.lse.at<A>(step / z.steps, step % z.steps, h, i) = sum > 0 ? A(top[i - c] + __builtin_log(sum)) : 0;
     }
     const V inverse = total > 0 ? 1 / total : V{};
     for (int64_t i = 0; i < z.splits; ++i) {
-      A* factor = first.largest + i * z.piece + c;
+      A* factor = first.largest + i * piece + c;
       simd::write(factor, simd::read<V>(factor) * inverse);
     }
   }
@@ -173,7 +113,7 @@ void merge_head(const BankAttentionArgs& a, const Sizes& z, int64_t step, int64_
     each<T>(z.d, [&](int64_t c, auto part) {
       V sum = {};
       for (int64_t i = 0; i < z.splits; ++i) {
-        sum += simd::read<V>(first.sums + i * z.piece + q * z.ld + c) * first.largest[i * z.piece + q];
+        sum += simd::read<V>(first.sums + i * piece + q * z.ld + c) * first.largest[i * piece + q];
       }
       store(out + c, sum, part);
     });
@@ -181,7 +121,7 @@ void merge_head(const BankAttentionArgs& a, const Sizes& z, int64_t step, int64_
 }
 
 void forward(const BankAttentionArgs& a, const Executor& executor) {
-  const Sizes z(a);
+  const Sizes z(a, a.partial);
   const int64_t steps = a.q.size[0] * z.steps;
   if (z.n == 0 || z.d == 0) return;
   visit_dtype<float, double, Half, BFloat16>("bank_attention", a.q.dtype, [&](auto t) {

@@ -3,25 +3,9 @@
 // second warp finds them in L1) and keeps a running softmax and its sums in registers. A second pass adds up the
 // splits. Traffic: 1 pass over the rows per step (steps share most of theirs, in L2). Arithmetic: 4 n D flops per key,
 // for 32 queries and 16 bits 32 per byte, on tensor cores.
-#include "pyvidx/bank_attention.h"
-#include "temporal_attention.cuh"
+#include "bank_attention.cuh"
 
 namespace pyvidx::cuda {
-
-constexpr int kBankThreads = 128, kMergeThreads = 256;
-template <typename T>
-constexpr int kBankTiles = sizeof(T) == 2   ? 8
-                           : sizeof(T) == 4 ? 4
-                                            : 1;  // double is for checking gradients
-
-// Keys by their rows, which shared memory holds.
-template <typename T>
-struct Keys {
-  const T* const* row;
-  int64_t offset;  // of the part that is read: a head's keys or its values
-  int count, D;
-  __device__ __forceinline__ const T* at(int i) const { return row[i] == nullptr ? nullptr : row[i] + offset; }
-};
 
 // The partial sums of one head and split: see BankAttentionArgs.
 template <typename A>
@@ -42,33 +26,18 @@ __global__ __launch_bounds__(kBankThreads, 1) void bank_attention_kernel(BankAtt
   constexpr int kTiles = kBankTiles<T>, kKeys = 8 * kTiles;
   __shared__ const T* row[kKeys];
   __shared__ A bias[kKeys];
-  const int64_t splits = a.partial.size[1], steps = a.q.size[1], N = a.rows.size[2];
-  const int64_t head = blockIdx.x / splits, split = blockIdx.x % splits, h = head % a.heads;
-  const int64_t b = head / a.heads / steps, s = head / a.heads % steps;
-  const int n = int(a.q.size[2]), d = int(a.q.size[3] / a.heads);
-  const int64_t L = a.table ? a.table.size[3] : a.rows.size[1];
-  const int64_t first = N * split / splits * L, last = N * (split + 1) / splits * L;
-  const int q0 = int(blockIdx.y * (blockDim.x / 32) + threadIdx.x / 32) * 16, c = threadIdx.x % 4;
-  const Rows<const T> q{a.q.at<const T>(b, s, 0, h * d), a.q.stride[2], n, d};
+  const BankTask task(a, a.partial.size[1]);
+  const int64_t h = task.h;
+  const int n = task.n, d = task.d, q0 = task.q0, c = threadIdx.x % 4;
+  const Rows<const T> q{a.q.at<const T>(task.b, task.s, 0, h * d), a.q.stride[2], n, d};
   const A scale = A(a.scale * kLog2e);
 
   A largest[2] = {A(kAbsent), A(kAbsent)}, total[2] = {};  // of rows g and g + 8; totals are of this lane's columns
   A sums[kSlabs][kColumns<T>][4] = {};
-  for (int64_t k0 = first; k0 < last; k0 += kKeys) {
-    __syncthreads();  // the last tile has been read
-    for (int i = threadIdx.x; i < kKeys; i += blockDim.x) {
-      const int64_t p = (k0 + i) / L, j = (k0 + i) % L;
-      int64_t slot = -1;
-      if (k0 + i < last && (!a.mask || *a.mask.at<const int32_t>(b, p) != 0)) {
-        slot = a.table ? *a.table.at<const int32_t>(b, s, p, j) : j;
-      }
-      if (slot >= a.rows.size[1]) __trap();  // as index_select does
-      row[i] = slot < 0 ? nullptr : a.rows.at<const T>(b, slot, p);
-      bias[i] = slot < 0 ? A(kAbsent) : a.sizes ? A(log2(A(*a.sizes.at<const int32_t>(b, s, p, j)))) : A(0);
-    }
-    __syncthreads();
+  for (int64_t k0 = task.first; k0 < task.last; k0 += kKeys) {
+    find_keys<kKeys>(a, task, k0, row, bias);
     if (q0 >= n) continue;
-    const Keys<T> keys{row, h * d, kKeys, d}, values{row, (a.heads + h) * d, kKeys, d};
+    const RowTable<const T> keys{row, h * d, kKeys, d}, values{row, (a.heads + h) * d, kKeys, d};
     A w[kTiles][4], next[2] = {largest[0], largest[1]}, fade[2];
     dot_rows<T, kD>(q, q0, keys, 0, w);
     each_score(w, 0, [&](int key, int half, A& x) {
@@ -97,10 +66,10 @@ __global__ __launch_bounds__(kBankThreads, 1) void bank_attention_kernel(BankAtt
     }
   }
   if (q0 >= n) return;
-  const Partial<A> to(a, head, split);
+  const Partial<A> to(a, task.head, task.split);
 #pragma unroll
   for (int slab = 0; slab < kSlabs; ++slab) {
-    store_sums<kWhole>(sums[slab], Rows<A>{to.sums, to.ld, n, d}, q0, slab * 8 * kColumns<T>);
+    store_sums<A, kWhole>(sums[slab], Rows<A>{to.sums, to.ld, n, d}, q0, slab * 8 * kColumns<T>);
   }
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
@@ -130,6 +99,10 @@ __global__ __launch_bounds__(kMergeThreads) void bank_attention_merge_kernel(Ban
     sum += factor * part.sums[query * part.ld + column % d];
   }
   *a.out.at<T>(step / steps, step % steps, query, column) = from_acc<T>(total > 0 ? sum / total : A(0));
+  if (a.lse && column % d == 0) {
+    const A lse = total > 0 ? (largest + log2(total)) / A(kLog2e) : A(0);
+    *a.lse.at<A>(step / steps, step % steps, column / d, query) = lse;
+  }
 }
 
 }  // namespace pyvidx::cuda

@@ -3,8 +3,8 @@
 // stays in registers: scores (T / 2 of them per lane) and 64 columns of sums. Traffic: 4 passes, 7 backward.
 // Arithmetic: 4 T^2 D flops per head, on tensor cores: at T = 64 and 16 bits 32 flops per byte, twice what float FMA
 // could feed. 8 frames fill half of an mma; it is idle otherwise.
+#include "attention.cuh"
 #include "pyvidx/temporal_attention.h"
-#include "temporal_attention.cuh"
 
 namespace pyvidx::cuda {
 

@@ -43,8 +43,8 @@ def bank_attention(
 
     Returns:
         [B, t, n, D], dtype of q; sums are kept in float32 (float64 for float64). 0 at a step without any key.
-        Differentiable in q and rows; the gradient is plain torch, one step at a time. Under torch.autocast it runs in
-        the autocast dtype.
+        Differentiable in q and rows: the gradients compute the softmax again, from the log of its sums. Under
+        torch.autocast it runs in the autocast dtype.
 
     Raises:
         ValueError: a shape, dtype or device does not fit.
@@ -54,7 +54,7 @@ def bank_attention(
     mask = None if mask is None else mask.to(torch.int32)
     scale = (q.shape[3] // heads) ** -0.5 if scale is None else float(scale)
     if out is None:
-        return _op(q, rows, table, sizes, mask, heads, scale)
+        return _op(q, rows, table, sizes, mask, heads, scale)[0]
     require_out("bank_attention", out, q.shape, q, q, rows)
     _op_out(q, rows, table, sizes, mask, heads, scale, out)
     return out
@@ -95,8 +95,8 @@ def _check(q, rows, table, heads, sizes, mask):
             raise IndexError(f"bank_attention: table must name slots below {S}, got {high}")
 
 
-def _step(q, rows, table, sizes, mask, heads, scale, s):
-    """Of step s: q [B, H, n, d], the keys and the values [B, H, N * L, d], and the softmax [B, H, n, N * L]."""
+def _scores(q, rows, table, sizes, mask, heads, scale, s):
+    """Of step s: q [B, H, n, d], keys and values [B, H, N * L, d], scores [B, H, n, N * L], and where they are none."""
     B, S, N, W = rows.shape
     slot = torch.arange(S, device=rows.device).expand(B, N, S) if table is None else table[:, s]
     index = (slot.clamp_min(0).long() * N + torch.arange(N, device=rows.device)[:, None]).flatten(1)
@@ -109,43 +109,63 @@ def _step(q, rows, table, sizes, mask, heads, scale, s):
     present = slot >= 0
     if mask is not None:
         present = present & (mask != 0)[..., None]
-    absent = ~present.flatten(1)[:, None, None]
-    weights = torch.softmax(scores.masked_fill(absent, torch.finfo(scores.dtype).min), dim=-1).masked_fill(absent, 0)
-    return query, k, v, weights
+    return query, k, v, scores, ~present.flatten(1)[:, None, None]
+
+
+def _wide(x):
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+def _empty(q, rows, table):
+    return q.numel() == 0 or rows.numel() == 0 or (table is not None and table.shape[3] == 0)
 
 
 def reference(q, rows, table, sizes, mask, heads, scale):
-    if q.shape[1] == 0 or q.shape[2] == 0 or rows.numel() == 0 or (table is not None and table.shape[3] == 0):
-        return q.new_zeros(q.shape)
+    """y, and the log of the sum of e^scores [B, t, H, n], 0 where there is no key."""
+    lse = q.new_zeros(q.shape[0], q.shape[1], heads, q.shape[2], dtype=_wide(q))
+    if _empty(q, rows, table):
+        return q.new_zeros(q.shape), lse
     steps = []
     for s in range(q.shape[1]):
-        _, _, v, weights = _step(q, rows, table, sizes, mask, heads, scale, s)
-        steps.append((weights @ v).transpose(1, 2).flatten(2))
-    return torch.stack(steps, dim=1)
+        _, _, v, scores, absent = _scores(q, rows, table, sizes, mask, heads, scale, s)
+        weights = torch.softmax(scores.masked_fill(absent, torch.finfo(scores.dtype).min), dim=-1)
+        steps.append((weights.masked_fill(absent, 0) @ v).transpose(1, 2).flatten(2))
+        wide = scores.detach().to(lse.dtype).masked_fill(absent, float("-inf"))
+        lse[:, s] = wide.logsumexp(-1).masked_fill(absent.all(-1), 0)
+    return torch.stack(steps, dim=1), lse
 
 
-def gradients(grad_out, q, rows, table, sizes, mask, heads, scale):
-    """The gradients of q and rows, exact, with the softmax computed again; one step's keys in memory at a time."""
-    grad_q, wide = [], torch.float64 if rows.dtype == torch.float64 else torch.float32
+def reference_backward(grad_out, q, rows, table, sizes, mask, out, lse, heads, scale, need_rows):
+    """The gradients of q and rows, one step's keys in memory at a time."""
     B, S, N, W = rows.shape
-    grad_rows = torch.zeros(B, N, S, W, dtype=wide, device=rows.device)
+    if _empty(q, rows, table):
+        return torch.zeros_like(q), rows.new_zeros(rows.shape if need_rows else 0)
+    grad_q, grad_rows = [], torch.zeros(B, N, S, W, dtype=_wide(rows), device=rows.device)
     for s in range(q.shape[1]):
-        query, k, v, weights = _step(q, rows, table, sizes, mask, heads, scale, s)
-        grad = grad_out[:, s].unflatten(-1, (heads, -1)).transpose(1, 2)
-        grad_weights = grad @ v.transpose(-1, -2)
-        grad_scores = weights * (grad_weights - (weights * grad_weights).sum(-1, keepdim=True)) * scale
+        query, k, v, scores, absent = _scores(q, rows, table, sizes, mask, heads, scale, s)
+        weights = (scores - lse[:, s, ..., None]).exp().masked_fill(absent, 0).to(q.dtype)
+        grad, y = (x[:, s].unflatten(-1, (heads, -1)).transpose(1, 2) for x in (grad_out, out))
+        delta = (grad * y).sum(-1, keepdim=True)
+        grad_scores = weights * (grad @ v.transpose(-1, -2) - delta) * scale
         grad_q.append((grad_scores @ k).transpose(1, 2).flatten(2))
+        if not need_rows:
+            continue
         found = torch.stack([grad_scores.transpose(-1, -2) @ query, weights.transpose(-1, -2) @ grad])
-        found = found.permute(1, 3, 0, 2, 4).flatten(2).unflatten(1, (N, -1)).to(wide)  # [B, N, L, 2D]
+        found = found.permute(1, 3, 0, 2, 4).flatten(2).unflatten(1, (N, -1)).to(grad_rows.dtype)  # [B, N, L, 2D]
         if table is not None:  # a product with zeros and ones: a scatter would add in any order on a GPU
             slot = torch.arange(S, device=rows.device)[:, None]
-            found = (table[:, s, :, None] == slot).to(wide) @ found
-        grad_rows = grad_rows + found
-    return torch.stack(grad_q, dim=1), grad_rows.transpose(1, 2).to(rows.dtype)
+            found = (table[:, s, :, None] == slot).to(found.dtype) @ found
+        grad_rows += found
+    grad_rows = grad_rows.transpose(1, 2).to(rows.dtype).contiguous() if need_rows else rows.new_empty(0)
+    return torch.stack(grad_q, dim=1), grad_rows
 
 
 def _reference_out(q, rows, table, sizes, mask, heads, scale, out):
-    out.copy_(reference(q, rows, table, sizes, mask, heads, scale))
+    out.copy_(reference(q, rows, table, sizes, mask, heads, scale)[0])
+
+
+def _fake(q, rows, table, sizes, mask, heads, scale):
+    return q.new_empty(q.shape), q.new_empty(q.shape[0], q.shape[1], heads, q.shape[2], dtype=_wide(q))
 
 
 def _flops(q, rows, table, sizes, mask, heads, scale, *out):
@@ -156,30 +176,38 @@ def _flops(q, rows, table, sizes, mask, heads, scale, *out):
 
 def _setup_context(ctx, inputs, output):
     q, rows, table, sizes, mask, ctx.heads, ctx.scale = inputs
-    ctx.save_for_backward(q, rows, table, sizes, mask)
+    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(q, rows, table, sizes, mask, *output)
 
 
-def _backward(ctx, grad_out):
-    q, rows, table, sizes, mask = ctx.saved_tensors
-    if q.numel() == 0 or rows.numel() == 0 or (table is not None and table.shape[3] == 0):
-        return torch.zeros_like(q), torch.zeros_like(rows), *[None] * 5
-    return *gradients(grad_out, q, rows, table, sizes, mask, ctx.heads, ctx.scale), *[None] * 5
+def _backward(ctx, grad_out, _):
+    need_rows = ctx.needs_input_grad[1]
+    grad_q, grad_rows = _op_backward(grad_out, *ctx.saved_tensors, ctx.heads, ctx.scale, need_rows)
+    return grad_q, grad_rows if need_rows else None, *[None] * 5
 
 
+_INPUTS = "Tensor q, Tensor rows, Tensor? table, Tensor? sizes, Tensor? mask"
 _op = define(
-    "bank_attention(Tensor q, Tensor rows, Tensor? table, Tensor? sizes, Tensor? mask, int heads, float scale)"
-    " -> Tensor",
+    f"bank_attention({_INPUTS}, int heads, float scale) -> (Tensor, Tensor)",
     reference=reference,
-    fake=lambda q, rows, table, sizes, mask, heads, scale: q.new_empty(q.shape),
+    fake=_fake,
     backward=_backward,
     setup_context=_setup_context,
     autocast="low",
     flops=_flops,
 )
 _op_out = define(
-    "bank_attention_out(Tensor q, Tensor rows, Tensor? table, Tensor? sizes, Tensor? mask, int heads, float scale,"
-    " Tensor(a!) out) -> ()",
+    f"bank_attention_out({_INPUTS}, int heads, float scale, Tensor(a!) out) -> ()",
     reference=_reference_out,
     fake=lambda q, rows, table, sizes, mask, heads, scale, out: None,
     flops=_flops,
+)
+_op_backward = define(
+    f"bank_attention_backward(Tensor grad_out, {_INPUTS}, Tensor out, Tensor lse, int heads, float scale, "
+    "bool need_rows) -> (Tensor, Tensor)",
+    reference=reference_backward,
+    fake=lambda grad_out, q, rows, table, sizes, mask, out, lse, heads, scale, need_rows: (
+        q.new_empty(q.shape),
+        rows.new_empty(rows.shape if need_rows else 0),
+    ),
 )

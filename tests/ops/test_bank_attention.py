@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from pyvidx.ops.bank_attention import bank_attention, gradients, reference
+from pyvidx.ops.bank_attention import bank_attention, reference, reference_backward
 from tests.harness import DEVICES, DTYPES, assert_close_to_reference, assert_gradients_close, poisoned, randn
 
 # B, t, n, N, S, L, heads, d: one of each; odd; the papers' width; more keys than a tile; several splits; the widest
@@ -14,6 +14,15 @@ CASES = [
     (1, 2, 4, 5, 30, 21, 1, 128),
 ]
 op = torch.ops.pyvidx.bank_attention
+op_backward = torch.ops.pyvidx.bank_attention_backward
+
+
+def attend(*args):
+    return op(*args)[0]
+
+
+def plain(*args):
+    return reference(*args)[0]
 
 
 def inputs(shape, device="cpu", dtype=torch.float32, tabled=True):
@@ -64,27 +73,71 @@ def test_is_attention(dtype, device):
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("tabled", [True, False], ids=["table", "all"])
-def test_backward(tabled, dtype, device):
-    q, rows, *rest = inputs((2, 3, 5, 3, 4, 3, 2, 8), device, dtype, tabled)
-    assert_gradients_close(op, reference, (q.requires_grad_(), rows.requires_grad_(), *rest))
+@pytest.mark.parametrize("shape", CASES, ids=str)
+def test_backward(shape, tabled, dtype, device):
+    q, rows, table, sizes, mask, *rest = inputs(shape, device, dtype, tabled)
+    sizes, mask = (sizes, mask) if tabled else (None, None)
+    assert_gradients_close(attend, plain, (q.requires_grad_(), rows.requires_grad_(), table, sizes, mask, *rest))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_backward_to_the_queries_alone(device):
+    q, rows, table, sizes, mask, *rest = inputs((2, 3, 5, 3, 4, 3, 2, 24), device)
+    assert_gradients_close(attend, plain, (q.requires_grad_(), rows, table, None, mask, *rest))
+    assert_gradients_close(attend, plain, (q.requires_grad_(), rows, None, sizes.new_ones(2, 3, 3, 4), None, *rest))
+
+
+@pytest.mark.parametrize("tabled", [True, False], ids=["table", "all"])
+def test_reference_backward(tabled):
+    q, rows, *rest = inputs((2, 3, 5, 3, 4, 3, 2, 24), dtype=torch.float64, tabled=tabled)
+    y, lse = reference(q.requires_grad_(), rows.requires_grad_(), *rest)
+    grad = randn(*y.shape, dtype=torch.float64, seed=4)
+    args = (grad, q, rows, *rest[:3], y.detach(), lse, *rest[3:])
+    expected = torch.autograd.grad(y, (q, rows), grad)
+    with torch.no_grad():
+        torch.testing.assert_close(reference_backward(*args, True), expected)
+        assert reference_backward(*args, False)[1].numel() == 0
 
 
 @pytest.mark.parametrize("tabled", [True, False], ids=["table", "all"])
 def test_gradcheck(tabled):
     q, rows, *rest = inputs((1, 2, 2, 2, 3, 2, 1, 8), dtype=torch.float64, tabled=tabled)
     q, rows = q.contiguous().requires_grad_(), rows.contiguous().requires_grad_()
-    assert torch.autograd.gradcheck(lambda q, rows: op(q, rows, *rest), (q, rows))
+    assert torch.autograd.gradcheck(lambda q, rows: attend(q, rows, *rest), (q, rows))
 
 
-def test_gradient_of_a_slot_named_twice():
-    q, rows, table, sizes, mask, *rest = inputs((1, 2, 3, 2, 3, 3, 1, 8), dtype=torch.float64)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_gradient_of_a_slot_named_twice(dtype):
+    q, rows, table, sizes, mask, *rest = inputs((1, 2, 3, 2, 3, 3, 1, 8), dtype=dtype)
     table[...] = torch.tensor([2, 0, 2], dtype=torch.int32)
-    q.requires_grad_(), rows.requires_grad_()
-    out = reference(q, rows, table, sizes, mask, *rest)
-    grad = randn(*out.shape, dtype=torch.float64, seed=4)
-    expected = torch.autograd.grad(out, (q, rows), grad)
-    torch.testing.assert_close(gradients(grad, q, rows, table, sizes, mask, *rest), expected)
-    torch.testing.assert_close(op(q, rows, table, sizes, mask, *rest), out)
+    inputs_ = (q.requires_grad_(), rows.requires_grad_(), table)
+    assert_gradients_close(attend, plain, (*inputs_, sizes, mask, *rest))
+    assert_gradients_close(attend, plain, (*inputs_, None, None, *rest))
+    assert_close_to_reference(op, reference, (q.detach(), rows.detach(), table, sizes, mask, *rest))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_backward_writes_everything(device):
+    """Rows that no step reads, steps without keys, no rows, no queries: gradients of 0, whatever the memory held."""
+    q, rows, table, sizes, mask, *rest = inputs((2, 3, 5, 3, 4, 3, 2, 24), device)
+    table[table == 2] = -1
+    table[:, 1] = -1
+    mask[:, 1] = 0
+    leaves = q.requires_grad_(), rows.requires_grad_()
+    y = attend(*leaves, table, sizes, mask, *rest)
+    poisoned(rows.shape, rows)  # freed at once: what the allocator hands out next
+    grad_q, grad_rows = torch.autograd.grad(y.sum(), leaves)
+    assert grad_rows[:, 2].abs().max() == 0 and grad_rows[:, :, 1].abs().max() == 0
+    assert grad_q[:, 1].abs().max() == 0 and grad_q[:, [0, 2]].abs().amax(-1).min() > 0
+    nothing = [
+        lambda q, rows: (q, rows[:, :0]),
+        lambda q, rows: (q, rows[:, :, :0]),
+        lambda q, rows: (q[:, :0], rows),
+        lambda q, rows: (q[:, :, :0], rows),
+    ]
+    for some in nothing:
+        grads = torch.autograd.grad(attend(*some(*leaves), None, None, None, *rest).sum(), leaves)
+        assert all(g.abs().max() == 0 for g in grads)
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -107,26 +160,35 @@ def test_huge_scores(dtype, device):
     q, rows, *_ = inputs((1, 1, 5, 40, 4, 4, 1, 16), device, dtype)
     slack = 40 if dtype == torch.float32 else 1  # a score of 600 is itself rounded by 3e-5, whatever the order of sums
     for scale in (20.0, -20.0):
-        assert_close_to_reference(op, reference, (q, rows, None, None, None, 1, scale), slack=slack)
+        assert_close_to_reference(attend, plain, (q, rows, None, None, None, 1, scale), slack=slack)
 
 
 @pytest.mark.parametrize("device", DEVICES)
 def test_out_and_strides(device):
     q, rows, table, sizes, mask, heads, scale = inputs((2, 3, 5, 3, 4, 3, 2, 24), device)
-    expected = op(q, rows, table, sizes, mask, heads, scale)
+    expected = attend(q, rows, table, sizes, mask, heads, scale)
     out = poisoned((2, 3, 5, 50), q)[..., :48]
     assert bank_attention(q, rows, table, heads, sizes=sizes, mask=mask.bool(), out=out) is out
     assert torch.equal(out, expected)
     turned = [x.transpose(1, 3).contiguous().transpose(1, 3) for x in (q, rows)]  # last stride is not 1
-    assert torch.equal(op(*turned, table, sizes, mask, heads, scale), expected)
+    assert torch.equal(attend(*turned, table, sizes, mask, heads, scale), expected)
+    leaves = [(x.requires_grad_(), y.requires_grad_()) for x, y in ((q, rows), turned)]
+    ones = torch.ones(1, device=device).expand(expected.shape)
+    grads = [torch.autograd.grad(attend(*x, table, sizes, mask, heads, scale), x, ones) for x in leaves]
+    assert all(torch.equal(a, b) for a, b in zip(*grads))
     with pytest.raises(ValueError, match="out= has no gradient"):
-        bank_attention(q.requires_grad_(), rows, table, heads, out=out)
+        bank_attention(q, rows, table, heads, out=out)
 
 
 @pytest.mark.parametrize("device", DEVICES)
 def test_deterministic(device):
-    args = inputs((1, 1, 9, 53, 12, 11, 2, 16), device)
-    assert torch.equal(op(*args), op(*args))
+    q, rows, *rest = inputs((1, 3, 9, 53, 12, 11, 2, 16), device)
+    leaves = q.requires_grad_(), rows.requires_grad_()
+    runs = []
+    for _ in range(2):
+        y = attend(*leaves, *rest)
+        runs.append((y, *torch.autograd.grad(y.square().sum(), leaves)))
+    assert all(torch.equal(a, b) for a, b in zip(*runs))
 
 
 def test_registration():
@@ -134,16 +196,23 @@ def test_registration():
     q, rows = q.contiguous(), rows.contiguous()
     torch.library.opcheck(op.default, (q.clone().requires_grad_(), rows.clone().requires_grad_(), *rest))
     torch.library.opcheck(torch.ops.pyvidx.bank_attention_out.default, (q, rows, *rest, torch.empty_like(q)))
+    y, lse = op(q, rows, *rest)
+    for need_rows in (True, False):
+        args = (torch.ones_like(y), q, rows, *rest[:3], y, lse, *rest[3:], need_rows)
+        torch.library.opcheck(op_backward.default, args)
 
 
 def test_compiled():
     q, rows, table, sizes, mask, heads, _ = inputs((1, 2, 3, 2, 3, 2, 1, 8))
 
-    def double(q):
+    def double(q, rows):
         return bank_attention(q, rows, table, heads, sizes=sizes, mask=mask.bool()) * 2
 
     f = torch.compile(double, fullgraph=True, backend="aot_eager")
-    torch.testing.assert_close(f(q), double(q))
+    torch.testing.assert_close(f(q, rows), double(q, rows))
+    leaves = q.requires_grad_(), rows.requires_grad_()
+    results = [torch.autograd.grad(g(*leaves).square().sum(), leaves) for g in (f, double)]
+    torch.testing.assert_close(*results)
 
 
 def test_autocast_takes_the_low_dtype():

@@ -270,3 +270,22 @@ def test_a_broken_plan_raises(bad):
     state.order.fill_(5)
     with pytest.raises(IndexError, match="order"):
         memory_scan_(*state[:5], clips[0])
+
+
+@pytest.mark.skipif(EMULATED, reason="how the CPU kernel stores")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shift", [0, 1])
+def test_replay_past_the_caches(dtype, shift):
+    """Results of more than 4 MB, where rows are aligned and where they are not."""
+    M, t, N, W = 3, 6, 120 * 4 // dtype.itemsize, 1064
+    bank = randn(1, M + 1, N, 2, sliced=False)
+    state = new_state(1, M, N, 2, torch.float32, "cpu", ())
+    plan = memory_scan_(*state[:5], torch.cat([bank, bank], 1)[:, :t])
+    rows, frames = randn(1, M + 1, N, W, dtype=dtype, sliced=False), randn(1, t, N, W, dtype=dtype, seed=1)
+    out = torch.empty(1, M + 1 + 2 * t, N, W + 64, dtype=dtype)[..., shift : shift + W]
+    assert out.numel() * dtype.itemsize > 4 << 20 and (plan.sources >= 0).any()
+    memory_replay(rows, frames, plan, out=out)
+    expected = reference_replay(rows.double(), frames.double(), *plan[1:], True)
+    copied, off = M + 1 + t, 1e-6 if dtype.itemsize == 4 else 0.05
+    assert torch.equal(out[:, :copied].double(), expected[:, :copied])
+    torch.testing.assert_close(out[:, copied:].double(), expected[:, copied:], rtol=0, atol=off)

@@ -15,17 +15,21 @@ namespace pyvidx {
 
 constexpr int64_t kBankAttentionMaxWidth = 128;  // of a head: a GPU keeps its sums in registers
 
-struct BankAttentionArgs {
-  View<4> q;        // [B, t, n, H * d]  in, any strides but the last, which is 1; d a multiple of 8
-  View<4> rows;     // [B, S, N, 2 * H * d]  in, dtype of q, likewise: keys, then values
-  View<4> table;    // [B, t, N, L]  in, i32: slots < S, negative where there is no key. Optional: all slots, L = S
-  View<4> sizes;    // [B, t, N, L]  in, i32, 1 or more, optional
-  View<2> mask;     // [B, N]        in, i32, 0: a position that nobody attends to. Optional
-  View<4> out;      // [B, t, n, H * d]  out, dtype of q
-  View<3> partial;  // [B * t * H, splits, bank_attention_partial(n, d)]  scratch, contiguous, aligned to 16 bytes, f32
-                    // (f64 for f64); the caller chooses splits >= 1: more for more threads or blocks
+struct BankAttentionInput {
+  View<4> q;      // [B, t, n, H * d]  in, any strides but the last, which is 1; d a multiple of 8
+  View<4> rows;   // [B, S, N, 2 * H * d]  in, dtype of q, likewise: keys, then values
+  View<4> table;  // [B, t, N, L]  in, i32: slots < S, negative where there is no key. Optional: all slots, L = S
+  View<4> sizes;  // [B, t, N, L]  in, i32, 1 or more, optional
+  View<2> mask;   // [B, N]        in, i32, 0: a position that nobody attends to. Optional
   int64_t heads;
   double scale;
+};
+
+struct BankAttentionArgs : BankAttentionInput {
+  View<4> out;      // [B, t, n, H * d]  out, dtype of q
+  View<4> lse;      // [B, t, H, n]  out, f32 (f64 for f64), optional: log of the sum of e^scores, 0 without keys
+  View<3> partial;  // [B * t * H, splits, bank_attention_partial(n, d)]  scratch, contiguous, aligned to 16 bytes, f32
+                    // (f64 for f64); the caller chooses splits >= 1: more for more threads or blocks
 };
 
 // What one split leaves of one head: its sums [n][padded d], largest scores and totals [padded n] each.
@@ -36,5 +40,22 @@ PYVIDX_INLINE int64_t bank_attention_partial(int64_t n, int64_t d) {
 
 void bank_attention_cpu(const BankAttentionArgs& args, const Executor& executor);
 void bank_attention_cuda(const BankAttentionArgs& args, CUstream_st* stream);
+
+// With w = e^(scale q k^T + log sizes - lse), delta = rowsum(grad_out * out) and dw = w * (grad_out v^T - delta):
+//   grad_q = scale dw k,   grad_k = scale dw^T q,   grad_v = w^T grad_out,   both summed over the steps that read a row
+// Who works on a position does all its steps, one after the other: no two threads add to one row, and every run gives
+// the same bits.
+struct BankAttentionBackwardArgs : BankAttentionInput {
+  View<4> grad_out;   // [B, t, n, H * d]  in, dtype of q, any strides but the last, which is 1
+  View<4> out;        // [B, t, n, H * d]  in, likewise: what the forward pass gave,
+  View<4> lse;        // [B, t, H, n]      in, f32 (f64 for f64): and this
+  View<4> delta;      // [B, t, H, n]      scratch, dtype of lse
+  View<3> partial;    // [B * t * H, splits, n * bank_attention_padded(d)]  scratch, as in the forward pass
+  View<4> grad_q;     // [B, t, n, H * d]  out, dtype of q, last stride 1
+  View<4> grad_rows;  // [B, S, N, 2 * H * d]  out, likewise, every element is written. Optional
+};
+
+void bank_attention_backward_cpu(const BankAttentionBackwardArgs& args, const Executor& executor);
+void bank_attention_backward_cuda(const BankAttentionBackwardArgs& args, CUstream_st* stream);
 
 }  // namespace pyvidx

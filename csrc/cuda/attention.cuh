@@ -1,7 +1,6 @@
-// The pieces temporal_attention's kernels are made of. A warp owns 16 rows (queries, or keys in the backward kernel) of
-// one (b, p, h) and meets all T rows of the other side. Every operand goes from global memory to mma's registers with
-// 16-byte loads and without shared memory: the order of d within a product is free (mma.cuh), so a lane takes what lies
-// together.
+// The pieces the attention kernels are made of. A warp owns 16 rows (queries, or keys in a backward kernel) of one head
+// and meets all rows of the other side. Every operand goes from global memory to mma's registers with 16-byte loads and
+// without shared memory: the order of d within a product is free (mma.cuh), so a lane takes what lies together.
 #pragma once
 
 #include "mma.cuh"
@@ -25,6 +24,15 @@ struct Rows {
   __device__ __forceinline__ T* at(int row) const { return row < count ? data + row * stride : nullptr; }
 };
 
+// Rows by their addresses, which shared memory holds; nullptr: no row.
+template <typename T>
+struct RowTable {
+  T* const* row;
+  int64_t offset;  // of the D elements that are read
+  int count, D;
+  __device__ __forceinline__ T* at(int i) const { return row[i] == nullptr ? nullptr : row[i] + offset; }
+};
+
 // kD: a width that the compiler can unroll for, or one of these. The first two promise that 16-byte accesses fit.
 constexpr int kWhole = 0;    // D is that of the rows, a multiple of a chunk
 constexpr int kRagged = -1;  // any D, any alignment
@@ -33,7 +41,7 @@ __device__ __forceinline__ int width(const R& rows) {
   return kD > 0 ? kD : rows.D;
 }
 
-// R: Rows, or what else has count, D and at(row), which is nullptr where there is no row: it reads as 0.
+// R: Rows or RowTable. A row that is not there reads as 0, and is not written.
 template <typename T, int kD, typename R>
 __device__ __forceinline__ void load_chunk(const R& rows, int row, int d, Register<T> (&chunk)[kRegisters]) {
 #pragma unroll
@@ -66,8 +74,8 @@ __device__ __forceinline__ void load_chunk(const R& rows, int row, int d, Regist
 
 // x[j] <- the products of the warp's 16 rows of a, from row a0 on, with rows b0 + 8j .. b0 + 8j + 7 of b. A lane gets
 // {row g, columns 2c and 2c + 1; row g + 8, the same columns}.
-template <typename T, int kD, int kTiles, typename R>
-__device__ __forceinline__ void dot_rows(const Rows<const T>& a, int a0, const R& b, int b0, Acc<T> (&x)[kTiles][4]) {
+template <typename T, int kD, int kTiles, typename L, typename R>
+__device__ __forceinline__ void dot_rows(const L& a, int a0, const R& b, int b0, Acc<T> (&x)[kTiles][4]) {
   const int g = threadIdx.x % 32 / 4, c = threadIdx.x % 4;
 #pragma unroll
   for (int j = 0; j < kTiles; ++j) {
@@ -97,11 +105,13 @@ __device__ __forceinline__ void dot_rows(const Rows<const T>& a, int a0, const R
 // 2c + 1: this way what the four lanes of a row store at once lies together.
 __device__ __forceinline__ int column_group(int g) { return g / 2 + 4 * (g % 2); }
 
-template <int kD, int kCount, typename T>
-__device__ __forceinline__ void store_columns(const Rows<T>& out, int row, int d, const Acc<T> (&x)[kCount]) {
+template <typename T, int kD, int kCount, typename R>
+__device__ __forceinline__ void store_columns(const R& out, int row, int d, const Acc<T> (&x)[kCount]) {
   const int D = width<kD>(out);
-  if (row >= out.count || d >= D) return;
-  T* p = out.data + row * out.stride + d;
+  if (d >= D) return;
+  T* p = out.at(row);
+  if (p == nullptr) return;
+  p += d;
   if constexpr (kD != kRagged) {
 #pragma unroll
     for (int i = 0; i < kCount; i += kVec<T>) {
@@ -168,8 +178,8 @@ __device__ __forceinline__ void add_weighted(const Acc<T> (&w)[kTiles][4], const
   }
 }
 
-template <int kD, typename T>
-__device__ __forceinline__ void store_sums(const Acc<T> (&sum)[kColumns<T>][4], const Rows<T>& out, int a0, int slab) {
+template <typename T, int kD, typename R>
+__device__ __forceinline__ void store_sums(const Acc<T> (&sum)[kColumns<T>][4], const R& out, int a0, int slab) {
   const int g = threadIdx.x % 32 / 4, c = threadIdx.x % 4;
 #pragma unroll
   for (int side = 0; side < 2; ++side) {
@@ -178,7 +188,7 @@ __device__ __forceinline__ void store_sums(const Acc<T> (&sum)[kColumns<T>][4], 
       Acc<T> x[kColumns<T>];
 #pragma unroll
       for (int n = 0; n < kColumns<T>; ++n) x[n] = sum[n][2 * half + side];
-      store_columns<kD, kColumns<T>>(out, a0 + g + 8 * half, slab + kColumns<T> * column_group(2 * c + side), x);
+      store_columns<T, kD, kColumns<T>>(out, a0 + g + 8 * half, slab + kColumns<T> * column_group(2 * c + side), x);
     }
   }
 }
@@ -191,7 +201,7 @@ __device__ __forceinline__ void weigh_rows(const Acc<T> (&w)[kTiles][4], const R
   for (int slab = 0; slab < width<kD>(b); slab += 8 * kColumns<T>) {
     Acc<T> sum[kColumns<T>][4] = {};
     add_weighted<T, kD>(w, b, 0, slab, sum);
-    store_sums<kD>(sum, out, a0, slab);
+    store_sums<T, kD>(sum, out, a0, slab);
   }
 }
 
@@ -208,7 +218,7 @@ __device__ __forceinline__ void weigh_rows_by_parts(F&& weights, const Rows<cons
       weights(b0, w);
       add_weighted<T, kD>(w, b, b0, slab, sum);
     }
-    store_sums<kD>(sum, out, a0, slab);
+    store_sums<T, kD>(sum, out, a0, slab);
   }
 }
 
