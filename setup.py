@@ -48,7 +48,15 @@ class NinjaBuild(build_ext):
 
 setup(
     packages=find_packages(include=["pyvidx*"]),
-    package_data={"pyvidx": ["py.typed", "models/configs/*.json", "eval/tasks.json", "train/configs/*.json"]},
+    package_data={
+        "pyvidx": [
+            "py.typed",
+            "models/configs/*.json",
+            "models/weights/*.safetensors",
+            "eval/tasks.json",
+            "train/configs/*.json",
+        ]
+    },
     ext_modules=[Extension("pyvidx._ops", []), Extension("pyvidx._C", [])],  # so that setuptools knows of native code
     cmdclass={"build_ext": NinjaBuild},
 )
