@@ -48,7 +48,15 @@ class NinjaBuild(build_ext):
 
 setup(
     packages=find_packages(include=["pyvidx*"]),
-    package_data={"pyvidx": ["py.typed", "eval/tasks.json", "train/cards.json", "*/configs/*.json"]},
+    package_data={
+        "pyvidx": [
+            "py.typed",
+            "*/configs/*.json",
+            "models/weights/*.safetensors",
+            "eval/tasks.json",
+            "train/cards.json",
+        ]
+    },
     ext_modules=[Extension("pyvidx._ops", []), Extension("pyvidx._C", [])],  # so that setuptools knows of native code
     cmdclass={"build_ext": NinjaBuild},
 )

@@ -1,6 +1,7 @@
 """The main job: python -m pyvidx encode, from files to files."""
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -10,15 +11,16 @@ from safetensors.torch import load_file
 
 import pyvidx
 from pyvidx.__main__ import main as pyvidx_main
-from pyvidx.cli.demo import drawn_clip
 from pyvidx.cli.demo import main as demo
 from pyvidx.cli.encode import main as encode
 from pyvidx.encode import Timing, encode_videos
 from pyvidx.models import BTAdapter
 from pyvidx.preprocess import clip_preprocess
 from pyvidx.video import read, write
+from tests.drawn import drawn_clip
 
 pytest.importorskip("av", reason="reading video needs PyAV: pip install 'pyvidx[video]'")
+SIDES = ("left", "right")
 pyarrow_parquet = pytest.importorskip("pyarrow.parquet")
 
 
@@ -70,7 +72,7 @@ def test_files(videos, suffix, tmp_path, capsys):
     code = encode([str(videos), "--frames", "4", "--out", str(out)])
     text = capsys.readouterr()
     assert code == 1, "a file failed"
-    assert "broken.mp4" in text.err and "random weights" in text.err
+    assert "broken.mp4" in text.err and "small world of moving shapes" in text.err
     assert "2 videos, 1 FAILED, 8 frames" in text.out and "frames/s (read" in text.out
     (want,) = encode_videos([str(videos / "a.mp4")], BTAdapter.default().fold(), frames=4)
     if suffix == "safetensors":
@@ -78,7 +80,7 @@ def test_files(videos, suffix, tmp_path, capsys):
         with safe_open(out, "pt") as file:
             note = json.loads(file.metadata()["pyvidx"])
         paths, pooled, tokens = note["paths"], arrays["pooled"][0], arrays["tokens"][0]
-        assert note["about"]["is_random"] is True and list(note["errors"]) == [str(videos / "broken.mp4")]
+        assert note["about"]["is_random"] is False and list(note["errors"]) == [str(videos / "broken.mp4")]
     elif suffix == "npz":
         arrays = np.load(out)
         paths, pooled, tokens = (
@@ -99,10 +101,12 @@ def test_files(videos, suffix, tmp_path, capsys):
 
 def test_saved_model(videos, tmp_path, capsys):
     model = BTAdapter.default()
-    model.is_random = False
-    model.save(tmp_path / "model")
-    assert encode([str(videos / "a.mp4"), "--model", str(tmp_path / "model"), "--out", str(tmp_path / "out.npz")]) == 0
-    assert "random weights" not in capsys.readouterr().err
+    for is_random in (False, True):
+        model.is_random = is_random
+        model.save(tmp_path / "model")
+        given = ["--model", str(tmp_path / "model"), "--out", str(tmp_path / "out.npz")]
+        assert encode([str(videos / "a.mp4"), *given]) == 0
+        assert ("NOTE: these weights were never trained" in capsys.readouterr().err) == is_random
 
 
 @pytest.mark.parametrize("arguments, message", [
@@ -126,6 +130,11 @@ def test_demo(tmp_path, capsys):
     assert demo(["--out", str(tmp_path), "--frames", "6", "--size", "tiny", "--speed-frames", "4"]) == 0
     text = capsys.readouterr().out
     assert "embedding: pooled (1, " in text and "largest difference" in text
+    own, opposite = (next(l for l in text.splitlines() if l.startswith(f"the green cross moves {w}")) for w in SIDES)
+    places = [re.findall(r"\((\d)\)", l) for l in (own, opposite)]
+    assert places[0][0] == "1" and places[1][1] == "1", "BT-Adapter ranks the right one first, forward and backward"
+    shown = [re.findall(r"-?\d\.\d+", l)[2:] for l in (own, opposite)]
+    assert all(abs(float(a) - float(b)) < 0.02 for a, b in shown), "to the frame mean both clips are one"
     assert (tmp_path / "similarity.png").read_bytes().startswith(b"\x89PNG")
     assert len(read(tmp_path / "clip.mp4", frames=3)) == 3
 

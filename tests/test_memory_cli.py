@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from pyvidx import memory
-from pyvidx.cli.demo import drawn_clip
 from pyvidx.cli.memory import colors, main
 from pyvidx.video import stream, write
+from tests.drawn import drawn_clip
 
 pytest.importorskip("av", reason="reading video needs PyAV: pip install 'pyvidx[video]'")
 
@@ -53,7 +53,7 @@ def test_options(video, tmp_path, options, sizes, capsys):
         main([str(video), *options, "--out", str(tmp_path / "a.png"), "--save", str(tmp_path / "a.safetensors")]) == 0
     )
     text = capsys.readouterr()
-    assert ("random weights" in text.err) == ("model" in options)
+    assert ("moving shapes only" in text.err) == ("model" in options)
     sizes_found = memory.load(tmp_path / "a.safetensors")[1].entries().sizes
     assert sizes_found.sum() == sizes * sizes_found.shape[2] if "space" not in options else 45 * 16
 

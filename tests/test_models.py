@@ -256,10 +256,8 @@ def test_half_precision(dtype):
 
 @torch.no_grad()
 def test_save_and_load(tmp_path):
-    model = BTAdapter.default()
+    model = BTAdapter(BTAdapterConfig.named("tiny")).eval()
     assert model.is_random
-    again = BTAdapter.default()
-    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters())), "always the same weights"
     assert model.save(tmp_path / "m").name == "model.safetensors"
     loaded = BTAdapter.from_pretrained(tmp_path / "m")
     assert loaded.is_random and not loaded.training and loaded.config == model.config

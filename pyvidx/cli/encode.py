@@ -96,14 +96,16 @@ def find(videos: Sequence[Path]):
 
 
 def load_model(path: Path | None, device: str, dtype: str | None) -> BTAdapter:
-    """The model folded for inference, and a warning if its weights were never trained."""
+    """The model folded for inference, and a note where its embeddings say little about a video."""
     model = BTAdapter.default() if path is None else BTAdapter.from_pretrained(path)
-    if model.is_random:
+    if path is None:
         print(
-            "NOTE: random weights with a fixed seed, as no trained model is built in yet: the embeddings show that and "
-            "how fast everything runs, not what is in the video. Give weights with --model.",
+            "NOTE: the built-in model knows a small world of moving shapes (pyvidx.data.motion). For other videos the "
+            "embeddings show that and how fast everything runs, not what is in them. Give weights with --model.",
             file=sys.stderr,
         )
+    elif model.is_random:
+        print("NOTE: these weights were never trained: the embeddings do not show what is in a video.", file=sys.stderr)
     wanted = DTYPES[dtype] if dtype else (torch.float16 if device.startswith("cuda") else torch.float32)
     return model.to(device).fold(wanted)
 

@@ -110,8 +110,11 @@ def model_features(path: Path | None, device: str) -> Callable[[Tensor], Tensor]
     from pyvidx.preprocess import clip_preprocess
 
     model = BTAdapter.default() if path is None else BTAdapter.from_pretrained(path)
-    if model.is_random:
-        print("NOTE: random weights: the merges show that everything runs, not what is in the video.", file=sys.stderr)
+    if path is None or model.is_random:
+        what = "knows moving shapes only" if path is None else "was never trained"
+        print(
+            f"NOTE: the model {what}: the merges show that everything runs, not what is in the video.", file=sys.stderr
+        )
     backbone = model.backbone.to(device).eval()
 
     @torch.inference_mode()

@@ -3,6 +3,7 @@ from pyvidx.models.bt_adapter import BTAdapter
 from pyvidx.models.config import BTAdapterConfig
 from pyvidx.models.malmm import MALMM
 from pyvidx.models.malmm_config import MALMMConfig
+from pyvidx.models.text_video import TextVideo
 from pyvidx.models.video_encoder import VideoEncoder
 
-__all__ = ["BTAdapter", "BTAdapterConfig", "Encoding", "MALMM", "MALMMConfig", "VideoEncoder"]
+__all__ = ["BTAdapter", "BTAdapterConfig", "Encoding", "MALMM", "MALMMConfig", "TextVideo", "VideoEncoder"]

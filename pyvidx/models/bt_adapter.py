@@ -265,10 +265,8 @@ class BTAdapter(nn.Module):
 
     @classmethod
     def default(cls, *, compat: str = "paper", tower: str = "mma") -> "BTAdapter":
-        """A small model with random weights, always the same ones, to try things out. `is_random` is True."""
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
-            model = cls(BTAdapterConfig.named("tiny"), compat=compat, tower=tower)
-            for layer in model.branch.temporal:
-                nn.init.normal_(layer.fc.weight, std=model.config.vision.width**-0.5)
-        return model.eval()
+        """The small trained model that ships with pyvidx: it knows the moving shapes of pyvidx.data.motion, and nothing
+        else. TextVideo.default() holds it together with its text tower."""
+        from pyvidx.models.text_video import TextVideo  # which is made of this class
+
+        return TextVideo.default(compat=compat, tower=tower).model

@@ -1,0 +1,75 @@
+"""A BT-Adapter with the text tower and the words it was trained with: clips and captions in one space."""
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pyvidx.backbones.clip_text import CLIPText, CLIPTextConfig
+from pyvidx.data.words import Words
+from pyvidx.models import files
+from pyvidx.models.bt_adapter import BTAdapter
+from pyvidx.models.config import BTAdapterConfig
+
+DEFAULT = Path(__file__).parent / "weights" / "motion.safetensors"
+KIND = "text_video"
+
+
+@dataclass(frozen=True)
+class TextVideo:
+    """Both towers and the tokenizer between them.
+
+    Attributes:
+        model: of the videos.
+        text: of the same embedding width.
+        words: the tokenizer.
+        about: where the weights are from: "command" that trains them, "frames" of its clips, "sha256" of the weights in
+            the file (pyvidx.models.files.digest), and more.
+    """
+
+    model: BTAdapter
+    text: CLIPText
+    words: Words
+    about: dict
+
+    @torch.inference_mode()
+    def similarity(self, pooled: Tensor, captions: Sequence[str]) -> Tensor:
+        """Cosines of video embeddings [B, E] with captions -> float32 [B, captions]. ValueError: an unknown word."""
+        ids = self.words(captions).to(self.text.position.device)
+        text = F.normalize(self.text(ids).float(), dim=-1)
+        return F.normalize(pooled.to(text), dim=-1) @ text.T
+
+    def save(self, path: str | Path) -> Path:
+        """Write one safetensors file of float16 weights, everything else in its header."""
+        both = nn.ModuleDict({"model": self.model, "text": self.text})
+        weights = {name: p.detach().half() for name, p in both.state_dict().items()}
+        header = {
+            "config": self.model.config.to_dict(),
+            "text": dataclasses.asdict(self.text.config),
+            "vocabulary": self.words.vocabulary,
+            "about": self.about | {"sha256": files.digest(weights)},
+        }
+        return files.write(path, KIND, weights, header)
+
+    @classmethod
+    def load(cls, path: str | Path, *, compat: str = "paper", tower: str = "mma") -> "TextVideo":
+        """What `save` wrote, in float32 and eval mode; compat and tower as in BTAdapter."""
+        header, weights = files.read(path, KIND)
+        with torch.device("meta"):
+            model = BTAdapter(BTAdapterConfig.from_dict(header["config"]), compat=compat, tower=tower)
+            text = CLIPText(CLIPTextConfig(**header["text"]))
+        both = nn.ModuleDict({"model": model, "text": text})
+        both.load_state_dict({name: w.float() for name, w in weights.items()}, strict=True, assign=True)
+        model.backbone.requires_grad_(False)
+        model.is_random = False
+        words = Words(header["vocabulary"], text.config.context)
+        return cls(model.eval(), text.requires_grad_(False).eval(), words, header["about"])
+
+    @classmethod
+    def default(cls, *, compat: str = "paper", tower: str = "mma") -> "TextVideo":
+        """The model that ships with pyvidx. It knows the small world of pyvidx.data.motion, and nothing else."""
+        return cls.load(DEFAULT, compat=compat, tower=tower)
