@@ -9,7 +9,6 @@ from safetensors.torch import load_file, save_file
 
 from pyvidx import embeddings
 from pyvidx.backbones import CLIPText, CLIPTextConfig
-from pyvidx.cli.demo import drawn_clip
 from pyvidx.cli.encode import main as encode
 from pyvidx.cli.eval import main
 from pyvidx.encode import Encoded
@@ -22,6 +21,7 @@ from pyvidx.integrations.checkpoints import load_official
 from pyvidx.models import BTAdapter, Encoding
 from pyvidx.preprocess import PRESETS, preprocess
 from pyvidx.video import read, sampling, write
+from tests.drawn import drawn_clip
 from tests.test_checkpoints import VISION, state
 from tests.test_checkpoints import tower as towers
 from tests.torchvision_shim import mend_torchvision
@@ -38,7 +38,7 @@ def folder(tmp_path, monkeypatch):
     for i, name in enumerate(("one", "two", "three")):
         write(tmp_path / f"videos/{name}.mp4", drawn_clip(0.4, (64 + 16 * i, 80)), fps=10)
     (tmp_path / "videos/broken.mp4").write_bytes(b"no video" * 99)
-    model = BTAdapter.default()
+    model = BTAdapter(BTAdapter.default().config).eval()  # untrained
     model.save(tmp_path / "model.safetensors")
     torch.manual_seed(0)
     sizes = CLIPTextConfig(vocab=54, context=12, width=16, heads=2, layers=1, mlp_width=32,

@@ -113,8 +113,8 @@ def test_command(capsys):
 
 def test_decoding_is_measured(tmp_path):
     pytest.importorskip("av", reason="reading video needs PyAV: pip install 'pyvidx[video]'")
-    from pyvidx.cli.demo import drawn_clip
     from pyvidx.video import write
+    from tests.drawn import drawn_clip
 
     write(tmp_path / "v.mp4", drawn_clip(0.6, (96, 128)), fps=25)
     assert cli.decode_seconds(tmp_path / "v.mp4", 4) > 0
