@@ -14,6 +14,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -33,6 +34,7 @@ def main(argv: Sequence[str] | None = None) -> dict:
     p.add_argument("command", choices=["memory", "drift", "video", "clip"])
     p.add_argument("--frames", type=int, help="default: 5000, 10000, 20 minutes at 10 frames per second, 100")
     p.add_argument("--small", action="store_true", help="tiny sizes: does it still run?")
+    p.add_argument("--rounds", type=int, default=3, help="of clip")
     p.add_argument("--threads", type=int, default=torch.get_num_threads())
     p.add_argument("--out", type=Path)
     options = p.parse_args(argv)
@@ -40,7 +42,12 @@ def main(argv: Sequence[str] | None = None) -> dict:
     torch.set_num_threads(options.threads)
     result = {"command": options.command, "machine": platform.processor() or platform.machine()}
     result |= {"torch": torch.__version__, "threads": torch.get_num_threads()}
-    runs = {"memory": (memory, 5000), "drift": (drift, 10_000), "video": (video, 12_000), "clip": (clip, 100)}
+    runs = {
+        "memory": (memory, 5000),
+        "drift": (drift, 10_000),
+        "video": (video, 12_000),
+        "clip": (partial(clip, rounds=options.rounds), 100),
+    }
     run, frames = runs[options.command]
     with torch.inference_mode():
         result |= run(options.frames or frames, options.small)
@@ -210,7 +217,7 @@ def video(frames: int, small: bool) -> dict:
     return {"minutes": frames / 600, "rows": rows}
 
 
-def clip(frames: int, small: bool, rounds: int = 3) -> dict:
+def clip(frames: int, small: bool, rounds: int) -> dict:
     """Features to the query tokens at the last frame, from empty memories: all three in turn, round by round."""
     from bench.bench_malmm import models
 
