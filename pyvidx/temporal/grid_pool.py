@@ -1,17 +1,14 @@
 """Fewer tokens of every frame, frames kept apart: LLaVA-NeXT-Video's pooling of the patch grid."""
 
 import math
-from collections.abc import Sequence
-from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pyvidx.backbones.clip import CLIPVision, CLIPVisionConfig
-from pyvidx.encoding import Encoding
+from pyvidx.backbones.clip import CLIPVisionConfig
 from pyvidx.temporal.frames import real_only
-from pyvidx.temporal.module import OUTPUTS, TemporalModule
+from pyvidx.temporal.module import TemporalModule
 from pyvidx.temporal.registry import register
 
 MODES = ("average", "max", "bilinear")
@@ -60,15 +57,6 @@ class GridPool(TemporalModule):
         grid_pool(torch.zeros(vision.patches, 1, device="cpu"), mode, stride)  # refuses what does not fit
         self.mode, self.stride = mode, stride
 
-    def encode(
-        self,
-        xs: Sequence[Tensor],
-        tower: CLIPVision,
-        frame_mask: Tensor | None = None,
-        outputs: Sequence[str] = OUTPUTS,
-    ) -> Encoding:
-        encoding = super().encode(xs, tower, frame_mask, [o for o in outputs if o != "tokens"])
-        if "tokens" in outputs:
-            pooled = grid_pool(xs[-2][:, :, 1:], self.mode, self.stride)  # [B, T, side * side, C]
-            encoding = replace(encoding, tokens=real_only(pooled, frame_mask).flatten(1, 2))
-        return encoding
+    def pool(self, x: Tensor, frame_mask: Tensor | None = None) -> Tensor:
+        pooled = grid_pool(x[:, :, 1:], self.mode, self.stride)  # [B, T, side * side, C]
+        return real_only(pooled, frame_mask).flatten(1, 2)

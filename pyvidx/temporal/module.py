@@ -63,13 +63,16 @@ class TemporalModule(nn.Module):
     ) -> Encoding:
         """From the outputs of the layers in `reads` to the video. Without "pooled" the last of them may be None.
 
-        tokens [B, 1+P, C]: the last layer but one, as video language models take it, averaged over the frames; patches
-        first, class token last. pooled [B, E]: the mean of the frames' image embeddings. What is not in outputs
-        is None.
+        tokens: `pool` of the last layer but one, as video language models take it. pooled [B, E]: the mean of the
+        frames' image embeddings. What is not in outputs is None.
         """
-        tokens = class_last(frame_mean(xs[-2], frame_mask)) if "tokens" in outputs else None
+        tokens = self.pool(xs[-2], frame_mask) if "tokens" in outputs else None
         pooled = frame_mean(tower.embedding(xs[-1]), frame_mask) if "pooled" in outputs else None
         return Encoding(tokens, pooled)
+
+    def pool(self, x: Tensor, frame_mask: Tensor | None = None) -> Tensor:
+        """x [B, T, 1+P, C] -> tokens [B, 1+P, C]: the mean over the frames; patches first, class token last."""
+        return class_last(frame_mean(x, frame_mask))
 
 
 def class_last(x: Tensor) -> Tensor:

@@ -1,16 +1,12 @@
 """The pooling of Video-ChatGPT (arXiv:2306.05424): every frame's mean over space, every patch's mean over time."""
 
-from collections.abc import Sequence
-from dataclasses import replace
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pyvidx.backbones.clip import CLIPVision, CLIPVisionConfig
-from pyvidx.encoding import Encoding
+from pyvidx.backbones.clip import CLIPVisionConfig
 from pyvidx.ops import st_pool
-from pyvidx.temporal.module import OUTPUTS, TemporalModule
+from pyvidx.temporal.module import TemporalModule
 from pyvidx.temporal.registry import register
 
 
@@ -44,14 +40,5 @@ class STPool(TemporalModule):
         super().__init__(vision)
         self.rows = rows
 
-    def encode(
-        self,
-        xs: Sequence[Tensor],
-        tower: CLIPVision,
-        frame_mask: Tensor | None = None,
-        outputs: Sequence[str] = OUTPUTS,
-    ) -> Encoding:
-        encoding = super().encode(xs, tower, frame_mask, [o for o in outputs if o != "tokens"])
-        if "tokens" in outputs:
-            encoding = replace(encoding, tokens=space_time_means(xs[-2][:, :, 1:], frame_mask, self.rows))
-        return encoding
+    def pool(self, x: Tensor, frame_mask: Tensor | None = None) -> Tensor:
+        return space_time_means(x[:, :, 1:], frame_mask, self.rows)
