@@ -1,10 +1,7 @@
 """BT-Adapter's pretraining: losses, masks, DropPath, and two processes against one."""
 
-import socket
-
 import pytest
 import torch
-import torch.multiprocessing as mp
 from torch import distributed as dist
 
 from pyvidx.backbones import CLIPText, CLIPTextConfig
@@ -15,6 +12,7 @@ from pyvidx.temporal.bt_adapter import _join, _split, _with_class
 from pyvidx.temporal.grouping import grouping
 from pyvidx.temporal.masking import drop_path_draws, random_mask, tube_mask
 from tests.test_models import CONFIG, P, clip, close, randomized
+from tests.two import two_processes
 
 TEXT = CLIPTextConfig(vocab=20, context=8, width=12, heads=2, layers=2, mlp_width=16, embed_dim=6)
 IDS = torch.tensor([[1, 5, 19, 0, 0, 0], [1, 8, 3, 2, 19, 0], [1, 4, 4, 19, 0, 0], [1, 19, 0, 0, 0, 0]])
@@ -213,11 +211,9 @@ def gradients(step, loss):
     return {n: p.grad.clone() for n, p in step.named_parameters() if p.grad is not None}
 
 
-def one_of_two(rank, port, folder):
+def half(both, folder):
     """Half of the batch, as DistributedDataParallel would run it: the mean of the processes' gradients."""
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
-    pixels, ids, mask = (x[2 * rank : 2 * rank + 2] for x in batch())
+    pixels, ids, mask = (x[2 * both.rank : 2 * both.rank + 2] for x in batch())
     results = {}
     for gradient in ("global", "official"):
         step = build(gradient=gradient)
@@ -232,16 +228,12 @@ def one_of_two(rank, port, folder):
             for g in own.values():
                 dist.all_reduce(g)
             results[gradient, name] = {n: g / 2 for n, g in own.items()}
-    if rank == 0:
-        torch.save(results, f"{folder}/results.pt")
-    dist.destroy_process_group()
+    if both.first:
+        torch.save(results, folder / "results.pt")
 
 
 def test_two_processes_are_one(tmp_path):
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    mp.spawn(one_of_two, args=(port, str(tmp_path)), nprocs=2)
+    two_processes(half, tmp_path)
     results = torch.load(tmp_path / "results.pt")
     pixels, ids, mask = batch()
     step = build()

@@ -1,8 +1,6 @@
 """Training: the recipe's numbers, resuming to the same bits, two processes as one, and the command from end to end."""
 
 import json
-import os
-import socket
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
@@ -17,13 +15,14 @@ from pyvidx.cli.train import Shown
 from pyvidx.cli.train import main as train_command
 from pyvidx.integrations.malmm_checkpoints import export_malmm, load_malmm_weights
 from pyvidx.models import MALMM
-from pyvidx.train import Ranks, Recipe, State, Task, ranks, train
+from pyvidx.train import Ranks, Recipe, State, Task, train
 from pyvidx.train.data import plan, random_box, rows
 from pyvidx.train.loop import CHECKPOINT
 from pyvidx.train.malmm import Config
 from pyvidx.train.recipe import decays, groups, learning_rate, load
 from pyvidx.video import write
 from tests.torchvision_shim import mend_torchvision
+from tests.two import two_processes
 
 PLAIN = dict(epochs=3, batch=4, warmup=3, peak_lr=0.05, amp="none", save_every=2)
 
@@ -189,24 +188,16 @@ CASES = {
 }
 
 
-def _process(rank: int, out: Path):
-    torch.set_num_threads(1)
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-    with ranks("cpu") as both:
-        for name, (changes, data) in CASES.items():
-            state, seen = toy(out / name, Recipe(**(PLAIN | changes)), both, data)
-            if both.first:
-                torch.save({"seen": [tuple(s[:5]) for s in seen], "model": state.task.state_dict()}, out / f"{name}.pt")
+def cases(both: Ranks, out: Path):
+    for name, (changes, data) in CASES.items():
+        state, seen = toy(out / name, Recipe(**(PLAIN | changes)), both, data)
+        if both.first:
+            torch.save({"seen": [tuple(s[:5]) for s in seen], "model": state.task.state_dict()}, out / f"{name}.pt")
 
 
-def test_two_processes_are_one(tmp_path, monkeypatch):
+def test_two_processes_are_one(tmp_path):
     """To 1e-5, with other numbers of answers in each, and with processes that read nothing."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    for name, value in {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}.items():
-        monkeypatch.setenv(name, value)
-    torch.multiprocessing.spawn(_process, (tmp_path,), nprocs=2)
+    two_processes(cases, tmp_path)
     for name, (changes, data) in CASES.items():
         one = Recipe(**(PLAIN | changes | {"batch": 2 * changes["batch"]}))
         state, seen = toy(tmp_path / f"{name}-one", one, data=data)

@@ -6,8 +6,6 @@ own size, so each of them walks up to the learning rate per step wherever roundi
 leads it elsewhere (measured: 4e-6 after 4 steps at 1e-3). What holds for them is that nothing depends on them.
 """
 
-import os
-import socket
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,9 +14,10 @@ import torch
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from pyvidx.models import MALMM
-from pyvidx.train import Ranks, Recipe, ranks, train
+from pyvidx.train import Ranks, Recipe, train
 from pyvidx.train.data import Batch
 from pyvidx.train.malmm import MALMMTask
+from tests.two import two_processes
 
 pytest.importorskip("transformers", reason="pip install 'pyvidx[hosts]'")
 
@@ -62,13 +61,10 @@ def trained(out: Path, recipe: Recipe, alike: Ranks) -> tuple[list[float], list[
     return losses, gradients, {n: p.detach() for n, p in model.named_parameters() if p.requires_grad}
 
 
-def _process(rank: int, out: Path):
-    torch.set_num_threads(1)
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-    with ranks("cpu") as both:
-        result = trained(out, replace(RECIPE, batch=RECIPE.batch // 2), both)
-        if both.first:
-            torch.save(result, out / "result.pt")
+def half(both: Ranks, out: Path):
+    result = trained(out, replace(RECIPE, batch=RECIPE.batch // 2), both)
+    if both.first:
+        torch.save(result, out / "result.pt")
 
 
 def key_biases(values: dict) -> dict:
@@ -79,13 +75,8 @@ def key_biases(values: dict) -> dict:
     return found | {"qformer.keys_values.bias": both[:, 0]}
 
 
-def test_two_processes_are_one(tmp_path, monkeypatch):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    for name, value in {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}.items():
-        monkeypatch.setenv(name, value)
-    torch.multiprocessing.spawn(_process, (tmp_path,), nprocs=2)
+def test_two_processes_are_one(tmp_path):
+    two_processes(half, tmp_path)
     losses, gradients, weights = trained(tmp_path / "one", RECIPE, Ranks())
     two_losses, two_gradients, two_weights = torch.load(tmp_path / "result.pt", weights_only=True)
     assert len(losses) == 4

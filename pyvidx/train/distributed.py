@@ -8,6 +8,10 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
+# DistributedDataParallel imports this module, whose functions have the group of that moment as a default: imported
+# after the group began, they keep it, and its threads, past its end, which now and then aborts a process at its exit.
+import torch.distributed.nn  # noqa: F401
+
 
 @dataclass(frozen=True)
 class Ranks:
