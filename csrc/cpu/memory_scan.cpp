@@ -2,10 +2,10 @@
 // the next frame's row is prefetched, as the rows of a position lie far apart.
 //
 // The replay takes kReplayBytes of every row at a time, and a merge reads what it needs where it came from a moment
-// ago: so what is only copied goes past the caches. Of itself it costs more than t steps in place (1.05 to 1.8 times, W
-// = 1536, one thread): it has to write M + 1 + 2t rows per position, where a step moves 5 of a state that stays in the
-// caches. It reaches 0.8 to 0.95 of a copy's bandwidth (0.55 to 0.7 before), and pays in what follows: all t frames
-// read its one list.
+// ago: so what is only copied goes past the caches. Of itself it costs more than t steps in place: it has to write M +
+// 1
+// + 2t rows per position, where a step moves 5 of a state that stays in the caches. It pays in what follows: all t
+// frames read its one list.
 #include "pyvidx/memory_scan.h"
 
 #include "level.h"
@@ -118,13 +118,17 @@ void replay(const MemoryReplayArgs& a, const Executor& executor) {
           each<T>(width,
                   [&](int64_t i, auto part) { store(to + i, mean(load(x + i, part), load(y + i, part)), part); });
         }
+        for (int64_t j = 0; j < slots; ++j) {  // a row from before this clip lies where it lay
+          const int32_t id = *a.table.at<const int32_t>(b, t - 1, n, j);
+          if (id >= slots) copy(source(id), a.rows.at<T>(b, *a.order.at<const int32_t>(b, n, j), n) + c);
+        }
       }
     }
     simd::fence();
   });
 }
 
-void check_sources(const MemoryReplayArgs& a) {
+void check_plan(const MemoryReplayArgs& a) {
   const int64_t B = a.rows.size[0], slots = a.rows.size[1], N = a.rows.size[2], t = a.frames.size[1];
   for (int64_t b = 0; b < B; ++b) {
     for (int64_t s = 0; s < t; ++s) {
@@ -134,7 +138,16 @@ void check_sources(const MemoryReplayArgs& a) {
         for (int i = 0; i < 2; ++i) {
           const bool written =
               pair[i] >= 0 && (pair[i] < slots + s || (pair[i] >= slots + t && pair[i] < slots + t + s));
-          if (!nothing && !written) throw_out_of_range("memory_replay: sources must be rows from before their step");
+          if (!nothing && !written) throw_out_of_range("memory_replay_: sources must be rows from before their step");
+        }
+      }
+    }
+    for (int64_t n = 0; n < N; ++n) {
+      for (int64_t j = 0; j < slots; ++j) {
+        const int32_t id = *a.table.at<const int32_t>(b, t - 1, n, j), slot = *a.order.at<const int32_t>(b, n, j);
+        const bool fits = id < 0 || id == slot || (id >= slots && id < slots + 2 * t);
+        if (slot < 0 || slot >= slots || !fits) {
+          throw_out_of_range("memory_replay_: table and order must be those after the scan");
         }
       }
     }
@@ -152,8 +165,8 @@ void run_scan(const MemoryScanArgs& a, const Executor& executor) {
 }
 
 void run_replay(const MemoryReplayArgs& a, const Executor& executor) {
-  check_sources(a);
-  visit_floating("memory_replay", a.rows.dtype, [&](auto t) { replay<typename decltype(t)::type>(a, executor); });
+  check_plan(a);
+  visit_floating("memory_replay_", a.rows.dtype, [&](auto t) { replay<typename decltype(t)::type>(a, executor); });
 }
 
 }  // namespace

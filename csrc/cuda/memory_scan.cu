@@ -4,8 +4,8 @@
 // sets the lengths, which all positions of a video read.
 //
 // The replay gives each thread 16 bytes of the width: it walks the steps and reads only what it wrote itself, so
-// nothing is synchronized. Traffic: M + 1 + t rows read, M + 1 + 2t written, two rows per merge read again from a
-// cache.
+// nothing is synchronized. Traffic: M + 1 + t rows read, M + 1 + 2t and the slots that changed written; those, and two
+// rows per merge, are read again from a cache.
 #include "memory_step.cuh"
 #include "pyvidx/memory_scan.h"
 
@@ -119,6 +119,15 @@ __global__ __launch_bounds__(kReplayThreads) void memory_replay_kernel(MemoryRep
     }
     store_pack(a.extended.at<T>(b, slots + t + s, n) + c, x);
   }
+#pragma unroll 1                     // unrolled, it spills on sm_70
+  for (int j = 0; j < slots; ++j) {  // a row from before this clip lies where it lay
+    const int id = *a.table.at<const int32_t>(b, t - 1, n, j), slot = *a.order.at<const int32_t>(b, n, j);
+    if (id >= slots + 2 * t || slot < 0 || slot >= slots || (id >= 0 && id < slots && id != slot)) __trap();
+    if (id < slots) continue;
+    Acc<T> x[kSize];
+    load_pack(a.extended.at<const T>(b, id, n) + c, x);
+    store_pack(a.rows.at<T>(b, slot, n) + c, x);
+  }
 }
 
 }  // namespace pyvidx::cuda
@@ -154,7 +163,7 @@ void memory_replay_cuda(const MemoryReplayArgs& args, cudaStream_t stream) {
   const unsigned rows = checked_rows(args.rows.size[0] * args.rows.size[2]);
   const int64_t W = args.rows.size[3];
   if (rows == 0 || W == 0) return;
-  visit_floating("memory_replay", args.rows.dtype, [&](auto t) {
+  visit_floating("memory_replay_", args.rows.dtype, [&](auto t) {
     using T = typename decltype(t)::type;
     const bool vectorized =
         vectorizable<T>(args.rows) && vectorizable<T>(args.frames) && vectorizable<T>(args.extended);

@@ -20,27 +20,19 @@ std::tuple<Tensor, Tensor, Tensor> memory_scan_(Tensor bank, Tensor sizes, Tenso
   return {table, sources, counts};
 }
 
-void memory_replay_out(const Tensor& rows, const Tensor& frames, const Tensor& sources, const Tensor& counts,
-                       bool weighted, Tensor out) {
-  const Tensor rows_ = unit_last_stride(rows), frames_ = unit_last_stride(frames);
+void memory_replay_(Tensor rows, const Tensor& frames, const Tensor& table, const Tensor& sources, const Tensor& counts,
+                    const Tensor& order, bool weighted, Tensor out) {
+  const Tensor frames_ = unit_last_stride(frames), table_ = unit_last_stride(table), order_ = unit_last_stride(order);
   const Tensor sources_ = unit_last_stride(sources), counts_ = unit_last_stride(counts);
-  MemoryReplayArgs args{view<4>(rows_), view<4>(frames_), view<4>(sources_), view<4>(counts_), view<4>(out), weighted};
+  MemoryReplayArgs args{view<4>(rows),    view<4>(frames_), view<4>(table_), view<4>(sources_),
+                        view<4>(counts_), view<3>(order_),  view<4>(out),    weighted};
   PYVIDX_RUN(memory_replay, rows, args);
-}
-
-Tensor memory_replay(const Tensor& rows, const Tensor& frames, const Tensor& sources, const Tensor& counts,
-                     bool weighted) {
-  const int64_t entries = rows.size(1) + 2 * frames.size(1);
-  Tensor out = torch::stable::new_empty(rows, {rows.size(0), entries, rows.size(2), rows.size(3)});
-  memory_replay_out(rows, frames, sources, counts, weighted, out);
-  return out;
 }
 
 template <typename Library>
 void kernels(Library& m) {
   m.impl("memory_scan_", TORCH_BOX(&memory_scan_));
-  m.impl("memory_replay", TORCH_BOX(&memory_replay));
-  m.impl("memory_replay_out", TORCH_BOX(&memory_replay_out));
+  m.impl("memory_replay_", TORCH_BOX(&memory_replay_));
 }
 
 }  // namespace

@@ -14,7 +14,7 @@ from torch import Tensor
 from pyvidx.memory.qformer import Prompt, QFormer, attention
 from pyvidx.ops.bank_attention import bank_attention
 from pyvidx.ops.memory_merge import MemoryState, memory_merge_, rows_in_order
-from pyvidx.ops.memory_scan import MergePlan, memory_replay, memory_scan_, settle_
+from pyvidx.ops.memory_scan import MergePlan, memory_replay_, memory_scan_
 
 
 class Memories(NamedTuple):
@@ -126,6 +126,7 @@ class PushSource(FrameSource):
     def __init__(self, qformer: QFormer, memories: Memories, frames: Tensor, weighted: bool):
         super().__init__(qformer, memories.prompt, frames)
         self.memories, self.weighted = memories, weighted
+        self.lists: dict[tuple[int, ...], Tensor] = {}
         visual = memories.visual
         if visual is None:
             return
@@ -194,9 +195,12 @@ class PushSource(FrameSource):
         return torch.stack(steps, dim=1)
 
     def _replay(self, kept: Tensor, kv: Tensor, plan: MergePlan, order: Tensor) -> Tensor:
-        extended = memory_replay(kept, kv, plan, weighted=self.weighted)
-        settle_(kept, extended, plan, order)
-        return extended
+        # One list for all layers of a shape: they are read in turn, and new memory costs a page fault per 4 KB.
+        B, slots, *rows = kept.shape
+        shape = (B, slots + 2 * kv.shape[1], *rows)
+        if shape not in self.lists:
+            self.lists[shape] = kept.new_empty(shape)
+        return memory_replay_(kept, kv, plan, order, weighted=self.weighted, out=self.lists[shape])
 
     def _stored(self, s: int) -> int:
         """Entries at frame s of these, itself among them."""

@@ -1,7 +1,7 @@
 from pyvidx.ops.bank_attention import bank_attention
 from pyvidx.ops.gated_fusion import fusion_input, gated_fusion, output_gate
 from pyvidx.ops.memory_merge import memory_merge, memory_merge_
-from pyvidx.ops.memory_scan import MergePlan, memory_replay, memory_scan_, settle_
+from pyvidx.ops.memory_scan import MergePlan, memory_replay_, memory_scan_
 from pyvidx.ops.quick_gelu import quick_gelu
 from pyvidx.ops.st_pool import st_pool
 from pyvidx.ops.temporal_attention import temporal_attention
@@ -15,11 +15,10 @@ __all__ = [
     "gated_fusion",
     "memory_merge",
     "memory_merge_",
-    "memory_replay",
+    "memory_replay_",
     "memory_scan_",
     "output_gate",
     "quick_gelu",
-    "settle_",
     "st_pool",
     "temporal_attention",
     "temporal_scale",

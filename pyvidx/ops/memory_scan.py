@@ -63,63 +63,56 @@ def memory_scan_(
     return MergePlan(*_op_scan(bank, sizes, order, similarity, length, frames, weighted, active))
 
 
-def memory_replay(
-    rows: Tensor, frames: Tensor, plan: MergePlan, *, weighted: bool = True, out: Tensor | None = None
+def memory_replay_(
+    rows: Tensor,
+    frames: Tensor,
+    plan: MergePlan,
+    order: Tensor,
+    *,
+    weighted: bool = True,
+    out: Tensor | None = None,
 ) -> Tensor:
-    """The extended list of a MergePlan for rows that follow those of the bank, such as cached keys and values.
+    """The t steps of a MergePlan for rows that follow those of the bank, such as cached keys and values, in place.
 
-    Its merged rows have the bits that memory_merge_ would give the same rows as `attached`.
+    rows end as t calls of memory_merge_ would leave them as `attached`, bit for bit in the slots in use; what attention
+    reads at the steps in between is in the list that is returned.
 
     Args:
-        rows: [B, M+1, N, W], any floating dtype and strides: by slot, as they were before the scan.
+        rows: [B, M+1, N, W], any floating dtype, by slot, as they were before the scan. Any strides but the last,
+            which is 1.
         frames: [B, t, N, W], dtype of rows, any strides.
-        plan: of memory_scan_; its table is not read.
+        plan: of memory_scan_.
+        order: int32 [B, N, M+1], of the state after the scan.
         weighted: as the scan was called.
         out: [B, M+1+2t, N, W] to write into, its last stride 1, or None for a new tensor.
 
     Returns:
-        [B, M+1+2t, N, W], dtype of rows: rows, frames, and the row each step merged, zeros where it merged none.
-        Not differentiable.
+        [B, M+1+2t, N, W], dtype of rows: rows as they were, frames, and the row each step merged, zeros where it merged
+        none. Not differentiable.
 
     Raises:
-        ValueError: a shape, dtype or device does not fit, or a gradient is asked for.
+        ValueError: a shape, dtype, device or stride does not fit, or a gradient is asked for.
         IndexError: the plan names a row that its step cannot know (CPU; on CUDA it stops the kernel).
     """
-    name = "memory_replay"
+    name = "memory_replay_"
     require(rows.dim() == 4 and frames.dim() == 4, f"{name}: rows and frames must have 4 dimensions", rows, frames)
     require_floating(name, rows=rows, frames=frames)
     B, slots, N, W = rows.shape
     t = frames.shape[1]
     require(frames.shape == (B, t, N, W), f"{name}: frames must be [B, t, N, W] of rows", frames, rows)
-    for what in ("sources", "counts"):
-        x = getattr(plan, what)
-        fits = x.shape == (B, t, N, 2) and x.dtype == torch.int32 and x.device == rows.device
-        require(fits, f"{name}: plan.{what} must be torch.int32 [B, t, N, 2] on the device of rows", x, frames)
+    require(rows.stride(-1) == 1, f"{name}: the last stride of rows must be 1", rows)
+    shapes = {"plan.table": (B, t, N, slots), "plan.sources": (B, t, N, 2), "plan.counts": (B, t, N, 2)}
+    for (what, shape), x in zip((shapes | {"order": (B, N, slots)}).items(), (*plan, order)):
+        fits = x.shape == shape and x.dtype == torch.int32 and x.device == rows.device
+        require(fits, f"{name}: {what} must be torch.int32 {list(shape)} on the device of rows", x, frames)
     _require_no_gradient(name, rows, frames)
+    shape = (B, slots + 2 * t, N, W)
     if out is None:
-        return _op_replay(rows, frames, plan.sources, plan.counts, weighted)
-    require_out(name, out, (B, slots + 2 * t, N, W), rows, rows, frames)
-    _op_replay_out(rows, frames, plan.sources, plan.counts, weighted, out)
+        out = rows.new_empty(shape)
+    else:
+        require_out(name, out, shape, rows, rows, frames)
+    _op_replay(rows, frames, *plan, order, weighted, out)
     return out
-
-
-def settle_(rows: Tensor, extended: Tensor, plan: MergePlan, order: Tensor) -> None:
-    """Write what is stored after the last step of a plan back into its slots, in place.
-
-    Slots in use then hold the bits that t calls of memory_merge_ would have left in them; free slots stay as they are.
-
-    Args:
-        rows: [B, M+1, N, W], those that memory_replay read.
-        extended: [B, M+1+2t, N, W], what it returned.
-        plan: of memory_scan_.
-        order: int32 [B, N, M+1], of the state after the scan.
-    """
-    slot = order.transpose(1, 2).long()  # [B, M+1, N]
-    table = plan.table[:, -1].transpose(1, 2).long()
-    source = torch.where(table >= 0, table, slot)  # the list begins with the slots as they were
-    b = torch.arange(rows.shape[0], device=rows.device)[:, None, None]
-    n = torch.arange(rows.shape[2], device=rows.device)
-    rows[b, slot, n] = extended[b, source, n]  # whole rows: gather and scatter_ would read an index per element
 
 
 def _require_no_gradient(name: str, *tensors: Tensor) -> None:
@@ -168,12 +161,14 @@ def _fake_scan(bank, sizes, order, similarity, length, frames, weighted, active)
     return tuple(bank.new_empty(B, t, N, n, dtype=torch.int32) for n in (slots, 2, 2))
 
 
-def _fake_replay(rows, frames, sources, counts, weighted):
-    return rows.new_empty(rows.shape[0], rows.shape[1] + 2 * frames.shape[1], *rows.shape[2:])
-
-
-def _reference_replay_out(rows, frames, sources, counts, weighted, out):
+def _reference_replay_(rows, frames, table, sources, counts, order, weighted, out):
     out.copy_(reference_replay(rows, frames, sources, counts, weighted))
+    slot = order.transpose(1, 2).long()  # [B, M+1, N]
+    last = table[:, -1].transpose(1, 2).long()
+    source = torch.where(last >= 0, last, slot)  # the list begins with the slots as they were
+    b = torch.arange(rows.shape[0], device=rows.device)[:, None, None]
+    n = torch.arange(rows.shape[2], device=rows.device)
+    rows[b, slot, n] = out[b, source, n]
 
 
 _op_scan = define(
@@ -183,12 +178,8 @@ _op_scan = define(
     fake=_fake_scan,
 )
 _op_replay = define(
-    "memory_replay(Tensor rows, Tensor frames, Tensor sources, Tensor counts, bool weighted) -> Tensor",
-    reference=reference_replay,
-    fake=_fake_replay,
-)
-_op_replay_out = define(
-    "memory_replay_out(Tensor rows, Tensor frames, Tensor sources, Tensor counts, bool weighted, Tensor(a!) out) -> ()",
-    reference=_reference_replay_out,
-    fake=lambda rows, frames, sources, counts, weighted, out: None,
+    "memory_replay_(Tensor(a!) rows, Tensor frames, Tensor table, Tensor sources, Tensor counts, Tensor order, "
+    "bool weighted, Tensor(b!) out) -> ()",
+    reference=_reference_replay_,
+    fake=lambda rows, frames, table, sources, counts, order, weighted, out: None,
 )

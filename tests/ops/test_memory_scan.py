@@ -6,17 +6,16 @@ import torch
 from pyvidx.ops.memory_merge import MemoryState, in_order, memory_merge_, new_state, rows_in_order
 from pyvidx.ops.memory_scan import (
     MergePlan,
-    memory_replay,
+    memory_replay_,
     memory_scan_,
     reference_replay,
     reference_scan,
-    settle_,
 )
 from tests.harness import DEVICES, DTYPES, poisoned, randn
 
 EMULATED = "PYVIDX_OPS_LIBRARY" in os.environ  # CUDA kernels on the CPU: slow, and not the CPU kernels
 ALL = [*DTYPES, torch.float64]
-op_scan, op_replay = torch.ops.pyvidx.memory_scan_, torch.ops.pyvidx.memory_replay
+op_scan, op_replay = torch.ops.pyvidx.memory_scan_, torch.ops.pyvidx.memory_replay_
 
 
 def clone(state):
@@ -81,8 +80,7 @@ def check_scan(state, t, weighted=True, active=None, clips=None):
     for what, a, b in zip(MergePlan._fields, plan, expected):
         assert torch.equal(a, b), what
     for i, rows in enumerate((before.bank, *state.attached)):
-        extended = memory_replay(rows, clips[i], plan, weighted=weighted)
-        settle_(rows, extended, plan, state.order)
+        extended = memory_replay_(rows, clips[i], plan, state.order, weighted=weighted)
         theirs = (stepped.bank, *stepped.attached)[i]
         for b, length in enumerate(state.length.tolist()):
             a, c = (rows_in_order(x[b : b + 1], state.order[b : b + 1], length) for x in (rows, theirs))
@@ -152,8 +150,8 @@ def test_references(weighted, device):
         assert torch.equal(a, b)
     torch.testing.assert_close((ours.bank, ours.similarity), (theirs.bank, theirs.similarity))
     rows = ours.attached[0]
-    extended = memory_replay(rows, keys, plan, weighted=weighted)
-    torch.testing.assert_close(extended, reference_replay(rows, keys, *plan[1:], weighted))
+    expected = reference_replay(rows, keys, *plan[1:], weighted)
+    torch.testing.assert_close(memory_replay_(rows, keys, plan, ours.order, weighted=weighted), expected)
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -161,12 +159,13 @@ def test_strided_replay_into_out(device):
     state = started(2, 3, 2, 8, 4, device=device, widths=(33,))
     clips = clip_of(state, 6)
     plan = memory_scan_(*state[:5], clips[0])
-    rows = randn(2, 4, 2, 33, device=device, seed=5)
-    out = poisoned((2, 4 + 12, 2, 33), rows)
-    assert memory_replay(rows, clips[1], plan, out=out) is out
-    assert torch.equal(out, memory_replay(rows.contiguous(), clips[1].contiguous(), plan))
     turned = clips[1].transpose(2, 3).contiguous().transpose(2, 3)  # the last stride is not 1
-    assert torch.equal(out, memory_replay(rows, turned, plan))
+    for frames in (clips[1], turned):
+        ours = randn(2, 4, 2, 33, device=device, seed=5)
+        theirs, out = ours.contiguous(), poisoned((2, 4 + 12, 2, 33), ours)
+        assert memory_replay_(ours, frames, plan, state.order, out=out) is out
+        assert torch.equal(out, memory_replay_(theirs, frames.contiguous(), plan, state.order))
+        assert torch.equal(ours, theirs)
 
 
 @pytest.mark.skipif(EMULATED, reason="about the CPU kernel's threads")
@@ -175,11 +174,12 @@ def test_threads_change_nothing():
     clips = clip_of(one, 8)
     torch.set_num_threads(2)
     plan = memory_scan_(*two[:5], clips[0])
-    extended = memory_replay(two.attached[1], clips[2], plan)
+    extended = memory_replay_(two.attached[1], clips[2], plan, two.order)
     torch.set_num_threads(1)
     assert all(torch.equal(a, b) for a, b in zip(plan, memory_scan_(*one[:5], clips[0])))
     assert_same(two, one)
-    assert torch.equal(extended, memory_replay(one.attached[1], clips[2], plan))
+    assert torch.equal(extended, memory_replay_(one.attached[1], clips[2], plan, one.order))
+    assert torch.equal(two.attached[1], one.attached[1])
 
 
 def test_100000_frames():
@@ -200,22 +200,22 @@ def test_registration():
     torch.library.opcheck(op_scan.default, (*state[:5], clips[0], True, torch.ones(1, dtype=torch.int32)))
     plan = memory_scan_(*state[:5], clips[0])
     rows, out = state.attached[0], torch.empty(1, 3 + 6, 2, 5)
-    torch.library.opcheck(op_replay.default, (rows, clips[1], *plan[1:], True))
-    torch.library.opcheck(torch.ops.pyvidx.memory_replay_out.default, (rows, clips[1], *plan[1:], False, out))
+    torch.library.opcheck(op_replay.default, (rows, clips[1], *plan, state.order, True, out))
 
 
 def test_compiled():
     @torch.compile(fullgraph=True, backend="aot_eager")
     def scan(state, clips):
         plan = memory_scan_(*state[:5], clips[0])
-        return *plan, memory_replay(state.attached[0], clips[1], plan)
+        return *plan, memory_replay_(state.attached[0], clips[1], plan, state.order)
 
     ours, theirs = (started(1, 2, 2, 4, 2) for _ in range(2))
     clips = clip_of(ours, 4)
     plan = memory_scan_(*theirs[:5], clips[0])
-    expected = *plan, memory_replay(theirs.attached[0], clips[1], plan)
+    expected = *plan, memory_replay_(theirs.attached[0], clips[1], plan, theirs.order)
     assert all(torch.equal(a, b) for a, b in zip(scan(ours, clips), expected))
     assert_same(ours, theirs)
+    assert torch.equal(ours.attached[0], theirs.attached[0])
 
 
 @pytest.mark.parametrize(
@@ -240,12 +240,15 @@ def test_scan_rejects(change, message):
 @pytest.mark.parametrize(
     "change, message",
     [
-        (lambda r, f, p: (r[0], f, p), "must have 4 dimensions"),
-        (lambda r, f, p: (r.int(), f, p), "rows must be float32"),
-        (lambda r, f, p: (r, f[..., 1:], p), r"frames must be \[B, t, N, W\]"),
-        (lambda r, f, p: (r, f, p._replace(sources=p.sources[:, 1:])), "plan.sources must be"),
-        (lambda r, f, p: (r, f, p._replace(counts=p.counts.long())), "plan.counts must be"),
-        (lambda r, f, p: (r.clone().requires_grad_(), f, p), "no gradient"),
+        (lambda r, f, p, o: (r[0], f, p, o), "must have 4 dimensions"),
+        (lambda r, f, p, o: (r.int(), f, p, o), "rows must be float32"),
+        (lambda r, f, p, o: (r, f[..., 1:], p, o), r"frames must be \[B, t, N, W\]"),
+        (lambda r, f, p, o: (r.mT.contiguous().mT, f, p, o), "last stride of rows must be 1"),
+        (lambda r, f, p, o: (r, f, p._replace(table=p.table[..., 1:]), o), "plan.table must be"),
+        (lambda r, f, p, o: (r, f, p._replace(sources=p.sources[:, 1:]), o), "plan.sources must be"),
+        (lambda r, f, p, o: (r, f, p._replace(counts=p.counts.long()), o), "plan.counts must be"),
+        (lambda r, f, p, o: (r, f, p, o.long()), "order must be"),
+        (lambda r, f, p, o: (r.clone().requires_grad_(), f, p, o), "no gradient"),
     ],
 )
 def test_replay_rejects(change, message):
@@ -253,9 +256,9 @@ def test_replay_rejects(change, message):
     clips = clip_of(state, 3)
     plan = memory_scan_(*state[:5], clips[0])
     with pytest.raises(ValueError, match=message):
-        memory_replay(*change(state.attached[0], clips[1], plan))
+        memory_replay_(*change(state.attached[0], clips[1], plan, state.order))
     with pytest.raises(ValueError, match="out must be"):
-        memory_replay(state.attached[0], clips[1], plan, out=torch.empty(1, 8, 2, 5))
+        memory_replay_(state.attached[0], clips[1], plan, state.order, out=torch.empty(1, 8, 2, 5))
 
 
 @pytest.mark.skipif(EMULATED, reason="a CUDA kernel stops where this raises")
@@ -264,9 +267,17 @@ def test_a_broken_plan_raises(bad):
     state = started(1, 2, 2, 4, 3)
     clips = clip_of(state, 3)
     plan = memory_scan_(*state[:5], clips[0])
+    right = plan.sources[0, 0, 0, 1].item()
     plan.sources[0, 0, 0, 1] = bad  # 7: the row that step 1 merges
     with pytest.raises(IndexError, match="sources"):
-        memory_replay(state.attached[0], clips[1], plan)
+        memory_replay_(state.attached[0], clips[1], plan, state.order)
+    plan.sources[0, 0, 0, 1] = right
+    for order in (state.order - 1, state.order + 1):
+        with pytest.raises(IndexError, match="table and order"):
+            memory_replay_(state.attached[0], clips[1], plan, order)
+    plan.table[0, -1, 1, 0] = 9
+    with pytest.raises(IndexError, match="table and order"):
+        memory_replay_(state.attached[0], clips[1], plan, state.order)
     state.order.fill_(5)
     with pytest.raises(IndexError, match="order"):
         memory_scan_(*state[:5], clips[0])
@@ -284,8 +295,10 @@ def test_replay_past_the_caches(dtype, shift):
     rows, frames = randn(1, M + 1, N, W, dtype=dtype, sliced=False), randn(1, t, N, W, dtype=dtype, seed=1)
     out = torch.empty(1, M + 1 + 2 * t, N, W + 64, dtype=dtype)[..., shift : shift + W]
     assert out.numel() * dtype.itemsize > 4 << 20 and (plan.sources >= 0).any()
-    memory_replay(rows, frames, plan, out=out)
     expected = reference_replay(rows.double(), frames.double(), *plan[1:], True)
+    memory_replay_(rows, frames, plan, state.order, out=out)
     copied, off = M + 1 + t, 1e-6 if dtype.itemsize == 4 else 0.05
+    at = plan.table[:, -1].long().transpose(1, 2)[..., None].expand(-1, -1, -1, W)
+    assert torch.equal(rows_in_order(rows, state.order, M + 1), out.gather(1, at))
     assert torch.equal(out[:, :copied].double(), expected[:, :copied])
     torch.testing.assert_close(out[:, copied:].double(), expected[:, copied:], rtol=0, atol=off)

@@ -4,11 +4,11 @@
 //   0 .. M           what the M + 1 slots held before,
 //   M + 1 + s        frame s of these t,
 //   M + 1 + t + s    the row that step s merged.
-// memory_replay fills that list for any rows that follow those of the bank (keys and values), as memory_step merges
-// them.
+// memory_replay_ fills that list for any rows that follow those of the bank (keys and values), as memory_step merges
+// them, and leaves in their slots what is stored after the last step.
 //
 // Floors: the scan reads the clip once (the bank stays in a cache, the plan is 4 (M + 5) bytes per position and frame);
-// the replay reads M + 1 + t rows per position and writes M + 1 + 2t.
+// the replay reads M + 1 + t rows per position, writes M + 1 + 2t and those slots that changed.
 #pragma once
 #include "pyvidx/executor.h"
 #include "pyvidx/view.h"
@@ -35,10 +35,12 @@ void memory_scan_cpu(const MemoryScanArgs& args, const Executor& executor);
 void memory_scan_cuda(const MemoryScanArgs& args, CUstream_st* stream);
 
 struct MemoryReplayArgs {
-  View<4> rows;      // [B, M+1, N, W]  in, any strides but the last, which is 1
-  View<4> frames;    // [B, t, N, W]    in, dtype of rows, the same strides
+  View<4> rows;      // [B, M+1, N, W]  in/out, any strides but the last, which is 1; slots in use change
+  View<4> frames;    // [B, t, N, W]    in, dtype of rows, any strides but the last, which is 1
+  View<4> table;     // [B, t, N, M+1]  in, i32; only the last step's is read
   View<4> sources;   // [B, t, N, 2]    in, i32
   View<4> counts;    // [B, t, N, 2]    in, i32
+  View<3> order;     // [B, N, M+1]     in, i32, as it is after the scan
   View<4> extended;  // [B, E, N, W]    out, dtype of rows; every element is written, zeros where nothing merged
   bool weighted;
 };
