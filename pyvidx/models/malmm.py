@@ -171,8 +171,11 @@ class MALMM(nn.Module):
             visual, query: have that bank. Without the query bank a push only fills the visual one, the Q-Former runs at
                 `ask`, and that takes any prompt.
             bank_dtype: of the rows that similarities are taken of. None: float32, also where the weights are 16-bit.
-                A 16-bit bank is half as large, but its rounding makes other pairs merge: `python -m bench.long_run
-                drift` measures how far that leads.
+                A 16-bit bank is half as large, but its rounding makes other pairs merge. Measured over 10,000 frames
+                (`python -m bench.long_run drift`), relative error of the query tokens against float32, median at ten
+                times along the stream: scenes of 50 frames, float16 0.5 %, bfloat16 3.2 %; with 16-bit weights and a
+                float32 bank 0.1 % and 0.8 %. Frames of pure noise, where all pairs are about as similar: 7 and 9 %;
+                4 and 8 %.
         """
         if prompt is None and (query or batch is None):
             raise ValueError("MALMM: start needs a prompt, or query=False and batch=B")
