@@ -127,6 +127,14 @@ inline void check_cuda(cudaError_t error, const char* what) {
 // Call right after every launch.
 inline void check_launch(const char* kernel) { check_cuda(cudaGetLastError(), kernel); }
 
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// The blocks of a launch along x, the only axis that has 2^31 of them.
+inline unsigned checked_grid(int64_t blocks) {
+  if (blocks > 0x7fffffff) throw std::runtime_error("a launch has at most 2^31 - 1 blocks: too many tokens at once");
+  return unsigned(blocks);
+}
+
 // An attribute of the current device, e.g. cudaDevAttrMultiProcessorCount.
 inline int device_attribute(cudaDeviceAttr attribute) {
   int device = 0, value = 0;

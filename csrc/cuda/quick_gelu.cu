@@ -47,9 +47,7 @@ using namespace cuda;
 namespace {
 
 unsigned activation_blocks(int64_t n, int size) {
-  const int64_t each = int64_t(kActivationThreads) * size, blocks = (n + each - 1) / each;
-  if (blocks > 0x7fffffff) throw std::runtime_error("quick_gelu: too many elements");
-  return unsigned(blocks);
+  return checked_grid(ceil_div(n, int64_t(kActivationThreads) * size));
 }
 
 }  // namespace

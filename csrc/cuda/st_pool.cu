@@ -131,13 +131,6 @@ using namespace cuda;
 
 namespace {
 
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
-unsigned checked_grid(int64_t blocks) {
-  if (blocks > 0x7fffffff) throw std::runtime_error("st_pool: too many tokens");
-  return unsigned(blocks);
-}
-
 template <typename T, int kSize>
 void launch_forward(const StPoolArgs& a, cudaStream_t stream) {
   const int64_t B = a.x.size[0], T_ = a.x.size[1], P = a.x.size[2], C = a.x.size[3];

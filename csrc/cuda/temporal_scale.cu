@@ -243,13 +243,6 @@ using namespace cuda;
 
 namespace {
 
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
-unsigned checked_grid(int64_t blocks) {
-  if (blocks > 0x7fffffff) throw std::runtime_error("temporal_scale: too many tokens");
-  return unsigned(blocks);
-}
-
 template <typename T>
 bool whole_taps(const View<2>& weight) {
   const bool contiguous = weight.stride[1] == 1 && weight.stride[0] == kTaps;
