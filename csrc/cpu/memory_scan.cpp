@@ -2,10 +2,9 @@
 // the next frame's row is prefetched, as the rows of a position lie far apart.
 //
 // The replay takes kReplayBytes of every row at a time, and a merge reads what it needs where it came from a moment
-// ago: so what is only copied goes past the caches. Of itself it costs more than t steps in place: it has to write M +
-// 1
-// + 2t rows per position, where a step moves 5 of a state that stays in the caches. It pays in what follows: all t
-// frames read its one list.
+// ago: so what is only copied goes past the caches. Of itself it costs more than t steps in place, which move 5 rows of
+// a state that stays in the caches, where it has to write M + 1 + 2t. It pays in what follows: all t frames read its
+// one list.
 #include "pyvidx/memory_scan.h"
 
 #include "level.h"

@@ -101,8 +101,9 @@ def memory_replay_(
     t = frames.shape[1]
     require(frames.shape == (B, t, N, W), f"{name}: frames must be [B, t, N, W] of rows", frames, rows)
     require(rows.stride(-1) == 1, f"{name}: the last stride of rows must be 1", rows)
-    shapes = {"plan.table": (B, t, N, slots), "plan.sources": (B, t, N, 2), "plan.counts": (B, t, N, 2)}
-    for (what, shape), x in zip((shapes | {"order": (B, N, slots)}).items(), (*plan, order)):
+    pairs, last = (B, t, N, 2), (B, N, slots)
+    shapes = {"plan.table": (B, t, N, slots), "plan.sources": pairs, "plan.counts": pairs, "order": last}
+    for (what, shape), x in zip(shapes.items(), (*plan, order)):
         fits = x.shape == shape and x.dtype == torch.int32 and x.device == rows.device
         require(fits, f"{name}: {what} must be torch.int32 {list(shape)} on the device of rows", x, frames)
     _require_no_gradient(name, rows, frames)
