@@ -222,7 +222,7 @@ template <typename T, bool kGate, Norm kNorm, bool kGateGrad>
 void rows_of_parts(const GatedFusionBackwardArgs& a, int64_t begin, int64_t end, bool stream) {
   const View<4>& shape = a.rows();
   const int64_t S = shape.size[1], K = shape.size[2], C = shape.size[3];
-  const int64_t chunk = gated_fusion_chunk(shape.size[0] * S, K), chunks = (K + chunk - 1) / chunk;
+  const int64_t chunk = row_chunk(shape.size[0] * S, K), chunks = (K + chunk - 1) / chunk;
   const auto rows_in = [&](int64_t part) {
     const int64_t first = part % chunks * chunk;
     return K - first < chunk ? K - first : chunk;
@@ -289,7 +289,7 @@ void run(const GatedFusionBackwardArgs& a, const Executor& executor) {
   }
   const bool any_rows = a.grad_x || a.grad_z || kGateGrad || kNorm != Norm::none;
   const int64_t class_rows = a.grad_out_cls ? B : 0, parts = any_rows ? a.parts : 0;
-  const int64_t chunk = gated_fusion_chunk(B * shape.size[1], shape.size[2]);
+  const int64_t chunk = row_chunk(B * shape.size[1], shape.size[2]);
   parallel_for(executor, class_rows + parts, kGrainElements / (chunk * C + 1) + 1, [&](int64_t begin, int64_t end) {
     for (; begin < end && begin < class_rows; ++begin) class_row<T>(a, begin, C);
     if (begin < end) {

@@ -222,5 +222,29 @@ __device__ __forceinline__ ArgMax<T> block_argmax(ArgMax<T> x, T lowest) {
   return values[0];
 }
 
+// Sums over a block of any number of warps; every thread takes part and all get the results. Calls take turns between
+// two buffers, so that one barrier per call is enough: when a buffer is written again, all have left it.
+template <int kCount, typename A, int kMaxWarps>
+struct RowSum {
+  A* shared;  // [2][kMaxWarps][kCount]
+  int turn = 0;
+
+  __device__ __forceinline__ void operator()(A (&x)[kCount]) {
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) x[i] = warp_sum(x[i]);
+    if (warps == 1) return;
+    A* const mine = shared + turn * kMaxWarps * kCount;
+    turn ^= 1;
+    if (lane == 0) {
+#pragma unroll
+      for (int i = 0; i < kCount; ++i) mine[warp * kCount + i] = x[i];
+    }
+    __syncthreads();
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) x[i] = warp_sum(lane < warps ? mine[lane * kCount + i] : A(0));
+  }
+};
+
 }  // namespace cuda
 }  // namespace pyvidx

@@ -94,7 +94,7 @@ __global__ __launch_bounds__(kFusionThreads<T>,
   const int64_t T_ = a.pair ? a.x.size[1] / 2 : a.x.size[1], P = a.x.size[2];
   const View<4>& rows = a.rows();
   const Chunk chunk = chunk_of(blockIdx.x - class_rows, chunk_rows, chunks, rows.size[1], rows.size[2]);
-  RowSum<kRows, Acc<T>> row_sum{shared};
+  RowSum<kRows, Acc<T>, kFusionWarps> row_sum{shared};
   for (int64_t first = chunk.begin; first < chunk.end; first += kRows) {
     int64_t k[kRows];
     Patch from[kRows];
@@ -162,7 +162,7 @@ __global__ __launch_bounds__(kFusionLoopThreads,
   const int64_t T_ = a.pair ? a.x.size[1] / 2 : a.x.size[1], P = a.x.size[2];
   const View<4>& rows = a.rows();
   const Chunk chunk = chunk_of(blockIdx.x - class_rows, chunk_rows, chunks, rows.size[1], rows.size[2]);
-  RowSum<1, Acc<T>> row_sum{shared};
+  RowSum<1, Acc<T>, kFusionWarps> row_sum{shared};
   for (int64_t k = chunk.begin; k < chunk.end; ++k) {
     const Patch from[1] = {source_of(a.keep, a.tube, chunk.b, chunk.s, k, T_, P)};
     const int64_t at[1] = {k};

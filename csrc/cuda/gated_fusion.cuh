@@ -37,30 +37,6 @@ __device__ __forceinline__ void load_mix(const View<1>& gate, double scale, int6
   for (int i = 0; i < kSize; ++i) w[i] = sigmoid(w[i] * Acc<T>(scale));
 }
 
-// Sums over a block of any number of warps; every thread takes part and all get the results. Calls take turns between
-// two buffers, so that one barrier per call is enough: when a buffer is written again, all have left it.
-template <int kCount, typename A>
-struct RowSum {
-  A* shared;  // [2][kFusionWarps][kCount]
-  int turn = 0;
-
-  __device__ __forceinline__ void operator()(A (&x)[kCount]) {
-    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
-#pragma unroll
-    for (int i = 0; i < kCount; ++i) x[i] = warp_sum(x[i]);
-    if (warps == 1) return;
-    A* const mine = shared + turn * kFusionWarps * kCount;
-    turn ^= 1;
-    if (lane == 0) {
-#pragma unroll
-      for (int i = 0; i < kCount; ++i) mine[warp * kCount + i] = x[i];
-    }
-    __syncthreads();
-#pragma unroll
-    for (int i = 0; i < kCount; ++i) x[i] = warp_sum(lane < warps ? mine[lane * kCount + i] : A(0));
-  }
-};
-
 struct Patch {
   int64_t t, p;  // frame (pair of frames) and patch in x
 };

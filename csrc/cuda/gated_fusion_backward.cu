@@ -170,7 +170,7 @@ __global__ __launch_bounds__(kFusionThreads<T>, kBackwardBlocks<T, kNorm && kGat
   if (kNorm && own) load_pack<T, kSize>(a.weight.at<const T>(c), weight);
   const unsigned part = blockIdx.x - plan.class_rows;
   const Chunk chunk = chunk_of(part, plan.chunk, plan.chunks, shape.size[1], shape.size[2]);
-  RowSum<2 * kRows, Acc<T>> row_sum{shared};
+  RowSum<2 * kRows, Acc<T>, kFusionWarps> row_sum{shared};
   RowSums<kSize, Acc<T>> sums;
   for (int64_t first = chunk.begin; first < chunk.end; first += kRows) {
     int64_t k[kRows];
@@ -238,7 +238,7 @@ __global__ __launch_bounds__(kFusionLoopThreads, 2) void gated_fusion_backward_l
   }
   const unsigned part = blockIdx.x - plan.class_rows;
   const Chunk chunk = chunk_of(part, plan.chunk, plan.chunks, shape.size[1], shape.size[2]);
-  RowSum<2, Acc<T>> row_sum{shared};
+  RowSum<2, Acc<T>, kFusionWarps> row_sum{shared};
   for (int64_t k = chunk.begin; k < chunk.end; ++k) {
     const int64_t at[1] = {k};
     const Patch from[1] = {backward_source(a, chunk, k)};
@@ -317,7 +317,7 @@ void launch(const GatedFusionBackwardArgs& a, cudaStream_t stream) {
   const int64_t frames = shape.size[0] * shape.size[1], K = shape.size[2], C = shape.size[3];
   FusionBackwardPlan plan;
   plan.class_rows = a.grad_out_cls ? unsigned(shape.size[0]) : 0;
-  plan.chunk = unsigned(gated_fusion_chunk(frames, K));
+  plan.chunk = unsigned(row_chunk(frames, K));
   plan.chunks = unsigned((K + plan.chunk - 1) / plan.chunk);
   const bool any_rows = a.grad_x || a.grad_z || a.grad_gate || kNorm;
   const int64_t zeros = a.grad_x && a.source ? a.source.size[0] * a.source.size[1] * a.source.size[2] : 0;

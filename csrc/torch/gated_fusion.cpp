@@ -13,19 +13,6 @@ Tensor scratch(const Tensor& like, const OptionalTensor& gate) {
   return new_empty(like, {gate ? gate->size(0) : 0}, wide(like));
 }
 
-// x [B, T, 1 + P, C] without its class tokens, [B, T, P, C], and the class tokens alone, [B, T, C].
-View<4> patches(const Tensor& x) {
-  View<4> v = view<4>(x);
-  v.size[2] -= 1;
-  if (v.data != nullptr) v.data = static_cast<char*>(v.data) + v.stride[2] * int64_t(x.element_size());
-  return v;
-}
-View<3> class_tokens(const Tensor& x) {
-  View<3> v;
-  v.data = x.data_ptr(), v.dtype = dtype_of(x);
-  for (int i = 0; i < 3; ++i) v.size[i] = x.size(i < 2 ? i : 3), v.stride[i] = x.stride(i < 2 ? i : 3);
-  return v;
-}
 // Rows [B, T, C] as one frame of T patches, [B, 1, T, C]; rows [B, C] as T times the same.
 View<4> one_frame(const Tensor& x, int64_t T) {
   View<4> v;
@@ -165,7 +152,7 @@ SixTensors gated_fusion_backward(const OptionalTensor& grad_out, const Tensor& g
   const int64_t B = rows.size(0), S = rows.size(1), K = rows.size(2), C = rows.size(3);
   const bool norm = bool(grad_normed_);
   GatedFusionBackwardArgs a = {};
-  a.parts = gated_fusion_parts(B * S, K);
+  a.parts = row_parts(B * S, K);
   ParameterGrads parameters(rows, a.parts, B, need_gate, norm, gate);
   Tensor grad_x = need_x ? new_empty(rows, {B, T, 1 + P, C}) : nothing(rows);
   Tensor grad_z = need_z ? new_empty(rows, {B, S, K, C}) : nothing(rows), grad_cls = new_empty(rows, {B, C});
@@ -194,7 +181,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> gated_output_backward(const T
   const int64_t B = grad.size(0), T = grad.size(1), C = grad.size(2);
   const bool norm = bool(weight);
   GatedFusionBackwardArgs a = {};
-  a.parts = gated_fusion_parts(B, T);
+  a.parts = row_parts(B, T);
   ParameterGrads parameters(grad, a.parts, 0, need_gate, norm, gate);
   Tensor grad_x = new_empty(grad, {B, T, C}), grad_rows = new_empty(grad, {B, T, C});
   (norm ? a.grad_normed : a.grad_out) = one_frame(grad_, T);

@@ -53,6 +53,20 @@ inline ScalarType wide(const Tensor& x) {
 // An output that is not there.
 inline Tensor nothing(const Tensor& like) { return torch::stable::new_empty(like, {0}); }
 
+// x [B, T, 1 + P, C] without its class tokens, [B, T, P, C], and the class tokens alone, [B, T, C].
+inline View<4> patches(const Tensor& x) {
+  View<4> v = view<4>(x);
+  v.size[2] -= 1;
+  if (v.data != nullptr) v.data = static_cast<char*>(v.data) + v.stride[2] * int64_t(x.element_size());
+  return v;
+}
+inline View<3> class_tokens(const Tensor& x) {
+  View<3> v;
+  v.data = x.data_ptr(), v.dtype = dtype_of(x);
+  for (int i = 0; i < 3; ++i) v.size[i] = x.size(i < 2 ? i : 3), v.stride[i] = x.stride(i < 2 ? i : 3);
+  return v;
+}
+
 // keep [B|1, K] (tube) or [B|1, S, K] as [B, S|1, K]; rows shared between videos get stride 0.
 inline View<3> keep_view(const Tensor& keep, int64_t B) {
   View<3> v;

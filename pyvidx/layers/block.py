@@ -75,16 +75,42 @@ class Block(nn.Module):
 
         mask: bool, True = attended to, of a shape that broadcasts to [rows, H, N, N]; not for a causal block.
         """
-        *rows, N, C = x.shape
-        qkv = self.qkv(self.norm1(x)).view(-1, N, 3, self.heads, C // self.heads)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # [rows, H, N, D] each
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=self.causal)
-        return self.out(y.transpose(1, 2).reshape(*rows, N, C))
+        return self.out(self.attention(self.norm1(x), mask))
 
-    def hidden(self, x: Tensor) -> Tensor:
-        """The MLP up to its second layer. [..., C] -> [..., mlp_width]."""
-        return ACTIVATIONS[self.hidden_act](self.fc1(self.norm2(x)))
+    def attention(self, normed: Tensor, mask: Tensor | None = None) -> Tensor:
+        """What `out` projects, of LN x. [..., N, C] -> [..., N, C]."""
+        *rows, N, C = normed.shape
+        q, k, v = _heads(self.qkv(normed).view(-1, N, 3, self.heads, C // self.heads))
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=self.causal)
+        return y.transpose(1, 2).reshape(*rows, N, C)
+
+    def hidden(self, normed: Tensor) -> Tensor:
+        """The MLP of LN x up to its second layer. [..., C] -> [..., mlp_width]."""
+        return ACTIVATIONS[self.hidden_act](self.fc1(normed))
 
     def mlp(self, x: Tensor) -> Tensor:
         """MLP(LN x) without the residual. [..., C] -> [..., C]."""
-        return self.fc2(self.hidden(x))
+        return self.fc2(self.hidden(self.norm2(x)))
+
+
+def _heads(qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Packed [rows, N, 3, H, D] -> views [rows, H, N, D] of q, k and v."""
+    if wants_grad(qkv) and not torch.compiler.is_compiling():
+        return _Heads.apply(qkv)
+    return qkv.permute(2, 0, 3, 1, 4).unbind(0)
+
+
+class _Heads(torch.autograd.Function):
+    """The gradient is packed in one pass; that of three views would be stacked first and packed then."""
+
+    @staticmethod
+    def forward(ctx, qkv):
+        return qkv.permute(2, 0, 3, 1, 4).unbind(0)
+
+    @staticmethod
+    def backward(ctx, *grads):
+        rows, H, N, D = grads[0].shape
+        packed = grads[0].new_empty(rows, N, 3, H, D)
+        for part, grad in zip(packed.unbind(2), grads):
+            part.copy_(grad.transpose(1, 2))
+        return packed

@@ -147,7 +147,7 @@ class BTAdapter(nn.Module):
         """One vector per frame, whose mean, projected, is "pooled". pixels as in `forward` -> [B, T, C]."""
         xs = self.backbone(self.read_pixels(pixels), self._branch_inputs(self._wanted(("pooled",))))
         _, mixed = until_last(self.branch, xs, self.backbone.position, self.grouping(xs[0]))
-        return self.frame_vectors(xs[-1], self.branch.spatial[-1].class_token(*mixed))
+        return self.frame_vectors(xs[-1], self.branch.spatial[-1].class_token(mixed))
 
     def frame_vectors(self, x: Tensor, cls: Tensor) -> Tensor:
         """LN((1 - w) cls + w X_cls) of every frame, see pyvidx.temporal.branch. x [B, T, 1+P, C] of the last backbone

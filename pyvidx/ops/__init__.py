@@ -3,6 +3,7 @@ from pyvidx.ops.gated_fusion import fusion_input, gated_fusion, output_gate
 from pyvidx.ops.memory_merge import memory_merge, memory_merge_
 from pyvidx.ops.memory_scan import MergePlan, memory_replay_, memory_scan_
 from pyvidx.ops.quick_gelu import quick_gelu
+from pyvidx.ops.residual_norm import residual_norm
 from pyvidx.ops.st_pool import st_pool
 from pyvidx.ops.temporal_attention import temporal_attention
 from pyvidx.ops.temporal_scale import temporal_scale
@@ -19,6 +20,7 @@ __all__ = [
     "memory_scan_",
     "output_gate",
     "quick_gelu",
+    "residual_norm",
     "st_pool",
     "temporal_attention",
     "temporal_scale",

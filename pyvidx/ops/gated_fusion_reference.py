@@ -76,7 +76,7 @@ def row_gradients(grad, grad_normed, rows, weight, stats):
     total = (g - g.mean(-1, keepdim=True) - normal * (g * normal).mean(-1, keepdim=True)) * stats[..., 1:]
     total = total if grad is None else total + grad.to(wide)
     grad_weight, grad_bias = (grad_normed.to(wide) * normal).sum(every_row), grad_normed.to(wide).sum(every_row)
-    return total, grad_weight.to(grad_normed.dtype), grad_bias.to(grad_normed.dtype)
+    return total, grad_weight.to(weight.dtype), grad_bias.to(weight.dtype)
 
 
 def gate_gradient(gate, scale, *terms):

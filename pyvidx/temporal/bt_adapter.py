@@ -10,7 +10,8 @@ patches; see pyvidx.temporal.grouping) and one class token [B, C] per video; not
                                                        averaged over the slots. Then both + MLP(LN)
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -18,11 +19,32 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from pyvidx.layers.block import Block, residual, wants_grad
-from pyvidx.ops import fusion_input, gated_fusion
+from pyvidx.ops import fusion_input, gated_fusion, residual_norm
 from pyvidx.ops.gated_fusion_reference import mix
 from pyvidx.temporal.frames import attend_over_frames, frame_mean
 from pyvidx.temporal.grouping import Grouping
 from pyvidx.temporal.masking import Drops, scaled
+
+
+class Mixed(NamedTuple):
+    """A layer's tokens up to its space attention: fusion, and what time attention adds to it.
+
+    Attributes:
+        z: [B, S, K, C].
+        a: [B, S, K, C], time attention without the bias of its last product.
+        bias: [C], that bias.
+        cls: [B, C].
+    """
+
+    z: Tensor
+    a: Tensor
+    bias: Tensor
+    cls: Tensor
+
+    def with_class(self, norm: nn.LayerNorm) -> tuple[Tensor, Tensor]:
+        """[cls; z + a + bias] of every slot, [B, S, 1 + K, C], and its LayerNorm."""
+        where = (norm.weight, norm.bias, norm.eps)
+        return residual_norm(self.z, self.a, where, bias=self.bias, cls=self.cls)
 
 
 class TemporalLayer(nn.Module):
@@ -39,16 +61,25 @@ class TemporalLayer(nn.Module):
             nn.init.zeros_(self.fc.weight)
             nn.init.zeros_(self.fc.bias)
 
+    @property
+    def last(self) -> nn.Linear:
+        return self.out if self.fc is None else self.fc
+
     def forward(self, normed: Tensor, drop: Tensor | None = None, frame_mask: Tensor | None = None) -> Tensor:
-        """LN z [B, S, K, C] -> [B, S, K, C], without the residual.
+        """LN z [B, S, K, C] -> [B, S, K, C], without the residual. Arguments as in `product`."""
+        return self.product(normed, drop, frame_mask) + self.last.bias
+
+    def product(self, normed: Tensor, drop: Tensor | None = None, frame_mask: Tensor | None = None) -> Tensor:
+        """The same without the bias of `last`, which residual_norm adds.
 
         drop [B, K]: see masking.drop_path_draws. frame_mask [B, S]: the slots attended to, see pyvidx.temporal.frames.
         """
         B, S, K, C = normed.shape
         qkv = self.qkv(normed).view(B, S, K, 3, self.heads, C // self.heads)
-        y = self.out(attend_over_frames(qkv, frame_mask))
-        y = scaled(y, drop, (B, 1, K, 1))  # before fc: a dropped group still gets its bias
-        return y if self.fc is None else self.fc(y)
+        y = attend_over_frames(qkv, frame_mask)
+        if self.fc is not None:
+            y = scaled(self.out(y), drop, (B, 1, K, 1))  # before fc: a dropped group still gets its bias
+        return F.linear(y, self.last.weight)
 
 
 class SpatialLayer(Block):
@@ -60,73 +91,59 @@ class SpatialLayer(Block):
     """
 
     def forward(
-        self, z: Tensor, a: Tensor, cls: Tensor, drop: Tensor | None = None, frame_mask: Tensor | None = None
+        self, mixed: Mixed, drop: Tensor | None = None, frame_mask: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """z + a and cls -> the layer's z [B, S, K, C] (a view) and cls [B, C].
+        """The layer's z [B, S, K, C] (a view) and cls [B, C].
 
         drop [B, S]: see masking. frame_mask [B, S]: the slots whose class results are averaged.
         """
-        x = self.space(z, a, cls, drop, frame_mask)
-        return _split(residual(x, self.mlp(x)))
+        x, normed = self.space(mixed, drop, frame_mask)
+        return _split(residual(x, self.fc2(self.hidden(normed))))
 
     def space(
-        self, z: Tensor, a: Tensor, cls: Tensor, drop: Tensor | None = None, frame_mask: Tensor | None = None
-    ) -> Tensor:
-        """The attention half, [B, S, 1 + K, C], every slot with the same class row in front."""
-        x = _with_class(z, a, cls)
-        return _join(x, self.attend(x), drop, frame_mask)
+        self, mixed: Mixed, drop: Tensor | None = None, frame_mask: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """The attention half, [B, S, 1 + K, C], every slot with the same class row in front, and its LayerNorm."""
+        x, normed = mixed.with_class(self.norm1)
+        y = F.linear(self.attention(normed), self.out.weight)
+        share = _share(drop, frame_mask, y)
+        norm = (self.norm2.weight, self.norm2.bias, self.norm2.eps)
+        out = None if wants_grad(x, y) or x.dtype != y.dtype else (y, normed)  # both have been read
+        return residual_norm(x, y, norm, bias=self.out.bias, factor=drop, share=share, out=out)
 
-    def mean_tokens(self, z: Tensor, a: Tensor, cls: Tensor, group: Grouping) -> tuple[Tensor, Tensor]:
+    def mean_tokens(self, mixed: Mixed, group: Grouping) -> tuple[Tensor, Tensor]:
         """Frame means of forward's z, [B, P, C], and cls. The MLP's second layer, being linear, runs on the means."""
-        x = self.space(z, a, cls, frame_mask=group.frame_mask)
-        h = self.hidden(x)
+        x, normed = self.space(mixed, frame_mask=group.frame_mask)
+        h = self.hidden(normed)
         patches = group.patch_mean(x[:, :, 1:]) + self.fc2(group.patch_mean(h[:, :, 1:]))
         return patches, x[:, 0, 0] + self.fc2(h[:, 0, 0])
 
-    def class_token(self, z: Tensor, a: Tensor, cls: Tensor, frame_mask: Tensor | None = None) -> Tensor:
+    def class_token(self, mixed: Mixed, frame_mask: Tensor | None = None) -> Tensor:
         """forward's cls [B, C] alone: one query per slot, and no projection of the patches.
 
         With q = Wq n_cls + bq the scores are n . (Wk^T q) up to a constant, and the values' sum is Wv (sum p n) + bv:
         the per-token work is two products with H vectors instead of two with C.
         """
-        B, S, K, C = z.shape
+        B, S, K, C = mixed.z.shape
         H, D = self.heads, C // self.heads
-        n = self.norm1(_with_class(z, a, cls))  # [B, S, 1 + K, C]
+        n = mixed.with_class(self.norm1)[1]  # [B, S, 1 + K, C]
         wq, wk, wv = self.qkv.weight.view(3, H, D, C)
         bq, _, bv = self.qkv.bias.view(3, H, D)
-        q = F.linear(self.norm1(cls), wq.flatten(0, 1), bq.flatten()).view(B, H, D)
+        q = F.linear(n[:, 0, 0], wq.flatten(0, 1), bq.flatten()).view(B, H, D)
         probe = torch.einsum("bhd,hdc->bch", q * D**-0.5, wk)
         weights = (n @ probe[:, None]).softmax(dim=2)  # [B, S, 1 + K, H]
-        mixed = frame_mean(weights.transpose(2, 3) @ n, frame_mask)  # [B, H, C], over the slots
-        y = (torch.einsum("bhc,hdc->bhd", mixed, wv) + bv).reshape(B, C)
-        cls = residual(cls, self.out(y))
+        mixed_rows = frame_mean(weights.transpose(2, 3) @ n, frame_mask)  # [B, H, C], over the slots
+        y = (torch.einsum("bhc,hdc->bhd", mixed_rows, wv) + bv).reshape(B, C)
+        cls = residual(mixed.cls, self.out(y))
         return residual(cls, self.mlp(cls))
 
 
-def _with_class(z: Tensor, a: Tensor, cls: Tensor) -> Tensor:
-    """[cls; z + a] of every slot, [B, S, 1 + K, C]."""
-    if torch.compiler.is_compiling():  # a compiler makes one pass of it by itself
-        return torch.cat([cls[:, None, None].expand(-1, z.shape[1], 1, -1), z + a], dim=2)
-    return _WithClass.apply(z, a, cls)
-
-
-class _WithClass(torch.autograd.Function):
-    """One pass: a cat would copy z + a."""
-
-    @staticmethod
-    def forward(ctx, z, a, cls):
-        B, S, K, C = z.shape
-        x = z.new_empty(B, S, 1 + K, C, dtype=torch.promote_types(z.dtype, a.dtype))
-        torch.add(z, a, out=x[:, :, 1:])
-        x[:, :, 0] = cls[:, None]
-        ctx.dtypes = z.dtype, a.dtype, cls.dtype
-        return x
-
-    @staticmethod
-    def backward(ctx, grad):
-        rows = grad[:, :, 1:]
-        grads = rows, rows, grad[:, :, 0].sum(dim=1)
-        return tuple(g.to(dtype) for g, dtype in zip(grads, ctx.dtypes))
+def _share(drop: Tensor | None, frame_mask: Tensor | None, like: Tensor) -> Tensor:
+    """What is taken in of every slot's class result, [B, S]: the mean over the real slots, of what is not dropped."""
+    share = like.new_full(like.shape[:2], 1 / like.shape[1], dtype=torch.promote_types(like.dtype, torch.float32))
+    if frame_mask is not None:
+        share = frame_mask.to(share.dtype) / frame_mask.sum(dim=1, keepdim=True)
+    return share if drop is None else share * drop
 
 
 def _split(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -150,36 +167,6 @@ class _Split(torch.autograd.Function):
         grad[:, :, 1:] = grad_z
         grad[:, 0, 0], grad[:, 1:, 0] = grad_cls, 0
         return grad
-
-
-def _join(x: Tensor, y: Tensor, drop: Tensor | None, frame_mask: Tensor | None = None) -> Tensor:
-    """x + drop y, the class rows of drop y averaged over the slots. x, y [B, S, 1 + K, C], drop, frame_mask [B, S]."""
-    if frame_mask is None and wants_grad(x, y) and not torch.compiler.is_compiling():
-        return _Join.apply(x, y, None if drop is None else drop.to(y.dtype)[:, :, None, None])
-    y = scaled(y, drop, (*y.shape[:2], 1, 1))
-    y[:, :, 0] = frame_mean(y[:, :, 0], frame_mask)[:, None]
-    return residual(x, y)
-
-
-class _Join(torch.autograd.Function):
-    """One pass each way. Averaging in place under autograd would copy the whole gradient."""
-
-    @staticmethod
-    def forward(ctx, x, y, factor):
-        ctx.dtypes = x.dtype, y.dtype
-        ctx.save_for_backward(factor)
-        cls = y[:, :, :1] if factor is None else y[:, :, :1] * factor
-        out = x + y if factor is None else torch.addcmul(x, y, factor)
-        out[:, :, :1] = x[:, :, :1] + cls.mean(dim=1, keepdim=True)
-        return out
-
-    @staticmethod
-    def backward(ctx, grad):
-        (factor,) = ctx.saved_tensors
-        cls = grad[:, :, :1].mean(dim=1, keepdim=True)
-        grad_y = grad.clone() if factor is None else grad * factor
-        grad_y[:, :, :1] = cls if factor is None else cls * factor
-        return grad.to(ctx.dtypes[0]), grad_y.to(ctx.dtypes[1]), None
 
 
 class BTAdapterBranch(nn.Module):
@@ -247,7 +234,7 @@ class BTAdapterBranch(nn.Module):
         for j, x in enumerate(xs):
             time, space = (drops and drops[j]) or (None, None)
             mixed = self.mix(j, x, states[-1] if states else None, position, group, time, seed)
-            states.append(self._run(self.spatial[j], *mixed, space, group.frame_mask))
+            states.append(self._run(self.spatial[j], mixed, space, group.frame_mask))
         return states
 
     def mix(
@@ -259,8 +246,8 @@ class BTAdapterBranch(nn.Module):
         group: Grouping,
         drop: Tensor | None = None,
         seed: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Fusion and time attention of layer j: z [B, S, K, C], what time attention adds to it, and cls [B, C]."""
+    ) -> Mixed:
+        """Fusion and time attention of layer j."""
         layer = self.temporal[j]
         norm = (layer.norm.weight, layer.norm.bias, layer.norm.eps)
         where = {"keep": group.keep, "pair": group.pair, "norm": norm}
@@ -276,9 +263,9 @@ class BTAdapterBranch(nn.Module):
                 cls = mix(state[1], frame_mean(x[:, :, 0], real), self.gate, self.gate_scale)
         else:
             (z, cls), normed = state, layer.norm(state[0])
-        return z, self._run(layer, normed, drop, real), cls
+        return Mixed(z, self._run(layer.product, normed, drop, real), layer.last.bias, cls)
 
-    def _run(self, layer: nn.Module, *inputs: Tensor | None):
+    def _run(self, layer: Callable, *inputs: Mixed | Tensor | None):
         if self.checkpointing and torch.is_grad_enabled():
             # Nothing is drawn inside: the drops come in.
             return checkpoint(layer, *inputs, use_reentrant=False, preserve_rng_state=False)

@@ -174,8 +174,9 @@ def fast_states(step, pixels, mask, drops):
     group = step.grouping(xs[0], mask)
     for j, following in enumerate(step.states(xs, group, drops)):
         time = drops[j][0] if drops[j] else None
-        z, a, cls = model.branch.mix(j, xs[j], state, model.backbone.position, group, time)
-        trace[f"T.{j}"], trace[f"S.{j}"] = official_order(z + a, cls), official_order(*following)
+        mixed = model.branch.mix(j, xs[j], state, model.backbone.position, group, time)
+        tokens = mixed.z + mixed.a + mixed.bias
+        trace[f"T.{j}"], trace[f"S.{j}"] = official_order(tokens, mixed.cls), official_order(*following)
         trace[f"backbone.{model.config.fork + j}"] = xs[j].flatten(0, 1)
         state = following
     return trace

@@ -31,4 +31,12 @@ __attribute__((always_inline)) inline void visit_dtype(const char* op, DType dty
   if (!done) throw_unsupported_dtype(op, dtype);
 }
 
+// f(Type<X>{}, Type<Y>{}): two tensors of one dtype, or a float and one of the 16-bit types (autocast).
+template <typename Half, typename BFloat16, typename F>
+__attribute__((always_inline)) inline void visit_mixed(const char* op, DType x, DType y, F&& f) {
+  if (x == y) return visit_dtype<float, double, Half, BFloat16>(op, x, [&](auto t) { f(t, t); });
+  if (x != DType::f32) throw_unsupported_dtype(op, x);
+  visit_dtype<Half, BFloat16>(op, y, [&](auto t) { f(Type<float>{}, t); });
+}
+
 }  // namespace pyvidx

@@ -9,6 +9,7 @@
 // Where `normed` is present, LayerNorm(out) is written in the same pass, from the row before it is rounded.
 #pragma once
 #include "pyvidx/executor.h"
+#include "pyvidx/row_parts.h"
 #include "pyvidx/view.h"
 
 struct CUstream_st;
@@ -69,7 +70,7 @@ struct GatedFusionBackwardArgs {
   View<1> grad_bias;     // [C]           out, with grad_normed
   View<3> partial;       // [3, parts + B, C]  scratch, wide, contiguous: sums for gate, weight, bias
   View<1> mix;           // [C]           scratch, wide
-  int64_t parts;         // gated_fusion_parts(B * S, K)
+  int64_t parts;         // row_parts(B * S, K)
   double scale;
   bool tube, pair;
   bool first;  // the gradients of the first input: the class rows carry half
@@ -79,15 +80,5 @@ struct GatedFusionBackwardArgs {
 
 void gated_fusion_backward_cpu(const GatedFusionBackwardArgs& args, const Executor& executor);
 void gated_fusion_backward_cuda(const GatedFusionBackwardArgs& args, CUstream_st* stream);
-
-// Rows of one frame that are summed in one go. At least 16, so that partial sums are little beside the rows.
-PYVIDX_INLINE int64_t gated_fusion_chunk(int64_t frames, int64_t K) {
-  const int64_t even = (frames * K + 1023) / 1024, chunk = even < 16 ? 16 : even;
-  return chunk < K ? chunk : (K > 0 ? K : 1);
-}
-PYVIDX_INLINE int64_t gated_fusion_parts(int64_t frames, int64_t K) {
-  const int64_t chunk = gated_fusion_chunk(frames, K);
-  return frames * ((K + chunk - 1) / chunk);
-}
 
 }  // namespace pyvidx

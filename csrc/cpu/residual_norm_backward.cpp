@@ -1,0 +1,146 @@
+// A part is a chunk of rows of one frame; its sums over rows stay in L1 and are added up by parts afterwards. The class
+// rows of a video are one row whose gradients are summed first: all that follows is linear in them. Nothing is stored
+// past the caches: such stores, taking turns with those of the sums, leave half-filled lines (1.8 times as slow).
+#include "level.h"
+#include "parallel.h"
+#include "pyvidx/residual_norm.h"
+#include "pyvidx/row_parts.h"
+#include "row_sums.h"
+#include "simd.h"
+
+namespace pyvidx {
+namespace {
+
+using simd::Acc;
+using simd::each;
+using simd::load;
+using simd::store;
+using simd::Vec;
+
+template <typename X, typename G, typename N>
+struct Row {
+  const G* grad_out;
+  const N* grad_normed;
+  const X* value;
+  const Acc<X>* stats;
+};
+
+template <typename A>
+struct Sums {
+  A *bias, *weight, *shift;  // bias may be absent
+};
+
+// put(c, g, part): stores what follows from g, and gives what of it goes to the product's bias.
+template <typename X, typename G, typename N, typename Put>
+PYVIDX_SIMD void backward_row(const ResidualNormBackwardArgs& a, const Row<X, G, N>& r, const Row<X, G, N>& next,
+                              const Sums<Acc<X>>& sums, Put&& put) {
+  const int64_t C = a.value.size[3];
+  const X* weight = a.weight.at<const X>();
+  const Acc<X> mean = r.stats[0], rstd = r.stats[1];
+  Vec<X> sum_g = {}, sum_gx = {};
+  each<X>(C, [&](int64_t c, auto part) {
+    simd::prefetch(next.grad_normed + c);
+    simd::prefetch(next.value + c);
+    const Vec<X> g = load(r.grad_normed + c, part) * load(weight + c, part);
+    sum_g += g;
+    sum_gx += g * (load(r.value + c, part) - mean);
+  });
+  const Acc<X> mean_g = simd::sum(sum_g) / Acc<X>(C), mean_gx = simd::sum(sum_gx) * rstd / Acc<X>(C);
+  each<X>(C, [&](int64_t c, auto part) {
+    simd::prefetch(next.grad_out + c);
+    const Vec<X> grad = load(r.grad_normed + c, part), normal = (load(r.value + c, part) - mean) * rstd;
+    const Vec<X> through = (grad * load(weight + c, part) - mean_g - normal * mean_gx) * rstd;
+    const Vec<X> shift = load(sums.shift + c, part) + grad, scale = load(sums.weight + c, part) + grad * normal;
+    Vec<X> bias = {};
+    if (sums.bias != nullptr) bias = load(sums.bias + c, part);
+    bias += put(c, load(r.grad_out + c, part) + through, part);
+    store(sums.shift + c, shift, part);
+    store(sums.weight + c, scale, part);
+    if (sums.bias != nullptr) store(sums.bias + c, bias, part);
+  });
+}
+
+template <typename X>
+Sums<Acc<X>> zeroed_sums(const ResidualNormBackwardArgs& a, int64_t part) {
+  Acc<X>* at[3];
+  for (int i = 0; i < 3; ++i) {
+    at[i] = a.partial.at<Acc<X>>(i, part);
+    __builtin_memset(at[i], 0, a.partial.size[2] * sizeof(Acc<X>));
+  }
+  return {a.grad_bias ? at[0] : nullptr, at[1], at[2]};
+}
+
+template <typename X, typename Y>
+void class_part(const ResidualNormBackwardArgs& a, int64_t b, int64_t part_of_sums) {
+  using A = Acc<X>;
+  const int64_t S = a.value.size[1], C = a.value.size[3];
+  A *grad_out = a.class_sums.at<A>(b, 0), *grad_normed = a.class_sums.at<A>(b, 1), shares = 0;
+  each<X>(C, [&](int64_t c, auto part) {
+    Vec<X> out = {}, normed = {};
+    for (int64_t s = 0; s < S; ++s) {
+      out += load(a.grad_out_cls.at<const X>(b, s) + c, part);
+      normed += load(a.grad_normed_cls.at<const Y>(b, s) + c, part);
+    }
+    store(grad_out + c, out, part);
+    store(grad_normed + c, normed, part);
+  });
+  for (int64_t s = 0; a.share && s < S; ++s) shares += *a.share.at<const A>(b, s);
+  const Row<X, A, A> row{grad_out, grad_normed, a.value_cls.at<const X>(b), a.stats_cls.at<const A>(b)};
+  X* grad_cls = a.grad_cls.at<X>(b);
+  backward_row<X>(a, row, row, zeroed_sums<X>(a, part_of_sums), [&](int64_t c, auto g, auto part) {
+    store(grad_cls + c, g, part);
+    for (int64_t s = 1; s < a.grad_cls.size[1]; ++s) store(a.grad_cls.at<X>(b, s) + c, Vec<X>{}, part);
+    for (int64_t s = 0; a.grad_y_cls && s < S; ++s)
+      store(a.grad_y_cls.at<Y>(b, s) + c, g * *a.share.at<const A>(b, s), part);
+    return g * shares;
+  });
+}
+
+template <typename X, typename Y>
+void backward_of(const ResidualNormBackwardArgs& a, const Executor& executor) {
+  using A = Acc<X>;
+  const int64_t B = a.value.size[0], S = a.value.size[1], K = a.value.size[2], C = a.value.size[3];
+  const int64_t chunk = row_chunk(B * S, K), parts = row_parts(B * S, K), chunks = parts / (B * S > 0 ? B * S : 1);
+  const int64_t class_rows = a.grad_cls ? B : 0;
+  parallel_for(executor, class_rows + parts, kGrainElements / (chunk * C + 1) + 1, [&](int64_t begin, int64_t end) {
+    for (; begin < end && begin < class_rows; ++begin) class_part<X, Y>(a, begin, parts + begin);
+    for (int64_t part = begin - class_rows; part < end - class_rows; ++part) {
+      const int64_t frame = part / chunks, b = frame / S, s = frame % S, first = part % chunks * chunk;
+      const int64_t last = first + chunk < K ? first + chunk : K;
+      const auto row_at = [&](int64_t k) {
+        return Row<X, X, Y>{a.grad_out.at<const X>(b, s, k), a.grad_normed.at<const Y>(b, s, k),
+                            a.value.at<const X>(b, s, k), a.stats.at<const A>(b, s, k)};
+      };
+      const A factor = a.factor ? *a.factor.at<const A>(b, s) : A(1);
+      const Sums<A> sums = zeroed_sums<X>(a, part);
+      for (int64_t k = first; k < last; ++k) {
+        X* grad_x = a.grad_x.at<X>(b, s, k);
+        Y* grad_y = a.grad_y ? a.grad_y.at<Y>(b, s, k) : nullptr;
+        backward_row<X>(a, row_at(k), row_at(k + 1 < last ? k + 1 : k), sums, [&](int64_t c, auto g, auto part) {
+          store(grad_x + c, g, part);
+          if (grad_y != nullptr) store(grad_y + c, g * factor, part);
+          return g * factor;
+        });
+      }
+    }
+    simd::fence();
+  });
+  const View<1>* outputs[] = {&a.grad_bias, &a.grad_weight, &a.grad_shift};
+  for (int i = 0; i < 3; ++i) {
+    X* out = outputs[i]->template at<X>();
+    if (out == nullptr) continue;
+    add_up<X>(a.partial.at<const A>(i), C, parts + class_rows, C, executor,
+              [&](int64_t c, Vec<X> sum, auto part) { store(out + c, sum, part); });
+  }
+}
+
+void backward(const ResidualNormBackwardArgs& a, const Executor& executor) {
+  visit_mixed<Half, BFloat16>("residual_norm_backward", a.value.dtype, a.grad_normed.dtype, [&](auto x, auto y) {
+    backward_of<typename decltype(x)::type, typename decltype(y)::type>(a, executor);
+  });
+}
+
+}  // namespace
+}  // namespace pyvidx
+
+PYVIDX_CPU_ENTRY(residual_norm_backward, ResidualNormBackwardArgs, backward)

@@ -1,0 +1,51 @@
+// What the forward and the backward kernel of residual_norm share: a thread's pack of channels in a row.
+#pragma once
+#include "block.cuh"
+#include "pyvidx/residual_norm.h"
+#include "row_sums.cuh"
+
+namespace pyvidx::cuda {
+
+constexpr int kNormThreads = 256;  // at most
+constexpr int kNormWarps = kNormThreads / 32;
+
+// kSize elements of any type, in 16-byte accesses where there are so many, else in one of 8 or element by element.
+template <typename T, int kSize>
+__device__ __forceinline__ void load_channels(const T* p, Acc<T> (&x)[kSize]) {
+  if constexpr (kSize < kVec<T>) {
+#pragma unroll
+    for (int i = 0; i < kSize; ++i) x[i] = to_acc(p[i]);
+  } else {
+#pragma unroll
+    for (int j = 0; j < kSize; j += kVec<T>) load_vec<T>(p + j, reinterpret_cast<Acc<T>(&)[kVec<T>]>(x[j]));
+  }
+}
+template <typename T, int kSize>
+__device__ __forceinline__ void store_channels(T* p, const Acc<T> (&x)[kSize]) {
+  if constexpr (kSize < kVec<T>) {
+#pragma unroll
+    for (int i = 0; i < kSize; ++i) p[i] = from_acc<T>(x[i]);
+  } else {
+#pragma unroll
+    for (int j = 0; j < kSize; j += kVec<T>) store_vec<T>(p + j, reinterpret_cast<const Acc<T>(&)[kVec<T>]>(x[j]));
+  }
+}
+
+// f(c) for the packs of this thread; kOnce: it has one at most, and may keep it in registers.
+template <int kSize, bool kOnce, typename F>
+__device__ __forceinline__ void each_pack(int64_t C, F&& f) {
+  for (int64_t c = int64_t(threadIdx.x) * kSize; c < C; c += int64_t(blockDim.x) * kSize) {
+    f(c);
+    if constexpr (kOnce) break;
+  }
+}
+
+#ifndef __CUDACC_RTC__
+// Threads for rows of C channels in packs of kSize; whole warps.
+inline unsigned norm_threads(int64_t C, int kSize) {
+  const int64_t packs = ceil_div(C, kSize);
+  return unsigned(packs < kNormThreads ? ceil_div(packs, 32) * 32 : kNormThreads);
+}
+#endif
+
+}  // namespace pyvidx::cuda

@@ -1,0 +1,194 @@
+// A block takes a part: a chunk of rows of one frame. A thread owns the same pack of channels in all of them and keeps
+// their three sums in registers; it writes them once, and a second kernel adds the parts up in their order. The slots'
+// class rows of a video are one row whose gradients are summed first: all that follows is linear in them. Rows of more
+// packs than threads, or not aligned, keep their sums in the scratch row. Traffic: 4 passes, 5 with grad_y.
+#include "pyvidx/row_parts.h"
+#include "residual_norm.cuh"
+
+namespace pyvidx::cuda {
+
+struct NormBackwardPlan {
+  unsigned class_rows, parts, chunk, chunks;  // blocks: class rows, then parts
+};
+
+// kSize channels of a row: the gradients of out and normed, and the row before the norm.
+template <typename X, typename Y, int kSize>
+__device__ __forceinline__ void load_gradients(const ResidualNormBackwardArgs& a, bool is_class, int64_t b, int64_t s,
+                                               int64_t k, int64_t c, Acc<X> (&grad)[kSize], Acc<X> (&normed)[kSize],
+                                               Acc<X> (&value)[kSize]) {
+  if (!is_class) {
+    load_channels<X, kSize>(a.grad_out.at<const X>(b, s, k, c), grad);
+    load_channels<Y, kSize>(a.grad_normed.at<const Y>(b, s, k, c), normed);
+    load_channels<X, kSize>(a.value.at<const X>(b, s, k, c), value);
+    return;
+  }
+#pragma unroll
+  for (int i = 0; i < kSize; ++i) grad[i] = normed[i] = 0;
+  for (int64_t slot = 0; slot < a.value_cls.size[1]; ++slot) {
+    Acc<X> more[kSize];
+    load_channels<X, kSize>(a.grad_out_cls.at<const X>(b, slot, c), value);
+    load_channels<Y, kSize>(a.grad_normed_cls.at<const Y>(b, slot, c), more);
+#pragma unroll
+    for (int i = 0; i < kSize; ++i) grad[i] += value[i], normed[i] += more[i];
+  }
+  load_channels<X, kSize>(a.value_cls.at<const X>(b, 0, c), value);
+}
+
+// Stores what follows from g, kSize channels of a row's whole gradient.
+template <typename X, typename Y, int kSize>
+__device__ __forceinline__ void store_gradients(const ResidualNormBackwardArgs& a, bool is_class, int64_t b, int64_t s,
+                                                int64_t k, int64_t c, Acc<X> factor, const Acc<X> (&g)[kSize]) {
+  Acc<X> scaled[kSize];
+  const auto scale = [&](Acc<X> by) {
+#pragma unroll
+    for (int i = 0; i < kSize; ++i) scaled[i] = g[i] * by;
+  };
+  if (!is_class) {
+    store_channels<X, kSize>(a.grad_x.at<X>(b, s, k, c), g);
+    scale(factor);
+    if (a.grad_y) store_channels<Y, kSize>(a.grad_y.at<Y>(b, s, k, c), scaled);
+    return;
+  }
+  store_channels<X, kSize>(a.grad_cls.at<X>(b, 0, c), g);
+  scale(0);
+  for (int64_t row = 1; row < a.grad_cls.size[1]; ++row) store_channels<X, kSize>(a.grad_cls.at<X>(b, row, c), scaled);
+  if (!a.grad_y_cls) return;
+  for (int64_t slot = 0; slot < a.grad_y_cls.size[1]; ++slot) {
+    scale(*a.share.at<const Acc<X>>(b, slot));
+    store_channels<Y, kSize>(a.grad_y_cls.at<Y>(b, slot, c), scaled);
+  }
+}
+
+template <typename X, typename Y, int kSize, bool kOnce>
+__global__ __launch_bounds__(kNormThreads) void residual_norm_backward_kernel(ResidualNormBackwardArgs a,
+                                                                              NormBackwardPlan plan) {
+  using A = Acc<X>;
+  __shared__ A shared[2 * kNormWarps * 2];
+  RowSum<2, A, kNormWarps> row_sum{shared};
+  const int64_t S = a.value.size[1], K = a.value.size[2], C = a.value.size[3];
+  const bool is_class = blockIdx.x < plan.class_rows;
+  const unsigned part = is_class ? plan.parts + blockIdx.x : blockIdx.x - plan.class_rows;
+  const int64_t frame = part / plan.chunks, b = is_class ? blockIdx.x : frame / S, s = is_class ? 0 : frame % S;
+  const int64_t first = is_class ? 0 : int64_t(part % plan.chunks) * plan.chunk;
+  const int64_t last = is_class ? 1 : (first + plan.chunk < K ? first + plan.chunk : K);
+  A factor = a.factor && !is_class ? *a.factor.at<const A>(b, s) : A(1);
+  if (is_class) {  // of what goes to the bias: every slot has its share
+    factor = 0;
+    for (int64_t slot = 0; a.share && slot < S; ++slot) factor += *a.share.at<const A>(b, slot);
+  }
+  A to_bias[kSize] = {}, to_weight[kSize] = {}, to_shift[kSize] = {};
+  A grad[kSize], normed[kSize], value[kSize], weight[kSize];
+  for (int64_t k = first; k < last; ++k) {
+    const A* stats = is_class ? a.stats_cls.at<const A>(b, 0) : a.stats.at<const A>(b, s, k);
+    const auto load = [&](int64_t c) {
+      load_gradients<X, Y, kSize>(a, is_class, b, s, k, c, grad, normed, value);
+      load_channels<X, kSize>(a.weight.at<const X>(c), weight);
+#pragma unroll
+      for (int i = 0; i < kSize; ++i) value[i] = (value[i] - stats[0]) * stats[1];
+    };
+    A mean[2] = {};
+    each_pack<kSize, kOnce>(C, [&](int64_t c) {
+      load(c);
+#pragma unroll
+      for (int i = 0; i < kSize; ++i) {
+        mean[0] += normed[i] * weight[i];
+        mean[1] += normed[i] * weight[i] * value[i];
+      }
+    });
+    row_sum(mean);
+    mean[0] /= A(C), mean[1] /= A(C);
+    each_pack<kSize, kOnce>(C, [&](int64_t c) {
+      if constexpr (!kOnce) load(c);
+      A g[kSize];
+#pragma unroll
+      for (int i = 0; i < kSize; ++i) {
+        g[i] = grad[i] + (normed[i] * weight[i] - mean[0] - value[i] * mean[1]) * stats[1];
+        if constexpr (kOnce) {
+          to_bias[i] += factor * g[i], to_weight[i] += normed[i] * value[i], to_shift[i] += normed[i];
+        } else {  // only this thread touches channel c of this part
+          const A sums[3] = {factor * g[i], normed[i] * value[i], normed[i]};
+          for (int j = 0; j < 3; ++j) {
+            A* sum = a.partial.at<A>(j, part, c + i);
+            *sum = k == first ? sums[j] : *sum + sums[j];
+          }
+        }
+      }
+      store_gradients<X, Y, kSize>(a, is_class, b, s, k, c, factor, g);
+    });
+  }
+  if constexpr (kOnce) {
+    each_pack<kSize, true>(C, [&](int64_t c) {
+#pragma unroll
+      for (int i = 0; i < kSize; ++i) {
+        *a.partial.at<A>(0, part, c + i) = to_bias[i];
+        *a.partial.at<A>(1, part, c + i) = to_weight[i];
+        *a.partial.at<A>(2, part, c + i) = to_shift[i];
+      }
+    });
+  }
+}
+
+template <typename X>
+__global__ __launch_bounds__(kAddUpThreads) void residual_norm_add_up_kernel(ResidualNormBackwardArgs a,
+                                                                             unsigned count) {
+  const View<1>& out = blockIdx.y == 0 ? a.grad_bias : blockIdx.y == 1 ? a.grad_weight : a.grad_shift;
+  if (!out) return;
+  const int64_t C = a.partial.size[2];
+  add_up(a.partial.at<const Acc<X>>(int64_t(blockIdx.y)), C, count, C,
+         [&](int64_t c, Acc<X> sum) { *out.at<X>(c) = from_acc<X>(sum); });
+}
+
+}  // namespace pyvidx::cuda
+
+#ifndef __CUDACC_RTC__
+namespace pyvidx {
+
+using namespace cuda;
+
+namespace {
+
+template <typename X, typename Y>
+bool aligned(const ResidualNormBackwardArgs& a) {
+  return vectorizable<X>(a.grad_out) && vectorizable<Y>(a.grad_normed) && vectorizable<X>(a.value) &&
+         vectorizable<X>(a.grad_out_cls) && vectorizable<Y>(a.grad_normed_cls) && vectorizable<X>(a.value_cls) &&
+         vectorizable<X>(a.weight) && vectorizable<X>(a.grad_x) && vectorizable<Y>(a.grad_y) &&
+         vectorizable<X>(a.grad_cls) && vectorizable<Y>(a.grad_y_cls);
+}
+
+template <typename X, typename Y, int kSize, bool kOnce>
+void launch(const ResidualNormBackwardArgs& a, cudaStream_t stream) {
+  const int64_t frames = a.value.size[0] * a.value.size[1], K = a.value.size[2], C = a.value.size[3];
+  NormBackwardPlan plan;
+  plan.class_rows = a.grad_cls ? unsigned(a.value.size[0]) : 0;
+  plan.chunk = unsigned(row_chunk(frames, K));
+  plan.chunks = K > 0 ? unsigned(ceil_div(K, plan.chunk)) : 1;
+  plan.parts = checked_grid(row_parts(frames, K));
+  const unsigned blocks = checked_grid(int64_t(plan.class_rows) + plan.parts);
+  if (C == 0) return;
+  if (blocks > 0) {
+    PYVIDX_LAUNCH((residual_norm_backward_kernel<X, Y, kSize, kOnce>), blocks, norm_threads(C, kSize), 0, stream, a,
+                  plan);
+    check_launch("residual_norm_backward_kernel");
+  }
+  PYVIDX_LAUNCH(residual_norm_add_up_kernel<X>, dim3(add_up_blocks(C), 3), kAddUpThreads, 0, stream, a, blocks);
+  check_launch("residual_norm_add_up_kernel");
+}
+
+}  // namespace
+
+void residual_norm_backward_cuda(const ResidualNormBackwardArgs& args, cudaStream_t stream) {
+  visit_mixed<__half, __nv_bfloat16>("residual_norm_backward", args.value.dtype, args.grad_normed.dtype,
+                                     [&](auto x, auto y) {
+                                       using X = typename decltype(x)::type;
+                                       using Y = typename decltype(y)::type;
+                                       constexpr int kSize = kVec<Y>;
+                                       if (!aligned<X, Y>(args)) return launch<X, Y, 1, false>(args, stream);
+                                       if (args.value.size[3] > kNormThreads * kSize) {
+                                         return launch<X, Y, kSize, false>(args, stream);
+                                       }
+                                       launch<X, Y, kSize, true>(args, stream);
+                                     });
+}
+
+}  // namespace pyvidx
+#endif
