@@ -12,6 +12,7 @@
 #include "level.h"
 #include "parallel.h"
 #include "pyvidx/gated_fusion.h"
+#include "row_sums.h"
 #include "simd.h"
 
 namespace pyvidx {
@@ -275,28 +276,6 @@ void zero_rows(const GatedFusionBackwardArgs& a, const Executor& executor, bool 
   });
 }
 
-// The second stage: add up `count` rows of partial sums, in their order.
-template <typename T, typename Finish>
-void add_up(const GatedFusionBackwardArgs& a, const Executor& executor, int64_t which, int64_t count, T* out,
-            Finish&& finish) {
-  constexpr int64_t kTile = 256;
-  const int64_t C = a.partial.size[2];
-  parallel_for(executor, (C + kTile - 1) / kTile, kGrainElements / (kTile * (count + 1)) + 1,
-               [&](int64_t begin, int64_t end) {
-                 for (int64_t tile = begin; tile < end; ++tile) {
-                   const int64_t first = tile * kTile, n = C - first < kTile ? C - first : kTile;
-                   Acc<T> sum[kTile] = {};
-                   for (int64_t i = 0; i < count; ++i) {
-                     const Acc<T>* row = a.partial.at<const Acc<T>>(which, i, first);
-                     each<T>(n, [&](int64_t c, auto part) { add(sum + c, load(row + c, part), part); });
-                   }
-                   each<T>(n, [&](int64_t c, auto part) {
-                     store(out + first + c, finish(load(sum + c, part), first + c, part), part);
-                   });
-                 }
-               });
-}
-
 template <typename T, bool kGate, Norm kNorm, bool kGateGrad>
 void run(const GatedFusionBackwardArgs& a, const Executor& executor) {
   const View<4>& shape = a.rows();
@@ -319,16 +298,18 @@ void run(const GatedFusionBackwardArgs& a, const Executor& executor) {
     simd::fence();
   });
   if (a.grad_x && a.source) zero_rows<T>(a, executor, stream);
+  const auto total = [&](int64_t which, int64_t count, auto&& put) {
+    add_up<T>(a.partial.at<const Acc<T>>(which), C, count, C, executor, put);
+  };
   if constexpr (kGateGrad) {
-    add_up<T>(a, executor, 0, a.parts + class_rows, a.grad_gate.at<T>(), [&](Vec<T> sum, int64_t c, auto part) {
+    total(0, a.parts + class_rows, [&](int64_t c, Vec<T> sum, auto part) {
       const Vec<T> logit = load(a.gate.at<const T>() + c, part) * Acc<T>(a.scale);
-      return sum * simd::sigmoid(logit) * simd::sigmoid(-logit) * Acc<T>(a.scale);
+      store(a.grad_gate.at<T>(c), sum * simd::sigmoid(logit) * simd::sigmoid(-logit) * Acc<T>(a.scale), part);
     });
   }
   if constexpr (kNorm != Norm::none) {
-    const auto as_is = [](Vec<T> sum, int64_t, auto) { return sum; };
-    add_up<T>(a, executor, 1, a.parts, a.grad_weight.at<T>(), as_is);
-    add_up<T>(a, executor, 2, a.parts, a.grad_bias.at<T>(), as_is);
+    total(1, a.parts, [&](int64_t c, Vec<T> sum, auto part) { store(a.grad_weight.at<T>(c), sum, part); });
+    total(2, a.parts, [&](int64_t c, Vec<T> sum, auto part) { store(a.grad_bias.at<T>(c), sum, part); });
   }
 }
 

@@ -5,6 +5,7 @@
 // row. Traffic: every tensor there is once: the gradients in, the row before the norm or x and z for the gate, grad_z
 // and grad_x out. See csrc/cpu/gated_fusion_backward.cpp for what is saved and what is computed again.
 #include "gated_fusion.cuh"
+#include "row_sums.cuh"
 
 namespace pyvidx::cuda {
 
@@ -276,28 +277,20 @@ __global__ __launch_bounds__(kFusionLoopThreads, 2) void gated_fusion_backward_l
   }
 }
 
-// The second stage: 32 channels per block, a warp of channels for every eighth of the parts.
 template <typename T>
-__global__ __launch_bounds__(256) void gated_fusion_add_up_kernel(GatedFusionBackwardArgs a, unsigned class_rows) {
-  __shared__ Acc<T> shared[8][33];
-  const int which = int(blockIdx.y), lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+__global__ __launch_bounds__(kAddUpThreads) void gated_fusion_add_up_kernel(GatedFusionBackwardArgs a,
+                                                                            unsigned class_rows) {
+  const int which = int(blockIdx.y);
   const View<1>& out = which == 0 ? a.grad_gate : which == 1 ? a.grad_weight : a.grad_bias;
   if (!out) return;
-  const int64_t c = int64_t(blockIdx.x) * 32 + lane, count = which == 0 ? a.parts + class_rows : a.parts;
-  Acc<T> sum = 0;
-  if (c < out.size[0]) {
-    for (int64_t i = warp; i < count; i += 8) sum += *a.partial.at<Acc<T>>(which, i, c);
-  }
-  shared[warp][lane] = sum;
-  __syncthreads();
-  if (warp != 0 || c >= out.size[0]) return;
-  sum = 0;
-  for (int i = 0; i < 8; ++i) sum += shared[i][lane];
-  if (which == 0) {
-    const Acc<T> logit = to_acc(*a.gate.at<const T>(c)) * Acc<T>(a.scale);
-    sum *= Acc<T>(a.scale) * sigmoid(logit) * sigmoid(-logit);
-  }
-  *out.at<T>(c) = from_acc<T>(sum);
+  const int64_t C = out.size[0], count = which == 0 ? a.parts + class_rows : a.parts;
+  add_up(a.partial.at<const Acc<T>>(which), C, count, C, [&](int64_t c, Acc<T> sum) {
+    if (which == 0) {
+      const Acc<T> logit = to_acc(*a.gate.at<const T>(c)) * Acc<T>(a.scale);
+      sum *= Acc<T>(a.scale) * sigmoid(logit) * sigmoid(-logit);
+    }
+    *out.at<T>(c) = from_acc<T>(sum);
+  });
 }
 
 }  // namespace pyvidx::cuda
@@ -348,7 +341,7 @@ void launch(const GatedFusionBackwardArgs& a, cudaStream_t stream) {
     check_launch("gated_fusion_backward_loop_kernel");
   }
   if (!a.grad_gate && !kNorm) return;
-  PYVIDX_LAUNCH(gated_fusion_add_up_kernel<T>, dim3(unsigned((C + 31) / 32), 3), 256, 0, stream, a, plan.class_rows);
+  PYVIDX_LAUNCH(gated_fusion_add_up_kernel<T>, dim3(add_up_blocks(C), 3), kAddUpThreads, 0, stream, a, plan.class_rows);
   check_launch("gated_fusion_add_up_kernel");
 }
 

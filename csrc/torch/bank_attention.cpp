@@ -9,10 +9,6 @@ namespace {
 
 using torch::stable::new_empty;
 
-ScalarType wide(const Tensor& x) {
-  return x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
-}
-
 // Enough splits of the positions for the threads of a CPU, which has `tasks` without them, or the blocks of a GPU
 // (steps and heads), each long enough that merging them is nothing beside it.
 int64_t splits_of(const Tensor& q, const Tensor& rows, const OptionalTensor& table, int64_t heads, int64_t tasks) {

@@ -9,10 +9,6 @@ namespace {
 
 using torch::stable::new_empty;
 
-Tensor nothing(const Tensor& like) { return new_empty(like, {0}); }
-ScalarType wide(const Tensor& x) {
-  return x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
-}
 Tensor scratch(const Tensor& like, const OptionalTensor& gate) {
   return new_empty(like, {gate ? gate->size(0) : 0}, wide(like));
 }

@@ -7,10 +7,6 @@ namespace {
 
 using torch::stable::new_empty;
 
-ScalarType wide(const Tensor& x) {
-  return x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
-}
-
 Tensor taps_of(const Tensor& weight) { return new_empty(weight, {weight.size(1) + 2, weight.size(0)}, wide(weight)); }
 
 void temporal_scale_out(const Tensor& x, const Tensor& weight, const OptionalTensor& bias, const OptionalTensor& mask,

@@ -46,6 +46,13 @@ inline Tensor unit_last_stride(const Tensor& x) {
 }
 inline OptionalTensor unit_last_stride(const OptionalTensor& x) { return x ? OptionalTensor(unit_last_stride(*x)) : x; }
 
+// What a kernel computes in: the dtype of scratch.
+inline ScalarType wide(const Tensor& x) {
+  return x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+}
+// An output that is not there.
+inline Tensor nothing(const Tensor& like) { return torch::stable::new_empty(like, {0}); }
+
 // keep [B|1, K] (tube) or [B|1, S, K] as [B, S|1, K]; rows shared between videos get stride 0.
 inline View<3> keep_view(const Tensor& keep, int64_t B) {
   View<3> v;
