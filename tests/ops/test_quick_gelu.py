@@ -1,6 +1,7 @@
 import pytest
 import torch
 
+from pyvidx.ops._library import has_kernel
 from pyvidx.ops.quick_gelu import quick_gelu, reference
 from tests.harness import DEVICES, DTYPES, assert_close_to_reference, assert_gradients_close, poisoned, randn
 
@@ -99,6 +100,7 @@ def test_large_outputs_stream(C, with_bias):
         torch.testing.assert_close(ours, plain, rtol=1e-5, atol=atol)
 
 
+@pytest.mark.skipif(not has_kernel("quick_gelu", "cpu"), reason="the reference has torch's sum, which depends on them")
 def test_the_number_of_threads_changes_nothing():
     both, results = wanting(inputs(700, 515, with_bias=True)), []
     before = torch.get_num_threads()
