@@ -34,7 +34,8 @@ def define(
         fake: shapes and dtypes of the outputs, for torch.compile and export.
         backward, setup_context: as in torch.library.register_autograd.
         autocast: under torch.autocast, "low" casts floating inputs to the autocast dtype (as for a matmul), "widest"
-            to the widest dtype among them (as for a sum). None: inputs are taken as they are.
+            to the widest dtype among them (as for a sum), "first" to that of the first one (parameters to that of the
+            activations). None: inputs are taken as they are.
         flops: operations in matrix products, 2 per multiply-add, as a function of the arguments with shapes in place
             of tensors. None: it has none.
     """
@@ -67,9 +68,8 @@ def _autocast_rule(op, device: str, rule: str) -> Callable:
 
     def call(*args):
         floating = [a.dtype for a in args if isinstance(a, Tensor) and a.is_floating_point()]
-        dtype = torch.get_autocast_dtype(device)
+        dtype = torch.get_autocast_dtype(device) if rule == "low" else floating[0]
         if rule == "widest":
-            dtype = floating[0]
             for other in floating[1:]:
                 dtype = torch.promote_types(dtype, other)
         with torch._C._ExcludeDispatchKeyGuard(keys):
