@@ -6,6 +6,7 @@
 // on.
 #include "temporal_attention.h"
 
+#include "eight_frames.h"
 #include "level.h"
 #include "temporal_attention_bf16.h"
 
@@ -56,6 +57,7 @@ void attend_backward(const TemporalAttentionBackwardArgs& a, const Executor& exe
   using A = Acc<T>;
   const int64_t frames = a.qkv.size[1], D = a.qkv.size[5], tasks = a.qkv.size[0] * a.qkv.size[2] * a.qkv.size[4];
   if (frames == 0 || D == 0) return;
+  if (frames == kEight && D % kLine<T> == 0) return attend_eight_backward<T>(a, executor);
   const bool stream = streams<T>(a.grad_qkv);
   const int64_t ld = round_up(D, kWidth<T>);
   with_query_vector<T>(frames, [&](auto query_vector) {
