@@ -12,6 +12,8 @@ CASES = [
     (2, 2, 5, 3, 16),
     (1, 7, 5, 1, 40),
     (2, 8, 1, 3, 64),
+    (1, 8, 3, 2, 48),
+    (1, 8, 2, 2, 60),
     (1, 9, 2, 2, 88),
     (1, 16, 1, 3, 17),
     (1, 33, 1, 2, 64),
@@ -120,11 +122,12 @@ def test_empty(shape, device):
 
 
 @pytest.mark.skipif("PYVIDX_OPS_LIBRARY" in os.environ, reason="about the CPU kernel, and too large to emulate")
-def test_large_output_streams():
+@pytest.mark.parametrize("T, dtype", [(8, torch.float32), (8, torch.bfloat16), (16, torch.float32)], ids=str)
+def test_large_output_streams(T, dtype):
     """Outputs beyond 4 MiB are written past the caches, forward and backward."""
-    qkv = inputs((1, 8, 140, 16, 64))
+    qkv = inputs((1, T, 140, 16, 64), dtype=dtype)
     assert_close_to_reference(op, reference, (qkv, 0.125))
-    grad_out = randn(1, 8, 140, 1024, seed=1)
+    grad_out = randn(1, T, 140, 1024, dtype=dtype, seed=1)
     assert_close_to_reference(op_backward, reference_backward, (grad_out, qkv, 0.125))
 
 
