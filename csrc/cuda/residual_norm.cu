@@ -10,81 +10,71 @@ constexpr int kNormRows = 4;  // per block, one after another
 
 // The row before the norm, kSize channels from c.
 template <typename X, typename Y, int kSize>
-__device__ __forceinline__ void take_in(const ResidualNormArgs& a, int64_t b, int64_t s, int64_t k, int64_t c,
-                                        Acc<X> factor, Acc<X> (&v)[kSize]) {
+__device__ __forceinline__ void take_in(const ResidualNormArgs& a, bool is_class, int64_t b, int64_t s, int64_t k,
+                                        int64_t c, Acc<X> factor, Acc<X> (&v)[kSize]) {
   Acc<X> y[kSize], bias[kSize] = {};
-  load_channels<X, kSize>(a.x.at<const X>(b, s, k, c), v);
-  load_channels<Y, kSize>(a.y.at<const Y>(b, s, k, c), y);
+  load_channels<X, kSize>(is_class ? a.cls.at<const X>(b, c) : a.x.at<const X>(b, s, k, c), v);
   if (a.bias) load_channels<X, kSize>(a.bias.at<const X>(c), bias);
+  const int64_t slots = !is_class ? 1 : a.y_cls ? a.y_cls.size[1] : 0;
+#pragma unroll 1
+  for (int64_t slot = 0; slot < slots; ++slot) {
+    load_channels<Y, kSize>(is_class ? a.y_cls.at<const Y>(b, slot, c) : a.y.at<const Y>(b, s, k, c), y);
+    const Acc<X> part = is_class ? *a.share.at<const Acc<X>>(b, slot) : factor;
 #pragma unroll
-  for (int i = 0; i < kSize; ++i) v[i] += factor * (y[i] + bias[i]);
-}
-
-template <typename X, typename Y, int kSize>
-__device__ __forceinline__ void take_in_class(const ResidualNormArgs& a, int64_t b, int64_t c, Acc<X> (&v)[kSize]) {
-  Acc<X> y[kSize], bias[kSize] = {};
-  load_channels<X, kSize>(a.cls.at<const X>(b, c), v);
-  if (!a.y_cls) return;
-  if (a.bias) load_channels<X, kSize>(a.bias.at<const X>(c), bias);
-  for (int64_t s = 0; s < a.y_cls.size[1]; ++s) {
-    load_channels<Y, kSize>(a.y_cls.at<const Y>(b, s, c), y);
-    const Acc<X> share = *a.share.at<const Acc<X>>(b, s);
-#pragma unroll
-    for (int i = 0; i < kSize; ++i) v[i] += share * (y[i] + bias[i]);
+    for (int i = 0; i < kSize; ++i) v[i] += part * (y[i] + bias[i]);
   }
 }
 
 template <typename X, typename Y, int kSize, bool kOnce>
-__global__ __launch_bounds__(kNormThreads) void residual_norm_kernel(ResidualNormArgs a, unsigned class_rows) {
+__global__ __launch_bounds__(kNormThreads, 1) void residual_norm_kernel(ResidualNormArgs a, unsigned class_rows) {
   using A = Acc<X>;
   __shared__ A shared[2 * kNormWarps];
   RowSum<1, A, kNormWarps> row_sum{shared};
   const int64_t S = a.x.size[1], K = a.x.size[2], C = a.x.size[3], rows = a.x.size[0] * S * K;
+  const int64_t own = int64_t(threadIdx.x) * kSize, step = int64_t(blockDim.x) * kSize;
   const bool is_class = blockIdx.x < class_rows;
   const int64_t first = is_class ? 0 : int64_t(blockIdx.x - class_rows) * kNormRows;
   const int64_t last = is_class ? 1 : (first + kNormRows < rows ? first + kNormRows : rows);
+#pragma unroll 1
   for (int64_t row = first; row < last; ++row) {
     const int64_t b = is_class ? blockIdx.x : row / (S * K), s = is_class ? 0 : row / K % S, k = is_class ? 0 : row % K;
     const A factor = a.factor && !is_class ? *a.factor.at<const A>(b, s) : A(1);
     A kept[kSize];
-    const auto value = [&](int64_t c, A(&v)[kSize]) {
-      if (is_class) {
-        take_in_class<X, Y, kSize>(a, b, c, v);
-      } else {
-        take_in<X, Y, kSize>(a, b, s, k, c, factor, v);
-      }
-    };
-    const auto again = [&](int64_t c) {
-      if constexpr (!kOnce) value(c, kept);
-    };
     A mean[1] = {}, rstd[1] = {};
-    each_pack<kSize, kOnce>(C, [&](int64_t c) {
-      value(c, kept);
+#pragma unroll 1
+    for (int64_t c = own; c < C; c += step) {
+      take_in<X, Y, kSize>(a, is_class, b, s, k, c, factor, kept);
 #pragma unroll
       for (int i = 0; i < kSize; ++i) mean[0] += kept[i];
-    });
+      if constexpr (kOnce) break;
+    }
     row_sum(mean);
     mean[0] /= A(C);
-    each_pack<kSize, kOnce>(C, [&](int64_t c) {
-      again(c);
+#pragma unroll 1
+    for (int64_t c = own; c < C; c += step) {
+      if constexpr (!kOnce) take_in<X, Y, kSize>(a, is_class, b, s, k, c, factor, kept);
 #pragma unroll
       for (int i = 0; i < kSize; ++i) rstd[0] += (kept[i] - mean[0]) * (kept[i] - mean[0]);
-    });
+      if constexpr (kOnce) break;
+    }
     row_sum(rstd);
     rstd[0] = A(1) / sqrt(rstd[0] / A(C) + A(a.eps));
     const int64_t copies = is_class ? S : 1;
-    each_pack<kSize, kOnce>(C, [&](int64_t c) {  // out may be x or y: only now is it written
-      again(c);
+#pragma unroll 1
+    for (int64_t c = own; c < C; c += step) {  // out may be x or y: only now is it written
+      if constexpr (!kOnce) take_in<X, Y, kSize>(a, is_class, b, s, k, c, factor, kept);
       A weight[kSize], shift[kSize], normed[kSize];
       load_channels<X, kSize>(a.weight.at<const X>(c), weight);
       load_channels<X, kSize>(a.shift.at<const X>(c), shift);
 #pragma unroll
       for (int i = 0; i < kSize; ++i) normed[i] = (kept[i] - mean[0]) * rstd[0] * weight[i] + shift[i];
+#pragma unroll 1
       for (int64_t i = 0; i < copies; ++i) {
         store_channels<X, kSize>(is_class ? a.out_cls.at<X>(b, i, c) : a.out.at<X>(b, s, k, c), kept);
         store_channels<Y, kSize>(is_class ? a.normed_cls.at<Y>(b, i, c) : a.normed.at<Y>(b, s, k, c), normed);
       }
-    });
+      if constexpr (kOnce) break;
+    }
     for (int64_t i = threadIdx.x; i < copies; i += blockDim.x) {
       A* stats = is_class ? a.stats_cls.at<A>(b, i) : a.stats.at<A>(b, s, k);
       stats[0] = mean[0], stats[1] = rstd[0];

@@ -9,7 +9,7 @@ namespace pyvidx::cuda {
 constexpr int kNormThreads = 256;  // at most
 constexpr int kNormWarps = kNormThreads / 32;
 
-// kSize elements of any type, in 16-byte accesses where there are so many, else in one of 8 or element by element.
+// kSize elements of any type, in 16-byte accesses where there are so many, else element by element.
 template <typename T, int kSize>
 __device__ __forceinline__ void load_channels(const T* p, Acc<T> (&x)[kSize]) {
   if constexpr (kSize < kVec<T>) {
@@ -17,7 +17,12 @@ __device__ __forceinline__ void load_channels(const T* p, Acc<T> (&x)[kSize]) {
     for (int i = 0; i < kSize; ++i) x[i] = to_acc(p[i]);
   } else {
 #pragma unroll
-    for (int j = 0; j < kSize; j += kVec<T>) load_vec<T>(p + j, reinterpret_cast<Acc<T>(&)[kVec<T>]>(x[j]));
+    for (int j = 0; j < kSize; j += kVec<T>) {
+      Acc<T> part[kVec<T>];
+      load_vec<T>(p + j, part);
+#pragma unroll
+      for (int i = 0; i < kVec<T>; ++i) x[j + i] = part[i];
+    }
   }
 }
 template <typename T, int kSize>
@@ -27,16 +32,12 @@ __device__ __forceinline__ void store_channels(T* p, const Acc<T> (&x)[kSize]) {
     for (int i = 0; i < kSize; ++i) p[i] = from_acc<T>(x[i]);
   } else {
 #pragma unroll
-    for (int j = 0; j < kSize; j += kVec<T>) store_vec<T>(p + j, reinterpret_cast<const Acc<T>(&)[kVec<T>]>(x[j]));
-  }
-}
-
-// f(c) for the packs of this thread; kOnce: it has one at most, and may keep it in registers.
-template <int kSize, bool kOnce, typename F>
-__device__ __forceinline__ void each_pack(int64_t C, F&& f) {
-  for (int64_t c = int64_t(threadIdx.x) * kSize; c < C; c += int64_t(blockDim.x) * kSize) {
-    f(c);
-    if constexpr (kOnce) break;
+    for (int j = 0; j < kSize; j += kVec<T>) {
+      Acc<T> part[kVec<T>];
+#pragma unroll
+      for (int i = 0; i < kVec<T>; ++i) part[i] = x[j + i];
+      store_vec<T>(p + j, part);
+    }
   }
 }
 

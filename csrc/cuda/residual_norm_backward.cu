@@ -11,27 +11,28 @@ struct NormBackwardPlan {
   unsigned class_rows, parts, chunk, chunks;  // blocks: class rows, then parts
 };
 
-// kSize channels of a row: the gradients of out and normed, and the row before the norm.
+// kSize channels of a row: the gradients of out and normed, the normalized row and the norm's weight.
 template <typename X, typename Y, int kSize>
 __device__ __forceinline__ void load_gradients(const ResidualNormBackwardArgs& a, bool is_class, int64_t b, int64_t s,
-                                               int64_t k, int64_t c, Acc<X> (&grad)[kSize], Acc<X> (&normed)[kSize],
-                                               Acc<X> (&value)[kSize]) {
-  if (!is_class) {
-    load_channels<X, kSize>(a.grad_out.at<const X>(b, s, k, c), grad);
-    load_channels<Y, kSize>(a.grad_normed.at<const Y>(b, s, k, c), normed);
-    load_channels<X, kSize>(a.value.at<const X>(b, s, k, c), value);
-    return;
-  }
+                                               int64_t k, int64_t c, const Acc<X>* stats, Acc<X> (&grad)[kSize],
+                                               Acc<X> (&normed)[kSize], Acc<X> (&value)[kSize],
+                                               Acc<X> (&weight)[kSize]) {
 #pragma unroll
   for (int i = 0; i < kSize; ++i) grad[i] = normed[i] = 0;
-  for (int64_t slot = 0; slot < a.value_cls.size[1]; ++slot) {
-    Acc<X> more[kSize];
-    load_channels<X, kSize>(a.grad_out_cls.at<const X>(b, slot, c), value);
-    load_channels<Y, kSize>(a.grad_normed_cls.at<const Y>(b, slot, c), more);
+  const int64_t slots = is_class ? a.value_cls.size[1] : 1;
+#pragma unroll 1
+  for (int64_t slot = 0; slot < slots; ++slot) {
+    load_channels<X, kSize>(is_class ? a.grad_out_cls.at<const X>(b, slot, c) : a.grad_out.at<const X>(b, s, k, c),
+                            value);
+    load_channels<Y, kSize>(
+        is_class ? a.grad_normed_cls.at<const Y>(b, slot, c) : a.grad_normed.at<const Y>(b, s, k, c), weight);
 #pragma unroll
-    for (int i = 0; i < kSize; ++i) grad[i] += value[i], normed[i] += more[i];
+    for (int i = 0; i < kSize; ++i) grad[i] += value[i], normed[i] += weight[i];
   }
-  load_channels<X, kSize>(a.value_cls.at<const X>(b, 0, c), value);
+  load_channels<X, kSize>(is_class ? a.value_cls.at<const X>(b, 0, c) : a.value.at<const X>(b, s, k, c), value);
+  load_channels<X, kSize>(a.weight.at<const X>(c), weight);
+#pragma unroll
+  for (int i = 0; i < kSize; ++i) value[i] = (value[i] - stats[0]) * stats[1];
 }
 
 // Stores what follows from g, kSize channels of a row's whole gradient.
@@ -39,33 +40,36 @@ template <typename X, typename Y, int kSize>
 __device__ __forceinline__ void store_gradients(const ResidualNormBackwardArgs& a, bool is_class, int64_t b, int64_t s,
                                                 int64_t k, int64_t c, Acc<X> factor, const Acc<X> (&g)[kSize]) {
   Acc<X> scaled[kSize];
-  const auto scale = [&](Acc<X> by) {
-#pragma unroll
-    for (int i = 0; i < kSize; ++i) scaled[i] = g[i] * by;
-  };
   if (!is_class) {
     store_channels<X, kSize>(a.grad_x.at<X>(b, s, k, c), g);
-    scale(factor);
-    if (a.grad_y) store_channels<Y, kSize>(a.grad_y.at<Y>(b, s, k, c), scaled);
-    return;
+    if (!a.grad_y) return;
+#pragma unroll
+    for (int i = 0; i < kSize; ++i) scaled[i] = g[i] * factor;
+    return store_channels<Y, kSize>(a.grad_y.at<Y>(b, s, k, c), scaled);
   }
   store_channels<X, kSize>(a.grad_cls.at<X>(b, 0, c), g);
-  scale(0);
+#pragma unroll
+  for (int i = 0; i < kSize; ++i) scaled[i] = 0;
+#pragma unroll 1
   for (int64_t row = 1; row < a.grad_cls.size[1]; ++row) store_channels<X, kSize>(a.grad_cls.at<X>(b, row, c), scaled);
   if (!a.grad_y_cls) return;
+#pragma unroll 1
   for (int64_t slot = 0; slot < a.grad_y_cls.size[1]; ++slot) {
-    scale(*a.share.at<const Acc<X>>(b, slot));
+    const Acc<X> share = *a.share.at<const Acc<X>>(b, slot);
+#pragma unroll
+    for (int i = 0; i < kSize; ++i) scaled[i] = g[i] * share;
     store_channels<Y, kSize>(a.grad_y_cls.at<Y>(b, slot, c), scaled);
   }
 }
 
 template <typename X, typename Y, int kSize, bool kOnce>
-__global__ __launch_bounds__(kNormThreads) void residual_norm_backward_kernel(ResidualNormBackwardArgs a,
-                                                                              NormBackwardPlan plan) {
+__global__ __launch_bounds__(kNormThreads, 1) void residual_norm_backward_kernel(ResidualNormBackwardArgs a,
+                                                                                 NormBackwardPlan plan) {
   using A = Acc<X>;
   __shared__ A shared[2 * kNormWarps * 2];
   RowSum<2, A, kNormWarps> row_sum{shared};
   const int64_t S = a.value.size[1], K = a.value.size[2], C = a.value.size[3];
+  const int64_t own = int64_t(threadIdx.x) * kSize, step = int64_t(blockDim.x) * kSize;
   const bool is_class = blockIdx.x < plan.class_rows;
   const unsigned part = is_class ? plan.parts + blockIdx.x : blockIdx.x - plan.class_rows;
   const int64_t frame = part / plan.chunks, b = is_class ? blockIdx.x : frame / S, s = is_class ? 0 : frame % S;
@@ -78,27 +82,25 @@ __global__ __launch_bounds__(kNormThreads) void residual_norm_backward_kernel(Re
   }
   A to_bias[kSize] = {}, to_weight[kSize] = {}, to_shift[kSize] = {};
   A grad[kSize], normed[kSize], value[kSize], weight[kSize];
+#pragma unroll 1
   for (int64_t k = first; k < last; ++k) {
     const A* stats = is_class ? a.stats_cls.at<const A>(b, 0) : a.stats.at<const A>(b, s, k);
-    const auto load = [&](int64_t c) {
-      load_gradients<X, Y, kSize>(a, is_class, b, s, k, c, grad, normed, value);
-      load_channels<X, kSize>(a.weight.at<const X>(c), weight);
-#pragma unroll
-      for (int i = 0; i < kSize; ++i) value[i] = (value[i] - stats[0]) * stats[1];
-    };
     A mean[2] = {};
-    each_pack<kSize, kOnce>(C, [&](int64_t c) {
-      load(c);
+#pragma unroll 1
+    for (int64_t c = own; c < C; c += step) {
+      load_gradients<X, Y, kSize>(a, is_class, b, s, k, c, stats, grad, normed, value, weight);
 #pragma unroll
       for (int i = 0; i < kSize; ++i) {
         mean[0] += normed[i] * weight[i];
         mean[1] += normed[i] * weight[i] * value[i];
       }
-    });
+      if constexpr (kOnce) break;
+    }
     row_sum(mean);
     mean[0] /= A(C), mean[1] /= A(C);
-    each_pack<kSize, kOnce>(C, [&](int64_t c) {
-      if constexpr (!kOnce) load(c);
+#pragma unroll 1
+    for (int64_t c = own; c < C; c += step) {
+      if constexpr (!kOnce) load_gradients<X, Y, kSize>(a, is_class, b, s, k, c, stats, grad, normed, value, weight);
       A g[kSize];
 #pragma unroll
       for (int i = 0; i < kSize; ++i) {
@@ -106,25 +108,24 @@ __global__ __launch_bounds__(kNormThreads) void residual_norm_backward_kernel(Re
         if constexpr (kOnce) {
           to_bias[i] += factor * g[i], to_weight[i] += normed[i] * value[i], to_shift[i] += normed[i];
         } else {  // only this thread touches channel c of this part
-          const A sums[3] = {factor * g[i], normed[i] * value[i], normed[i]};
-          for (int j = 0; j < 3; ++j) {
-            A* sum = a.partial.at<A>(j, part, c + i);
-            *sum = k == first ? sums[j] : *sum + sums[j];
-          }
+          A *bias = a.partial.at<A>(0, part, c + i), *scale = a.partial.at<A>(1, part, c + i);
+          A* shift = a.partial.at<A>(2, part, c + i);
+          *bias = (k == first ? A(0) : *bias) + factor * g[i];
+          *scale = (k == first ? A(0) : *scale) + normed[i] * value[i];
+          *shift = (k == first ? A(0) : *shift) + normed[i];
         }
       }
       store_gradients<X, Y, kSize>(a, is_class, b, s, k, c, factor, g);
-    });
+      if constexpr (kOnce) break;
+    }
   }
-  if constexpr (kOnce) {
-    each_pack<kSize, true>(C, [&](int64_t c) {
+  if (kOnce && own < C) {
 #pragma unroll
-      for (int i = 0; i < kSize; ++i) {
-        *a.partial.at<A>(0, part, c + i) = to_bias[i];
-        *a.partial.at<A>(1, part, c + i) = to_weight[i];
-        *a.partial.at<A>(2, part, c + i) = to_shift[i];
-      }
-    });
+    for (int i = 0; i < kSize; ++i) {
+      *a.partial.at<A>(0, part, own + i) = to_bias[i];
+      *a.partial.at<A>(1, part, own + i) = to_weight[i];
+      *a.partial.at<A>(2, part, own + i) = to_shift[i];
+    }
   }
 }
 
