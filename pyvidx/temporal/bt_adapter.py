@@ -108,7 +108,8 @@ class SpatialLayer(Block):
         y = F.linear(self.attention(normed), self.out.weight)
         share = _share(drop, frame_mask, y)
         norm = (self.norm2.weight, self.norm2.bias, self.norm2.eps)
-        out = None if wants_grad(x, y) or x.dtype != y.dtype else (y, normed)  # both have been read
+        in_place = x.dtype == y.dtype and not wants_grad(x, y, self.out.bias, *self.norm2.parameters())
+        out = (y, normed) if in_place else None  # what was in them has been read
         return residual_norm(x, y, norm, bias=self.out.bias, factor=drop, share=share, out=out)
 
     def mean_tokens(self, mixed: Mixed, group: Grouping) -> tuple[Tensor, Tensor]:
@@ -132,8 +133,8 @@ class SpatialLayer(Block):
         q = F.linear(n[:, 0, 0], wq.flatten(0, 1), bq.flatten()).view(B, H, D)
         probe = torch.einsum("bhd,hdc->bch", q * D**-0.5, wk)
         weights = (n @ probe[:, None]).softmax(dim=2)  # [B, S, 1 + K, H]
-        mixed_rows = frame_mean(weights.transpose(2, 3) @ n, frame_mask)  # [B, H, C], over the slots
-        y = (torch.einsum("bhc,hdc->bhd", mixed_rows, wv) + bv).reshape(B, C)
+        weighted = frame_mean(weights.transpose(2, 3) @ n, frame_mask)  # [B, H, C], over the slots
+        y = (torch.einsum("bhc,hdc->bhd", weighted, wv) + bv).reshape(B, C)
         cls = residual(mixed.cls, self.out(y))
         return residual(cls, self.mlp(cls))
 
