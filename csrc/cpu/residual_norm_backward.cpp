@@ -1,6 +1,5 @@
 // A part is a chunk of rows of one frame; its sums over rows stay in L1 and are added up by parts afterwards. The class
-// rows of a video are one row whose gradients are summed first: all that follows is linear in them. Nothing is stored
-// past the caches: such stores, taking turns with those of the sums, leave half-filled lines (1.8 times as slow).
+// rows of a video are one row whose gradients are summed first: all that follows is linear in them.
 #include "level.h"
 #include "parallel.h"
 #include "pyvidx/residual_norm.h"
@@ -30,10 +29,15 @@ struct Sums {
   A *bias, *weight, *shift;  // bias may be absent
 };
 
-// put(c, g, part): stores what follows from g, and gives what of it goes to the product's bias.
+// Channels whose gradients are collected before they are stored: stores past the caches that take turns with those of
+// the sums leave half-filled lines (half the speed).
+constexpr int64_t kBlock = 256;
+
+// put(c, n, g): stores what follows from n channels of the row's whole gradient. to_bias: how much goes to the bias.
 template <typename X, typename G, typename N, typename Put>
 PYVIDX_SIMD void backward_row(const ResidualNormBackwardArgs& a, const Row<X, G, N>& r, const Row<X, G, N>& next,
-                              const Sums<Acc<X>>& sums, Put&& put) {
+                              const Sums<Acc<X>>& sums, Acc<X> to_bias, Put&& put) {
+  alignas(64) Acc<X> whole[kBlock];
   const int64_t C = a.value.size[3];
   const X* weight = a.weight.at<const X>();
   const Acc<X> mean = r.stats[0], rstd = r.stats[1];
@@ -46,18 +50,30 @@ PYVIDX_SIMD void backward_row(const ResidualNormBackwardArgs& a, const Row<X, G,
     sum_gx += g * (load(r.value + c, part) - mean);
   });
   const Acc<X> mean_g = simd::sum(sum_g) / Acc<X>(C), mean_gx = simd::sum(sum_gx) * rstd / Acc<X>(C);
-  each<X>(C, [&](int64_t c, auto part) {
-    simd::prefetch(next.grad_out + c);
-    const Vec<X> grad = load(r.grad_normed + c, part), normal = (load(r.value + c, part) - mean) * rstd;
-    const Vec<X> through = (grad * load(weight + c, part) - mean_g - normal * mean_gx) * rstd;
-    const Vec<X> shift = load(sums.shift + c, part) + grad, scale = load(sums.weight + c, part) + grad * normal;
-    Vec<X> bias = {};
-    if (sums.bias != nullptr) bias = load(sums.bias + c, part);
-    bias += put(c, load(r.grad_out + c, part) + through, part);
-    store(sums.shift + c, shift, part);
-    store(sums.weight + c, scale, part);
-    if (sums.bias != nullptr) store(sums.bias + c, bias, part);
-  });
+  for (int64_t first = 0; first < C; first += kBlock) {
+    const int64_t n = C - first < kBlock ? C - first : kBlock;
+    each<X>(n, [&](int64_t i, auto part) {
+      const int64_t c = first + i;
+      simd::prefetch(next.grad_out + c);
+      const Vec<X> grad = load(r.grad_normed + c, part), normal = (load(r.value + c, part) - mean) * rstd;
+      const Vec<X> through = (grad * load(weight + c, part) - mean_g - normal * mean_gx) * rstd;
+      const Vec<X> g = load(r.grad_out + c, part) + through;
+      const Vec<X> shift = load(sums.shift + c, part) + grad, scale = load(sums.weight + c, part) + grad * normal;
+      Vec<X> bias = {};
+      if (sums.bias != nullptr) bias = load(sums.bias + c, part) + g * to_bias;
+      store(whole + i, g, part);
+      store(sums.shift + c, shift, part);
+      store(sums.weight + c, scale, part);
+      if (sums.bias != nullptr) store(sums.bias + c, bias, part);
+    });
+    put(first, n, whole);
+  }
+}
+
+// out <- scale * g
+template <typename T, typename A>
+PYVIDX_SIMD void put_scaled(T* out, int64_t n, const A* g, A scale, bool stream) {
+  each<T>(n, out, stream, [&](int64_t i, auto part) { store(out + i, load(g + i, part) * scale, part); });
 }
 
 template <typename X>
@@ -86,13 +102,11 @@ void class_part(const ResidualNormBackwardArgs& a, int64_t b, int64_t part_of_su
   });
   for (int64_t s = 0; a.share && s < S; ++s) shares += *a.share.at<const A>(b, s);
   const Row<X, A, A> row{grad_out, grad_normed, a.value_cls.at<const X>(b), a.stats_cls.at<const A>(b)};
-  X* grad_cls = a.grad_cls.at<X>(b);
-  backward_row<X>(a, row, row, zeroed_sums<X>(a, part_of_sums), [&](int64_t c, auto g, auto part) {
-    store(grad_cls + c, g, part);
-    for (int64_t s = 1; s < a.grad_cls.size[1]; ++s) store(a.grad_cls.at<X>(b, s) + c, Vec<X>{}, part);
-    for (int64_t s = 0; a.grad_y_cls && s < S; ++s)
-      store(a.grad_y_cls.at<Y>(b, s) + c, g * *a.share.at<const A>(b, s), part);
-    return g * shares;
+  backward_row<X>(a, row, row, zeroed_sums<X>(a, part_of_sums), shares, [&](int64_t c, int64_t n, const A* g) {
+    for (int64_t i = 0; i < a.grad_cls.size[1]; ++i) put_scaled(a.grad_cls.at<X>(b, i, c), n, g, A(i == 0), false);
+    for (int64_t s = 0; a.grad_y_cls && s < S; ++s) {
+      put_scaled(a.grad_y_cls.at<Y>(b, s, c), n, g, *a.share.at<const A>(b, s), false);
+    }
   });
 }
 
@@ -102,6 +116,7 @@ void backward_of(const ResidualNormBackwardArgs& a, const Executor& executor) {
   const int64_t B = a.value.size[0], S = a.value.size[1], K = a.value.size[2], C = a.value.size[3];
   const int64_t chunk = row_chunk(B * S, K), parts = row_parts(B * S, K), chunks = parts / (B * S > 0 ? B * S : 1);
   const int64_t class_rows = a.grad_cls ? B : 0;
+  const bool stream = B * S * K * C * int64_t(sizeof(X)) > simd::kStreamBytes;
   parallel_for(executor, class_rows + parts, kGrainElements / (chunk * C + 1) + 1, [&](int64_t begin, int64_t end) {
     for (; begin < end && begin < class_rows; ++begin) class_part<X, Y>(a, begin, parts + begin);
     for (int64_t part = begin - class_rows; part < end - class_rows; ++part) {
@@ -114,12 +129,10 @@ void backward_of(const ResidualNormBackwardArgs& a, const Executor& executor) {
       const A factor = a.factor ? *a.factor.at<const A>(b, s) : A(1);
       const Sums<A> sums = zeroed_sums<X>(a, part);
       for (int64_t k = first; k < last; ++k) {
-        X* grad_x = a.grad_x.at<X>(b, s, k);
-        Y* grad_y = a.grad_y ? a.grad_y.at<Y>(b, s, k) : nullptr;
-        backward_row<X>(a, row_at(k), row_at(k + 1 < last ? k + 1 : k), sums, [&](int64_t c, auto g, auto part) {
-          store(grad_x + c, g, part);
-          if (grad_y != nullptr) store(grad_y + c, g * factor, part);
-          return g * factor;
+        const Row<X, X, Y> next = row_at(k + 1 < last ? k + 1 : k);
+        backward_row<X>(a, row_at(k), next, sums, factor, [&](int64_t c, int64_t n, const A* g) {
+          put_scaled(a.grad_x.at<X>(b, s, k, c), n, g, A(1), stream);
+          if (a.grad_y) put_scaled(a.grad_y.at<Y>(b, s, k, c), n, g, factor, stream);
         });
       }
     }
