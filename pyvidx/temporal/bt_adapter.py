@@ -10,7 +10,7 @@ patches; see pyvidx.temporal.grouping) and one class token [B, C] per video; not
                                                        averaged over the slots. Then both + MLP(LN)
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -66,11 +66,7 @@ class TemporalLayer(nn.Module):
         return self.out if self.fc is None else self.fc
 
     def forward(self, normed: Tensor, drop: Tensor | None = None, frame_mask: Tensor | None = None) -> Tensor:
-        """LN z [B, S, K, C] -> [B, S, K, C], without the residual. Arguments as in `product`."""
-        return self.product(normed, drop, frame_mask) + self.last.bias
-
-    def product(self, normed: Tensor, drop: Tensor | None = None, frame_mask: Tensor | None = None) -> Tensor:
-        """The same without the bias of `last`, which residual_norm adds.
+        """LN z [B, S, K, C] -> [B, S, K, C], without the residual and the bias of `last`: residual_norm adds both.
 
         drop [B, K]: see masking.drop_path_draws. frame_mask [B, S]: the slots attended to, see pyvidx.temporal.frames.
         """
@@ -264,9 +260,9 @@ class BTAdapterBranch(nn.Module):
                 cls = mix(state[1], frame_mean(x[:, :, 0], real), self.gate, self.gate_scale)
         else:
             (z, cls), normed = state, layer.norm(state[0])
-        return Mixed(z, self._run(layer.product, normed, drop, real), layer.last.bias, cls)
+        return Mixed(z, self._run(layer, normed, drop, real), layer.last.bias, cls)
 
-    def _run(self, layer: Callable, *inputs: Mixed | Tensor | None):
+    def _run(self, layer: nn.Module, *inputs: Mixed | Tensor | None):
         if self.checkpointing and torch.is_grad_enabled():
             # Nothing is drawn inside: the drops come in.
             return checkpoint(layer, *inputs, use_reentrant=False, preserve_rng_state=False)

@@ -61,12 +61,13 @@ class Separate(TemporalModule):
         layer = self.temporal[j]
         if self.class_token == "frame":
             x = x if time is None else x + time
-            return block(residual(x, layer(layer.norm(x), frame_mask=frame_mask)))
+            return block(residual(x, layer(layer.norm(x), frame_mask=frame_mask) + layer.last.bias))
         cls, z = x[:, :, :1], x[:, :, 1:]
         if j == 0:
             cls = frame_mean(cls, frame_mask)[:, None].expand_as(cls)
         z = z if time is None else z + time
-        x = torch.cat([cls, residual(z, layer(layer.norm(z), frame_mask=frame_mask))], dim=2)
+        z = residual(z, layer(layer.norm(z), frame_mask=frame_mask) + layer.last.bias)
+        x = torch.cat([cls, z], dim=2)
         y = block.attend(x)
         y[:, :, 0] = frame_mean(y[:, :, 0], frame_mask)[:, None]
         x = residual(x, y)
