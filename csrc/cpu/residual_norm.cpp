@@ -26,9 +26,7 @@ struct Outputs {
   int64_t count, out_stride, normed_stride, stats_stride;  // copies
 };
 
-bool streams(const void* p, int64_t bytes) { return reinterpret_cast<uintptr_t>(p) % bytes == 0; }
-
-// value(c, part): the row before the norm.
+// value_of(c, part): the row before the norm.
 template <typename X, typename Y, typename Value>
 PYVIDX_SIMD void norm_row(const ResidualNormArgs& a, const Outputs<X, Y>& to, bool stream, Value&& value_of) {
   const int64_t C = a.x.size[3];
@@ -38,7 +36,7 @@ PYVIDX_SIMD void norm_row(const ResidualNormArgs& a, const Outputs<X, Y>& to, bo
   const Acc<X> total = simd::sum_of<X>(C, [&](int64_t c, auto part) {
     const Vec<X> v = value_of(c, part);
     if (buffer != nullptr) store(buffer + c, v, part);
-    return simd::only(v, part);
+    return v;
   });
   const auto value = [&](int64_t c, auto part) {
     return buffer != nullptr ? load(buffer + c, part) : value_of(c, part);
@@ -53,7 +51,7 @@ PYVIDX_SIMD void norm_row(const ResidualNormArgs& a, const Outputs<X, Y>& to, bo
     Acc<X>* stats = to.stats + i * to.stats_stride;
     stats[0] = mean, stats[1] = rstd;
   }
-  stream = stream && to.count == 1 && streams(to.normed, sizeof(Y) * simd::kWidth<Y>);
+  stream = stream && to.count == 1 && reinterpret_cast<uintptr_t>(to.normed) % (sizeof(Y) * simd::kWidth<Y>) == 0;
   each<X>(C, to.out, stream, [&](int64_t c, auto part) {
     const Vec<X> v = value(c, part), n = (v - mean) * rstd * load(weight + c, part) + load(shift + c, part);
     for (int64_t i = 0; i < to.count; ++i) {

@@ -103,7 +103,8 @@ void class_part(const ResidualNormBackwardArgs& a, int64_t b, int64_t part_of_su
   for (int64_t s = 0; a.share && s < S; ++s) shares += *a.share.at<const A>(b, s);
   const Row<X, A, A> row{grad_out, grad_normed, a.value_cls.at<const X>(b), a.stats_cls.at<const A>(b)};
   backward_row<X>(a, row, row, zeroed_sums<X>(a, part_of_sums), shares, [&](int64_t c, int64_t n, const A* g) {
-    for (int64_t i = 0; i < a.grad_cls.size[1]; ++i) put_scaled(a.grad_cls.at<X>(b, i, c), n, g, A(i == 0), false);
+    put_scaled(a.grad_cls.at<X>(b, 0, c), n, g, A(1), false);
+    for (int64_t i = 1; i < a.grad_cls.size[1]; ++i) __builtin_memset(a.grad_cls.at<X>(b, i, c), 0, n * sizeof(X));
     for (int64_t s = 0; a.grad_y_cls && s < S; ++s) {
       put_scaled(a.grad_y_cls.at<Y>(b, s, c), n, g, *a.share.at<const A>(b, s), false);
     }

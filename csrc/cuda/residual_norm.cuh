@@ -2,7 +2,6 @@
 #pragma once
 #include "block.cuh"
 #include "pyvidx/residual_norm.h"
-#include "row_sums.cuh"
 
 namespace pyvidx::cuda {
 

@@ -4,6 +4,7 @@
 // packs than threads, or not aligned, keep their sums in the scratch row. Traffic: 4 passes, 5 with grad_y.
 #include "pyvidx/row_parts.h"
 #include "residual_norm.cuh"
+#include "row_sums.cuh"
 
 namespace pyvidx::cuda {
 

@@ -146,7 +146,7 @@ class Pretraining(nn.Module):
         project = self.model.backbone.projection
         video = project(self.model.frame_vectors(xs[-1], cls).mean(dim=1))
         # The projection has no bias: the mean of the tokens' projections is the projection of their mean.
-        branch = project(z.mean(dim=2).mean(dim=1))  # one mean over both runs at a tenth of the speed
+        branch = project(z.mean(dim=2).mean(dim=1))  # torch is slow at one mean over both
         video, branch, text = (gather(e, gradient=self.gradient) for e in (video, branch, text))
         vtc, mbca, mbta = self.weights
         return Losses(

@@ -59,7 +59,7 @@ struct ResidualNormBackwardArgs {
   View<1> grad_weight;      // [C]           out
   View<1> grad_shift;       // [C]           out
   View<3> partial;          // [3, row_parts(B * S, K) + B, C]  scratch, wide, contiguous
-  View<3> class_sums;       // [B, 2, C]     scratch, wide, contiguous, with class rows
+  View<3> class_sums;       // [B, 2, C]     scratch of the CPU, wide, contiguous, with class rows
 };
 
 void residual_norm_backward_cpu(const ResidualNormBackwardArgs& args, const Executor& executor);
