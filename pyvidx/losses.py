@@ -15,7 +15,9 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
+EPS = 1e-8  # the least norm that a vector is divided by
 GRADIENTS = ("global", "official")
 
 
@@ -58,7 +60,28 @@ def alignment(student: Tensor, teacher: Tensor) -> Tensor:
             f"got {tuple(student.shape)} and {tuple(teacher.shape)}"
         )
     with _no_autocast(student):
-        return (2 - 2 * (_unit(student) * _unit(teacher.detach())).sum(dim=-1)).mean()
+        return _Alignment.apply(_wide(student), _wide(teacher.detach()))
+
+
+class _Alignment(torch.autograd.Function):
+    """Neither unit vectors nor their gradients are written: that of a token is a sum of the two with scalar weights."""
+
+    @staticmethod
+    def forward(ctx, student, teacher):
+        per_student, per_teacher = (
+            torch.linalg.vector_norm(x, dim=-1, keepdim=True).clamp_min(EPS).reciprocal() for x in (student, teacher)
+        )
+        cos = (student * teacher).sum(dim=-1, keepdim=True) * per_student * per_teacher
+        ctx.save_for_backward(student, teacher, cos, per_student, per_teacher)
+        return (2 - 2 * cos).mean()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        student, teacher, cos, per_student, per_teacher = ctx.saved_tensors
+        along = -2 * grad / cos.numel() * per_student
+        back = cos * per_student * (per_student < 1 / EPS)  # a shorter one is only divided by EPS
+        return torch.mul(teacher, along * per_teacher).addcmul_(student, along * -back), None
 
 
 def gather(x: Tensor, *, gradient: str = "global", group: dist.ProcessGroup | None = None) -> Tensor:
@@ -107,6 +130,9 @@ def _no_autocast(x: Tensor):
     return torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext()
 
 
+def _wide(x: Tensor) -> Tensor:
+    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+
+
 def _unit(x: Tensor) -> Tensor:
-    x = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
-    return F.normalize(x, dim=-1, eps=1e-8)
+    return F.normalize(_wide(x), dim=-1, eps=EPS)

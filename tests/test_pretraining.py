@@ -5,7 +5,7 @@ import torch
 from torch import distributed as dist
 
 from pyvidx.backbones import CLIPText, CLIPTextConfig
-from pyvidx.losses import alignment, contrastive, gather
+from pyvidx.losses import _unit, alignment, contrastive, gather
 from pyvidx.models import BTAdapter
 from pyvidx.models.pretraining import Pretraining
 from pyvidx.temporal.bt_adapter import _split
@@ -49,6 +49,20 @@ def test_alignment():
     assert not alignment(a, b).requires_grad  # the teacher is not taught
     with pytest.raises(ValueError, match="one shape"):
         alignment(a, b[0])
+
+
+def test_alignment_gradient():
+    """Also of a student too short for its direction to count: it is divided by 1e-8 instead of its norm."""
+    student, teacher = torch.randn(3, 4, 5).double(), torch.randn(3, 4, 5).double()
+    student[0, 0] *= 1e-10
+    student[0, 1] = 0
+    teacher[0, 2] = 0
+    grads = []
+    for loss in (alignment, lambda a, b: (2 - 2 * (_unit(a) * _unit(b)).sum(-1)).mean()):
+        leaf = student.clone().requires_grad_()
+        grads.append(torch.autograd.grad(3 * loss(leaf, teacher), leaf)[0])
+    for got, want in zip(*(g.flatten(0, 1) for g in grads)):  # each by its own size
+        torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12 * want.abs().max().item())
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

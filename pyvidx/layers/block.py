@@ -1,19 +1,15 @@
 """The pre-norm transformer block that CLIP and the branch of BT-Adapter are made of."""
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pyvidx import ops
-
-
-def wants_grad(*tensors: Tensor) -> bool:
-    return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+from pyvidx.layers.linear import add_linear, product, residual, split_qkv, wants_grad
 
 
 def _quick_gelu(x: Tensor, layer: nn.Linear) -> Tensor:
     """The activation adds the layer's bias: a pass less each way. In place where no gradient is wanted."""
-    h, bias = F.linear(x, layer.weight), layer.bias
+    h, bias = product(x, layer), layer.bias
     in_place = h.dtype == bias.dtype and not wants_grad(h, bias)
     return ops.quick_gelu(h, bias, out=h) if in_place else ops.quick_gelu(h, bias)
 
@@ -29,14 +25,6 @@ def _silu(x: Tensor, layer: nn.Linear) -> Tensor:
 
 
 ACTIVATED = {"quick_gelu": _quick_gelu, "gelu": _gelu, "silu": _silu}  # of a linear layer
-
-
-def residual(x: Tensor, y: Tensor) -> Tensor:
-    """x + y, written into y, the fresh output of a linear layer, where no gradient is wanted.
-
-    Under autograd y is a view of what the product wrote: writing into it makes the backward pass copy the gradient.
-    """
-    return y.add_(x) if y.dtype == x.dtype and not wants_grad(x, y) else x + y
 
 
 class Block(nn.Module):
@@ -75,7 +63,7 @@ class Block(nn.Module):
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """[..., N, C] -> [..., N, C], attention over N. mask: as in `attend`."""
         x = residual(x, self.attend(x, mask))
-        return residual(x, self.mlp(x))
+        return self.feed_forward(x)
 
     def attend(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """MHA(LN x) without the residual. [..., N, C] -> [..., N, C].
@@ -87,7 +75,7 @@ class Block(nn.Module):
     def attention(self, normed: Tensor, mask: Tensor | None = None) -> Tensor:
         """What `out` projects, of LN x. [..., N, C] -> [..., N, C]."""
         *rows, N, C = normed.shape
-        q, k, v = _heads(self.qkv(normed).view(-1, N, 3, self.heads, C // self.heads))
+        q, k, v = split_qkv(normed.reshape(-1, N, C), self.qkv, self.heads)
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=self.causal)
         return y.transpose(1, 2).reshape(*rows, N, C)
 
@@ -95,29 +83,6 @@ class Block(nn.Module):
         """The MLP of LN x up to its second layer. [..., C] -> [..., mlp_width]."""
         return ACTIVATED[self.hidden_act](normed, self.fc1)
 
-    def mlp(self, x: Tensor) -> Tensor:
-        """MLP(LN x) without the residual. [..., C] -> [..., C]."""
-        return self.fc2(self.hidden(self.norm2(x)))
-
-
-def _heads(qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Packed [rows, N, 3, H, D] -> views [rows, H, N, D] of q, k and v."""
-    if wants_grad(qkv) and not torch.compiler.is_compiling():
-        return _Heads.apply(qkv)
-    return qkv.permute(2, 0, 3, 1, 4).unbind(0)
-
-
-class _Heads(torch.autograd.Function):
-    """The gradient is packed in one pass; that of three views would be stacked first and packed then."""
-
-    @staticmethod
-    def forward(ctx, qkv):
-        return qkv.permute(2, 0, 3, 1, 4).unbind(0)
-
-    @staticmethod
-    def backward(ctx, *grads):
-        rows, H, N, D = grads[0].shape
-        packed = grads[0].new_empty(rows, N, 3, H, D)
-        for part, grad in zip(packed.unbind(2), grads):
-            part.copy_(grad.transpose(1, 2))
-        return packed
+    def feed_forward(self, x: Tensor) -> Tensor:
+        """x + MLP(LN x). [..., C] -> [..., C]."""
+        return add_linear(x, self.hidden(self.norm2(x)), self.fc2)

@@ -18,12 +18,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from pyvidx.layers.block import Block, residual, wants_grad
+from pyvidx.layers.block import Block
+from pyvidx.layers.linear import add_linear, packed_qkv, plain, product, wants_grad
 from pyvidx.ops import fusion_input, gated_fusion, residual_norm
 from pyvidx.ops.gated_fusion_reference import mix
 from pyvidx.temporal.frames import attend_over_frames, frame_mean
 from pyvidx.temporal.grouping import Grouping
-from pyvidx.temporal.masking import Drops, scaled
+from pyvidx.temporal.masking import Drops
 
 
 class Mixed(NamedTuple):
@@ -70,12 +71,17 @@ class TemporalLayer(nn.Module):
 
         drop [B, K]: see masking.drop_path_draws. frame_mask [B, S]: the slots attended to, see pyvidx.temporal.frames.
         """
-        B, S, K, C = normed.shape
-        qkv = self.qkv(normed).view(B, S, K, 3, self.heads, C // self.heads)
-        y = attend_over_frames(qkv, frame_mask)
-        if self.fc is not None:
-            y = scaled(self.out(y), drop, (B, 1, K, 1))  # before fc: a dropped group still gets its bias
-        return F.linear(y, self.last.weight)
+        y = attend_over_frames(packed_qkv(normed, self.qkv, self.heads), frame_mask)
+        if self.fc is not None:  # drop comes before fc: a dropped group still gets its bias
+            y = self.out(y) if drop is None else _dropped(y, self.out, drop[:, None, :, None])
+        return product(y, self.last)
+
+
+def _dropped(x: Tensor, layer: nn.Linear, drop: Tensor) -> Tensor:
+    """drop * layer(x). x [B, S, K, C], drop [B, 1, K, 1]. The bias, dropped by itself, joins in the same pass."""
+    y = product(x, layer)
+    drop = drop.to(y.dtype)
+    return torch.addcmul(layer.bias.to(y.dtype) * drop, y, drop)
 
 
 class SpatialLayer(Block):
@@ -94,14 +100,14 @@ class SpatialLayer(Block):
         drop [B, S]: see masking. frame_mask [B, S]: the slots whose class results are averaged.
         """
         x, normed = self.space(mixed, drop, frame_mask)
-        return _split(residual(x, self.fc2(self.hidden(normed))))
+        return _split(add_linear(x, self.hidden(normed), self.fc2))
 
     def space(
         self, mixed: Mixed, drop: Tensor | None = None, frame_mask: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         """The attention half, [B, S, 1 + K, C], every slot with the same class row in front, and its LayerNorm."""
         x, normed = mixed.with_class(self.norm1)
-        y = F.linear(self.attention(normed), self.out.weight)
+        y = product(self.attention(normed), self.out)
         share = _share(drop, frame_mask, y)
         norm = (self.norm2.weight, self.norm2.bias, self.norm2.eps)
         in_place = x.dtype == y.dtype and not wants_grad(x, y, self.out.bias, *self.norm2.parameters())
@@ -121,6 +127,8 @@ class SpatialLayer(Block):
         With q = Wq n_cls + bq the scores are n . (Wk^T q) up to a constant, and the values' sum is Wv (sum p n) + bv:
         the per-token work is two products with H vectors instead of two with C.
         """
+        if not plain(self.qkv):
+            return self(mixed, frame_mask=frame_mask)[1]
         B, S, K, C = mixed.z.shape
         H, D = self.heads, C // self.heads
         n = mixed.with_class(self.norm1)[1]  # [B, S, 1 + K, C]
@@ -131,8 +139,7 @@ class SpatialLayer(Block):
         weights = (n @ probe[:, None]).softmax(dim=2)  # [B, S, 1 + K, H]
         weighted = frame_mean(weights.transpose(2, 3) @ n, frame_mask)  # [B, H, C], over the slots
         y = (torch.einsum("bhc,hdc->bhd", weighted, wv) + bv).reshape(B, C)
-        cls = residual(mixed.cls, self.out(y))
-        return residual(cls, self.mlp(cls))
+        return self.feed_forward(add_linear(mixed.cls, y, self.out))
 
 
 def _share(drop: Tensor | None, frame_mask: Tensor | None, like: Tensor) -> Tensor:

@@ -8,7 +8,8 @@ from torch import Tensor, nn
 
 from pyvidx.backbones.clip import CLIPVision, CLIPVisionConfig
 from pyvidx.encoding import Encoding
-from pyvidx.layers.block import Block, residual
+from pyvidx.layers.block import Block
+from pyvidx.layers.linear import residual
 from pyvidx.ops import bank_attention
 from pyvidx.ops.bank_attention import MAX_WIDTH
 from pyvidx.temporal.frames import frame_mean, token_mask
@@ -95,7 +96,7 @@ class CLIPViP(TemporalModule):
 
     def block(self, i: int, block: Block, x: Tensor, frame_mask: Tensor | None = None) -> Tensor:
         x = residual(x, self.attend(block, x, frame_mask))
-        return residual(x, block.mlp(x))
+        return block.feed_forward(x)
 
     def attend(self, block: Block, x: Tensor, frame_mask: Tensor | None = None) -> Tensor:
         """The block's attention of LN x [B, M + T*P, C], blocked by frame, without the residual."""

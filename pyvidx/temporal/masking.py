@@ -1,7 +1,5 @@
 """What the pretraining of BT-Adapter leaves out at random: patch tokens (arXiv:2309.15785, 3.2) and branch paths."""
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
@@ -70,11 +68,6 @@ def drop_path_draws(
 
     rates = torch.linspace(0, rate, depth, dtype=torch.float64).tolist()
     return [None if r == 0 else (factors(1 - r, K), factors(1 - r, S)) for r in rates]
-
-
-def scaled(y: Tensor, drop: Tensor | None, shape: Sequence[int]) -> Tensor:
-    """y times the factors of a drop, viewed in this shape; y itself where there are none."""
-    return y if drop is None else y * drop.to(y.dtype).view(shape)
 
 
 def _removed(B, n, rate, device, generator):  # -> bool [B, n], int(rate * n) True in each row

@@ -4,7 +4,8 @@ import torch
 from torch import Tensor, nn
 
 from pyvidx.backbones.clip import CLIPVisionConfig
-from pyvidx.layers.block import Block, residual
+from pyvidx.layers.block import Block
+from pyvidx.layers.linear import residual
 from pyvidx.temporal.bt_adapter import TemporalLayer
 from pyvidx.temporal.frames import frame_mean
 from pyvidx.temporal.module import TemporalModule
@@ -71,4 +72,4 @@ class Separate(TemporalModule):
         y = block.attend(x)
         y[:, :, 0] = frame_mean(y[:, :, 0], frame_mask)[:, None]
         x = residual(x, y)
-        return residual(x, block.mlp(x))
+        return block.feed_forward(x)

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from pyvidx.backbones.clip import CLIPVision, CLIPVisionConfig
 from pyvidx.encoding import Encoding
-from pyvidx.layers.block import Block, residual
+from pyvidx.layers.block import Block
+from pyvidx.layers.linear import residual
 from pyvidx.ops import temporal_scale
 from pyvidx.temporal.frames import frame_mean, real_only
 from pyvidx.temporal.module import OUTPUTS, TemporalModule, class_last
@@ -101,7 +102,7 @@ class STAdapter(TemporalModule):
         x = residual(x, block.attend(x))
         if self.mlp is not None:
             x = self.mlp[j](x, frame_mask)
-        return residual(x, block.mlp(x))
+        return block.feed_forward(x)
 
     def encode(
         self,
