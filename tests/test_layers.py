@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from pyvidx import flops
 from pyvidx.layers.block import Block
 from pyvidx.layers.linear import add_linear, packed_qkv, product, split_qkv
 from pyvidx.models import BTAdapter
@@ -166,3 +167,5 @@ def test_block_against_torch():
             close(got, want, 1e-12)
         with torch.no_grad():
             close(block(x, m), results[1][0], 1e-12)
+    step, plain_step = (flops.count(lambda f=f: f(x, None).sum().backward()) for f in (block, plain))
+    assert step == plain_step > 0  # a product that is not counted would make plans and reports lie

@@ -69,7 +69,7 @@ def test_bytes_of_the_branch(masked):
     """The rest moves at least one pass per fused step of a layer, and not several times that."""
     N = 2 * 8 * 77 * 1024 * 2  # bytes of one pass over two videos' patch tokens
     least = 4 * (4 + 4 + 4 + 4 + 4 + 8 + 3) * N
-    assert least < masked["branch forward"].other_bytes < 1.6 * least
+    assert least < masked["branch forward"].other_bytes < 1.65 * least
 
 
 def test_options_change_the_parts():
