@@ -1,16 +1,18 @@
 """One step of BT-Adapter's pretraining, T = 8: forward, losses, backward, against the official step in plain torch.
 
 From pixels (the frozen towers included) and from the outputs of the last backbone layers, with the tube mask of 0.7 and
-without. Of the branch's own step a profile tells matrix products and attention from the rest, whose least traffic is
-counted below; `rest_floor_share` is a copy of as many bytes over it. Wall times of a busy machine drift by more than
-the ratio: `vs_eager_cpu` is that of the process's CPU time.
+without. Of the branch's own step a profile tells matrix products and attention from the rest, and in the rest this
+project's ops; the least traffic of both is counted below, and `rest_floor_share` and `ops_floor_share` are a copy of as
+many bytes over them. Wall times of a busy machine drift by more than the ratio: `vs_eager_cpu` is that of the
+process's CPU time.
 """
 
+import collections
 import dataclasses
 import functools
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -29,6 +31,12 @@ from pyvidx.temporal.masking import drop_path_draws, tube_mask
 
 T, LENGTH = 8, 64
 PRODUCTS = ("mm", "addmm", "bmm", "baddbmm", "attention", "convolution")
+# The least passes of each op over the kept tokens [B, T, K, C] in a layer; QuickGELU's are over 4 C. Layer 0, which has
+# no z to read, saves one of fusion's and one of its backward's.
+PASSES = {
+    "gated_fusion": 4, "temporal_attention": 4, "residual_norm": 4 + 4, "quick_gelu": 8, "gated_fusion_backward": 5,
+    "temporal_attention_backward": 7, "residual_norm_backward": 4 + 4, "quick_gelu_backward": 12,
+}  # fmt: skip
 
 
 class Given(nn.Module):
@@ -99,33 +107,36 @@ def steps(size: str, source: str, B: int, rate: float, device: str) -> tuple[Cal
     return run, eager, ours, K
 
 
-def least_rest(ours: Pretraining, B: int, K: int) -> int:
-    """Bytes of the branch's step that are neither products' nor attention's, each tensor once per fused pass.
+def least_bytes(ours: Pretraining, B: int, K: int) -> tuple[int, int]:
+    """Bytes of the ops in PASSES in one step; and of all of it that is neither products' nor attention's.
 
-    In passes over the kept tokens [B, T, K, C], per layer: fusion with LayerNorm 4 forward (3 in layer 0, which has no
-    z) and 5 backward (4); temporal attention 4 and 7; residual, class rows and LayerNorm 4 and 4; residual and
-    LayerNorm 4 and 4; QuickGELU on 4 C 8 and 12; the last residual 3 and 0. Then, of width E, the token loss 2 and 3
-    and the head's LayerNorm 2 and 4, and LayerNorm of the teacher's tokens 2.
+    The latter has in addition the last residual of a layer with 3 passes; of width E the token loss with 2 and 3 and
+    the head's LayerNorm with 2 and 4; and LayerNorm of the teacher's tokens with 2. Each tensor once per fused pass.
     """
     config = ours.model.config
     item = next(ours.parameters()).element_size()
     rows = B * T * K * item
-    layer = 4 + 5 + 4 + 7 + 4 + 4 + 4 + 4 + 8 + 12 + 3
     C, E = config.vision.width, config.vision.embed_dim
-    return rows * (C * (config.depth * layer - 2) + E * 11 + C * 2)
+    ops = rows * C * (config.depth * sum(PASSES.values()) - 2)
+    return ops, ops + rows * (C * (config.depth * 3 + 2) + E * 11)
 
 
-def parts(run: Callable) -> tuple[float, float]:
-    """Milliseconds of products with attention, and of the rest, in one run."""
+def parts(run: Callable) -> dict[str, float]:
+    """Milliseconds of one run: of products with attention, of the rest, and in the rest of each op in PASSES."""
     with profile(activities=[ProfilerActivity.CPU]) as profiled:
         run()
-    products = rest = 0.0
+    spent = collections.Counter({"products_ms": 0.0, "rest_ms": 0.0})
     for event in profiled.events():
-        if _is_product(event):
-            products += event.self_cpu_time_total / 1e3
-        else:
-            rest += event.self_cpu_time_total / 1e3
-    return products, rest
+        spent["products_ms" if _is_product(event) else "rest_ms"] += event.self_cpu_time_total / 1e3
+        op = event.name.removeprefix("pyvidx::")
+        if op in PASSES and event.name not in (above.name for above in _above(event)):
+            spent[op + "_ms"] += event.cpu_time_total / 1e3
+    return dict(spent)
+
+
+def _above(event) -> Iterator:
+    while (event := event.cpu_parent) is not None:
+        yield event
 
 
 def _is_product(event) -> bool:
@@ -134,9 +145,7 @@ def _is_product(event) -> bool:
         return False
     if any(name in event.name for name in PRODUCTS):
         return True
-    while event is not None and "scaled_dot_product" not in event.name:
-        event = event.cpu_parent
-    return event is not None
+    return any("scaled_dot_product" in above.name for above in _above(event))
 
 
 def cpu_ratio(run: Callable, eager: Callable, rounds: int) -> float:
@@ -155,14 +164,15 @@ def case(size: str, source: str, B: int, rate: float, device: str, rounds: int) 
     with torch.enable_grad():
         extra = {"vs_eager_cpu": cpu_ratio(run, eager, rounds)}
         if source == "layers" and device == "cpu":
-            profiled = [parts(f) for f in (run, eager) for _ in range(rounds)]
-            for name, several in (("", profiled[:rounds]), ("eager_", profiled[rounds:])):
-                for part, values in zip(("products_ms", "rest_ms"), zip(*several)):
-                    extra[name + part] = statistics.median(values)
-            extra["rest_bytes"] = least_rest(ours, B, K)
+            for prefix, function in (("", run), ("eager_", eager)):
+                several = [parts(function) for _ in range(rounds)]
+                for part in several[0]:
+                    extra[prefix + part] = statistics.median(p[part] for p in several)
+            extra["ops_ms"] = sum(extra[op + "_ms"] for op in PASSES)
+            extra["ops_bytes"], extra["rest_bytes"] = least_bytes(ours, B, K)
     v = ours.model.config.vision
     shape = {"size": size, "from": source, "B": B, "T": T, "K": K, "C": v.width}
-    moved = nbytes(*(p for p in ours.parameters() if p.requires_grad)) * 2 + least_rest(ours, B, K)
+    moved = nbytes(*(p for p in ours.parameters() if p.requires_grad)) * 2 + least_bytes(ours, B, K)[1]
     with_grad = torch.enable_grad()
     return Case("pretraining", shape, torch.float32, with_grad(run), with_grad(eager), bytes=moved, compiled=False,
                 extra=extra)  # fmt: skip
@@ -193,6 +203,7 @@ def test_pretraining(size, source, B, rate, device, benchmark, request):
 
 def measured(case: Case, device: str, seconds: float) -> dict:
     info = compare(case, device, seconds, with_compile=False)
-    if "rest_ms" in info:
-        info["rest_floor_share"] = info["rest_bytes"] / info["copy_gbps"] / 1e6 / info["rest_ms"]
+    for name in ("rest", "ops"):
+        if name + "_ms" in info:
+            info[name + "_floor_share"] = info[name + "_bytes"] / info["copy_gbps"] / 1e6 / info[name + "_ms"]
     return info

@@ -27,7 +27,8 @@ def per_video(cost: Cost) -> float:
 
 def test_a_product_is_counted_exactly():
     a, b = torch.empty(3, 5, device="meta"), torch.empty(5, 7, device="meta")
-    assert count(lambda: a @ b) == Cost(2 * 3 * 5 * 7, 4 * (15 + 35 + 21), 0)
+    product = Cost(2 * 3 * 5 * 7, 4 * (15 + 35 + 21), 0)
+    assert count(lambda: a @ b) == count(lambda: a[None] @ b) == product
     assert count(lambda: a + 1) == Cost(0, 0, 4 * 30)
     assert count(lambda: a.T[1:].view(4, 3)) == Cost()
 
@@ -66,10 +67,10 @@ def test_whole_step(masked, unmasked):
 
 
 def test_bytes_of_the_branch(masked):
-    """The rest moves at least one pass per fused step of a layer, and not several times that."""
+    """The rest moves at least one pass per fused step of a layer, and little more."""
     N = 2 * 8 * 77 * 1024 * 2  # bytes of one pass over two videos' patch tokens
     least = 4 * (4 + 4 + 4 + 4 + 4 + 8 + 3) * N
-    assert least < masked["branch forward"].other_bytes < 1.65 * least
+    assert least < masked["branch forward"].other_bytes < 1.2 * least
 
 
 def test_options_change_the_parts():

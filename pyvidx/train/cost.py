@@ -27,6 +27,7 @@ from pyvidx.models.config import BTAdapterConfig
 from pyvidx.models.pretraining import Pretraining
 from pyvidx.temporal.grouping import Grouping
 
+UNMOVED = (torch.ops.aten._unsafe_view.default,)  # a view whose schema does not say so: of every product without a bias
 TEXT_LENGTH = 64  # of the official pretraining
 OPTIMIZER_BYTES = 30  # of a value: AdamW reads it, its gradient and two moments, writes three of them and a 16-bit copy
 
@@ -82,7 +83,7 @@ class _Bytes(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
-        if all(a.alias_info is not None and not a.alias_info.is_write for a in func._schema.returns):
+        if func in UNMOVED or all(a.alias_info is not None and not a.alias_info.is_write for a in func._schema.returns):
             return out  # a view
         moved = sum(t.numel() * t.element_size() for t in tree_leaves((args, kwargs, out)) if isinstance(t, Tensor))
         if func._overloadpacket in flop_registry and "attention" not in func.name():
