@@ -122,6 +122,16 @@ def test_other_layers_are_called(kind):
         close(got, want)
 
 
+@torch.no_grad()
+def test_hooks_may_keep_what_they_are_given():
+    """Nothing is added to a layer's output after its hook has seen it."""
+    block, kept = Block(C, HEADS, 2 * C).double(), []
+    for linear in (block.out, block.fc2):
+        linear.register_forward_hook(lambda module, inputs, output: kept.append((output, output.clone())))
+    block(torch.randn(ROWS, N, C, dtype=torch.float64))
+    assert len(kept) == 2 and all(output.equal(seen) for output, seen in kept)
+
+
 def test_adapters_anywhere_in_the_model():
     """A model with an adapter for every linear layer gives what merged weights give, and trains all of them."""
     torch.manual_seed(5)

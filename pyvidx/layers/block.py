@@ -4,7 +4,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pyvidx import ops
-from pyvidx.layers.linear import add_linear, product, residual, split_qkv, wants_grad
+from pyvidx.layers.linear import add_linear, product, split_qkv, wants_grad
 
 
 def _quick_gelu(x: Tensor, layer: nn.Linear) -> Tensor:
@@ -62,8 +62,7 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """[..., N, C] -> [..., N, C], attention over N. mask: as in `attend`."""
-        x = residual(x, self.attend(x, mask))
-        return self.feed_forward(x)
+        return self.feed_forward(add_linear(x, self.attention(self.norm1(x), mask), self.out))
 
     def attend(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """MHA(LN x) without the residual. [..., N, C] -> [..., N, C].

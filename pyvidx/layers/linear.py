@@ -37,11 +37,11 @@ def residual(x: Tensor, y: Tensor) -> Tensor:
 
 
 def add_linear(x: Tensor, h: Tensor, layer: nn.Linear) -> Tensor:
-    """x + layer(h), the end of a block. x [..., C], h [..., K]."""
+    """x + layer(h), the end of either half of a block. x [..., C], h [..., K]."""
     same = x.dtype == h.dtype == layer.weight.dtype  # not so under autocast
     if same and x.dtype in WIDE and _by_hand((x, h), layer):  # a 16-bit x + bias would be rounded once more
         return _AddLinear.apply(x, h, layer.weight, layer.bias)
-    return residual(x, layer(h))
+    return residual(x, layer(h)) if plain(layer) else x + layer(h)  # a hook may have kept what the layer gave
 
 
 def packed_qkv(x: Tensor, layer: nn.Linear, heads: int) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from pyvidx.backbones.clip import CLIPVision, CLIPVisionConfig
 from pyvidx.encoding import Encoding
 from pyvidx.layers.block import Block
-from pyvidx.layers.linear import residual
+from pyvidx.layers.linear import add_linear, residual
 from pyvidx.ops import temporal_scale
 from pyvidx.temporal.frames import frame_mean, real_only
 from pyvidx.temporal.module import OUTPUTS, TemporalModule, class_last
@@ -99,7 +99,7 @@ class STAdapter(TemporalModule):
             return block(x)
         if self.attention is not None:
             x = self.attention[j](x, frame_mask)
-        x = residual(x, block.attend(x))
+        x = add_linear(x, block.attention(block.norm1(x)), block.out)
         if self.mlp is not None:
             x = self.mlp[j](x, frame_mask)
         return block.feed_forward(x)
