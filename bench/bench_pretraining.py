@@ -30,7 +30,7 @@ from pyvidx.models.reference import ReferenceBTAdapter
 from pyvidx.temporal.masking import drop_path_draws, tube_mask
 
 T, LENGTH = 8, 64
-PRODUCTS = ("mm", "addmm", "bmm", "baddbmm", "attention", "convolution")
+PRODUCTS = ("mm", "addmm", "bmm", "baddbmm", "attention", "convolution", "_linear_pointwise")
 # The least passes of each op over the kept tokens [B, T, K, C] in a layer; QuickGELU's are over 4 C. Layer 0, which has
 # no z to read, saves one of fusion's and one of its backward's.
 PASSES = {
@@ -140,12 +140,14 @@ def _above(event) -> Iterator:
 
 
 def _is_product(event) -> bool:
-    """A product itself, not what it calls, such as its bias's copy; or anything inside torch's attention."""
+    """A product itself, not what it calls, such as its bias's copy; or anything inside attention in space or inside
+    oneDNN's products, which copy an operand that is a transpose."""
     if "temporal_attention" in event.name:
         return False
     if any(name in event.name for name in PRODUCTS):
         return True
-    return any("scaled_dot_product" in above.name for above in _above(event))
+    whole = ("scaled_dot_product", "bank_attention", "_linear_pointwise")
+    return any(name in above.name for above in _above(event) for name in whole)
 
 
 def cpu_ratio(run: Callable, eager: Callable, rounds: int) -> float:

@@ -6,6 +6,7 @@
 `family` does both for every temporal module.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -49,6 +50,7 @@ def count(run: Callable[[], object]) -> int:
     aten = torch.ops.aten  # torch knows the attention kernels of CUDA only
     formulas[aten._scaled_dot_product_flash_attention_for_cpu] = _cpu_attention
     formulas[aten._scaled_dot_product_flash_attention_for_cpu_backward] = _cpu_attention_backward
+    formulas[torch.ops.mkldnn._linear_pointwise] = _onednn_product  # pyvidx.layers.products
     with FlopCounterMode(display=False, custom_mapping=formulas) as counter:
         run()
     return counter.get_total_flops()
@@ -64,6 +66,10 @@ def _cpu_attention(q, k, v, *args, out_shape=None, **kwargs):
 
 def _cpu_attention_backward(grad, q, k, v, *args, out_shape=None, **kwargs):
     return sdpa_backward_flop_count(grad, q, k, v)
+
+
+def _onednn_product(x, *args, out_shape=None, **kwargs):
+    return 2 * math.prod(out_shape) * x[-1]
 
 
 def peak_bytes(run: Callable[[], object]) -> int:

@@ -10,6 +10,7 @@ import platform
 import torch
 
 import pyvidx.ops  # noqa: F401  (defines the ops)
+from pyvidx.layers import products
 from pyvidx.ops import _library
 
 
@@ -22,7 +23,7 @@ def collect() -> dict:
         "torch": torch.__version__,
         "torch_cuda": torch.version.cuda,
         "packages": {name: _version(name) for name in PACKAGES},
-        "cpu": {"threads": torch.get_num_threads(), "isa": _isa()},
+        "cpu": {"threads": torch.get_num_threads(), "isa": _isa(), "products": products.LIBRARY},
         "gpus": _gpus(),
         "build": _build(),
         "environment": {k: v for k, v in sorted(os.environ.items()) if k.startswith("PYVIDX_")},
@@ -111,7 +112,7 @@ def as_text(info: dict, kernels: bool = False) -> str:
     build, cpu = info["build"] or {}, info["cpu"]
     lines = [
         f"pyvidx {info['pyvidx']} | python {info['python']} | torch {info['torch']} (cuda {info['torch_cuda']})",
-        f"cpu: {cpu['threads']} threads, kernels at level {cpu['isa']}",
+        f"cpu: {cpu['threads']} threads, kernels at level {cpu['isa']}, float32 products by {cpu['products']}",
         "gpu: " + (", ".join(f"{g['name']} (sm_{g['sm']}, {g['memory_gib']} GiB)" for g in info["gpus"]) or "none"),
         "built with: " + (f"{build['compiler']}, torch {build['torch']}" if build else "not built"),
         "cuda code for: " + (" ".join(f"sm_{a}" for a in build.get("cuda_archs", [])) or "none"),

@@ -7,7 +7,7 @@ from torch import nn
 
 from pyvidx import flops
 from pyvidx.layers.block import Block
-from pyvidx.layers.linear import add_linear, packed_qkv, product, split_qkv
+from pyvidx.layers.linear import add_linear, product, project_qkv
 from pyvidx.models import BTAdapter
 from pyvidx.ops import temporal_attention
 from tests.test_models import CONFIG, clip, close, randomized
@@ -44,13 +44,9 @@ def layer(width_in=C, width_out=3 * C, dtype=torch.float64):
     return nn.Linear(width_in, width_out).to(dtype)
 
 
-def attended(qkv):
-    q, k, v = qkv
-    return F.scaled_dot_product_attention(q, k, v)
-
-
-def split(qkv):
-    return qkv.view(ROWS, N, 3, HEADS, -1).permute(2, 0, 3, 1, 4)
+def attended(*parts, mask=None):
+    q, k, v = torch.cat(parts, dim=-1).view(ROWS, N, 3, HEADS, -1).permute(2, 0, 3, 1, 4)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).flatten(2)
 
 
 def over_slots(qkv):
@@ -58,8 +54,9 @@ def over_slots(qkv):
 
 
 PROJECTIONS = {  # attention of x [ROWS, N, C] by hand, and of what the layer gives
-    "split": (lambda x, linear: attended(split_qkv(x, linear, HEADS)), lambda qkv: attended(split(qkv))),
-    "packed": (lambda x, linear: over_slots(packed_qkv(x, linear, HEADS)), over_slots),
+    "split": (lambda x, linear: attended(*project_qkv(x, linear, (1, 1, 1))), attended),
+    "q apart": (lambda x, linear: attended(*project_qkv(x, linear, (1, 2))), attended),
+    "packed": (lambda x, linear: over_slots(*project_qkv(x, linear)), over_slots),
 }
 
 
@@ -117,9 +114,8 @@ def test_other_layers_are_called(kind):
             module.register_forward_hook(lambda module, inputs, output: output.sin())
     close(product(x, one), one(x) - one.bias)
     close(add_linear(x, x, one), x + one(x))
-    close(packed_qkv(x, three, HEADS).flatten(2), three(x))
-    for got, want in zip(split_qkv(x, three, HEADS), split(three(x))):
-        close(got, want)
+    for parts in (3,), (1, 2), (1, 1, 1):
+        close(torch.cat(project_qkv(x, three, parts), dim=-1), three(x))
 
 
 @torch.no_grad()
@@ -165,9 +161,7 @@ def test_block_against_torch():
     mask[..., 0] = True
 
     def plain(x, mask):
-        qkv = split(F.linear(block.norm1(x), block.qkv.weight, block.qkv.bias))
-        y = F.scaled_dot_product_attention(*qkv, attn_mask=mask).transpose(1, 2).reshape(x.shape)
-        x = x + block.out(y)
+        x = x + block.out(attended(F.linear(block.norm1(x), block.qkv.weight, block.qkv.bias), mask=mask))
         h = block.fc1(block.norm2(x))
         return x + block.fc2(h * torch.sigmoid(1.702 * h))
 

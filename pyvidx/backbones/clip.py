@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from pyvidx.layers.block import Block
+from pyvidx.layers.linear import Linear
 from pyvidx.layers.patch import patch_rows, resize_positions
 
 
@@ -77,7 +78,7 @@ class CLIPVision(nn.Module):
         )
         self.norm_post = nn.LayerNorm(C, eps=config.eps) if head else None
         has_projection = head and config.embed_dim is not None
-        self.projection = nn.Linear(C, config.embed_dim, bias=False) if has_projection else None
+        self.projection = Linear(C, config.embed_dim, bias=False) if has_projection else None
 
     @property
     def layers(self) -> range:

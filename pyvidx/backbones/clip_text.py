@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from pyvidx.layers.block import Block
+from pyvidx.layers.linear import Linear
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,7 @@ class CLIPText(nn.Module):
             Block(c.width, c.heads, c.mlp_width, c.hidden_act, c.eps, causal=True) for _ in range(c.layers)
         )
         self.norm = nn.LayerNorm(c.width, eps=c.eps)
-        self.projection = nn.Linear(c.width, c.embed_dim, bias=False)
+        self.projection = Linear(c.width, c.embed_dim, bias=False)
 
     def forward(self, ids: Tensor) -> Tensor:
         """The text embedding, projection(LN(x at the LARGEST id)), in CLIP's vocabulary the end token.

@@ -4,7 +4,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pyvidx import ops
-from pyvidx.layers.linear import add_linear, product, split_qkv, wants_grad
+from pyvidx.layers.attention import self_attention
+from pyvidx.layers.linear import Linear, add_linear, product, wants_grad
 
 
 def _quick_gelu(x: Tensor, layer: nn.Linear) -> Tensor:
@@ -30,7 +31,7 @@ ACTIVATED = {"quick_gelu": _quick_gelu, "gelu": _gelu, "silu": _silu}  # of a li
 class Block(nn.Module):
     """x + MHA(LN x), then x + MLP(LN x).
 
-    One GEMM makes q, k and v, rows packed as [3, H, D]; attention is scaled_dot_product_attention.
+    One GEMM makes q, k and v, rows packed as [3, H, D].
 
     Args:
         hidden_act: "quick_gelu" or "gelu"; the published weights need the one they were trained with.
@@ -54,11 +55,11 @@ class Block(nn.Module):
             raise ValueError(f"Block: width must be a multiple of heads, got {width} and {heads}")
         self.heads, self.hidden_act, self.causal = heads, hidden_act, causal
         self.norm1 = nn.LayerNorm(width, eps=eps)
-        self.qkv = nn.Linear(width, 3 * width)
-        self.out = nn.Linear(width, width)
+        self.qkv = Linear(width, 3 * width)
+        self.out = Linear(width, width)
         self.norm2 = nn.LayerNorm(width, eps=eps)
-        self.fc1 = nn.Linear(width, mlp_width)
-        self.fc2 = nn.Linear(mlp_width, width)
+        self.fc1 = Linear(width, mlp_width)
+        self.fc2 = Linear(mlp_width, width)
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """[..., N, C] -> [..., N, C], attention over N. mask: as in `attend`."""
@@ -74,9 +75,7 @@ class Block(nn.Module):
     def attention(self, normed: Tensor, mask: Tensor | None = None) -> Tensor:
         """What `out` projects, of LN x. [..., N, C] -> [..., N, C]."""
         *rows, N, C = normed.shape
-        q, k, v = split_qkv(normed.reshape(-1, N, C), self.qkv, self.heads)
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=self.causal)
-        return y.transpose(1, 2).reshape(*rows, N, C)
+        return self_attention(normed.reshape(-1, N, C), self.qkv, self.heads, mask, self.causal).view(*rows, N, C)
 
     def hidden(self, normed: Tensor) -> Tensor:
         """The MLP of LN x up to its second layer. [..., C] -> [..., mlp_width]."""

@@ -1,31 +1,48 @@
 """The linear layers of a transformer block, with fewer passes over memory beside their products.
 
-A product that takes a bias first copies it into all of its output, on a CPU; the gradient of three tensors made by one
+A product that takes a bias first copies it into all of its output, with MKL; the gradient of three tensors made by one
 product is first packed into one. What is written here does neither. It reads a layer's parameters, so it is for a
-plain nn.Linear: one with hooks, or an adapter in its place, is called as the module it is.
+plain linear layer: one with hooks, or an adapter in its place, is called as the module it is.
 """
 
+from collections.abc import Sequence
+
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+
+from pyvidx.layers import products
 
 WIDE = (torch.float32, torch.float64)
 
 
-def wants_grad(*tensors: Tensor) -> bool:
-    return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """F.linear by the library that pyvidx.layers.products names. x [..., K], weight [N, K], bias [N] -> [..., N]."""
+    if products.onednn(x, weight) and wants_grad(x, weight, bias):
+        return _Linear.apply(x, weight, bias)
+    return products.forward(x, weight, bias)
+
+
+class Linear(nn.Linear):
+    """nn.Linear by the same."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return linear(x, self.weight, self.bias)
+
+
+def wants_grad(*tensors: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
 def plain(layer: nn.Module) -> bool:
     """Whether its weight and bias are all that there is to it."""
     hooks = layer._forward_pre_hooks, layer._forward_hooks, layer._backward_pre_hooks, layer._backward_hooks
-    return type(layer) is nn.Linear and not any(hooks)
+    return type(layer) in (Linear, nn.Linear) and not any(hooks)
 
 
 def product(x: Tensor, layer: nn.Linear) -> Tensor:
     """layer(x) without its bias, which the caller's next pass adds."""
-    return F.linear(x, layer.weight) if plain(layer) else layer(x) - layer.bias
+    return linear(x, layer.weight) if plain(layer) else layer(x) - layer.bias
 
 
 def residual(x: Tensor, y: Tensor) -> Tensor:
@@ -38,30 +55,28 @@ def residual(x: Tensor, y: Tensor) -> Tensor:
 
 def add_linear(x: Tensor, h: Tensor, layer: nn.Linear) -> Tensor:
     """x + layer(h), the end of either half of a block. x [..., C], h [..., K]."""
-    same = x.dtype == h.dtype == layer.weight.dtype  # not so under autocast
-    if same and x.dtype in WIDE and _by_hand((x, h), layer):  # a 16-bit x + bias would be rounded once more
-        return _AddLinear.apply(x, h, layer.weight, layer.bias)
-    return residual(x, layer(h)) if plain(layer) else x + layer(h)  # a hook may have kept what the layer gave
+    if not plain(layer):
+        return x + layer(h)  # a hook may have kept what the layer gave
+    parameters = (layer.weight, layer.bias)
+    if x.dtype == h.dtype == layer.weight.dtype:  # not so under autocast
+        if wants_grad(x, h, *parameters):
+            # A 16-bit x + bias would be rounded once more.
+            if x.dtype in WIDE and not torch.compiler.is_compiling():
+                return _AddLinear.apply(x, h, *parameters)
+        elif products.onednn(h, layer.weight):
+            return products.forward(h, *parameters, add=x)
+    return residual(x, linear(h, *parameters))
 
 
-def packed_qkv(x: Tensor, layer: nn.Linear, heads: int) -> Tensor:
-    """[..., C] -> [..., 3, H, D], what temporal_attention reads."""
-    qkv = _Projection.apply(x, layer.weight, layer.bias, None) if _by_hand((x,), layer) else layer(x)
-    return qkv.view(*x.shape[:-1], 3, heads, -1)
+def project_qkv(x: Tensor, layer: nn.Linear, parts: Sequence[int] = (3,)) -> tuple[Tensor, ...]:
+    """q, k and v of x [..., C] for an attention over keys, [..., n * C] for each n of parts: views of one tensor.
 
-
-def split_qkv(x: Tensor, layer: nn.Linear, heads: int) -> tuple[Tensor, Tensor, Tensor]:
-    """[rows, N, C] -> q, k and v, [rows, H, N, D] each: views of one tensor, for scaled_dot_product_attention."""
-    return _Projection.apply(x, layer.weight, layer.bias, heads) if _by_hand((x,), layer) else _split(layer(x), heads)
-
-
-def _by_hand(inputs, layer):
-    return plain(layer) and wants_grad(*inputs, layer.weight, layer.bias) and not torch.compiler.is_compiling()
-
-
-def _split(qkv, heads):
-    rows, N, _ = qkv.shape
-    return qkv.view(rows, N, 3, heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
+    (3,): all in one; (1, 2): q; k and v; (1, 1, 1): each by itself.
+    """
+    widths = [n * layer.weight.shape[0] // 3 for n in parts]
+    if plain(layer) and wants_grad(x, layer.weight, layer.bias) and not torch.compiler.is_compiling():
+        return _Projection.apply(x, layer.weight, layer.bias, widths)
+    return layer(x).split(widths, dim=-1)
 
 
 def _sum(rows):
@@ -71,71 +86,79 @@ def _sum(rows):
     return rows.sum(dim=0)
 
 
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, bias):
+        ctx.save_for_backward(x, weight)
+        return products.forward(x, weight, bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        return _gradients(grad, *ctx.saved_tensors, ctx.needs_input_grad)
+
+
 class _AddLinear(torch.autograd.Function):
     """The product is added to x + bias, where a sum after it would read and write its output once more."""
 
     @staticmethod
     def forward(ctx, x, h, weight, bias):
         ctx.save_for_backward(h, weight)
-        out = torch.add(x, bias, out=x.new_empty(x.shape))
-        rows = out.view(-1, out.shape[-1])
-        torch.addmm(rows, h.flatten(0, -2), weight.t(), out=rows)  # addmm_ is a product that torch counts no FLOPs of
-        return out
+        return products.forward(h, weight, bias, add=x)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        h, weight = ctx.saved_tensors
-        rows = grad.reshape(-1, grad.shape[-1])
-        need = ctx.needs_input_grad
-        return (
-            grad,
-            torch.mm(rows, weight).view_as(h) if need[1] else None,
-            torch.mm(rows.t(), h.flatten(0, -2)) if need[2] else None,
-            _sum(rows) if need[3] else None,
-        )
+        return grad, *_gradients(grad, *ctx.saved_tensors, ctx.needs_input_grad[1:])
+
+
+def _gradients(grad, x, weight, need):
+    """Of x, weight and bias, those that are needed."""
+    rows = grad.reshape(-1, grad.shape[-1])
+    return (
+        products.input_gradient(rows, weight).view_as(x) if need[0] else None,
+        products.weight_gradient(rows, x.reshape(-1, x.shape[-1])) if need[1] else None,
+        _sum(rows) if need[2] else None,
+    )
 
 
 class _Projection(torch.autograd.Function):
     """q, k and v for an attention over keys.
 
     A key's bias adds the same to all scores of a query: it changes no softmax and its gradient is zero, which leaves
-    two biases to add and two gradients to sum. The gradients of q, k and v meet in x's as the products leave them.
+    two biases to add and two gradients to sum. The parts' gradients meet in x's as the products leave them.
     """
 
     @staticmethod
-    def forward(ctx, x, weight, bias, heads):
-        if x.is_cpu:
-            qkv = F.linear(x, weight)
+    def forward(ctx, x, weight, bias, widths):
+        if x.is_cpu and not products.onednn(x, weight):
+            qkv = products.forward(x, weight)
             qkv.view(-1, 3, bias.numel() // 3)[:, ::2] += bias.view(3, -1)[::2]
         else:  # a product adds the bias on its way out
-            qkv = F.linear(x, weight, bias)
+            qkv = products.forward(x, weight, bias)
         ctx.save_for_backward(x.to(qkv.dtype), weight)
-        return qkv if heads is None else _split(qkv, heads)
+        ctx.widths = widths
+        return qkv.split(widths, dim=-1)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, *grads):
         x, weight = ctx.saved_tensors
-        width = weight.shape[0] // 3
-        if len(grads) == 3:
-            grads = [g.transpose(1, 2).reshape(-1, width) for g in grads]
-            query, value = grads[0], grads[2]
-        else:
-            grads = [grads[0].reshape(-1, 3 * width)]
-            query, value = grads[0][:, :width], grads[0][:, 2 * width :]
-        rows = x.reshape(-1, x.shape[-1])
+        rows, grads = x.reshape(-1, x.shape[-1]), [g.reshape(-1, g.shape[-1]) for g in grads]
         grad_x = grad_weight = grad_bias = None
         if ctx.needs_input_grad[0]:
-            first, *others = zip(grads, weight.to(x.dtype).chunk(len(grads)))
-            grad_x = torch.mm(*first)
-            for part in others:
-                torch.addmm(grad_x, *part, out=grad_x)
+            for grad, part in zip(grads, weight.to(x.dtype).split(ctx.widths)):
+                grad_x = products.input_gradient(grad, part, onto=grad_x)
             grad_x = grad_x.view_as(x)
         if ctx.needs_input_grad[1]:
-            grad_weight = x.new_empty(weight.shape)
-            for grad, out in zip(grads, grad_weight.chunk(len(grads))):
-                torch.mm(grad.t(), rows, out=out)
+            if len(grads) == 1:
+                grad_weight = products.weight_gradient(grads[0], rows)
+            else:
+                grad_weight = x.new_empty(weight.shape)
+                for grad, out in zip(grads, grad_weight.split(ctx.widths)):
+                    products.weight_gradient(grad, rows, out=out)
         if ctx.needs_input_grad[2]:
+            width = weight.shape[0] // 3
+            query, value = grads[0][:, :width], grads[-1][:, -width:]
             grad_bias = torch.cat([_sum(query), query.new_zeros(width), _sum(value)])
         return grad_x, grad_weight, grad_bias, None

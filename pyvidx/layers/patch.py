@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pyvidx.layers.linear import linear
+
 
 def patch_rows(name: str, pixels: Tensor, weight: Tensor, bias: Tensor | None = None) -> tuple[Tensor, int, int]:
     """The patch embedding of a ViT, W patch + bias.
@@ -33,7 +35,7 @@ def patch_rows(name: str, pixels: Tensor, weight: Tensor, bias: Tensor | None = 
     # The patch convolution as one GEMM: any dtype on any device, faster than a strided convolution of 3 channels.
     x = pixels.to(weight.dtype).reshape(-1, 3, rows, p, columns, p)
     x = x.permute(0, 2, 4, 1, 3, 5).reshape(-1, rows * columns, 3 * p * p)
-    return F.linear(x, weight.flatten(1), bias), rows, columns
+    return linear(x, weight.flatten(1), bias), rows, columns
 
 
 def resize_positions(table: Tensor, rows: int, columns: int) -> Tensor:

@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pyvidx.layers.linear import Linear, linear
+
 
 @dataclass(frozen=True)
 class QFormerConfig:
@@ -87,8 +89,8 @@ class CrossAttention(nn.Module):
 
     def __init__(self, config: QFormerConfig):
         super().__init__()
-        self.query = nn.Linear(config.width, config.width)
-        self.out = nn.Linear(config.width, config.width)
+        self.query = Linear(config.width, config.width)
+        self.out = Linear(config.width, config.width)
         self.norm = nn.LayerNorm(config.width, eps=config.eps)
 
 
@@ -98,8 +100,8 @@ class FeedForward(nn.Module):
     def __init__(self, config: QFormerConfig):
         super().__init__()
         self.dropout = config.dropout
-        self.fc1 = nn.Linear(config.width, config.mlp_width)
-        self.fc2 = nn.Linear(config.mlp_width, config.width)
+        self.fc1 = Linear(config.width, config.mlp_width)
+        self.fc2 = Linear(config.mlp_width, config.width)
         self.norm = nn.LayerNorm(config.width, eps=config.eps)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -112,8 +114,8 @@ class QFormerLayer(nn.Module):
     def __init__(self, config: QFormerConfig, index: int):
         super().__init__()
         self.index, self.queries, self.dropout = index, config.queries, config.dropout
-        self.qkv = nn.Linear(config.width, 3 * config.width)
-        self.out = nn.Linear(config.width, config.width)
+        self.qkv = Linear(config.width, 3 * config.width)
+        self.out = Linear(config.width, config.width)
         self.norm = nn.LayerNorm(config.width, eps=config.eps)
         self.cross = CrossAttention(config) if index in config.cross_layers else None
         self.feed_query = FeedForward(config)
@@ -155,7 +157,7 @@ class QFormer(nn.Module):
         self.norm = nn.LayerNorm(D, eps=config.eps)
         self.layers = nn.ModuleList(QFormerLayer(config, i) for i in range(config.layers))
         # Rows: layer, then key or value, then heads. One GEMM projects a frame for all layers.
-        self.keys_values = nn.Linear(config.encoder_width, len(config.cross_layers) * 2 * D)
+        self.keys_values = Linear(config.encoder_width, len(config.cross_layers) * 2 * D)
 
     def embed(self, text_ids: Tensor | None, batch: int) -> Tensor:
         """LN([query tokens; words + positions]) of text_ids [R, L] or of no text -> [R or batch, N, D]."""
@@ -232,7 +234,7 @@ class QFormer(nn.Module):
         if layer.index == 0 and prompt.attended is not None:
             return self._first(prompt, 1, source, with_text=False)[:, 0]
         x = x[:, : self.config.queries]
-        y = source.remembered(layer.index, F.linear(x, layer.qkv.weight[:D], layer.qkv.bias[:D]))
+        y = source.remembered(layer.index, linear(x, layer.qkv.weight[:D], layer.qkv.bias[:D]))
         x = layer.norm(x + F.dropout(layer.out(y), self.config.dropout, self.training))
         return layer.query_rows(x[:, None], source)[:, 0]
 

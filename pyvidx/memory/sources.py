@@ -8,9 +8,9 @@ banks are kept beside them and merged as they are, and only the newest frame is 
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from pyvidx.layers.linear import linear
 from pyvidx.memory.qformer import Prompt, QFormer, attention
 from pyvidx.ops.bank_attention import bank_attention
 from pyvidx.ops.memory_merge import MemoryState, memory_merge_, rows_in_order
@@ -104,7 +104,7 @@ class FrameSource:
     def project(self, i: int, rows: Tensor) -> Tensor:
         """Keys and values of layer i's cross-attention. [..., C] -> [..., 2D]."""
         weight, bias = self.qformer.cross_weights(i)
-        return F.linear(rows.to(weight.dtype), weight, bias)
+        return linear(rows.to(weight.dtype), weight, bias)
 
     def by_video(self, q: Tensor) -> Tensor:
         """[R, t, Q, D] -> [B, t, G * Q, D]: the questions about a video read the same frames."""
@@ -178,7 +178,7 @@ class PushSource(FrameSource):
             self.replayed(i)
         if self.memories.query[i] is not None:
             qkv = self.qformer.layers[i].qkv
-            self.remember(i, x, F.linear(x, qkv.weight[D:], qkv.bias[D:]))
+            self.remember(i, x, linear(x, qkv.weight[D:], qkv.bias[D:]))
         return x
 
     def read(self, q: Tensor, rows: Tensor, table: Tensor | None, mask: Tensor | None = None) -> Tensor:
@@ -254,7 +254,7 @@ class LastSource(FrameSource):
         else:
             entries = entries_before(memory, memories.stored, self.weighted).to(x.dtype)
         layer = self.qformer.layers[i].qkv
-        stored = F.linear(entries.flatten(1, 2), layer.weight[D:], layer.bias[D:])
+        stored = linear(entries.flatten(1, 2), layer.weight[D:], layer.bias[D:])
         qkv = qkv[:, 0]
         return self.attend_entries(qkv[..., :D], torch.cat([stored, qkv[..., D:]], dim=1), x.shape[2])[:, None]
 

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from pyvidx.backbones.eva import EVAVision
 from pyvidx.integrations.language import Language
+from pyvidx.layers.linear import Linear
 from pyvidx.memory.qformer import Prompt, QFormer
 from pyvidx.memory.sources import FrameSource, LastSource, Memories, PushSource, ReadSource
 from pyvidx.models import files
@@ -51,7 +52,7 @@ class MALMM(nn.Module):
         self.vision = EVAVision(config.vision)
         self.time = nn.Parameter(torch.zeros(config.time_length, config.vision.width)) if config.time_length else None
         self.qformer = QFormer(config.qformer)
-        self.projection = None if config.llm_width is None else nn.Linear(config.qformer.width, config.llm_width)
+        self.projection = None if config.llm_width is None else Linear(config.qformer.width, config.llm_width)
 
     def forward(
         self,

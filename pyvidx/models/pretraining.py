@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from pyvidx.backbones.clip_text import CLIPText
+from pyvidx.layers.linear import Linear
 from pyvidx.losses import GRADIENTS, alignment, contrastive, gather
 from pyvidx.models.bt_adapter import BTAdapter
 from pyvidx.ops import token_gather
@@ -83,7 +84,7 @@ class Pretraining(nn.Module):
         self.model, self.text = model, text.requires_grad_(False)
         self.model.backbone.requires_grad_(False)
         self.model.branch.checkpointing = checkpointing
-        self.head = nn.Sequential(nn.Linear(v.width, v.embed_dim), nn.LayerNorm(v.embed_dim))
+        self.head = nn.Sequential(Linear(v.width, v.embed_dim), nn.LayerNorm(v.embed_dim))
         self.mask_rate, self.mask_order, self.gradient = mask_rate, mask_order, gradient
         self.weights, self.scale, self.drop_path = weights, scale, drop_path
 

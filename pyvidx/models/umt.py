@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from pyvidx.backbones.clip import CLIPVision
 from pyvidx.encoding import Encoding
 from pyvidx.layers.block import Block
+from pyvidx.layers.linear import Linear
 from pyvidx.layers.patch import patch_rows
 from pyvidx.layers.sincos import sincos_table
 from pyvidx.losses import alignment
@@ -158,9 +159,7 @@ class UnmaskedTeacher(nn.Module):
         self.student, self.teacher, self.mask_ratio = student, teacher, mask_ratio
         self.teacher.requires_grad_(False)
         E = t.width if teacher.projection is None else t.embed_dim
-        self.heads = nn.ModuleList(
-            nn.Sequential(nn.Linear(s.width, E), nn.LayerNorm(E, eps=s.eps)) for _ in range(taps)
-        )
+        self.heads = nn.ModuleList(nn.Sequential(Linear(s.width, E), nn.LayerNorm(E, eps=s.eps)) for _ in range(taps))
 
     def forward(
         self, pixels: Tensor, *, visible: Tensor | None = None, generator: torch.Generator | None = None

@@ -174,6 +174,11 @@ def _flops(q, rows, table, sizes, mask, heads, scale, *out):
     return 4 * B * t * n * rows[2] * L * D  # scores, and their product with the values
 
 
+def _flops_backward(grad_out, q, rows, table, sizes, mask, out, lse, heads, scale, need_rows):
+    """Five products where forward has two, or three."""
+    return _flops(q, rows, table, sizes, mask, heads, scale) // 2 * (5 if need_rows else 3)
+
+
 def _setup_context(ctx, inputs, output):
     q, rows, table, sizes, mask, ctx.heads, ctx.scale = inputs
     ctx.mark_non_differentiable(output[1])
@@ -210,4 +215,5 @@ _op_backward = define(
         q.new_empty(q.shape),
         rows.new_empty(rows.shape if need_rows else 0),
     ),
+    flops=_flops_backward,
 )

@@ -14,12 +14,11 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from pyvidx.layers.block import Block
-from pyvidx.layers.linear import add_linear, packed_qkv, plain, product, wants_grad
+from pyvidx.layers.linear import Linear, add_linear, linear, plain, product, project_qkv, wants_grad
 from pyvidx.ops import fusion_input, gated_fusion, residual_norm
 from pyvidx.ops.gated_fusion_reference import mix
 from pyvidx.temporal.frames import attend_over_frames, frame_mean
@@ -55,9 +54,9 @@ class TemporalLayer(nn.Module):
         super().__init__()
         self.heads = heads
         self.norm = nn.LayerNorm(width, eps=eps)
-        self.qkv = nn.Linear(width, 3 * width)
-        self.out = nn.Linear(width, width)
-        self.fc = nn.Linear(width, width) if fc else None
+        self.qkv = Linear(width, 3 * width)
+        self.out = Linear(width, width)
+        self.fc = Linear(width, width) if fc else None
         if fc:
             nn.init.zeros_(self.fc.weight)
             nn.init.zeros_(self.fc.bias)
@@ -71,7 +70,8 @@ class TemporalLayer(nn.Module):
 
         drop [B, K]: see masking.drop_path_draws. frame_mask [B, S]: the slots attended to, see pyvidx.temporal.frames.
         """
-        y = attend_over_frames(packed_qkv(normed, self.qkv, self.heads), frame_mask)
+        (qkv,) = project_qkv(normed, self.qkv)
+        y = attend_over_frames(qkv.unflatten(-1, (3, self.heads, -1)), frame_mask)
         if self.fc is not None:  # drop comes before fc: a dropped group still gets its bias
             y = self.out(y) if drop is None else _dropped(y, self.out, drop[:, None, :, None])
         return product(y, self.last)
@@ -134,7 +134,7 @@ class SpatialLayer(Block):
         n = mixed.with_class(self.norm1)[1]  # [B, S, 1 + K, C]
         wq, wk, wv = self.qkv.weight.view(3, H, D, C)
         bq, _, bv = self.qkv.bias.view(3, H, D)
-        q = F.linear(n[:, 0, 0], wq.flatten(0, 1), bq.flatten()).view(B, H, D)
+        q = linear(n[:, 0, 0], wq.flatten(0, 1), bq.flatten()).view(B, H, D)
         probe = torch.einsum("bhd,hdc->bch", q * D**-0.5, wk)
         weights = (n @ probe[:, None]).softmax(dim=2)  # [B, S, 1 + K, H]
         weighted = frame_mean(weights.transpose(2, 3) @ n, frame_mask)  # [B, H, C], over the slots

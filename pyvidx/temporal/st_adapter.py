@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from pyvidx.backbones.clip import CLIPVision, CLIPVisionConfig
 from pyvidx.encoding import Encoding
 from pyvidx.layers.block import Block
-from pyvidx.layers.linear import add_linear, residual
+from pyvidx.layers.linear import Linear, add_linear, residual
 from pyvidx.ops import temporal_scale
 from pyvidx.temporal.frames import frame_mean, real_only
 from pyvidx.temporal.module import OUTPUTS, TemporalModule, class_last
@@ -27,10 +27,10 @@ class Adapter(nn.Module):
 
     def __init__(self, width: int, hidden: int, kernel: tuple[int, int, int]):
         super().__init__()
-        self.down = nn.Linear(width, hidden)
+        self.down = Linear(width, hidden)
         self.weight = nn.Parameter(torch.zeros(hidden, *kernel))
         self.bias = nn.Parameter(torch.zeros(hidden))
-        self.up = nn.Linear(hidden, width)
+        self.up = Linear(hidden, width)
         nn.init.zeros_(self.down.bias)
         nn.init.zeros_(self.up.bias)
 

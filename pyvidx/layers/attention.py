@@ -1,0 +1,41 @@
+"""Self-attention from one projection of q, k and v, up to the output projection."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pyvidx.layers.linear import project_qkv
+from pyvidx.ops import bank_attention
+from pyvidx.ops._library import has_kernel
+from pyvidx.ops.bank_attention import MAX_WIDTH
+
+KERNEL = has_kernel("bank_attention", "cpu")  # asked once: the compiler cannot see through the question
+
+
+def self_attention(x: Tensor, layer: nn.Linear, heads: int, mask: Tensor | None = None, causal: bool = False) -> Tensor:
+    """x [rows, N, C], layer from C to 3C -> [rows, N, C].
+
+    mask: bool, True = attended to, of a shape that broadcasts to [rows, H, N, N]; not together with causal.
+    """
+    rows, N, C = x.shape
+    if mask is None and not causal and _fits_kernel(x, C // heads):
+        q, keys_values = project_qkv(x, layer, (1, 2))  # a memory of one slot with N positions
+        return bank_attention(q[:, None], keys_values[:, None], None, heads)[:, 0]
+    qkv = (part.view(rows, N, heads, -1).transpose(1, 2) for part in project_qkv(x, layer, (1, 1, 1)))
+    y = F.scaled_dot_product_attention(*qkv, attn_mask=mask, is_causal=causal)
+    return y.transpose(1, 2).reshape(rows, N, C)
+
+
+def _fits_kernel(x: Tensor, width: int) -> bool:
+    """torch's attention in float32 on a CPU is made of MKL's products of single heads; the kernel takes half the time.
+
+    16-bit products torch gives to oneDNN, and a GPU has attention of its own.
+    """
+    return (
+        x.is_cpu
+        and x.dtype == torch.float32
+        and width % 8 == 0
+        and width <= MAX_WIDTH
+        and KERNEL
+        and not torch.is_autocast_enabled("cpu")
+    )

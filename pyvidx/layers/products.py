@@ -1,0 +1,96 @@
+"""Which library multiplies float32 matrices on a CPU: MKL, as torch has it, or oneDNN, which torch carries as well.
+
+Two things speak for oneDNN. MKL runs 256-bit code on AMD's CPUs, which is half of what they can do from Zen 5 on: 105
+GFLOP/s a thread against 220. And it adds a bias and a residual on the way out, where MKL is given a matrix that was
+filled with them. On other CPUs torch's choice stands. PYVIDX_PRODUCTS=mkl|onednn decides otherwise.
+
+Nothing here knows gradients; pyvidx.layers.linear does.
+"""
+
+import os
+import re
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+ZEN5 = 26  # the family of AMD's CPUs that is the first with units for whole 512-bit vectors
+LEAST = 1 << 20  # multiply-adds; in fewer the 10 us that a call of oneDNN takes show
+
+
+def _choose(wish: str, cpuinfo: str) -> str:
+    """The library by name, of the environment's wish and what Linux says of the CPU."""
+    if wish not in ("", "mkl", "onednn"):
+        raise ValueError(f"PYVIDX_PRODUCTS must be mkl or onednn, got {wish!r}")
+    there = hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    if wish == "onednn" and not there:
+        raise ValueError(f"PYVIDX_PRODUCTS=onednn: torch {torch.__version__} has no oneDNN here")
+    family = re.search(r"^vendor_id\s*: AuthenticAMD\ncpu family\s*: (\d+)$", cpuinfo, re.MULTILINE)
+    fit = family is not None and int(family[1]) >= ZEN5 and torch.backends.cpu.get_cpu_capability() == "AVX512"
+    return wish or ("onednn" if there and fit else "mkl")
+
+
+def _cpuinfo() -> str:
+    path = Path("/proc/cpuinfo")
+    return path.read_text() if path.exists() else ""
+
+
+LIBRARY = _choose(os.environ.get("PYVIDX_PRODUCTS", ""), _cpuinfo())
+
+
+def onednn(x: Tensor, matrix: Tensor) -> bool:
+    """Whether oneDNN multiplies the rows of x by a matrix, or its transpose."""
+    return (
+        LIBRARY == "onednn"
+        and x.is_cpu
+        and x.dtype == matrix.dtype == torch.float32
+        and x.shape[:-1].numel() * matrix.numel() >= LEAST
+        and torch.backends.mkldnn.enabled
+        and type(x) in (Tensor, nn.Parameter)  # what is quantized or distributed has products of its own
+        and type(matrix) in (Tensor, nn.Parameter)
+        and not torch.is_autocast_enabled("cpu")
+        and not torch.compiler.is_compiling()  # the compiler has a choice of its own
+    )
+
+
+def forward(x: Tensor, weight: Tensor, bias: Tensor | None = None, add: Tensor | None = None) -> Tensor:
+    """x W^T + bias + add. x [..., K], weight [N, K], bias [N], add [..., N] -> [..., N]."""
+    if onednn(x, weight):
+        return _onednn(x, weight, bias, add)
+    if add is None:
+        return F.linear(x, weight, bias)
+    out = add.new_empty(add.shape)
+    out = out.copy_(add) if bias is None else torch.add(add, bias, out=out)
+    _add_product(out.view(-1, out.shape[-1]), x.flatten(0, -2), weight.t())
+    return out
+
+
+def input_gradient(grad: Tensor, weight: Tensor, onto: Tensor | None = None) -> Tensor:
+    """grad W, added to `onto`, which may be written into. grad [M, N], weight [N, K], onto [M, K] -> [M, K]."""
+    if onednn(grad, weight):
+        return _onednn(grad, weight.t(), None, onto)
+    if onto is None:
+        return torch.mm(grad, weight)
+    _add_product(onto, grad, weight)
+    return onto
+
+
+def weight_gradient(grad: Tensor, x: Tensor, out: Tensor | None = None) -> Tensor:
+    """grad^T x. grad [M, N], x [M, K] -> [N, K]."""
+    if not onednn(grad.t(), x):
+        return torch.mm(grad.t(), x, out=out) if out is not None else torch.mm(grad.t(), x)
+    # oneDNN's left operand is copied where it is a transpose: the smaller one of them.
+    wide = grad.shape[1] > x.shape[1]
+    found = _onednn(x.t(), grad.t()).t() if wide else _onednn(grad.t(), x.t())
+    return found if out is None else out.copy_(found)
+
+
+def _add_product(out, a, b):
+    torch.addmm(out, a, b, out=out)  # addmm_ is a product that torch counts no FLOPs of
+
+
+def _onednn(x, weight, bias=None, add=None):
+    if add is None:
+        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    return torch.ops.mkldnn._linear_pointwise.binary(x, add, weight, bias, "add")

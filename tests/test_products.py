@@ -1,0 +1,144 @@
+"""Both libraries for products, whatever this machine's choice is, against plain torch."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from pyvidx import flops
+from pyvidx.layers import products
+from pyvidx.layers.block import Block
+from pyvidx.layers.linear import Linear, add_linear, linear, project_qkv
+from pyvidx.layers.products import _choose
+
+ROWS, N, HEADS, C = 6, 5, 2, 16  # heads wide enough for the kernel of bank_attention
+
+
+@pytest.fixture(params=["mkl", "onednn"])
+def calls(request, monkeypatch):
+    """The products that oneDNN has been given, as a list; None where it is to be given none."""
+    seen, onednn = [], products._onednn
+    monkeypatch.setattr(products, "LIBRARY", request.param)
+    monkeypatch.setattr(products, "LEAST", 1)
+    monkeypatch.setattr(products, "_onednn", lambda x, *more: seen.append(x.shape) or onednn(x, *more))
+    yield seen if request.param == "onednn" else None
+    assert seen if request.param == "onednn" else not seen
+
+
+def gradients(y, *inputs):
+    torch.manual_seed(4)
+    grad = torch.randn(y.shape).to(y.dtype)
+    return y.detach(), *torch.autograd.grad(y, [t for t in inputs if t.requires_grad], grad)
+
+
+def agree(got, want):
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a, b.float(), atol=1e-5, rtol=1e-5)
+
+
+def layer(width_in, width_out, bias=True):
+    torch.manual_seed(3)
+    return Linear(width_in, width_out, bias=bias)
+
+
+@pytest.mark.parametrize("frozen", ["nothing", "x", "layer"])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("shape", [(C,), (3, C), (2, 3, N, C)], ids=str)
+@pytest.mark.parametrize("width", [3 * C, C // 2])
+def test_linear(width, shape, bias, frozen, calls):
+    module = layer(C, width, bias).requires_grad_(frozen != "layer")
+    x = torch.randn(shape, requires_grad=frozen != "x")
+    want = gradients(F.linear(x, module.weight, module.bias), x, *module.parameters())
+    agree(gradients(module(x), x, *module.parameters()), want)
+    agree(gradients(linear(x, *[*module.parameters(), None][:2]), x, *module.parameters()), want)
+    with torch.no_grad():
+        agree([module(x)], want[:1])
+    # forward and each gradient twice, and forward without one
+    assert calls is None or len(calls) == 2 * (1 + (frozen != "x") + (frozen != "layer")) + 1
+
+
+def test_views(calls):
+    """Rows apart from each other, and a part of a layer's weight."""
+    module, x = layer(C, 3 * C), torch.randn(3, N + 1, 2 * C)[:, 1:, ::2].requires_grad_()
+    part = module.weight[C:], module.bias[C:]
+    agree(gradients(linear(x, *part), x, *module.parameters()), gradients(F.linear(x, *part), x, *module.parameters()))
+
+
+def test_add_linear(calls):
+    module = layer(2 * C, C)
+    x, h = (torch.randn(ROWS, N, width, requires_grad=True) for width in (C, 2 * C))
+    want = gradients(x + F.linear(h, module.weight, module.bias), x, h, *module.parameters())
+    agree(gradients(add_linear(x, h, module), x, h, *module.parameters()), want)
+    kept = x.detach().clone()
+    with torch.no_grad():
+        agree([add_linear(x, h, module)], want[:1])
+    assert x.equal(kept)
+
+
+def test_projections(calls):
+    module, x = layer(C, 3 * C), torch.randn(ROWS, N, C, requires_grad=True)
+    want = gradients(F.linear(x, module.weight, module.bias), x, *module.parameters())
+    keys = slice(C, 2 * C)  # a key's bias is left out by one of the two, and its gradient by both
+    for parts in (3,), (1, 2), (1, 1, 1):
+        got = gradients(torch.cat(project_qkv(x, module, parts), dim=-1), x, *module.parameters())
+        assert (got[3][keys] == 0).all()
+        want[3][keys] = 0
+        agree([got[0] - got[0].mean(1, keepdim=True), *got[1:]], [want[0] - want[0].mean(1, keepdim=True), *want[1:]])
+
+
+def test_block(calls):
+    torch.manual_seed(6)
+    block, x = Block(C, HEADS, 4 * C), torch.randn(ROWS, N, C, requires_grad=True)
+    wide = copy.deepcopy(block).double()
+    x_wide = x.detach().double().requires_grad_()
+    want = gradients(wide(x_wide), x_wide, *wide.parameters())
+    agree(gradients(block(x), x, *block.parameters()), want)
+    with torch.no_grad():
+        agree([block(x)], want[:1])
+    assert flops.count(lambda: block(x).sum().backward()) == flops.count(lambda: wide(x_wide).sum().backward()) > 0
+
+
+def test_where_torch_multiplies(monkeypatch):
+    monkeypatch.setattr(products, "LIBRARY", "onednn")
+    x, weight = torch.randn(1024, 64), torch.randn(64, 64)
+    assert products.onednn(x, weight) and products.onednn(x[None], nn.Parameter(weight))
+    assert not products.onednn(x[:64], weight) and not products.onednn(x[:0], weight)
+    assert not products.onednn(x.double(), weight.double()) and not products.onednn(x.bfloat16(), weight.bfloat16())
+    assert not products.onednn(x.to("meta"), weight.to("meta"))
+    assert not products.onednn(x.as_subclass(Other), weight)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert not products.onednn(x, weight)
+        assert linear(x, weight).dtype == torch.bfloat16
+    with torch.backends.mkldnn.flags(enabled=False):
+        assert not products.onednn(x, weight)
+
+
+class Other(torch.Tensor):
+    """What a library for quantized or distributed weights makes of a tensor."""
+
+
+def test_compiled(monkeypatch):
+    """The compiler sees torch's own product."""
+    monkeypatch.setattr(products, "LIBRARY", "onednn")
+    module, x = layer(64, 64), torch.randn(1024, 64)
+    compiled = torch.compile(lambda x: module(x).sin(), fullgraph=True, backend="aot_eager")
+    got = gradients(compiled(x), *module.parameters())
+    agree(got, gradients(F.linear(x, module.weight, module.bias).sin(), *module.parameters()))
+
+
+ZEN4, ZEN5, INTEL = (
+    f"processor\t: 0\nvendor_id\t: {vendor}\ncpu family\t: {family}\nmodel\t\t: 2\n"
+    for vendor, family in (("AuthenticAMD", 25), ("AuthenticAMD", 26), ("GenuineIntel", 6))
+)
+
+
+def test_choice(monkeypatch):
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
+    assert [_choose("", text) for text in (ZEN4, ZEN5, INTEL, "")] == ["mkl", "onednn", "mkl", "mkl"]
+    assert [_choose("mkl", ZEN5), _choose("onednn", INTEL)] == ["mkl", "onednn"]
+    with pytest.raises(ValueError, match="PYVIDX_PRODUCTS must be mkl or onednn, got 'blas'"):
+        _choose("blas", ZEN5)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
+    assert _choose("", ZEN5) == "mkl"
