@@ -43,6 +43,7 @@ def onednn(x: Tensor, matrix: Tensor) -> bool:
     """Whether oneDNN multiplies the rows of x by a matrix, or its transpose."""
     return (
         LIBRARY == "onednn"
+        and not torch.compiler.is_compiling()  # the compiler has a choice of its own
         and x.is_cpu
         and x.dtype == matrix.dtype == torch.float32
         and x.shape[:-1].numel() * matrix.numel() >= LEAST
@@ -50,7 +51,6 @@ def onednn(x: Tensor, matrix: Tensor) -> bool:
         and type(x) in (Tensor, nn.Parameter)  # what is quantized or distributed has products of its own
         and type(matrix) in (Tensor, nn.Parameter)
         and not torch.is_autocast_enabled("cpu")
-        and not torch.compiler.is_compiling()  # the compiler has a choice of its own
     )
 
 
