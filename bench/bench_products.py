@@ -1,5 +1,5 @@
-"""A linear layer's three products in float32 on a CPU by oneDNN, against torch's own: does PYVIDX_PRODUCTS=onednn pay on
-this machine? Sizes of BT-Adapter's branch, 70 % masked, B = 4, and a frame's rows in MA-LMM's Q-Former."""
+"""A linear layer's three products in float32 on a CPU by oneDNN, against torch's own: does PYVIDX_PRODUCTS=onednn
+pay here? Sizes of BT-Adapter's branch, 70 % masked, B = 4, and a frame's rows in MA-LMM's Q-Former."""
 
 import pytest
 import torch

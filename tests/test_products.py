@@ -45,7 +45,7 @@ def layer(width_in, width_out, bias=True):
 
 @pytest.mark.parametrize("frozen", ["nothing", "x", "layer"])
 @pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("shape", [(C,), (3, C), (2, 3, N, C)], ids=str)
+@pytest.mark.parametrize("shape", [(C,), (3, C), (2, 3, N, C), (9 * C, C)], ids=str)
 @pytest.mark.parametrize("width", [3 * C, C // 2])
 def test_linear(width, shape, bias, frozen, calls):
     module = layer(C, width, bias).requires_grad_(frozen != "layer")

@@ -80,9 +80,9 @@ def weight_gradient(grad: Tensor, x: Tensor, out: Tensor | None = None) -> Tenso
     """grad^T x. grad [M, N], x [M, K] -> [N, K]."""
     if not onednn(grad.t(), x):
         return torch.mm(grad.t(), x, out=out) if out is not None else torch.mm(grad.t(), x)
-    # oneDNN's left operand is copied where it is a transpose: the smaller one of them.
-    wide = grad.shape[1] > x.shape[1]
-    found = _onednn(x.t(), grad.t()).t() if wide else _onednn(grad.t(), x.t())
+    # oneDNN's left operand is copied where it is a transpose, and a transposed gradient when it is kept: the fewest.
+    other = x.numel() + grad.shape[1] * x.shape[1] < grad.numel()
+    found = _onednn(x.t(), grad.t()).t() if other else _onednn(grad.t(), x.t())
     return found if out is None else out.copy_(found)
 
 
