@@ -188,6 +188,45 @@ def test_autocast_joins_in_the_wider_dtype():
     assert torch.stack(list(near.values())).median() > 0.98
 
 
+class Kept(torch.autograd.graph.saved_tensors_hooks):
+    """How many values are kept for a backward pass."""
+
+    def __init__(self):
+        super().__init__(self.keep, lambda tensor: tensor)
+        self.total = 0
+
+    def keep(self, tensor):
+        self.total += tensor.numel()
+        return tensor
+
+
+@pytest.mark.parametrize("mask_order", ["tube", "official"])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_micro_batches_are_the_batch(mask_order, checkpointing):
+    """Losses and gradients, of parts that do not divide it; what is kept for the backward pass is less."""
+    pixels, ids, mask = batch()
+    K, draws = int((~mask[0]).sum()), torch.Generator().manual_seed(3)
+    drops = drop_path_draws(0.5, CONFIG.depth, 4, pixels.shape[1], K, generator=draws)
+    results, kept = [], []
+    for micro_batch in (None, 4, 3, 1):
+        step = build(mask_order=mask_order, checkpointing=checkpointing, micro_batch=micro_batch).train()
+        with (sizes := Kept()):
+            losses = step(pixels, ids, mask=mask, drops=drops)
+        kept.append(sizes.total)
+        results.append((losses, gradients(step, losses.total)))
+        with torch.no_grad():
+            close(torch.stack(step(pixels, ids, mask=mask, drops=drops)), torch.stack(losses))
+    for losses, grads in results[1:]:
+        close(torch.stack(losses), torch.stack(results[0][0]))
+        assert grads.keys() == results[0][1].keys()
+        for name, want in results[0][1].items():
+            close(grads[name], want, 1e-10)
+    if not checkpointing:
+        assert kept[0] == kept[1] > 3 * kept[2] and kept[2] >= kept[3]
+    with pytest.raises(ValueError, match="micro_batch must be at least 1 or None, got 0"):
+        build(micro_batch=0)
+
+
 def test_wrong_input():
     step = build()
     pixels, ids, mask = batch()

@@ -272,8 +272,8 @@ def _process(rank, folder, values, ports):
 
 
 def test_two_processes_are_one(run, monkeypatch):
-    """To 1e-5, with a video that cannot be read, DropPath, checkpointing and a held-out loss; also from features that
-    both have stored."""
+    """To 1e-5, with a video that cannot be read, DropPath, checkpointing and a held-out loss; the two take a video at a
+    time; also from features that both have stored."""
     folder, values = run
     monkeypatch.setattr(btadapter, "tokenizer", lambda *options: some_tokenizer)
     values |= {"checkpointing": True, "held_out": values["train"]}
@@ -286,7 +286,7 @@ def test_two_processes_are_one(run, monkeypatch):
         ports = [each.getsockname()[1] for each in free]
     for rank in "01":
         (folder / rank).mkdir()
-    two = values | {"out": str(folder / "two"), "recipe": values["recipe"] | {"batch": 2}}
+    two = values | {"out": str(folder / "two"), "micro_batch": 1, "recipe": values["recipe"] | {"batch": 2}}
     torch.multiprocessing.spawn(_process, (folder, two, ports), nprocs=2)
     got, want = lines(folder / "two"), lines(folder / "out")
     assert len(got) == 6 + 3

@@ -1,10 +1,12 @@
 """BT-Adapter's masked pretraining (arXiv:2309.15785, section 3.2): a frozen CLIP teaches the branch beside it."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from pyvidx.backbones.clip_text import CLIPText
 from pyvidx.layers.linear import Linear
@@ -50,6 +52,9 @@ class Pretraining(nn.Module):
         scale: of the cosines in both contrastive losses.
         drop_path: of the last branch layer, in training mode; the rates rise linearly from 0.
         checkpointing: compute the branch's layers again in the backward pass instead of keeping what is inside them.
+        micro_batch: videos of which the branch is computed at a time, and again in the backward pass: memory for its
+            activations is that of so many, while the contrastive losses compare all. The same losses and gradients
+            (those of GradCache, arXiv:2101.06983). None: all at once.
 
     Raises:
         ValueError: the model or an option does not fit.
@@ -67,6 +72,7 @@ class Pretraining(nn.Module):
         scale: float = 100.0,
         drop_path: float = 0.1,
         checkpointing: bool = False,
+        micro_batch: int | None = None,
     ):
         super().__init__()
         v = model.config.vision
@@ -81,12 +87,14 @@ class Pretraining(nn.Module):
                 f"Pretraining: mask_order must be one of {MASK_ORDERS} and gradient of {GRADIENTS}, "
                 f"got {mask_order!r}, {gradient!r}"
             )
+        if micro_batch is not None and micro_batch < 1:
+            raise ValueError(f"Pretraining: micro_batch must be at least 1 or None, got {micro_batch}")
         self.model, self.text = model, text.requires_grad_(False)
         self.model.backbone.requires_grad_(False)
         self.model.branch.checkpointing = checkpointing
         self.head = nn.Sequential(Linear(v.width, v.embed_dim), nn.LayerNorm(v.embed_dim))
         self.mask_rate, self.mask_order, self.gradient = mask_rate, mask_order, gradient
-        self.weights, self.scale, self.drop_path = weights, scale, drop_path
+        self.weights, self.scale, self.drop_path, self.micro_batch = weights, scale, drop_path, micro_batch
 
     def forward(
         self,
@@ -143,27 +151,55 @@ class Pretraining(nn.Module):
         generator: torch.Generator | None = None,
     ) -> Losses:
         """The same for the tokens of a grouping."""
-        z, cls = self.states(xs, group, drops, generator)[-1]  # [B, S, K, C], [B, C]
-        project = self.model.backbone.projection
-        video = project(self.model.frame_vectors(xs[-1], cls).mean(dim=1))
-        # The projection has no bias: the mean of the tokens' projections is the projection of their mean.
-        branch = project(z.mean(dim=2).mean(dim=1))  # torch is slow at one mean over both
+        if drops is None:
+            drops = self.draw_drops(xs[0], group, generator)
+        if self.micro_batch is None or self.micro_batch >= len(xs[0]):
+            video, branch, token = self.embed(xs, group, drops)
+        else:
+            video, branch, token = self._in_parts(xs, group, drops)
         video, branch, text = (gather(e, gradient=self.gradient) for e in (video, branch, text))
         vtc, mbca, mbta = self.weights
         return Losses(
             vtc * contrastive(video, text, scale=self.scale),
             mbca * contrastive(branch, text, scale=self.scale),
-            mbta * alignment(self.head(z), self.teacher(xs[-1], group)),
+            mbta * token,
         )
 
-    def states(
-        self, xs: Sequence[Tensor], group: Grouping, drops: Drops | None, generator: torch.Generator | None = None
-    ) -> list[tuple[Tensor, Tensor]]:
+    def embed(self, xs: Sequence[Tensor], group: Grouping, drops: Drops | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Of each video two embeddings [B, E], of its class token and of its kept tokens, and the token loss of all."""
+        z, cls = self.states(xs, group, drops)[-1]  # [B, S, K, C], [B, C]
+        project = self.model.backbone.projection
+        video = project(self.model.frame_vectors(xs[-1], cls).mean(dim=1))
+        # The projection has no bias: the mean of the tokens' projections is the projection of their mean.
+        branch = project(z.mean(dim=2).mean(dim=1))  # torch is slow at one mean over both
+        return video, branch, alignment(self.head(z), self.teacher(xs[-1], group))
+
+    def _in_parts(self, xs, group, drops):
+        """embed, of micro_batch videos at a time."""
+        B, found = xs[0].shape[0], []
+        for first in range(0, B, self.micro_batch):
+            rows = slice(first, first + self.micro_batch)
+            part = replace(group, keep=group.keep[rows])
+            dropped = drops and [layer and tuple(drop[rows] for drop in layer) for layer in drops]
+            inputs = [x[rows] for x in xs], part, dropped
+            if torch.is_grad_enabled():  # nothing is drawn inside
+                found.append(checkpoint(self.embed, *inputs, use_reentrant=False, preserve_rng_state=False))
+            else:
+                found.append(self.embed(*inputs))
+        videos, branches, tokens = zip(*found)
+        token = sum(len(video) / B * loss for video, loss in zip(videos, tokens))  # a mean over equally many of each
+        return torch.cat(videos), torch.cat(branches), token
+
+    def draw_drops(self, x: Tensor, group: Grouping, generator: torch.Generator | None = None) -> Drops | None:
+        """DropPath of a batch of backbone tokens x, in training mode."""
+        if not self.training:
+            return None
+        B, S, K = x.shape[0], group.frames, group.keep.shape[-1]
+        where = {"device": x.device, "generator": generator}
+        return drop_path_draws(self.drop_path, self.model.config.depth, B, S, K, **where)
+
+    def states(self, xs: Sequence[Tensor], group: Grouping, drops: Drops | None) -> list[tuple[Tensor, Tensor]]:
         """Every branch layer's (z [B, S, K, C], cls [B, C])."""
-        if drops is None and self.training:
-            B, S, K = xs[0].shape[0], group.frames, group.keep.shape[-1]
-            where = {"device": xs[0].device, "generator": generator}
-            drops = drop_path_draws(self.drop_path, self.model.config.depth, B, S, K, **where)
         return self.model.branch(xs, self.model.backbone.position, group, drops)
 
     def grouping(self, x: Tensor, mask: Tensor | None, generator: torch.Generator | None = None) -> Grouping:

@@ -54,8 +54,8 @@ class Config:
         frames: T.
         shorter, area, preset, reader: see train.data.Take; held-out clips are whole, cut to a square in the middle.
         mask: "tube", or "random": other patches in every frame.
-        mask_rate, mask_order, gradient, loss_weights, drop_path, checkpointing: see Pretraining, loss_weights as
-            `weights` there.
+        mask_rate, mask_order, gradient, loss_weights, drop_path, checkpointing, micro_batch: see Pretraining,
+            loss_weights as `weights` there.
         features: store what the frozen towers give instead of computing it in every epoch, see train.features.Features.
         recipe: see Recipe.
     """
@@ -85,6 +85,7 @@ class Config:
     loss_weights: tuple[float, float, float] = (1.0, 0.1, 0.1)
     drop_path: float = 0.1
     checkpointing: bool = False
+    micro_batch: int | None = None
     features: Features | None = None
     recipe: Recipe = field(default_factory=Recipe)
 
@@ -206,8 +207,8 @@ def build(config: Config, device: torch.device) -> BTAdapterTask:
             text = _clip(config, config.text, image=False)[1]
         if text is None:
             raise ValueError(f"Config: {config.weights} holds no text tower, so text must be given")
-        options = {name: getattr(config, name) for name in ("mask_rate", "mask_order", "gradient", "drop_path")}
-        step = Pretraining(model, text, weights=config.loss_weights, checkpointing=config.checkpointing, **options)
+        names = ("mask_rate", "mask_order", "gradient", "drop_path", "checkpointing", "micro_batch")
+        step = Pretraining(model, text, weights=config.loss_weights, **{name: getattr(config, name) for name in names})
         load_head(step, state)
     task = BTAdapterTask(
         step.float().to(device),  # trained weights have to be float32, whatever the file has; autocast makes the rest

@@ -104,7 +104,7 @@ def begin(task: Task, recipe: Recipe, ranks: Ranks) -> State:
     if task.whole_batch and recipe.accumulation > 1:
         raise ValueError(
             "train: accumulation must be 1 for a loss that compares all samples of a batch, which is not the mean over "
-            f"micro-batches, got {recipe.accumulation}; larger batches take more processes or gradient checkpointing"
+            f"micro-batches, got {recipe.accumulation}; larger batches take micro_batch or more processes"
         )
     torch.manual_seed(recipe.seed + ranks.rank)
     optimizer = torch.optim.AdamW(groups(task, recipe), lr=recipe.start_lr, betas=recipe.betas, eps=recipe.eps)
