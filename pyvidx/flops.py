@@ -22,6 +22,7 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, 
 
 from pyvidx import temporal
 from pyvidx.backbones.clip import CLIPVision, CLIPVisionConfig
+from pyvidx.layers import products
 from pyvidx.models.video_encoder import VideoEncoder
 from pyvidx.ops._library import FLOPS
 
@@ -50,7 +51,8 @@ def count(run: Callable[[], object]) -> int:
     aten = torch.ops.aten  # torch knows the attention kernels of CUDA only
     formulas[aten._scaled_dot_product_flash_attention_for_cpu] = _cpu_attention
     formulas[aten._scaled_dot_product_flash_attention_for_cpu_backward] = _cpu_attention_backward
-    formulas[torch.ops.mkldnn._linear_pointwise] = _onednn_product  # pyvidx.layers.products
+    if products.OP is not None:
+        formulas[products.OP] = _onednn_product
     with FlopCounterMode(display=False, custom_mapping=formulas) as counter:
         run()
     return counter.get_total_flops()

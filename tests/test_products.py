@@ -16,7 +16,7 @@ from pyvidx.layers.products import _choose
 ROWS, N, HEADS, C = 6, 5, 2, 16  # heads wide enough for the kernel of bank_attention
 
 
-@pytest.fixture(params=["mkl", "onednn"])
+@pytest.fixture(params=["torch", "onednn"])
 def calls(request, monkeypatch):
     """The products that oneDNN has been given, as a list; None where it is to be given none."""
     seen, onednn = [], products._onednn
@@ -136,9 +136,9 @@ ZEN4, ZEN5, INTEL = (
 
 def test_choice(monkeypatch):
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
-    assert [_choose("", text) for text in (ZEN4, ZEN5, INTEL, "")] == ["mkl", "onednn", "mkl", "mkl"]
-    assert [_choose("mkl", ZEN5), _choose("onednn", INTEL)] == ["mkl", "onednn"]
-    with pytest.raises(ValueError, match="PYVIDX_PRODUCTS must be mkl or onednn, got 'blas'"):
+    assert [_choose("", text) for text in (ZEN4, ZEN5, INTEL, "")] == ["torch", "onednn", "torch", "torch"]
+    assert [_choose("torch", ZEN5), _choose("onednn", INTEL)] == ["torch", "onednn"]
+    with pytest.raises(ValueError, match="PYVIDX_PRODUCTS must be torch or onednn, got 'blas'"):
         _choose("blas", ZEN5)
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
-    assert _choose("", ZEN5) == "mkl"
+    assert _choose("", ZEN5) == "torch"

@@ -2,7 +2,7 @@
 
 Two things speak for oneDNN. MKL runs 256-bit code on AMD's CPUs, which is half of what they can do from Zen 5 on: 105
 GFLOP/s a thread against 220. And it adds a bias and a residual on the way out, where MKL is given a matrix that was
-filled with them. On other CPUs torch's choice stands. PYVIDX_PRODUCTS=mkl|onednn decides otherwise.
+filled with them. On other CPUs torch's choice stands. PYVIDX_PRODUCTS=torch|onednn decides otherwise.
 
 Nothing here knows gradients; pyvidx.layers.linear does.
 """
@@ -16,19 +16,19 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 ZEN5 = 26  # the family of AMD's CPUs that is the first with units for whole 512-bit vectors
+OP = getattr(torch.ops.mkldnn, "_linear_pointwise", None)  # torch has oneDNN on some platforms only
 LEAST = 1 << 20  # multiply-adds; in fewer the 10 us that a call of oneDNN takes show
 
 
 def _choose(wish: str, cpuinfo: str) -> str:
-    """The library by name, of the environment's wish and what Linux says of the CPU."""
-    if wish not in ("", "mkl", "onednn"):
-        raise ValueError(f"PYVIDX_PRODUCTS must be mkl or onednn, got {wish!r}")
-    there = hasattr(torch.ops.mkldnn, "_linear_pointwise")
-    if wish == "onednn" and not there:
+    """ "onednn", or "torch" for its own choice; of the environment's wish and what Linux says of the CPU."""
+    if wish not in ("", "torch", "onednn"):
+        raise ValueError(f"PYVIDX_PRODUCTS must be torch or onednn, got {wish!r}")
+    if wish == "onednn" and OP is None:
         raise ValueError(f"PYVIDX_PRODUCTS=onednn: torch {torch.__version__} has no oneDNN here")
     family = re.search(r"^vendor_id\s*: AuthenticAMD\ncpu family\s*: (\d+)$", cpuinfo, re.MULTILINE)
     fit = family is not None and int(family[1]) >= ZEN5 and torch.backends.cpu.get_cpu_capability() == "AVX512"
-    return wish or ("onednn" if there and fit else "mkl")
+    return wish or ("onednn" if OP is not None and fit else "torch")
 
 
 def _cpuinfo() -> str:
@@ -92,5 +92,5 @@ def _add_product(out, a, b):
 
 def _onednn(x, weight, bias=None, add=None):
     if add is None:
-        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
-    return torch.ops.mkldnn._linear_pointwise.binary(x, add, weight, bias, "add")
+        return OP(x, weight, bias, "none", [], "")
+    return OP.binary(x, add, weight, bias, "add")
