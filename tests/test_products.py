@@ -8,10 +8,12 @@ import torch.nn.functional as F
 from torch import nn
 
 from pyvidx import flops
-from pyvidx.layers import products
+from pyvidx.layers import attention, products
+from pyvidx.layers.attention import self_attention
 from pyvidx.layers.block import Block
 from pyvidx.layers.linear import Linear, add_linear, linear, project_qkv
 from pyvidx.layers.products import _choose
+from pyvidx.ops import bank_attention
 
 ROWS, N, HEADS, C = 6, 5, 2, 16  # heads wide enough for the kernel of bank_attention
 
@@ -98,6 +100,33 @@ def test_block(calls):
     with torch.no_grad():
         agree([block(x)], want[:1])
     assert flops.count(lambda: block(x).sum().backward()) == flops.count(lambda: wide(x_wide).sum().backward()) > 0
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_attention_kernel(dtype, autocast, monkeypatch):
+    """As near to float64 as torch's, in 16 bits and under autocast too."""
+    module, x = layer(C, 3 * C), torch.randn(ROWS, N, C)
+    wide = self_attention(x.double().requires_grad_(), copy.deepcopy(module).double(), HEADS)
+    if not autocast:
+        module, x = module.to(dtype), x.to(dtype)
+    x.requires_grad_()
+    low = torch.bfloat16 if autocast else dtype
+    seen = []
+    monkeypatch.setattr(attention, "bank_attention", lambda *a: seen.append(a[0].dtype) or bank_attention(*a))
+    results = []
+    for library in ("onednn", "torch"):
+        monkeypatch.setattr(products, "LIBRARY", library)
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            results.append(gradients(self_attention(x, module, HEADS), x, *module.parameters()))
+    assert len(seen) == 1 and results[0][0].dtype == low
+    eps = torch.finfo(low).eps
+    torch.testing.assert_close(results[0][0].double(), wide, atol=4 * eps, rtol=4 * eps)
+    for name, got, want in zip(("x", "weight", "bias"), results[0][1:], results[1][1:]):
+        got, want = got.float(), want.float()
+        if name == "bias":  # torch sums rounding for the keys'
+            got, want = (torch.cat([b[:C], b[2 * C :]]) for b in (got, want))
+        torch.testing.assert_close(got, want, atol=16 * eps * want.abs().max().item(), rtol=0)
 
 
 def test_where_torch_multiplies(monkeypatch):
