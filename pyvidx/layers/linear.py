@@ -73,10 +73,10 @@ def project_qkv(x: Tensor, layer: nn.Linear, parts: Sequence[int] = (3,)) -> tup
 
     (3,): all in one; (1, 2): q; k and v; (1, 1, 1): each by itself.
     """
-    widths = [n * layer.weight.shape[0] // 3 for n in parts]
     if plain(layer) and wants_grad(x, layer.weight, layer.bias) and not torch.compiler.is_compiling():
-        return _Projection.apply(x, layer.weight, layer.bias, widths)
-    return layer(x).split(widths, dim=-1)
+        return _Projection.apply(x, layer.weight, layer.bias, [n * len(layer.bias) // 3 for n in parts])
+    qkv = layer(x)
+    return qkv.split([n * qkv.shape[-1] // 3 for n in parts], dim=-1)
 
 
 def _sum(rows):

@@ -21,7 +21,7 @@ LEAST = 1 << 20  # multiply-adds; in fewer the 10 us that a call of oneDNN takes
 
 
 def _choose(wish: str, cpuinfo: str) -> str:
-    """ "onednn", or "torch" for its own choice; of the environment's wish and what Linux says of the CPU."""
+    """Of the environment's wish and what Linux says of the CPU: onednn, or torch for torch's own choice."""
     if wish not in ("", "torch", "onednn"):
         raise ValueError(f"PYVIDX_PRODUCTS must be torch or onednn, got {wish!r}")
     if wish == "onednn" and OP is None:
