@@ -3,6 +3,8 @@
 "slots": a stream's frame, all slots as they lie, against torch's attention, for which they are contiguous. "table": 16
 frames of a clip, whose keys a table names, against a gather of each step's keys and torch's attention. The backward
 pass, to queries and rows, is measured against the same formulas in plain torch, a step at a time.
+
+"self": the attention in space of pyvidx.layers.attention, 16 heads of 64 from packed q, k and v, against torch's.
 """
 
 import pytest
@@ -15,10 +17,10 @@ from pyvidx.ops.bank_attention import bank_attention, reference_backward
 QUERIES, POSITIONS, HEADS, WIDTH = 32, 257, 12, 768
 
 
-def attend(q, rows):
+def attend(q, rows, heads=HEADS):
     """q [t, n, D] over rows [t, any, 2D]"""
-    k, v = rows.view(*rows.shape[:2], 2, HEADS, -1).permute(2, 0, 3, 1, 4)
-    query = q.unflatten(-1, (HEADS, -1)).transpose(1, 2)
+    k, v = rows.unflatten(-1, (2, heads, -1)).permute(2, 0, 3, 1, 4)
+    query = q.unflatten(-1, (heads, -1)).transpose(1, 2)
     return F.scaled_dot_product_attention(query, k, v).transpose(1, 2).flatten(2)
 
 
@@ -67,6 +69,34 @@ def backward_case(path, M, dtype, device):
         bytes=nbytes(rows, rows, q, q, q, q),
         flops=10 * t * QUERIES * (M + 1) * POSITIONS * WIDTH,
     )
+
+
+def self_case(rows, N, backward, dtype, device):
+    heads, width = 16, 1024
+    qkv = torch.randn(rows, N, 3 * width, device=device).to(dtype).requires_grad_(backward)
+    q, kv = qkv[..., :width], qkv[..., width:]
+    run, eager = lambda: bank_attention(q[:, None], kv[:, None], None, heads)[:, 0], lambda: attend(q, kv, heads)
+    if backward:
+        with torch.enable_grad():
+            outputs, grad = [run(), eager()], torch.randn(rows, N, width, device=device).to(dtype)
+        run, eager = (lambda y=y: torch.autograd.grad(y, (q, kv), grad, retain_graph=True) for y in outputs)
+    return Case(
+        "bank_attention self" + (" backward" if backward else ""),
+        {"rows": rows, "N": N},
+        dtype,
+        run,
+        eager,
+        bytes=nbytes(qkv, qkv, q, q) if backward else nbytes(qkv, q),
+        flops=(10 if backward else 4) * rows * N * N * width,
+        compiled=not backward,
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
+@pytest.mark.parametrize("rows, N", [(32, 78), (8, 257), (8, 577), (1, 2049)])
+def test_self_attention(rows, N, backward, dtype, device, measure):
+    measure(self_case(rows, N, backward, dtype, device))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=lambda d: str(d).removeprefix("torch."))

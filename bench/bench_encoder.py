@@ -26,6 +26,7 @@ def models(size: str, device: str) -> tuple[BTAdapter, ReferenceBTAdapter]:
     return model.fold().to(device, dtype), reference.to(device, dtype)
 
 
+@torch.no_grad()
 def case(size: str, B: int, T: int, device: str) -> Case:
     model, reference = models(size, device)
     v = model.config.vision

@@ -62,7 +62,8 @@ PROJECTIONS = {  # attention of x [ROWS, N, C] by hand, and of what the layer gi
 
 def gradients(y, *inputs):
     torch.manual_seed(4)
-    return y.detach(), *torch.autograd.grad(y, [t for t in inputs if t.requires_grad], torch.randn_like(y))
+    grad = torch.randn(y.shape).to(y.dtype)  # the same in every dtype
+    return y.detach(), *torch.autograd.grad(y, [t for t in inputs if t.requires_grad], grad)
 
 
 @pytest.mark.parametrize("frozen", ["nothing", "x", "layer"])
