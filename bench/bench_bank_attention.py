@@ -92,7 +92,9 @@ def self_case(rows, N, backward, dtype, device):
     )
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.bfloat16, torch.float16], ids=lambda d: str(d).removeprefix("torch.")
+)
 @pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
 @pytest.mark.parametrize("rows, N", [(32, 78), (8, 257), (8, 577), (1, 2049)])
 def test_self_attention(rows, N, backward, dtype, device, measure):
