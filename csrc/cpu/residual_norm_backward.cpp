@@ -26,7 +26,7 @@ struct Row {
 
 template <typename A>
 struct Sums {
-  A *bias, *weight, *shift;  // bias may be absent
+  A *bias, *constant, *weight, *shift;  // the first two may be absent
 };
 
 // Channels whose gradients are collected before they are stored: stores past the caches that take turns with those of
@@ -59,12 +59,14 @@ PYVIDX_SIMD void backward_row(const ResidualNormBackwardArgs& a, const Row<X, G,
       const Vec<X> through = (grad * load(weight + c, part) - mean_g - normal * mean_gx) * rstd;
       const Vec<X> g = load(r.grad_out + c, part) + through;
       const Vec<X> shift = load(sums.shift + c, part) + grad, scale = load(sums.weight + c, part) + grad * normal;
-      Vec<X> bias = {};
+      Vec<X> bias = {}, constant = {};
       if (sums.bias != nullptr) bias = load(sums.bias + c, part) + g * to_bias;
+      if (sums.constant != nullptr) constant = load(sums.constant + c, part) + g;
       store(whole + i, g, part);
       store(sums.shift + c, shift, part);
       store(sums.weight + c, scale, part);
       if (sums.bias != nullptr) store(sums.bias + c, bias, part);
+      if (sums.constant != nullptr) store(sums.constant + c, constant, part);
     });
     put(first, n, whole);
   }
@@ -78,12 +80,12 @@ PYVIDX_SIMD void put_scaled(T* out, int64_t n, const A* g, A scale, bool stream)
 
 template <typename X>
 Sums<Acc<X>> zeroed_sums(const ResidualNormBackwardArgs& a, int64_t part) {
-  Acc<X>* at[3];
-  for (int i = 0; i < 3; ++i) {
+  Acc<X>* at[4];
+  for (int i = 0; i < 4; ++i) {
     at[i] = a.partial.at<Acc<X>>(i, part);
     __builtin_memset(at[i], 0, a.partial.size[2] * sizeof(Acc<X>));
   }
-  return {a.grad_bias ? at[0] : nullptr, at[1], at[2]};
+  return {a.grad_bias ? at[0] : nullptr, a.grad_constant ? at[1] : nullptr, at[2], at[3]};
 }
 
 template <typename X, typename Y>
@@ -102,7 +104,9 @@ void class_part(const ResidualNormBackwardArgs& a, int64_t b, int64_t part_of_su
   });
   for (int64_t s = 0; a.share && s < S; ++s) shares += *a.share.at<const A>(b, s);
   const Row<X, A, A> row{grad_out, grad_normed, a.value_cls.at<const X>(b), a.stats_cls.at<const A>(b)};
-  backward_row<X>(a, row, row, zeroed_sums<X>(a, part_of_sums), shares, [&](int64_t c, int64_t n, const A* g) {
+  Sums<A> sums = zeroed_sums<X>(a, part_of_sums);
+  sums.constant = nullptr;
+  backward_row<X>(a, row, row, sums, shares, [&](int64_t c, int64_t n, const A* g) {
     put_scaled(a.grad_cls.at<X>(b, 0, c), n, g, A(1), false);
     for (int64_t i = 1; i < a.grad_cls.size[1]; ++i) __builtin_memset(a.grad_cls.at<X>(b, i, c), 0, n * sizeof(X));
     for (int64_t s = 0; a.grad_y_cls && s < S; ++s) {
@@ -127,10 +131,10 @@ void backward_of(const ResidualNormBackwardArgs& a, const Executor& executor) {
         return Row<X, X, Y>{a.grad_out.at<const X>(b, s, k), a.grad_normed.at<const Y>(b, s, k),
                             a.value.at<const X>(b, s, k), a.stats.at<const A>(b, s, k)};
       };
-      const A factor = a.factor ? *a.factor.at<const A>(b, s) : A(1);
       const Sums<A> sums = zeroed_sums<X>(a, part);
       for (int64_t k = first; k < last; ++k) {
         const Row<X, X, Y> next = row_at(k + 1 < last ? k + 1 : k);
+        const A factor = a.factor ? *a.factor.at<const A>(b, s, k) : A(1);
         backward_row<X>(a, row_at(k), next, sums, factor, [&](int64_t c, int64_t n, const A* g) {
           put_scaled(a.grad_x.at<X>(b, s, k, c), n, g, A(1), stream);
           if (a.grad_y) put_scaled(a.grad_y.at<Y>(b, s, k, c), n, g, factor, stream);
@@ -139,8 +143,8 @@ void backward_of(const ResidualNormBackwardArgs& a, const Executor& executor) {
     }
     simd::fence();
   });
-  const View<1>* outputs[] = {&a.grad_bias, &a.grad_weight, &a.grad_shift};
-  for (int i = 0; i < 3; ++i) {
+  const View<1>* outputs[] = {&a.grad_bias, &a.grad_constant, &a.grad_weight, &a.grad_shift};
+  for (int i = 0; i < 4; ++i) {
     X* out = outputs[i]->template at<X>();
     if (out == nullptr) continue;
     add_up<X>(a.partial.at<const A>(i), C, parts + class_rows, C, executor,

@@ -23,6 +23,11 @@ __device__ __forceinline__ void take_in(const ResidualNormArgs& a, bool is_class
 #pragma unroll
     for (int i = 0; i < kSize; ++i) v[i] += part * (y[i] + bias[i]);
   }
+  if (a.constant && !is_class) {
+    load_channels<X, kSize>(a.constant.at<const X>(c), y);
+#pragma unroll
+    for (int i = 0; i < kSize; ++i) v[i] += y[i];
+  }
 }
 
 template <typename X, typename Y, int kSize, bool kOnce>
@@ -38,7 +43,7 @@ __global__ __launch_bounds__(kNormThreads, 1) void residual_norm_kernel(Residual
 #pragma unroll 1
   for (int64_t row = first; row < last; ++row) {
     const int64_t b = is_class ? blockIdx.x : row / (S * K), s = is_class ? 0 : row / K % S, k = is_class ? 0 : row % K;
-    const A factor = a.factor && !is_class ? *a.factor.at<const A>(b, s) : A(1);
+    const A factor = a.factor && !is_class ? *a.factor.at<const A>(b, s, k) : A(1);
     A kept[kSize];
     A mean[1] = {}, rstd[1] = {};
 #pragma unroll 1
@@ -93,9 +98,10 @@ namespace {
 
 template <typename X, typename Y>
 bool aligned(const ResidualNormArgs& a) {
-  return vectorizable<X>(a.x) && vectorizable<Y>(a.y) && vectorizable<X>(a.bias) && vectorizable<X>(a.cls) &&
-         vectorizable<Y>(a.y_cls) && vectorizable<X>(a.weight) && vectorizable<X>(a.shift) && vectorizable<X>(a.out) &&
-         vectorizable<Y>(a.normed) && vectorizable<X>(a.out_cls) && vectorizable<Y>(a.normed_cls);
+  return vectorizable<X>(a.x) && vectorizable<Y>(a.y) && vectorizable<X>(a.bias) && vectorizable<X>(a.constant) &&
+         vectorizable<X>(a.cls) && vectorizable<Y>(a.y_cls) && vectorizable<X>(a.weight) && vectorizable<X>(a.shift) &&
+         vectorizable<X>(a.out) && vectorizable<Y>(a.normed) && vectorizable<X>(a.out_cls) &&
+         vectorizable<Y>(a.normed_cls);
 }
 
 template <typename X, typename Y, int kSize, bool kOnce>

@@ -21,16 +21,30 @@ View<2> first_class_row(const Tensor& x) {
   return v;
 }
 
+// [B, S], or [B, S, K].
+View<3> row_factor(const Tensor& factor, int64_t K) {
+  if (factor.dim() == 3) return view<3>(factor);
+  const View<2> slots = view<2>(factor);
+  View<3> v;
+  v.data = slots.data, v.dtype = slots.dtype;
+  for (int i = 0; i < 2; ++i) v.size[i] = slots.size[i], v.stride[i] = slots.stride[i];
+  v.size[2] = K;
+  return v;
+}
+
 void residual_norm_into(const Tensor& x, const Tensor& y, const OptionalTensor& cls, const OptionalTensor& bias,
-                        const OptionalTensor& factor, const OptionalTensor& share, const Tensor& weight,
-                        const Tensor& shift, double eps, const Tensor& out, const Tensor& normed, const Tensor& stats) {
+                        const OptionalTensor& constant, const OptionalTensor& factor, const OptionalTensor& share,
+                        const Tensor& weight, const Tensor& shift, double eps, const Tensor& out, const Tensor& normed,
+                        const Tensor& stats) {
   const Tensor x_ = unit_last_stride(x), y_ = unit_last_stride(y), weight_ = unit_last_stride(weight),
                shift_ = unit_last_stride(shift);
-  const OptionalTensor cls_ = unit_last_stride(cls), bias_ = unit_last_stride(bias);
+  const OptionalTensor cls_ = unit_last_stride(cls), bias_ = unit_last_stride(bias),
+                       constant_ = unit_last_stride(constant);
   const bool with_class = cls || share;
   ResidualNormArgs a = {};
   a.x = rows(x_, bool(share)), a.y = rows(y_, bool(share));
-  a.bias = view<1>(bias_), a.factor = view<2>(factor);
+  a.bias = view<1>(bias_), a.constant = view<1>(constant_);
+  if (factor) a.factor = row_factor(*factor, a.x.size[2]);
   a.weight = view<1>(weight_), a.shift = view<1>(shift_);
   if (cls) a.cls = view<2>(cls_);
   if (share) a.cls = first_class_row(x_), a.y_cls = class_tokens(y_), a.share = view<2>(*share);
@@ -41,27 +55,27 @@ void residual_norm_into(const Tensor& x, const Tensor& y, const OptionalTensor& 
 }
 
 void residual_norm_out(const Tensor& x, const Tensor& y, const OptionalTensor& cls, const OptionalTensor& bias,
-                       const OptionalTensor& factor, const OptionalTensor& share, const Tensor& weight,
-                       const Tensor& shift, double eps, Tensor out, Tensor normed) {
+                       const OptionalTensor& constant, const OptionalTensor& factor, const OptionalTensor& share,
+                       const Tensor& weight, const Tensor& shift, double eps, Tensor out, Tensor normed) {
   const Tensor stats = new_empty(out, {out.size(0), out.size(1), out.size(2), 2}, wide(out));
-  residual_norm_into(x, y, cls, bias, factor, share, weight, shift, eps, out, normed, stats);
+  residual_norm_into(x, y, cls, bias, constant, factor, share, weight, shift, eps, out, normed, stats);
 }
 
 std::tuple<Tensor, Tensor, Tensor> residual_norm(const Tensor& x, const Tensor& y, const OptionalTensor& cls,
-                                                 const OptionalTensor& bias, const OptionalTensor& factor,
-                                                 const OptionalTensor& share, const Tensor& weight, const Tensor& shift,
-                                                 double eps) {
+                                                 const OptionalTensor& bias, const OptionalTensor& constant,
+                                                 const OptionalTensor& factor, const OptionalTensor& share,
+                                                 const Tensor& weight, const Tensor& shift, double eps) {
   const int64_t B = x.size(0), S = x.size(1), N = x.size(2) + (cls ? 1 : 0), C = x.size(3);
   Tensor out = new_empty(x, {B, S, N, C}), normed = new_empty(y, {B, S, N, C}),
          stats = new_empty(x, {B, S, N, 2}, wide(x));
-  residual_norm_into(x, y, cls, bias, factor, share, weight, shift, eps, out, normed, stats);
+  residual_norm_into(x, y, cls, bias, constant, factor, share, weight, shift, eps, out, normed, stats);
   return {out, normed, stats};
 }
 
-using SixTensors = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
-SixTensors residual_norm_backward(const Tensor& grad_out, const Tensor& grad_normed, const Tensor& value,
-                                  const Tensor& stats, const OptionalTensor& factor, const OptionalTensor& share,
-                                  const Tensor& weight, bool cls, bool need_bias, bool need_y) {
+using SevenTensors = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+SevenTensors residual_norm_backward(const Tensor& grad_out, const Tensor& grad_normed, const Tensor& value,
+                                    const Tensor& stats, const OptionalTensor& factor, const OptionalTensor& share,
+                                    const Tensor& weight, bool cls, bool need_bias, bool need_constant, bool need_y) {
   const Tensor grad_ = unit_last_stride(grad_out), normed_ = unit_last_stride(grad_normed),
                weight_ = unit_last_stride(weight);
   const bool with_class = cls || share;
@@ -72,12 +86,14 @@ SixTensors residual_norm_backward(const Tensor& grad_out, const Tensor& grad_nor
          grad_y = need_y ? new_empty(normed_, {B, S, share ? N : K, C}) : nothing(normed_),
          grad_cls = cls ? new_empty(value, {B, C}) : nothing(value),
          grad_bias = need_bias ? new_empty(value, {C}) : nothing(value),
-         partial = new_empty(value, {3, row_parts(B * S, K) + B, C}, wide(value)),
+         grad_constant = need_constant ? new_empty(value, {C}) : nothing(value),
+         partial = new_empty(value, {4, row_parts(B * S, K) + B, C}, wide(value)),
          class_sums = new_empty(value, {with_class ? B : 0, 2, C}, wide(value));
   ResidualNormBackwardArgs a = {};
   a.grad_out = rows(grad_, with_class), a.grad_normed = rows(normed_, with_class);
   a.value = rows(value, with_class), a.stats = rows(stats, with_class);
-  a.factor = view<2>(factor), a.share = view<2>(share), a.weight = view<1>(weight_);
+  if (factor) a.factor = row_factor(*factor, K);
+  a.share = view<2>(share), a.weight = view<1>(weight_);
   if (with_class) {
     a.grad_out_cls = class_tokens(grad_), a.grad_normed_cls = class_tokens(normed_);
     a.value_cls = class_tokens(value), a.stats_cls = class_tokens(stats);
@@ -93,10 +109,11 @@ SixTensors residual_norm_backward(const Tensor& grad_out, const Tensor& grad_nor
     a.grad_cls.stride[0] = C, a.grad_cls.stride[2] = 1;
   }
   if (need_bias) a.grad_bias = view<1>(grad_bias);
+  if (need_constant) a.grad_constant = view<1>(grad_constant);
   a.grad_weight = view<1>(grad_weight), a.grad_shift = view<1>(grad_shift);
   a.partial = view<3>(partial);
   PYVIDX_RUN(residual_norm_backward, value, a);
-  return {grad_x, grad_y, grad_cls, grad_bias, grad_weight, grad_shift};
+  return {grad_x, grad_y, grad_cls, grad_bias, grad_constant, grad_weight, grad_shift};
 }
 
 template <typename Library>

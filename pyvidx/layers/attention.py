@@ -13,17 +13,29 @@ from pyvidx.ops.bank_attention import MAX_WIDTH
 KERNEL = has_kernel("bank_attention", "cpu")  # asked once: the compiler cannot see through the question
 
 
-def self_attention(x: Tensor, layer: nn.Linear, heads: int, mask: Tensor | None = None, causal: bool = False) -> Tensor:
+def self_attention(
+    x: Tensor,
+    layer: nn.Linear,
+    heads: int,
+    mask: Tensor | None = None,
+    causal: bool = False,
+    *,
+    biased_values: bool = True,
+) -> Tensor:
     """x [rows, N, C], layer from C to 3C -> [rows, N, C].
 
     mask: bool, True = attended to, of a shape that broadcasts to [rows, H, N, N]; not together with causal.
+    biased_values: see pyvidx.layers.linear.value_bias.
     """
     rows, N, C = x.shape
     if mask is None and not causal and _fits_kernel(x, C // heads):
-        q, keys_values = project_qkv(x, layer, (1, 2))  # a memory of one slot with N positions
+        q, keys_values = project_qkv(
+            x, layer, (1, 2), biased_values=biased_values
+        )  # a memory of one slot with N positions
         return bank_attention(q[:, None], keys_values[:, None], None, heads)[:, 0]
-    qkv = (part.view(rows, N, heads, -1).transpose(1, 2) for part in project_qkv(x, layer, (1, 1, 1)))
-    y = F.scaled_dot_product_attention(*qkv, attn_mask=mask, is_causal=causal)
+    qkv = project_qkv(x, layer, (1, 1, 1), biased_values=biased_values)
+    q, k, v = (part.view(rows, N, heads, -1).transpose(1, 2) for part in qkv)
+    y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
     return y.transpose(1, 2).reshape(rows, N, C)
 
 

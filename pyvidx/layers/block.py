@@ -72,10 +72,11 @@ class Block(nn.Module):
         """
         return self.out(self.attention(self.norm1(x), mask))
 
-    def attention(self, normed: Tensor, mask: Tensor | None = None) -> Tensor:
-        """What `out` projects, of LN x. [..., N, C] -> [..., N, C]."""
+    def attention(self, normed: Tensor, mask: Tensor | None = None, *, biased_values: bool = True) -> Tensor:
+        """What `out` projects, of LN x. [..., N, C] -> [..., N, C]. biased_values: see layers.linear.value_bias."""
         *rows, N, C = normed.shape
-        return self_attention(normed.reshape(-1, N, C), self.qkv, self.heads, mask, self.causal).view(*rows, N, C)
+        x, how = normed.reshape(-1, N, C), {"biased_values": biased_values}
+        return self_attention(x, self.qkv, self.heads, mask, self.causal, **how).view(*rows, N, C)
 
     def hidden(self, normed: Tensor) -> Tensor:
         """The MLP of LN x up to its second layer. [..., C] -> [..., mlp_width]."""

@@ -68,13 +68,50 @@ def add_linear(x: Tensor, h: Tensor, layer: nn.Linear) -> Tensor:
     return residual(x, linear(h, *parameters))
 
 
-def project_qkv(x: Tensor, layer: nn.Linear, parts: Sequence[int] = (3,)) -> tuple[Tensor, ...]:
+def value_bias(x: Tensor, qkv: nn.Linear, out: nn.Linear) -> Tensor | None:
+    """v's bias [C] where attention over qkv(x) can do without it, else None.
+
+    The weights of a softmax sum to 1: attention lacks that bias and nothing else, and `shifted_product` or
+    `composed_product` makes up for it on few numbers. That saves passes over rows and costs some over weights, so it
+    is for many rows, and for training: elsewhere a product has the bias for the asking.
+    """
+    rows, C = x.shape[:-1].numel(), out.in_features
+    waits = (
+        x.device.type in ("cpu", "cuda")
+        and rows >= C
+        and plain(qkv)
+        and plain(out)
+        and x.dtype == qkv.weight.dtype == out.weight.dtype
+        and wants_grad(x, qkv.weight, out.weight)
+        and not torch.compiler.is_compiling()
+        and not torch.is_autocast_enabled(x.device.type)
+    )
+    return qkv.bias[-C:] if waits else None
+
+
+def shifted_product(x: Tensor, layer: nn.Linear, shift: Tensor | None) -> tuple[Tensor, Tensor]:
+    """layer(x + shift) as a product [..., N] and its bias [N], which the caller's next pass adds. shift [K] or None."""
+    if shift is None:
+        return product(x, layer), layer.bias
+    return _ShiftedProduct.apply(x, layer.weight, layer.bias, shift)
+
+
+def composed_product(x: Tensor, first: nn.Linear, last: nn.Linear, shift: Tensor) -> tuple[Tensor, Tensor]:
+    """The same of last(first(x + shift)) but for last's own bias: one product of x, with the product of the weights."""
+    weight, bias = _Composition.apply(last.weight, first.weight, first.bias, shift)
+    return linear(x, weight), bias
+
+
+def project_qkv(
+    x: Tensor, layer: nn.Linear, parts: Sequence[int] = (3,), *, biased_values: bool = True
+) -> tuple[Tensor, ...]:
     """q, k and v of x [..., C] for an attention over keys, [..., n * C] for each n of parts: views of one tensor.
 
-    (3,): all in one; (1, 2): q; k and v; (1, 1, 1): each by itself.
+    (3,): all in one; (1, 2): q; k and v; (1, 1, 1): each by itself. biased_values: see value_bias.
     """
     if plain(layer) and wants_grad(x, layer.weight, layer.bias) and not torch.compiler.is_compiling():
-        return _Projection.apply(x, layer.weight, layer.bias, [n * len(layer.bias) // 3 for n in parts])
+        widths = [n * len(layer.bias) // 3 for n in parts]
+        return _Projection.apply(x, layer.weight, layer.bias, widths, biased_values)
     qkv = layer(x)
     return qkv.split([n * qkv.shape[-1] // 3 for n in parts], dim=-1)
 
@@ -112,6 +149,49 @@ class _AddLinear(torch.autograd.Function):
         return grad, *_gradients(grad, *ctx.saved_tensors, ctx.needs_input_grad[1:])
 
 
+class _ShiftedProduct(torch.autograd.Function):
+    """x W^T and W shift + bias. What the latter gives to W's gradient is where the product starts."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, shift):
+        ctx.save_for_backward(x, weight, shift)
+        return products.forward(x, weight), torch.addmv(bias, weight, shift)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad, grad_bias):
+        x, weight, shift = ctx.saved_tensors
+        rows, need = grad.reshape(-1, grad.shape[-1]), ctx.needs_input_grad
+        grad_x = products.input_gradient(rows, weight).view_as(x) if need[0] else None
+        grad_weight = None
+        if need[1]:
+            onto = torch.outer(grad_bias, shift)
+            grad_weight = products.weight_gradient(rows, x.reshape(-1, x.shape[-1]), onto=onto)
+        return grad_x, grad_weight, grad_bias, torch.mv(weight.t(), grad_bias) if need[3] else None
+
+
+class _Composition(torch.autograd.Function):
+    """last first and last (first shift + bias), of weights last [N, M] and first [M, K]."""
+
+    @staticmethod
+    def forward(ctx, last, first, bias, shift):
+        between = torch.addmv(bias, first, shift)
+        ctx.save_for_backward(last, first, between, shift)
+        return products.input_gradient(last, first), torch.mv(last, between)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad, grad_bias):
+        last, first, between, shift = ctx.saved_tensors
+        need, to_between = ctx.needs_input_grad, torch.mv(last.t(), grad_bias)
+        return (
+            products.forward(grad, first, add=torch.outer(grad_bias, between)) if need[0] else None,
+            products.weight_gradient(last, grad, onto=torch.outer(to_between, shift)) if need[1] else None,
+            to_between,
+            torch.mv(first.t(), to_between) if need[3] else None,
+        )
+
+
 def _gradients(grad, x, weight, need):
     """Of x, weight and bias, those that are needed."""
     rows = grad.reshape(-1, grad.shape[-1])
@@ -130,14 +210,16 @@ class _Projection(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x, weight, bias, widths):
+    def forward(ctx, x, weight, bias, widths, biased_values):
+        width = bias.numel() // 3
         if x.is_cpu and not products.onednn(x, weight):
-            qkv = products.forward(x, weight)
-            qkv.view(-1, 3, bias.numel() // 3)[:, ::2] += bias.view(3, -1)[::2]
+            qkv, step = products.forward(x, weight), 2 if biased_values else 3  # q and v, or q
+            qkv.view(-1, 3, width)[:, ::step] += bias.view(3, -1)[::step]
         else:  # a product adds the bias on its way out
+            bias = bias if biased_values else torch.cat([bias[:-width], bias.new_zeros(width)])
             qkv = products.forward(x, weight, bias)
         ctx.save_for_backward(x.to(qkv.dtype), weight)
-        ctx.widths = widths
+        ctx.widths, ctx.biased_values = widths, biased_values
         return qkv.split(widths, dim=-1)
 
     @staticmethod
@@ -160,5 +242,6 @@ class _Projection(torch.autograd.Function):
         if ctx.needs_input_grad[2]:
             width = weight.shape[0] // 3
             query, value = grads[0][:, :width], grads[-1][:, -width:]
-            grad_bias = torch.cat([_sum(query), query.new_zeros(width), _sum(value)])
-        return grad_x, grad_weight, grad_bias, None
+            zeros = query.new_zeros(width)
+            grad_bias = torch.cat([_sum(query), zeros, _sum(value) if ctx.biased_values else zeros])
+        return grad_x, grad_weight, grad_bias, None, None

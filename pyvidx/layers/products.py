@@ -76,8 +76,10 @@ def input_gradient(grad: Tensor, weight: Tensor, onto: Tensor | None = None) -> 
     return onto
 
 
-def weight_gradient(grad: Tensor, x: Tensor, out: Tensor | None = None) -> Tensor:
-    """grad^T x. grad [M, N], x [M, K] -> [N, K]."""
+def weight_gradient(grad: Tensor, x: Tensor, out: Tensor | None = None, onto: Tensor | None = None) -> Tensor:
+    """grad^T x, written into `out`, or added to `onto`, which may be written into. grad [M, N], x [M, K] -> [N, K]."""
+    if onto is not None:
+        return input_gradient(grad.t(), x, onto)
     if not onednn(grad.t(), x):
         return torch.mm(grad.t(), x, out=out) if out is not None else torch.mm(grad.t(), x)
     # oneDNN's left operand is copied where it is a transpose, and a transposed gradient when it is kept: the fewest.

@@ -18,7 +18,18 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from pyvidx.layers.block import Block
-from pyvidx.layers.linear import Linear, add_linear, linear, plain, product, project_qkv, wants_grad
+from pyvidx.layers.linear import (
+    Linear,
+    add_linear,
+    composed_product,
+    linear,
+    plain,
+    product,
+    project_qkv,
+    shifted_product,
+    value_bias,
+    wants_grad,
+)
 from pyvidx.ops import fusion_input, gated_fusion, residual_norm
 from pyvidx.ops.gated_fusion_reference import mix
 from pyvidx.temporal.frames import attend_over_frames, frame_mean
@@ -26,29 +37,50 @@ from pyvidx.temporal.grouping import Grouping
 from pyvidx.temporal.masking import Drops
 
 
+class Added(NamedTuple):
+    """factor (y + bias) + constant, what time attention adds to its tokens; residual_norm puts it together.
+
+    Attributes:
+        y: [B, S, K, C].
+        constant: [C].
+        bias: [C] or None.
+        factor: [B, S, K], DropPath, or None.
+    """
+
+    y: Tensor
+    constant: Tensor
+    bias: Tensor | None = None
+    factor: Tensor | None = None
+
+    def total(self) -> Tensor:
+        """[B, S, K, C]."""
+        y = self.y if self.bias is None else self.y + self.bias
+        return (y if self.factor is None else y * self.factor[..., None]) + self.constant
+
+
 class Mixed(NamedTuple):
     """A layer's tokens up to its space attention: fusion, and what time attention adds to it.
 
     Attributes:
         z: [B, S, K, C].
-        a: [B, S, K, C], time attention without the bias of its last product.
-        bias: [C], that bias.
         cls: [B, C].
+        added: to z.
     """
 
     z: Tensor
-    a: Tensor
-    bias: Tensor
     cls: Tensor
+    added: Added
 
     def with_class(self, norm: nn.LayerNorm) -> tuple[Tensor, Tensor]:
-        """[cls; z + a + bias] of every slot, [B, S, 1 + K, C], and its LayerNorm."""
-        where = (norm.weight, norm.bias, norm.eps)
-        return residual_norm(self.z, self.a, where, bias=self.bias, cls=self.cls)
+        """[cls; z + added] of every slot, [B, S, 1 + K, C], and its LayerNorm."""
+        y, constant, bias, factor = self.added
+        options = {"constant": constant, "bias": bias, "factor": factor, "cls": self.cls}
+        return residual_norm(self.z, y, (norm.weight, norm.bias, norm.eps), **options)
 
 
 class TemporalLayer(nn.Module):
-    """FC(MHA(LN z)) over the slots of each group. `fc`, zero at first, may be None: left out, or folded into `out`."""
+    """FC(DropPath(MHA(LN z))) over the slots of each group. `fc`, zero at first, may be None: left out, or folded into
+    `out`."""
 
     def __init__(self, width: int, heads: int, eps: float, *, fc: bool = True):
         super().__init__()
@@ -61,20 +93,23 @@ class TemporalLayer(nn.Module):
             nn.init.zeros_(self.fc.weight)
             nn.init.zeros_(self.fc.bias)
 
-    @property
-    def last(self) -> nn.Linear:
-        return self.out if self.fc is None else self.fc
-
-    def forward(self, normed: Tensor, drop: Tensor | None = None, frame_mask: Tensor | None = None) -> Tensor:
-        """LN z [B, S, K, C] -> [B, S, K, C], without the residual and the bias of `last`: residual_norm adds both.
+    def forward(self, normed: Tensor, drop: Tensor | None = None, frame_mask: Tensor | None = None) -> Added:
+        """Of LN z [B, S, K, C].
 
         drop [B, K]: see masking.drop_path_draws. frame_mask [B, S]: the slots attended to, see pyvidx.temporal.frames.
         """
-        (qkv,) = project_qkv(normed, self.qkv)
+        shift = value_bias(normed, self.qkv, self.out) if self.fc is None or plain(self.fc) else None
+        (qkv,) = project_qkv(normed, self.qkv, biased_values=shift is None)
         y = attend_over_frames(qkv.unflatten(-1, (3, self.heads, -1)), frame_mask)
-        if self.fc is not None:  # drop comes before fc: a dropped group still gets its bias
+        if self.fc is None:
+            return Added(*shifted_product(y, self.out, shift))
+        # drop comes before fc: a dropped group still gets its bias
+        if shift is None:
             y = self.out(y) if drop is None else _dropped(y, self.out, drop[:, None, :, None])
-        return product(y, self.last)
+            return Added(product(y, self.fc), self.fc.bias)
+        # As many rows as channels: one product with the product of two weights is less work than both.
+        y, bias = composed_product(y, self.out, self.fc, shift)
+        return Added(y, self.fc.bias, bias, None if drop is None else drop[:, None].expand(y.shape[:-1]))
 
 
 def _dropped(x: Tensor, layer: nn.Linear, drop: Tensor) -> Tensor:
@@ -107,12 +142,13 @@ class SpatialLayer(Block):
     ) -> tuple[Tensor, Tensor]:
         """The attention half, [B, S, 1 + K, C], every slot with the same class row in front, and its LayerNorm."""
         x, normed = mixed.with_class(self.norm1)
-        y = product(self.attention(normed), self.out)
+        shift = value_bias(normed, self.qkv, self.out)
+        y, bias = shifted_product(self.attention(normed, biased_values=shift is None), self.out, shift)
         share = _share(drop, frame_mask, y)
         norm = (self.norm2.weight, self.norm2.bias, self.norm2.eps)
-        in_place = x.dtype == y.dtype and not wants_grad(x, y, self.out.bias, *self.norm2.parameters())
+        in_place = x.dtype == y.dtype and not wants_grad(x, y, bias, *self.norm2.parameters())
         out = (y, normed) if in_place else None  # what was in them has been read
-        return residual_norm(x, y, norm, bias=self.out.bias, factor=drop, share=share, out=out)
+        return residual_norm(x, y, norm, bias=bias, factor=drop, share=share, out=out)
 
     def mean_tokens(self, mixed: Mixed, group: Grouping) -> tuple[Tensor, Tensor]:
         """Frame means of forward's z, [B, P, C], and cls. The MLP's second layer, being linear, runs on the means."""
@@ -267,7 +303,7 @@ class BTAdapterBranch(nn.Module):
                 cls = mix(state[1], frame_mean(x[:, :, 0], real), self.gate, self.gate_scale)
         else:
             (z, cls), normed = state, layer.norm(state[0])
-        return Mixed(z, self._run(layer, normed, drop, real), layer.last.bias, cls)
+        return Mixed(z, cls, self._run(layer, normed, drop, real))
 
     def _run(self, layer: nn.Module, *inputs: Mixed | Tensor | None):
         if self.checkpointing and torch.is_grad_enabled():

@@ -62,12 +62,12 @@ class Separate(TemporalModule):
         layer = self.temporal[j]
         if self.class_token == "frame":
             x = x if time is None else x + time
-            return block(residual(x, layer(layer.norm(x), frame_mask=frame_mask) + layer.last.bias))
+            return block(residual(x, layer(layer.norm(x), frame_mask=frame_mask).total()))
         cls, z = x[:, :, :1], x[:, :, 1:]
         if j == 0:
             cls = frame_mean(cls, frame_mask)[:, None].expand_as(cls)
         z = z if time is None else z + time
-        z = residual(z, layer(layer.norm(z), frame_mask=frame_mask) + layer.last.bias)
+        z = residual(z, layer(layer.norm(z), frame_mask=frame_mask).total())
         x = torch.cat([cls, z], dim=2)
         y = block.attend(x)
         y[:, :, 0] = frame_mean(y[:, :, 0], frame_mask)[:, None]

@@ -175,7 +175,7 @@ def fast_states(step, pixels, mask, drops):
     for j, following in enumerate(step.states(xs, group, drops)):
         time = drops[j][0] if drops[j] else None
         mixed = model.branch.mix(j, xs[j], state, model.backbone.position, group, time)
-        tokens = mixed.z + mixed.a + mixed.bias
+        tokens = mixed.z + mixed.added.total()
         trace[f"T.{j}"], trace[f"S.{j}"] = official_order(tokens, mixed.cls), official_order(*following)
         trace[f"backbone.{model.config.fork + j}"] = xs[j].flatten(0, 1)
         state = following
