@@ -7,7 +7,7 @@ from torch import nn
 
 from pyvidx import flops
 from pyvidx.layers.block import Block
-from pyvidx.layers.linear import add_linear, product, project_qkv
+from pyvidx.layers.linear import add_linear, composed_product, product, project_qkv, shifted_product, value_bias
 from pyvidx.models import BTAdapter
 from pyvidx.ops import temporal_attention
 from tests.test_models import CONFIG, clip, close, randomized
@@ -77,6 +77,44 @@ def test_projection(name, frozen):
         close(got, want, 1e-13)
     if frozen != "layer":
         assert (results[0][-1][C : 2 * C] == 0).all()  # keys have no use for a bias
+
+
+@pytest.mark.parametrize("frozen", ["nothing", "x", "qkv", "out"])
+@pytest.mark.parametrize("masked", [False, True])
+def test_value_bias_may_wait(masked, frozen):
+    """In the next product's bias; and so it may where two layers are one product."""
+    qkv, out, last = layer(), layer(C, C), layer(C, 2 * C)
+    x = torch.randn(ROWS, N, C, dtype=torch.float64, requires_grad=frozen != "x")
+    for name, module in (("qkv", qkv), ("out", out)):
+        module.requires_grad_(frozen != name)
+    mask = torch.eye(N, dtype=torch.bool) if masked else None
+    leaves = (x, *qkv.parameters(), *out.parameters(), *last.parameters())
+    for layers in ((out,), (out, last)):
+        shift = value_bias(x, qkv, out)
+        y = attended(*project_qkv(x, qkv, (1, 1, 1), biased_values=False), mask=mask)
+        if len(layers) == 1:
+            got = sum(shifted_product(y, out, shift))
+        else:
+            got = sum(composed_product(y, out, last, shift)) + last.bias
+        want = nn.Sequential(*layers)(attended(qkv(x), mask=mask))
+        used = leaves[: 3 + 2 * len(layers)]
+        for a, b in zip(gradients(got, *used), gradients(want, *used), strict=True):
+            close(a, b, 1e-13)
+
+
+def test_value_bias_does_not_wait():
+    """For few rows, without gradients, under autocast, and where a layer is more than its weight and bias."""
+    qkv, out, x = layer(dtype=torch.float32), layer(C, C, torch.float32), torch.randn(ROWS, N, C)
+    assert value_bias(x, qkv, out) is not None
+    assert value_bias(x[0], qkv, out) is None
+    assert value_bias(x.double(), qkv, out) is None
+    assert value_bias(x, qkv, Adapted(out)) is None and value_bias(x, Adapted(qkv), out) is None
+    with torch.no_grad():
+        assert value_bias(x, qkv, out) is None
+    with torch.autocast("cpu", torch.bfloat16):
+        assert value_bias(x, qkv, out) is None
+    out.register_forward_hook(lambda module, inputs, output: None)
+    assert value_bias(x, qkv, out) is None
 
 
 @pytest.mark.parametrize("name", PROJECTIONS)

@@ -8,7 +8,7 @@ from pyvidx.backbones import CLIPText, CLIPTextConfig
 from pyvidx.losses import _unit, alignment, contrastive, gather
 from pyvidx.models import BTAdapter
 from pyvidx.models.pretraining import Pretraining
-from pyvidx.temporal.bt_adapter import _split
+from pyvidx.temporal.bt_adapter import split_rows
 from pyvidx.temporal.grouping import grouping
 from pyvidx.temporal.masking import drop_path_draws, random_mask, tube_mask
 from tests.test_models import CONFIG, P, clip, close, randomized
@@ -170,7 +170,7 @@ def test_an_unmasked_step_embeds_as_the_model():
 
 def test_splitting_the_class_row_off_is_exact():
     torch.manual_seed(3)
-    assert torch.autograd.gradcheck(_split, [torch.randn(2, 3, 5, 4).double().requires_grad_()])
+    assert torch.autograd.gradcheck(split_rows, [torch.randn(2, 3, 5, 4).double().requires_grad_()])
 
 
 def test_autocast_joins_in_the_wider_dtype():

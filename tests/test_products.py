@@ -11,7 +11,7 @@ from pyvidx import flops
 from pyvidx.layers import attention, products
 from pyvidx.layers.attention import self_attention
 from pyvidx.layers.block import Block
-from pyvidx.layers.linear import Linear, add_linear, linear, project_qkv
+from pyvidx.layers.linear import Linear, add_linear, composed_product, linear, project_qkv, shifted_product
 from pyvidx.layers.products import _choose
 from pyvidx.ops import bank_attention
 from tests.test_layers import gradients
@@ -87,6 +87,18 @@ def test_projections(calls):
         agree(got, want)
 
 
+def test_products_that_make_up_for_a_bias(calls):
+    first, last, shift = layer(C, 2 * C), layer(2 * C, C), torch.randn(C, requires_grad=True)
+    x = torch.randn(ROWS, N, C, requires_grad=True)
+    leaves = x, shift, *first.parameters(), *last.parameters()
+    for got, want, count in (
+        (sum(shifted_product(x, first, shift)), first(x + shift), 4),
+        (sum(composed_product(x, first, last, shift)), last(first(x + shift)) - last.bias, 5),
+    ):
+        used = leaves[:count]
+        agree(gradients(got, *used), gradients(want, *used))
+
+
 def test_block(calls):
     torch.manual_seed(6)
     block, x = Block(C, HEADS, 4 * C), torch.randn(ROWS, N, C, requires_grad=True)
@@ -112,14 +124,16 @@ def test_attention_kernel(dtype, autocast, monkeypatch):
     seen = []
     monkeypatch.setattr(attention, "bank_attention", lambda *a: seen.append(a[0].dtype) or bank_attention(*a))
     results = []
-    for library in ("onednn", "torch"):
+    for library, most in (("onednn", 0), ("torch", N), ("torch", N - 1)):
         monkeypatch.setattr(products, "LIBRARY", library)
+        monkeypatch.setattr(attention, "MOST", dict.fromkeys(attention.MOST, most))
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
             results.append(gradients(self_attention(x, module, HEADS), x, *module.parameters()))
-    assert len(seen) == 1 and results[0][0].dtype == low
+    assert len(seen) == 2 and results[0][0].dtype == low
+    assert all(a.equal(b) for a, b in zip(*results[:2]))
     eps = torch.finfo(low).eps
     torch.testing.assert_close(results[0][0].double(), wide, atol=4 * eps, rtol=4 * eps)
-    for name, got, want in zip(("x", "weight", "bias"), results[0][1:], results[1][1:]):
+    for name, got, want in zip(("x", "weight", "bias"), results[0][1:], results[2][1:]):
         got, want = got.float(), want.float()
         if name == "bias":  # torch sums rounding for the keys'
             got, want = (torch.cat([b[:C], b[2 * C :]]) for b in (got, want))

@@ -172,7 +172,8 @@ void class_row(const GatedFusionBackwardArgs& a, int64_t b, int64_t C) {
       const Vec<T> w = load(mix + c, part);
       to_x = w * g, to_z = (1 - w) * g;
     }
-    if (a.grad_cls) store(a.grad_cls.at<T>(b) + c, to_z, part);
+    if (a.grad_cls) store(a.grad_cls.at<T>(b, 0) + c, to_z, part);
+    for (int64_t i = 1; i < a.grad_cls.size[1]; ++i) store(a.grad_cls.at<T>(b, i) + c, Vec<T>{}, part);
     if (a.grad_x) {
       to_x = to_x * (1 / Acc<T>(T_));
       for (int64_t t = 0; t < T_; ++t) store(a.grad_x_cls.at<T>(b, t) + c, to_x, part);

@@ -38,7 +38,9 @@ __device__ __forceinline__ void class_row_backward(const GatedFusionBackwardArgs
     to_z[i] = a.gate ? (1 - w[i]) * g[i] : g[i];
     to_x[i] = (a.gate ? w[i] * g[i] : g[i]) * (Acc<T>(1) / Acc<T>(T_));
   }
-  if (a.grad_cls) store_pack<T, kSize>(a.grad_cls.at<T>(b, c), to_z);
+  if (a.grad_cls) store_pack<T, kSize>(a.grad_cls.at<T>(b, 0, c), to_z);
+  const Acc<T> zeros[kSize] = {};
+  for (int64_t i = 1; i < a.grad_cls.size[1]; ++i) store_pack<T, kSize>(a.grad_cls.at<T>(b, i, c), zeros);
   if (a.grad_x) {
     for (int64_t t = 0; t < T_; ++t) store_pack<T, kSize>(a.grad_x_cls.at<T>(b, t, c), to_x);
   }

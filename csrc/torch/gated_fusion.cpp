@@ -31,18 +31,20 @@ View<2> class_row(const Tensor& cls, int64_t B) {
   return v;
 }
 
-void fuse(const Tensor& x, const OptionalTensor& z, const Tensor& cls, const OptionalTensor& gate,
+// Without cls, z has class rows in front.
+void fuse(const Tensor& x, const OptionalTensor& z, const OptionalTensor& cls, const OptionalTensor& gate,
           const OptionalTensor& position, const OptionalTensor& time, const OptionalTensor& keep,
           const OptionalTensor& weight, const OptionalTensor& bias, double scale, double eps, bool pair,
           const Tensor& out, const Tensor& out_cls, const OptionalTensor& normed, const Tensor& stats) {
-  const Tensor x_ = unit_last_stride(x), cls_ = unit_last_stride(cls);
-  const OptionalTensor z_ = unit_last_stride(z), gate_ = unit_last_stride(gate), weight_ = unit_last_stride(weight),
-                       bias_ = unit_last_stride(bias), position_ = unit_last_stride(position),
-                       time_ = unit_last_stride(time);
+  const Tensor x_ = unit_last_stride(x);
+  const OptionalTensor cls_ = unit_last_stride(cls), z_ = unit_last_stride(z), gate_ = unit_last_stride(gate),
+                       weight_ = unit_last_stride(weight), bias_ = unit_last_stride(bias),
+                       position_ = unit_last_stride(position), time_ = unit_last_stride(time);
   const Tensor mix = scratch(x, gate);
   GatedFusionArgs a = {};
   a.x = patches(x_), a.x_cls = class_tokens(x_);
-  a.z = view<4>(z_), a.cls = class_row(cls_, x.size(0)), a.gate = view<1>(gate_);
+  a.z = cls_ ? view<4>(z_) : patches(*z_), a.cls = cls_ ? class_row(*cls_, x.size(0)) : first_class_row(*z_);
+  a.gate = view<1>(gate_);
   a.position = view<2>(position_), a.time = view<2>(time_);
   if (keep) a.keep = keep_view(*keep, x.size(0)), a.tube = keep->dim() == 2;
   a.weight = view<1>(weight_), a.bias = view<1>(bias_);
@@ -57,7 +59,7 @@ Tensor new_stats(const Tensor& x, const Tensor& rows) {
   return new_empty(x, {rows.size(0), rows.size(1), rows.size(2), 2}, wide(x));
 }
 
-void gated_fusion_out(const Tensor& x, const OptionalTensor& z, const Tensor& cls, const OptionalTensor& gate,
+void gated_fusion_out(const Tensor& x, const OptionalTensor& z, const OptionalTensor& cls, const OptionalTensor& gate,
                       const OptionalTensor& position, const OptionalTensor& time, const OptionalTensor& keep,
                       const OptionalTensor& weight, const OptionalTensor& bias, double scale, double eps, bool pair,
                       Tensor out, Tensor out_cls, OptionalTensor normed) {
@@ -65,11 +67,12 @@ void gated_fusion_out(const Tensor& x, const OptionalTensor& z, const Tensor& cl
        normed ? new_stats(x, out) : nothing(x));
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> gated_fusion(const Tensor& x, const OptionalTensor& z, const Tensor& cls,
-                                                        const OptionalTensor& gate, const OptionalTensor& position,
-                                                        const OptionalTensor& time, const OptionalTensor& keep,
-                                                        const OptionalTensor& weight, const OptionalTensor& bias,
-                                                        double scale, double eps, bool pair) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> gated_fusion(const Tensor& x, const OptionalTensor& z,
+                                                        const OptionalTensor& cls, const OptionalTensor& gate,
+                                                        const OptionalTensor& position, const OptionalTensor& time,
+                                                        const OptionalTensor& keep, const OptionalTensor& weight,
+                                                        const OptionalTensor& bias, double scale, double eps,
+                                                        bool pair) {
   const int64_t S = keep && keep->dim() == 3 ? keep->size(1) : x.size(1) / (pair ? 2 : 1);
   const int64_t K = keep ? keep->size(keep->dim() - 1) : x.size(2) - 1;
   Tensor out = new_empty(x, {x.size(0), S, K, x.size(3)}), out_cls = new_empty(x, {x.size(0), x.size(3)});
@@ -144,7 +147,8 @@ SixTensors gated_fusion_backward(const OptionalTensor& grad_out, const Tensor& g
                                  const OptionalTensor& x, const OptionalTensor& z, const OptionalTensor& cls,
                                  const OptionalTensor& gate, const OptionalTensor& keep, const OptionalTensor& source,
                                  const OptionalTensor& weight, const OptionalTensor& stats, int64_t T, int64_t P,
-                                 double scale, bool pair, bool first, bool need_x, bool need_z, bool need_gate) {
+                                 double scale, bool pair, bool first, bool packed, bool need_x, bool need_z,
+                                 bool need_gate) {
   const OptionalTensor grad_ = unit_last_stride(grad_out), grad_normed_ = unit_last_stride(grad_normed),
                        value_ = unit_last_stride(value), x_ = unit_last_stride(x), z_ = unit_last_stride(z),
                        cls_ = unit_last_stride(cls), gate_ = unit_last_stride(gate), weight_ = unit_last_stride(weight);
@@ -155,16 +159,19 @@ SixTensors gated_fusion_backward(const OptionalTensor& grad_out, const Tensor& g
   a.parts = row_parts(B * S, K);
   ParameterGrads parameters(rows, a.parts, B, need_gate, norm, gate);
   Tensor grad_x = need_x ? new_empty(rows, {B, T, 1 + P, C}) : nothing(rows);
-  Tensor grad_z = need_z ? new_empty(rows, {B, S, K, C}) : nothing(rows), grad_cls = new_empty(rows, {B, C});
+  packed = packed && need_z;
+  Tensor grad_z = need_z ? new_empty(rows, {B, S, packed ? 1 + K : K, C}) : nothing(rows),
+         grad_cls = packed ? nothing(rows) : new_empty(rows, {B, C});
   a.grad_out = view<4>(grad_), a.grad_out_cls = view<2>(grad_cls_), a.grad_normed = view<4>(grad_normed_);
-  a.value = view<4>(value_), a.z = view<4>(z_), a.cls = view<2>(cls_), a.gate = view<1>(gate_);
+  a.value = view<4>(value_), a.gate = view<1>(gate_);
+  if (z_) a.z = cls_ ? view<4>(z_) : patches(*z_), a.cls = cls_ ? view<2>(cls_) : first_class_row(*z_);
   if (x_) a.x = patches(*x_), a.x_cls = class_tokens(*x_);
   if (keep) a.keep = keep_view(*keep, B), a.tube = keep->dim() == 2;
   a.source = view<3>(source);
   if (norm) a.weight = view<1>(weight_), a.stats = view<4>(stats);
   if (need_x) a.grad_x = patches(grad_x), a.grad_x_cls = class_tokens(grad_x);
-  if (need_z) a.grad_z = view<4>(grad_z);
-  a.grad_cls = view<2>(grad_cls);
+  if (need_z) a.grad_z = packed ? patches(grad_z) : view<4>(grad_z);
+  a.grad_cls = packed ? class_tokens(grad_z) : one_slot(grad_cls);
   parameters.fill(a, need_gate, norm);
   a.scale = scale, a.pair = pair, a.first = first;
   PYVIDX_RUN(gated_fusion_backward, rows, a);

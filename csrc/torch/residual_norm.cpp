@@ -12,14 +12,6 @@ using torch::stable::new_empty;
 
 // All rows, or those behind the class row.
 View<4> rows(const Tensor& x, bool with_class) { return with_class ? patches(x) : view<4>(x); }
-// The first slot's class row, [B, C].
-View<2> first_class_row(const Tensor& x) {
-  const View<3> all = class_tokens(x);
-  View<2> v;
-  v.data = all.data, v.dtype = all.dtype;
-  v.size[0] = all.size[0], v.size[1] = all.size[2], v.stride[0] = all.stride[0], v.stride[1] = all.stride[2];
-  return v;
-}
 
 // [B, S], or [B, S, K].
 View<3> row_factor(const Tensor& factor, int64_t K) {
@@ -103,11 +95,7 @@ SevenTensors residual_norm_backward(const Tensor& grad_out, const Tensor& grad_n
   if (need_y) a.grad_y = rows(grad_y, bool(share));
   if (share) a.grad_cls = class_tokens(grad_x);
   if (share && need_y) a.grad_y_cls = class_tokens(grad_y);
-  if (cls) {
-    a.grad_cls.data = grad_cls.data_ptr(), a.grad_cls.dtype = dtype_of(grad_cls);
-    a.grad_cls.size[0] = B, a.grad_cls.size[1] = 1, a.grad_cls.size[2] = C;
-    a.grad_cls.stride[0] = C, a.grad_cls.stride[2] = 1;
-  }
+  if (cls) a.grad_cls = one_slot(grad_cls);
   if (need_bias) a.grad_bias = view<1>(grad_bias);
   if (need_constant) a.grad_constant = view<1>(grad_constant);
   a.grad_weight = view<1>(grad_weight), a.grad_shift = view<1>(grad_shift);

@@ -66,6 +66,23 @@ inline View<3> class_tokens(const Tensor& x) {
   for (int i = 0; i < 3; ++i) v.size[i] = x.size(i < 2 ? i : 3), v.stride[i] = x.stride(i < 2 ? i : 3);
   return v;
 }
+// That of the first frame, [B, C].
+inline View<2> first_class_row(const Tensor& x) {
+  const View<3> all = class_tokens(x);
+  View<2> v;
+  v.data = all.data, v.dtype = all.dtype;
+  v.size[0] = all.size[0], v.size[1] = all.size[2], v.stride[0] = all.stride[0], v.stride[1] = all.stride[2];
+  return v;
+}
+// Class rows [B, C] as those of one frame, [B, 1, C].
+inline View<3> one_slot(const Tensor& cls) {
+  const View<2> rows = view<2>(cls);
+  View<3> v;
+  v.data = rows.data, v.dtype = rows.dtype;
+  v.size[0] = rows.size[0], v.size[1] = 1, v.size[2] = rows.size[1];
+  v.stride[0] = rows.stride[0], v.stride[2] = rows.stride[1];
+  return v;
+}
 
 // keep [B|1, K] (tube) or [B|1, S, K] as [B, S|1, K]; rows shared between videos get stride 0.
 inline View<3> keep_view(const Tensor& keep, int64_t B) {

@@ -10,6 +10,7 @@ from pyvidx.ops import bank_attention
 from pyvidx.ops._library import has_kernel
 from pyvidx.ops.bank_attention import MAX_WIDTH
 
+MOST = {torch.float32: 640, torch.float16: 128, torch.bfloat16: 128}  # tokens, on a CPU where MKL multiplies
 KERNEL = has_kernel("bank_attention", "cpu")  # asked once: the compiler cannot see through the question
 
 
@@ -32,7 +33,7 @@ def self_attention(
         q, keys_values = project_qkv(
             x, layer, (1, 2), biased_values=biased_values
         )  # a memory of one slot with N positions
-        return bank_attention(q[:, None], keys_values[:, None], None, heads)[:, 0]
+        return bank_attention(q[:, None], keys_values[:, None], None, heads).squeeze(1)
     qkv = project_qkv(x, layer, (1, 1, 1), biased_values=biased_values)
     q, k, v = (part.view(rows, N, heads, -1).transpose(1, 2) for part in qkv)
     y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
@@ -41,8 +42,8 @@ def self_attention(
 
 def _fits_kernel(x: Tensor, width: int) -> bool:
     """torch's attention on a CPU is products of single heads. Where MKL is slow, the kernel takes a half to four
-    fifths of its time in float32 and less in 16 bits (but for bfloat16's gradients over 2,000 tokens: 1.1 of it);
-    elsewhere torch's is as fast on many tokens.
+    fifths of its time in float32 and less in 16 bits (but for bfloat16's gradients over 2,000 tokens: 1.1 of it).
+    Elsewhere it pays on the lengths that MOST names.
     """
-    fits = width % 8 == 0 and width <= MAX_WIDTH and x.dtype != torch.float64
-    return KERNEL and products.LIBRARY == "onednn" and x.is_cpu and fits
+    fits = width % 8 == 0 and width <= MAX_WIDTH and x.dtype in MOST
+    return KERNEL and x.is_cpu and fits and (products.LIBRARY == "onednn" or x.shape[1] <= MOST[x.dtype])

@@ -75,10 +75,9 @@ def value_bias(x: Tensor, qkv: nn.Linear, out: nn.Linear) -> Tensor | None:
     `composed_product` makes up for it on few numbers. That saves passes over rows and costs some over weights, so it
     is for many rows, and for training: elsewhere a product has the bias for the asking.
     """
-    rows, C = x.shape[:-1].numel(), out.in_features
     waits = (
         x.device.type in ("cpu", "cuda")
-        and rows >= C
+        and x.shape[:-1].numel() >= x.shape[-1]
         and plain(qkv)
         and plain(out)
         and x.dtype == qkv.weight.dtype == out.weight.dtype
@@ -86,7 +85,7 @@ def value_bias(x: Tensor, qkv: nn.Linear, out: nn.Linear) -> Tensor | None:
         and not torch.compiler.is_compiling()
         and not torch.is_autocast_enabled(x.device.type)
     )
-    return qkv.bias[-C:] if waits else None
+    return qkv.bias[-x.shape[-1] :] if waits else None
 
 
 def shifted_product(x: Tensor, layer: nn.Linear, shift: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -185,7 +184,7 @@ class _Composition(torch.autograd.Function):
         last, first, between, shift = ctx.saved_tensors
         need, to_between = ctx.needs_input_grad, torch.mv(last.t(), grad_bias)
         return (
-            products.forward(grad, first, add=torch.outer(grad_bias, between)) if need[0] else None,
+            products.input_gradient(grad, first.t(), onto=torch.outer(grad_bias, between)) if need[0] else None,
             products.weight_gradient(last, grad, onto=torch.outer(to_between, shift)) if need[1] else None,
             to_between,
             torch.mv(first.t(), to_between) if need[3] else None,

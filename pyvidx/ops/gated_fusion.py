@@ -65,7 +65,7 @@ def fusion_input(
 def gated_fusion(
     x: Tensor,
     z: Tensor,
-    cls: Tensor,
+    cls: Tensor | None,
     gate: Tensor | None = None,
     *,
     scale: float = 100.0,
@@ -85,7 +85,8 @@ def gated_fusion(
     Args:
         x: [B, T, 1 + P, C] tokens of the backbone, class token first; any strides, read in place where the last is 1.
         z: [B, S, K, C] patch tokens of the branch, any strides; S and K as keep and pair make them (fusion_input).
-        cls: [B, C] class row of the branch.
+        cls: [B, C] class row of the branch. None: z is [B, S, 1 + K, C] with the same class row in front of every slot,
+            of which that of slot 0 is read; its gradient is then written as one tensor.
         gate: [C] logits, or None.
         scale: multiplies the logits.
         keep, pair, norm: as in fusion_input.
@@ -106,8 +107,9 @@ def gated_fusion(
         S, K = (S if keep.dim() == 2 else keep.shape[1]), keep.shape[-1]
     weight, bias, eps = check_norm(op, norm, C)
     require_floating(op, x=x, z=z, cls=cls, gate=gate, weight=weight, bias=bias)
-    require(tuple(z.shape) == (B, S, K, C), f"{op}: z must be {(B, S, K, C)}", z)
-    require(tuple(cls.shape) == (B, C), f"{op}: cls must be [B, C] of x", cls, x)
+    shape = (B, S, K + (cls is None), C)
+    require(tuple(z.shape) == shape, f"{op}: z must be {shape}", z)
+    require(cls is None or tuple(cls.shape) == (B, C), f"{op}: cls must be [B, C] of x", cls, x)
     _check_gate(op, gate, C)
     return _run(op, x, z, cls, gate, None, None, keep, weight, bias, scale, eps, pair, out=out)
 
@@ -230,7 +232,7 @@ def _setup_context(ctx, inputs, output):
     value = out if weight is not None and not need_gate else None
     ctx.save_for_backward(value, *inputs_too, gate, keep, weight, None if weight is None else stats)
     ctx.sizes, ctx.shape, ctx.scale, ctx.pair, ctx.need_gate = x.shape, out.shape, scale, pair, need_gate
-    ctx.time_rows = None if time is None else time.shape[0]
+    ctx.time_rows, ctx.packed = None if time is None else time.shape[0], cls is None
 
 
 def _backward(ctx, grad_out, grad_out_cls, grad_normed, _):
@@ -249,11 +251,11 @@ def _backward(ctx, grad_out, grad_out_cls, grad_normed, _):
     pooled = T // 2 if ctx.pair else T
     by_source = keep is not None and (need_position or (need_time and keep.dim() == 3))
     wants_x, wants_rows = need_x or by_source, need_z or need_position or need_time
-    plain_sum = gate is None and grad_normed is None
+    plain_sum = gate is None and grad_normed is None and not ctx.packed
     grad_x, grad_z, grad_cls, grad_gate, grad_weight, grad_bias = _fuse_backward(
         grad_out, grad_out_cls, grad_normed, value, x, z, cls, gate, keep,
         source_table(keep, B, pooled, N - 1) if keep is not None and wants_x else None, weight, stats, T, N - 1,
-        ctx.scale, ctx.pair, first, wants_x, wants_rows and not plain_sum, need_gate,
+        ctx.scale, ctx.pair, first, ctx.packed, wants_x, wants_rows and not plain_sum, need_gate,
     )  # fmt: skip
     rows = grad_out if plain_sum else grad_z
     grad_position = grad_time = None
@@ -277,16 +279,14 @@ def _backward(ctx, grad_out, grad_out_cls, grad_normed, _):
 
 def _fake_backward(
     grad_out, grad_out_cls, grad_normed, value, x, z, cls, gate, keep, source, weight, stats, T, P, scale, pair, first,
-    need_x, need_z, need_gate,
+    packed, need_x, need_z, need_gate,
 ):  # fmt: skip
-    rows = grad_out if grad_normed is None else grad_normed
-    B, _, _, C = rows.shape
-    none, channels = (lambda: rows.new_empty(0)), (lambda: rows.new_empty(C))
-    return (
-        rows.new_empty(B, T, 1 + P, C) if need_x else none(), rows.new_empty(rows.shape) if need_z else none(),
-        rows.new_empty(B, C), channels() if need_gate else none(), none() if grad_normed is None else channels(),
-        none() if grad_normed is None else channels(),
-    )  # fmt: skip
+    rows, norm = (grad_out, False) if grad_normed is None else (grad_normed, True)
+    B, S, K, C = rows.shape
+    packed = packed and need_z
+    sizes = [(B, T, 1 + P, C), (B, S, K + packed, C), (B, C), (C,), (C,), (C,)]
+    wanted = [need_x, need_z, not packed, need_gate, norm, norm]
+    return tuple(rows.new_empty(size if there else 0) for size, there in zip(sizes, wanted))
 
 
 def _fake_output(x_cls, cls, gate, weight, bias, scale, eps):
@@ -322,7 +322,7 @@ def _fake_output_backward(grad, x_cls, cls, gate, weight, stats, scale, need_gat
 
 
 _INPUTS = (
-    "Tensor x, Tensor? z, Tensor cls, Tensor? gate, Tensor? position, Tensor? time, Tensor? keep, Tensor? weight, "
+    "Tensor x, Tensor? z, Tensor? cls, Tensor? gate, Tensor? position, Tensor? time, Tensor? keep, Tensor? weight, "
     "Tensor? bias, float scale, float eps, bool pair"
 )
 _OUTPUT_INPUTS = "Tensor x_cls, Tensor cls, Tensor? gate, Tensor? weight, Tensor? bias, float scale, float eps"
@@ -337,7 +337,7 @@ _fuse_out = define(
 _fuse_backward = define(
     "gated_fusion_backward(Tensor? grad_out, Tensor grad_out_cls, Tensor? grad_normed, Tensor? value, Tensor? x, "
     "Tensor? z, Tensor? cls, Tensor? gate, Tensor? keep, Tensor? source, Tensor? weight, Tensor? stats, SymInt T, "
-    "SymInt P, float scale, bool pair, bool first, bool need_x, bool need_z, bool need_gate) "
+    "SymInt P, float scale, bool pair, bool first, bool packed, bool need_x, bool need_z, bool need_gate) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     reference=plain.fuse_backward, fake=_fake_backward,
 )  # fmt: skip

@@ -39,6 +39,8 @@ def layer_norm(rows, weight, bias, eps):
 
 
 def fuse(x, z, cls, gate, position, time, keep, weight, bias, scale, eps, pair):
+    if cls is None:
+        z, cls = z[:, :, 1:], z[:, 0, 0]
     rows, mean = source_rows(x, None if z is None else keep, pair), x[:, :, 0].mean(1)
     if z is None:
         out = rows + position[1:] + time[: rows.shape[1], None]
@@ -90,10 +92,12 @@ def gate_gradient(gate, scale, *terms):
 
 def fuse_backward(
     grad_out, grad_out_cls, grad_normed, value, x, z, cls, gate, keep, source, weight, stats, T, P, scale, pair, first,
-    need_x, need_z, need_gate,
+    packed, need_x, need_z, need_gate,
 ):  # fmt: skip
     like = grad_out if grad_normed is None else grad_normed
     B, C = grad_out_cls.shape
+    if packed and z is not None:
+        z, cls = z[:, :, 1:], z[:, 0, 0]
     rows_x = None if x is None else source_rows(x, keep, pair)
     rows = mix(z, rows_x, gate, scale) if value is None and z is not None else value
     g, grad_weight, grad_bias = row_gradients(grad_out, grad_normed, rows, weight, stats)
@@ -114,6 +118,9 @@ def fuse_backward(
         grad_gate = gate_gradient(gate, scale, (g, rows_x, z), (g_cls, x[:, :, 0].mean(1), cls))
     grad_z = (g if w is None else (1 - w) * g).to(like.dtype) if need_z else nothing
     grad_cls = g_cls * 1 if w is None else (1 - w) * g_cls
+    if packed and need_z:
+        front = torch.cat([grad_cls[:, None], grad_cls.new_zeros(B, grad_z.shape[1] - 1, C)], dim=1)
+        grad_z, grad_cls = torch.cat([front[:, :, None], grad_z], dim=2), nothing
     return grad_x, grad_z.clone() if grad_z is grad_out else grad_z, grad_cls, grad_gate, grad_weight, grad_bias
 
 

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from pyvidx.backbones.clip import CLIPVision, CLIPVisionConfig
 from pyvidx.encoding import Encoding
 from pyvidx.ops import output_gate
-from pyvidx.temporal.bt_adapter import BTAdapterBranch, Mixed
+from pyvidx.temporal.bt_adapter import BTAdapterBranch, Mixed, split_rows
 from pyvidx.temporal.frames import frame_mean, real_only
 from pyvidx.temporal.grouping import Grouping, grouping
 from pyvidx.temporal.module import OUTPUTS, TemporalModule
@@ -129,13 +129,13 @@ def encode_branch(
         per_frame: pooled is [B, T, E], zero where a frame is not real.
     """
     last, real = len(xs) - 1, group.frame_mask
-    states, mixed = until_last(branch, xs, tower.position, group, seed)
+    layers, mixed = until_last(branch, xs, tower.position, group, seed)
     if "pooled" not in outputs:
         patches, cls = branch.spatial[last].mean_tokens(mixed, group)
         return Encoding(fused_tokens(xs[last], patches, cls, real))
     tokens = None
     if "tokens" in outputs:
-        z, cls = states[-1]
+        z, cls = split_rows(layers[-1])
         tokens = fused_tokens(xs[last - 1], group.patch_mean(z), cls, real)
     frames = frame_vectors(xs[last], branch.spatial[last].class_token(mixed, real), tower, gate, gate_scale)
     # The projection has no bias: the mean of the frames' projections is the projection of their mean.
@@ -145,10 +145,10 @@ def encode_branch(
 
 def until_last(
     branch: BTAdapterBranch, xs: Sequence[Tensor], position: Tensor, group: Grouping, seed: Tensor | None = None
-) -> tuple[list[tuple[Tensor, Tensor]], Mixed]:
-    """States of all layers but the last, and the last up to its space attention: of that less may be needed."""
-    states = branch(xs[:-1], position, group, seed=seed)
-    return states, branch.mix(len(xs) - 1, xs[-1], states[-1] if states else None, position, group, seed=seed)
+) -> tuple[list[Tensor], Mixed]:
+    """Tokens of all layers but the last, and the last up to its space attention: of that less may be needed."""
+    layers = branch.rows(xs[:-1], position, group, seed=seed)
+    return layers, branch.mix(len(xs) - 1, xs[-1], layers[-1] if layers else None, position, group, seed=seed)
 
 
 def frame_vectors(x: Tensor, cls: Tensor, tower: CLIPVision, gate: Tensor | None, gate_scale: float) -> Tensor:

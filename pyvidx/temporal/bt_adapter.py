@@ -127,15 +127,13 @@ class SpatialLayer(Block):
     q, k and v.
     """
 
-    def forward(
-        self, mixed: Mixed, drop: Tensor | None = None, frame_mask: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """The layer's z [B, S, K, C] (a view) and cls [B, C].
+    def forward(self, mixed: Mixed, drop: Tensor | None = None, frame_mask: Tensor | None = None) -> Tensor:
+        """The layer's tokens [B, S, 1 + K, C], every slot with the same class row in front.
 
         drop [B, S]: see masking. frame_mask [B, S]: the slots whose class results are averaged.
         """
         x, normed = self.space(mixed, drop, frame_mask)
-        return _split(add_linear(x, self.hidden(normed), self.fc2))
+        return add_linear(x, self.hidden(normed), self.fc2)
 
     def space(
         self, mixed: Mixed, drop: Tensor | None = None, frame_mask: Tensor | None = None
@@ -164,7 +162,7 @@ class SpatialLayer(Block):
         the per-token work is two products with H vectors instead of two with C.
         """
         if not plain(self.qkv):
-            return self(mixed, frame_mask=frame_mask)[1]
+            return self(mixed, frame_mask=frame_mask)[:, 0, 0]
         B, S, K, C = mixed.z.shape
         H, D = self.heads, C // self.heads
         n = mixed.with_class(self.norm1)[1]  # [B, S, 1 + K, C]
@@ -186,7 +184,7 @@ def _share(drop: Tensor | None, frame_mask: Tensor | None, like: Tensor) -> Tens
     return share if drop is None else share * drop
 
 
-def _split(x: Tensor) -> tuple[Tensor, Tensor]:
+def split_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     """x [B, S, 1 + K, C], every slot with the same class row -> views: patches [B, S, K, C] and class [B, C]."""
     if torch.compiler.is_compiling():
         return x[:, :, 1:], x[:, 0, 0]
@@ -270,39 +268,51 @@ class BTAdapterBranch(nn.Module):
         Returns:
             (z [B, S, K, C], cls [B, C]) per layer.
         """
-        states = []
+        return [split_rows(rows) for rows in self.rows(xs, position, group, drops, seed)]
+
+    def rows(
+        self,
+        xs: Sequence[Tensor],
+        position: Tensor,
+        group: Grouping,
+        drops: Drops | None = None,
+        seed: Tensor | None = None,
+    ) -> list[Tensor]:
+        """The same in one tensor per layer, [B, S, 1 + K, C], with the class row in front of every slot."""
+        layers = []
         for j, x in enumerate(xs):
             time, space = (drops and drops[j]) or (None, None)
-            mixed = self.mix(j, x, states[-1] if states else None, position, group, time, seed)
-            states.append(self._run(self.spatial[j], mixed, space, group.frame_mask))
-        return states
+            mixed = self.mix(j, x, layers[-1] if layers else None, position, group, time, seed)
+            layers.append(self._run(self.spatial[j], mixed, space, group.frame_mask))
+        return layers
 
     def mix(
         self,
         j: int,
         x: Tensor,
-        state: tuple[Tensor, Tensor] | None,
+        rows: Tensor | None,
         position: Tensor,
         group: Grouping,
         drop: Tensor | None = None,
         seed: Tensor | None = None,
     ) -> Mixed:
-        """Fusion and time attention of layer j."""
+        """Fusion and time attention of layer j. rows: what the method of that name gives for layer j - 1."""
         layer = self.temporal[j]
         norm = (layer.norm.weight, layer.norm.bias, layer.norm.eps)
         where = {"keep": group.keep, "pair": group.pair, "norm": norm}
         real = group.frame_mask
-        if state is None:
+        if rows is None:
             seed = self.seed if seed is None else seed
             z, cls, normed = fusion_input(x, position, self.time, seed, **where)
             if real is not None:  # the op averages all class tokens
                 cls = (frame_mean(x[:, :, 0], real) + seed + position[0]) / 2
         elif self.interact:
-            z, cls, normed = gated_fusion(x, *state, self.gate, scale=self.gate_scale, **where)
+            z, cls, normed = gated_fusion(x, rows, None, self.gate, scale=self.gate_scale, **where)
             if real is not None:
-                cls = mix(state[1], frame_mean(x[:, :, 0], real), self.gate, self.gate_scale)
+                cls = mix(rows[:, 0, 0], frame_mean(x[:, :, 0], real), self.gate, self.gate_scale)
         else:
-            (z, cls), normed = state, layer.norm(state[0])
+            z, cls = split_rows(rows)
+            normed = layer.norm(z)
         return Mixed(z, cls, self._run(layer, normed, drop, real))
 
     def _run(self, layer: nn.Module, *inputs: Mixed | Tensor | None):

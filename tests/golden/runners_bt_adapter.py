@@ -15,6 +15,7 @@ from pyvidx.models.pretraining import Pretraining
 from pyvidx.models.pretraining_reference import ReferencePretraining
 from pyvidx.models.reference import ReferenceBTAdapter
 from pyvidx.temporal.branch import fused_tokens
+from pyvidx.temporal.bt_adapter import split_rows
 from tests.golden.vectors import runner
 
 BOTH = ("reference", "fast", "folded")
@@ -169,16 +170,16 @@ def keeps_to_drops(case, tensors, depth):
 
 def fast_states(step, pixels, mask, drops):
     """Backbone outputs and the branch's states after time attention (T.j) and after the layer (S.j)."""
-    model, trace, state = step.model, {}, None
+    model, trace, rows = step.model, {}, None
     xs = model.backbone(model.read_pixels(pixels), range(model.config.fork, model.config.vision.layers))
     group = step.grouping(xs[0], mask)
-    for j, following in enumerate(step.states(xs, group, drops)):
+    for j, following in enumerate(model.branch.rows(xs, model.backbone.position, group, drops)):
         time = drops[j][0] if drops[j] else None
-        mixed = model.branch.mix(j, xs[j], state, model.backbone.position, group, time)
+        mixed = model.branch.mix(j, xs[j], rows, model.backbone.position, group, time)
         tokens = mixed.z + mixed.added.total()
-        trace[f"T.{j}"], trace[f"S.{j}"] = official_order(tokens, mixed.cls), official_order(*following)
+        trace[f"T.{j}"], trace[f"S.{j}"] = official_order(tokens, mixed.cls), official_order(*split_rows(following))
         trace[f"backbone.{model.config.fork + j}"] = xs[j].flatten(0, 1)
-        state = following
+        rows = following
     return trace
 
 

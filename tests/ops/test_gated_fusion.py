@@ -9,7 +9,7 @@ from tests.harness import DEVICES, DTYPES, assert_close_to_reference, assert_gra
 
 # B, T, P, C: one, odd, prime, one past a vector, two 16-byte vectors past a warp, more than a block's registers
 SHAPES = [(1, 2, 1, 1), (2, 6, 5, 17), (1, 4, 7, 64), (2, 2, 16, 131), (1, 2, 3, 272), (1, 2, 2, 4104)]
-FORMS = ["first", "sum", "gate"]
+FORMS = ["first", "sum", "gate", "rows"]  # rows: gate, with the class rows in z
 MASKS = ["all", "tube", "table"]
 VARIANTS = list(product(FORMS, MASKS, [False, True], [False, True]))  # form, mask, pair, norm
 SCALE = 3.0  # of the gate: w neither 0 nor 1
@@ -40,9 +40,9 @@ def inputs(shape, variant=("gate", "all", False, False), dtype=torch.float32, de
     first = form == "first"
     return (
         random(0, B, T, 1 + P, C),
-        None if first else random(1, B, S, K, C),
-        random(2, C) if first else random(2, B, C),
-        random(3, C) if form == "gate" else None,
+        None if first else random(1, B, S, K + (form == "rows"), C),
+        None if form == "rows" else random(2, C) if first else random(2, B, C),
+        random(3, C) if form in ("gate", "rows") else None,
         random(4, 1 + P, C) if first else None,
         random(5, frames + 2, C) if first else None,
         keep if keep is None else keep.to(device),
@@ -130,6 +130,19 @@ def test_gradient_of_one_input(which, device):
 
 
 @pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("wanted", [(0,), (1,), (0, 1), (3,)], ids=["x", "rows", "both", "gate"])
+@pytest.mark.parametrize("gate, norm", [(False, False), (False, True), (True, False), (True, True)])
+def test_gradient_of_rows(gate, norm, wanted, device):
+    """Class rows in z: one gradient, or none."""
+    args = list(inputs((2, 6, 5, 17), ("rows", "tube", False, norm), device=device))
+    args[3] = args[3] if gate else None
+    if wanted != (3,) or gate:
+        for i in wanted:
+            args[i].requires_grad_()
+        assert_gradients_close(public, reference, args)
+
+
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("used", [0, 1, 2])
 def test_gradient_of_one_output(used, device):
     """Autograd gives None for the outputs that were not used."""
@@ -205,7 +218,7 @@ def test_transposed_input(device):
 def test_nothing_kept(form, norm, device):
     args = list(inputs((2, 6, 5, 17), (form, "all", False, norm), device=device))
     args[6] = torch.empty(2, 0, dtype=torch.int64, device=device)
-    args[1] = None if args[1] is None else args[1][:, :, :0]
+    args[1] = None if args[1] is None else args[1][:, :, : args[2] is None]
     out, out_cls, *_ = public(*wanting_grad(args))
     assert out.shape == (2, 6, 0, 17)
     torch.testing.assert_close(out_cls, reference(*args)[1])
@@ -249,7 +262,9 @@ def test_gradcheck_output(norm):
     assert torch.autograd.gradcheck(lambda *a: output_public(*a, *(None,) * (5 - len(a))), present)
 
 
-@pytest.mark.parametrize("variant", [("first", "tube", True, True), ("sum", "all", False, False)], ids=str)
+@pytest.mark.parametrize(
+    "variant", [("first", "tube", True, True), ("sum", "all", False, False), ("rows", "all", False, True)], ids=str
+)
 def test_registration(variant):
     args = inputs((2, 2, 3, 4), variant)
     torch.library.opcheck(torch.ops.pyvidx.gated_fusion.default, tuple(wanting_grad(args)))
@@ -304,6 +319,7 @@ def test_autocast_takes_the_widest():
         ({"z": lambda z: z[:, :, 1:]}, ValueError, r"z must be \(2, 4, 3, 4\)"),
         ({"z": lambda z: z.double()}, ValueError, "z must have the dtype"),
         ({"cls": lambda c: c[0]}, ValueError, r"cls must be \[B, C\]"),
+        ({"cls": None}, ValueError, r"z must be \(2, 4, 4, 4\)"),
         ({"gate": lambda g: g[:3]}, ValueError, r"gate must be \[C\]"),
         ({"keep": torch.zeros(2, 3)}, ValueError, "keep must be int64"),
         ({"keep": torch.zeros(3, 3, dtype=torch.int64)}, ValueError, "keep must be"),

@@ -64,7 +64,7 @@ struct GatedFusionBackwardArgs {
   View<4> grad_x;        // [B, T, P, C]  out, optional; every element is written
   View<3> grad_x_cls;    // [B, T, C]     out, with grad_x
   View<4> grad_z;        // [B, S, K, C]  out, optional
-  View<2> grad_cls;      // [B, C]        out, optional
+  View<3> grad_cls;      // [B, R, C]     out, optional: in row 0, zeros in the others
   View<1> grad_gate;     // [C]           out, optional
   View<1> grad_weight;   // [C]           out, with grad_normed
   View<1> grad_bias;     // [C]           out, with grad_normed
