@@ -170,7 +170,13 @@ def test_an_unmasked_step_embeds_as_the_model():
 
 def test_splitting_the_class_row_off_is_exact():
     torch.manual_seed(3)
-    assert torch.autograd.gradcheck(split_rows, [torch.randn(2, 3, 5, 4).double().requires_grad_()])
+    x = torch.randn(2, 3, 5, 4).double().requires_grad_()
+    for mean in (False, True):
+        parts = split_rows(x, mean=mean)
+        assert torch.autograd.gradcheck(lambda x, mean=mean: split_rows(x, mean=mean), [x])
+        for i in range(len(parts)):  # what is not used gives nothing
+            assert torch.autograd.gradcheck(lambda x, i=i, mean=mean: split_rows(x, mean=mean)[i], [x])
+    torch.testing.assert_close(parts[2], x[:, :, 1:].mean((1, 2)))
 
 
 def test_autocast_joins_in_the_wider_dtype():

@@ -13,6 +13,7 @@ from pyvidx.layers.linear import Linear
 from pyvidx.losses import GRADIENTS, alignment, contrastive, gather
 from pyvidx.models.bt_adapter import BTAdapter
 from pyvidx.ops import token_gather
+from pyvidx.temporal.bt_adapter import split_rows
 from pyvidx.temporal.grouping import MASK_ORDERS, Grouping, grouping
 from pyvidx.temporal.masking import Drops, drop_path_draws, tube_mask
 
@@ -167,12 +168,11 @@ class Pretraining(nn.Module):
 
     def embed(self, xs: Sequence[Tensor], group: Grouping, drops: Drops | None) -> tuple[Tensor, Tensor, Tensor]:
         """Of each video two embeddings [B, E], of its class token and of its kept tokens, and the token loss of all."""
-        z, cls = self.states(xs, group, drops)[-1]  # [B, S, K, C], [B, C]
+        z, cls, mean = split_rows(self.rows(xs, group, drops)[-1], mean=True)  # [B, S, K, C], [B, C] twice
         project = self.model.backbone.projection
         video = project(self.model.frame_vectors(xs[-1], cls).mean(dim=1))
         # The projection has no bias: the mean of the tokens' projections is the projection of their mean.
-        branch = project(z.mean(dim=2).mean(dim=1))  # torch is slow at one mean over both
-        return video, branch, alignment(self.head(z), self.teacher(xs[-1], group))
+        return video, project(mean), alignment(self.head(z), self.teacher(xs[-1], group))
 
     def _in_parts(self, xs, group, drops):
         """embed, of micro_batch videos at a time."""
@@ -198,9 +198,9 @@ class Pretraining(nn.Module):
         where = {"device": x.device, "generator": generator}
         return drop_path_draws(self.drop_path, self.model.config.depth, B, S, K, **where)
 
-    def states(self, xs: Sequence[Tensor], group: Grouping, drops: Drops | None) -> list[tuple[Tensor, Tensor]]:
-        """Every branch layer's (z [B, S, K, C], cls [B, C])."""
-        return self.model.branch(xs, self.model.backbone.position, group, drops)
+    def rows(self, xs: Sequence[Tensor], group: Grouping, drops: Drops | None) -> list[Tensor]:
+        """Every branch layer's tokens [B, S, 1 + K, C], as BTAdapterBranch.rows gives them."""
+        return self.model.branch.rows(xs, self.model.backbone.position, group, drops)
 
     def grouping(self, x: Tensor, mask: Tensor | None, generator: torch.Generator | None = None) -> Grouping:
         """Of the tokens that the branch keeps of backbone tokens x [B, T, 1+P, C]."""

@@ -184,27 +184,47 @@ def _share(drop: Tensor | None, frame_mask: Tensor | None, like: Tensor) -> Tens
     return share if drop is None else share * drop
 
 
-def split_rows(x: Tensor) -> tuple[Tensor, Tensor]:
-    """x [B, S, 1 + K, C], every slot with the same class row -> views: patches [B, S, K, C] and class [B, C]."""
+def split_rows(x: Tensor, *, mean: bool = False) -> tuple[Tensor, ...]:
+    """x [B, S, 1 + K, C], every slot with the same class row -> views: patches [B, S, K, C] and class [B, C].
+
+    mean: and the mean of all patches, [B, C].
+    """
     if torch.compiler.is_compiling():
-        return x[:, :, 1:], x[:, 0, 0]
-    return _Split.apply(x)
+        z = x[:, :, 1:]
+        return (z, x[:, 0, 0], _mean(z)) if mean else (z, x[:, 0, 0])
+    return _Split.apply(x, mean)
+
+
+def _mean(z):
+    return z.mean(dim=2).mean(dim=1)  # torch is slow at one mean over both
 
 
 class _Split(torch.autograd.Function):
     """The gradient is written once; those of two slices would each fill a whole tensor, to be added up."""
 
     @staticmethod
-    def forward(ctx, x):
+    def forward(ctx, x, mean):
         ctx.shape = x.shape
-        return x[:, :, 1:], x[:, 0, 0]
+        ctx.set_materialize_grads(False)
+        z = x[:, :, 1:]
+        return (z, x[:, 0, 0], _mean(z)) if mean else (z, x[:, 0, 0])
 
     @staticmethod
-    def backward(ctx, grad_z, grad_cls):
-        grad = grad_z.new_empty(ctx.shape)
-        grad[:, :, 1:] = grad_z
-        grad[:, 0, 0], grad[:, 1:, 0] = grad_cls, 0
-        return grad
+    def backward(ctx, grad_z, grad_cls, grad_mean=None):
+        _, S, N, _ = ctx.shape
+        given = [g for g in (grad_z, grad_cls, grad_mean) if g is not None]
+        if not given:
+            return None, None
+        grad = given[0].new_empty(ctx.shape)
+        patches = grad[:, :, 1:]
+        every = 0 if grad_mean is None else grad_mean[:, None, None] / (S * (N - 1))
+        if grad_z is None or grad_mean is None:
+            patches[:] = every if grad_z is None else grad_z
+        else:
+            torch.add(grad_z, every, out=patches)
+        grad[:, 1:, 0] = 0
+        grad[:, 0, 0] = 0 if grad_cls is None else grad_cls
+        return grad, None
 
 
 class BTAdapterBranch(nn.Module):

@@ -155,7 +155,7 @@ def parts(plan: Plan) -> dict[str, Cost]:
         with torch.no_grad():
             found["backbone"] = count(lambda: step.model.backbone(pixels, range(plan.config.fork, v.layers)))
             found["text tower"] = count(lambda: step.text(ids))
-    branch = count(lambda: step.states(xs, group, step.draw_drops(xs[0], group)))
+    branch = count(lambda: step.rows(xs, group, step.draw_drops(xs[0], group)))
     found["branch forward"] = branch
     loss = []
     found["heads and losses"] = count(lambda: loss.append(step.losses(xs, text, group).total)) - branch

@@ -173,7 +173,7 @@ def fast_states(step, pixels, mask, drops):
     model, trace, rows = step.model, {}, None
     xs = model.backbone(model.read_pixels(pixels), range(model.config.fork, model.config.vision.layers))
     group = step.grouping(xs[0], mask)
-    for j, following in enumerate(model.branch.rows(xs, model.backbone.position, group, drops)):
+    for j, following in enumerate(step.rows(xs, group, drops)):
         time = drops[j][0] if drops[j] else None
         mixed = model.branch.mix(j, xs[j], rows, model.backbone.position, group, time)
         tokens = mixed.z + mixed.added.total()
