@@ -14,6 +14,7 @@ from torch.autograd.function import once_differentiable
 from pyvidx.layers import products
 
 WIDE = (torch.float32, torch.float64)
+DEVICES = ("cpu", "cuda")  # those of autocast
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -76,7 +77,7 @@ def value_bias(x: Tensor, qkv: nn.Linear, out: nn.Linear) -> Tensor | None:
     is for many rows, and for training: elsewhere a product has the bias for the asking.
     """
     waits = (
-        x.device.type in ("cpu", "cuda")
+        x.device.type in DEVICES
         and x.shape[:-1].numel() >= x.shape[-1]
         and plain(qkv)
         and plain(out)
@@ -210,14 +211,16 @@ class _Projection(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, weight, bias, widths, biased_values):
+        if x.device.type in DEVICES and torch.is_autocast_enabled(x.device.type):  # once for both passes
+            x, weight = (t.to(torch.get_autocast_dtype(x.device.type)) for t in (x, weight))
         width = bias.numel() // 3
-        if x.is_cpu and not products.onednn(x, weight):
+        if products.mkl(x, weight):
             qkv, step = products.forward(x, weight), 2 if biased_values else 3  # q and v, or q
             qkv.view(-1, 3, width)[:, ::step] += bias.view(3, -1)[::step]
         else:  # a product adds the bias on its way out
             bias = bias if biased_values else torch.cat([bias[:-width], bias.new_zeros(width)])
             qkv = products.forward(x, weight, bias)
-        ctx.save_for_backward(x.to(qkv.dtype), weight)
+        ctx.save_for_backward(x, weight)
         ctx.widths, ctx.biased_values = widths, biased_values
         return qkv.split(widths, dim=-1)
 
@@ -228,7 +231,7 @@ class _Projection(torch.autograd.Function):
         rows, grads = x.reshape(-1, x.shape[-1]), [g.reshape(-1, g.shape[-1]) for g in grads]
         grad_x = grad_weight = grad_bias = None
         if ctx.needs_input_grad[0]:
-            for grad, part in zip(grads, weight.to(x.dtype).split(ctx.widths)):
+            for grad, part in zip(grads, weight.split(ctx.widths)):
                 grad_x = products.input_gradient(grad, part, onto=grad_x)
             grad_x = grad_x.view_as(x)
         if ctx.needs_input_grad[1]:

@@ -54,6 +54,12 @@ def onednn(x: Tensor, matrix: Tensor) -> bool:
     )
 
 
+def mkl(x: Tensor, matrix: Tensor) -> bool:
+    """Whether MKL does, which knows no bias and no 16 bits."""
+    wide = x.dtype in (torch.float32, torch.float64)
+    return x.is_cpu and wide and not torch.is_autocast_enabled("cpu") and not onednn(x, matrix)
+
+
 def forward(x: Tensor, weight: Tensor, bias: Tensor | None = None, add: Tensor | None = None) -> Tensor:
     """x W^T + bias + add. x [..., K], weight [N, K], bias [N], add [..., N] -> [..., N]."""
     if onednn(x, weight):
