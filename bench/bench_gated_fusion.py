@@ -44,17 +44,18 @@ def case(form, norm, model, B, T, dtype, device, keep=None):
 
 
 def backward_case(model, B, T, dtype, device, keep=None):
-    """As in training beside a frozen backbone: every gradient but that of x."""
+    """As in training beside a frozen backbone: every gradient but that of x, with the class rows in z."""
     P, C = CLIP[model]
     K = P if keep is None else keep.shape[-1]
 
     def random(*shape):
         return torch.randn(*shape, device=device).to(dtype)
 
-    x, z, cls, gate, weight = random(B, T, 1 + P, C), random(B, T, K, C), random(B, C), random(C) / 100, random(C)
+    x, z, gate, weight = random(B, T, 1 + P, C), random(B, T, 1 + K, C), random(C) / 100, random(C)
     stats = torch.randn(B, T, K, 2, device=device).abs()
     grads = random(B, T, K, C), random(B, C), random(B, T, K, C)
-    args = (*grads, None, x, z, cls, gate, keep, None, weight, stats, T, P, 100.0, False, False, False, True, True)
+    flags = {"pair": False, "first": False, "packed": True, "need_x": False, "need_z": True, "need_gate": True}
+    args = (*grads, None, x, z, None, gate, keep, None, weight, stats, T, P, 100.0, *flags.values())
     return Case(
         "gated_fusion_backward gate + norm",
         {"B": B, "T": T, "P": P, "K": K, "C": C},

@@ -188,6 +188,7 @@ def case(size: str, source: str, B: int, rate: float, device: str, rounds: int) 
             ("tiny", "layers", 2, (0.7, 0.0)),
             ("clip-b-16", "layers", 1, (0.7, 0.0)), ("clip-b-16", "pixels", 1, (0.7, 0.0)),
             ("clip-l-14", "layers", 1, (0.7, 0.0)), ("clip-l-14", "layers", 4, (0.7,)),
+            ("clip-l-14", "layers", 16, (0.7,)),
             ("clip-l-14", "pixels", 1, (0.7, 0.0)),
         )
         for rate in rates

@@ -1,5 +1,8 @@
-"""residual_norm over the branch's rows of CLIP-L/14 and B/16, T = 8, masked training and whole clips, and its gradient:
-with a class row in every slot, DropPath and the bias of the product before."""
+"""residual_norm over the branch's rows of CLIP-L/14 and B/16, T = 8, masked training and whole clips, and its gradient.
+
+"space": with a class row in every slot, DropPath by slot and the bias of the product before. "time": DropPath by row,
+and a constant that it leaves alone.
+"""
 
 import pytest
 import torch
@@ -19,24 +22,35 @@ def tensors(model, dtype, device, B=4):
     return x, y, z, bias, weight, shift, share, {"B": B, "S": S, "N": N, "C": C}
 
 
-def case(model, dtype, device):
+def drops(form, share, N):
+    """factor, share"""
+    return (share, share) if form == "space" else (share[:, :1, None].expand(-1, share.shape[1], N), None)
+
+
+def case(model, form, dtype, device):
     x, y, out, bias, weight, shift, share, shape = tensors(model, dtype, device)
-    normed, norm = torch.empty_like(out), (weight, shift)
-    run = lambda: residual_norm(x, y, norm, bias=bias, factor=share, share=share, out=(out, normed))  # noqa: E731
-    eager = lambda: reference(x, y, None, bias, share, share, weight, shift, 1e-5)  # noqa: E731
+    factor, share = drops(form, share, shape["N"])
+    constant = None if form == "space" else shift
+    normed, options = torch.empty_like(out), {"bias": bias, "constant": constant, "factor": factor, "share": share}
+    run = lambda: residual_norm(x, y, (weight, shift), **options, out=(out, normed))  # noqa: E731
+    eager = lambda: reference(x, y, None, bias, constant, factor, share, weight, shift, 1e-5)  # noqa: E731
+    shape["form"] = form
     return Case("residual_norm", shape, dtype, run, eager, bytes=nbytes(x, y, out, normed))
 
 
-def backward_case(model, dtype, device):
+def backward_case(model, form, dtype, device):
     grad, grad_normed, value, _, weight, _, share, shape = tensors(model, dtype, device)
+    factor, share = drops(form, share, shape["N"])
+    shape["form"] = form
     stats = torch.randn(*value.shape[:3], 2, device=device).abs()
-    args = (grad, grad_normed, value, stats, share, share, weight, False, True, True)
+    args = (grad, grad_normed, value, stats, factor, share, weight, False, True, form == "time", True)
     run, eager = lambda: torch.ops.pyvidx.residual_norm_backward(*args), lambda: reference_backward(*args)  # noqa: E731
     return Case("residual_norm_backward", shape, dtype, run, eager, bytes=5 * nbytes(value))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
 @pytest.mark.parametrize("model", SIZES)
+@pytest.mark.parametrize("form", ["space", "time"])
 @pytest.mark.parametrize("make", [case, backward_case], ids=["forward", "backward"])
-def test_residual_norm(make, model, dtype, device, measure):
-    measure(make(model, dtype, device))
+def test_residual_norm(make, form, model, dtype, device, measure):
+    measure(make(model, form, dtype, device))
