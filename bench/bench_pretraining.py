@@ -180,6 +180,7 @@ def case(size: str, source: str, B: int, rate: float, device: str, rounds: int) 
                 extra=extra)  # fmt: skip
 
 
+@pytest.mark.timeout(3600)
 @pytest.mark.parametrize(
     "size, source, B, rate",
     [

@@ -107,6 +107,9 @@ def test_value_bias_does_not_wait():
     qkv, out, x = layer(dtype=torch.float32), layer(C, C, torch.float32), torch.randn(ROWS, N, C)
     assert value_bias(x, qkv, out) is not None
     assert value_bias(x[0], qkv, out) is None
+    assert (
+        value_bias(x, qkv.requires_grad_(False), out) is None and value_bias(x, qkv.requires_grad_(), out) is not None
+    )
     assert value_bias(x.double(), qkv, out) is None
     assert value_bias(x, qkv, Adapted(out)) is None and value_bias(x, Adapted(qkv), out) is None
     with torch.no_grad():
@@ -126,6 +129,8 @@ def test_projection_under_autocast(name):
     assert [t.dtype for t in results[0]] == [torch.bfloat16] + 3 * [torch.float32]
     for got, want in zip(*results, strict=True):
         close(got, want, 2e-2)
+    with torch.autocast("cpu", dtype=torch.bfloat16):  # which leaves float64 alone
+        assert project_qkv(x.double(), layer())[0].dtype == torch.float64
 
 
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-13), (torch.float32, 1e-5), (torch.bfloat16, 0.0)])

@@ -30,9 +30,8 @@ def self_attention(
     """
     rows, N, C = x.shape
     if mask is None and not causal and _fits_kernel(x, C // heads):
-        q, keys_values = project_qkv(
-            x, layer, (1, 2), biased_values=biased_values
-        )  # a memory of one slot with N positions
+        # A memory of one slot with N positions.
+        q, keys_values = project_qkv(x, layer, (1, 2), biased_values=biased_values)
         return bank_attention(q[:, None], keys_values[:, None], None, heads).squeeze(1)
     qkv = project_qkv(x, layer, (1, 1, 1), biased_values=biased_values)
     q, k, v = (part.view(rows, N, heads, -1).transpose(1, 2) for part in qkv)

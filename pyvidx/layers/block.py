@@ -75,8 +75,9 @@ class Block(nn.Module):
     def attention(self, normed: Tensor, mask: Tensor | None = None, *, biased_values: bool = True) -> Tensor:
         """What `out` projects, of LN x. [..., N, C] -> [..., N, C]. biased_values: see layers.linear.value_bias."""
         *rows, N, C = normed.shape
-        x, how = normed.reshape(-1, N, C), {"biased_values": biased_values}
-        return self_attention(x, self.qkv, self.heads, mask, self.causal, **how).view(*rows, N, C)
+        x = normed.reshape(-1, N, C)
+        y = self_attention(x, self.qkv, self.heads, mask, self.causal, biased_values=biased_values)
+        return y.view(*rows, N, C)
 
     def hidden(self, normed: Tensor) -> Tensor:
         """The MLP of LN x up to its second layer. [..., C] -> [..., mlp_width]."""

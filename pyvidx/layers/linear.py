@@ -77,13 +77,11 @@ def value_bias(x: Tensor, qkv: nn.Linear, out: nn.Linear) -> Tensor | None:
     is for many rows, and for training: elsewhere a product has the bias for the asking.
     """
     waits = (
-        x.device.type in DEVICES
-        and x.shape[:-1].numel() >= x.shape[-1]
-        and plain(qkv)
+        _projected_by_hand(x, qkv)
         and plain(out)
+        and x.shape[:-1].numel() >= x.shape[-1]
         and x.dtype == qkv.weight.dtype == out.weight.dtype
-        and wants_grad(x, qkv.weight, out.weight)
-        and not torch.compiler.is_compiling()
+        and x.device.type in DEVICES
         and not torch.is_autocast_enabled(x.device.type)
     )
     return qkv.bias[-x.shape[-1] :] if waits else None
@@ -109,11 +107,15 @@ def project_qkv(
 
     (3,): all in one; (1, 2): q; k and v; (1, 1, 1): each by itself. biased_values: see value_bias.
     """
-    if plain(layer) and wants_grad(x, layer.weight, layer.bias) and not torch.compiler.is_compiling():
+    if _projected_by_hand(x, layer):
         widths = [n * len(layer.bias) // 3 for n in parts]
         return _Projection.apply(x, layer.weight, layer.bias, widths, biased_values)
     qkv = layer(x)
     return qkv.split([n * qkv.shape[-1] // 3 for n in parts], dim=-1)
+
+
+def _projected_by_hand(x, layer):
+    return plain(layer) and wants_grad(x, layer.weight, layer.bias) and not torch.compiler.is_compiling()
 
 
 def _sum(rows):
@@ -211,8 +213,8 @@ class _Projection(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, weight, bias, widths, biased_values):
-        if x.device.type in DEVICES and torch.is_autocast_enabled(x.device.type):  # once for both passes
-            x, weight = (t.to(torch.get_autocast_dtype(x.device.type)) for t in (x, weight))
+        if x.device.type in DEVICES and torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
+            x, weight = (t.to(torch.get_autocast_dtype(x.device.type)) for t in (x, weight))  # once for both passes
         width = bias.numel() // 3
         if products.mkl(x, weight):
             qkv, step = products.forward(x, weight), 2 if biased_values else 3  # q and v, or q
