@@ -12,8 +12,9 @@ struct CUstream_st;
 
 namespace pyvidx {
 
-// Views: any strides but the last, which is 1 except in factor. "wide": float, or double where x is double. y, normed and their
-// gradients have the dtype of x or, where that is float, one of 16 bits (autocast); all else has the dtype of x.
+// Views: any strides but the last, which is 1 except in factor. "wide": float, or double where x is double. y, normed
+// and their gradients have the dtype of x or, where that is float, one of 16 bits (autocast); all else has the dtype of
+// x.
 struct ResidualNormArgs {
   View<4> x;           // [B, S, K, C]  in
   View<4> y;           // [B, S, K, C]  in, what the layer's last product gave
