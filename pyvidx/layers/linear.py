@@ -81,6 +81,7 @@ def value_bias(x: Tensor, qkv: nn.Linear, out: nn.Linear) -> Tensor | None:
         and plain(out)
         and x.shape[:-1].numel() >= x.shape[-1]
         and x.dtype == qkv.weight.dtype == out.weight.dtype
+        and x.dtype in WIDE  # 16 bits would round the product of two weights
         and x.device.type in DEVICES
         and not torch.is_autocast_enabled(x.device.type)
     )

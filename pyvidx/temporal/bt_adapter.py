@@ -189,14 +189,12 @@ def split_rows(x: Tensor, *, mean: bool = False) -> tuple[Tensor, ...]:
 
     mean: and the mean of all patches, [B, C].
     """
-    if torch.compiler.is_compiling():
-        z = x[:, :, 1:]
-        return (z, x[:, 0, 0], _mean(z)) if mean else (z, x[:, 0, 0])
-    return _Split.apply(x, mean)
+    return _slices(x, mean) if torch.compiler.is_compiling() else _Split.apply(x, mean)
 
 
-def _mean(z):
-    return z.mean(dim=2).mean(dim=1)  # torch is slow at one mean over both
+def _slices(x, mean):
+    z, cls = x[:, :, 1:], x[:, 0, 0]
+    return (z, cls, z.mean(dim=2).mean(dim=1)) if mean else (z, cls)  # torch is slow at one mean over both
 
 
 class _Split(torch.autograd.Function):
@@ -206,8 +204,7 @@ class _Split(torch.autograd.Function):
     def forward(ctx, x, mean):
         ctx.shape = x.shape
         ctx.set_materialize_grads(False)
-        z = x[:, :, 1:]
-        return (z, x[:, 0, 0], _mean(z)) if mean else (z, x[:, 0, 0])
+        return _slices(x, mean)
 
     @staticmethod
     def backward(ctx, grad_z, grad_cls, grad_mean=None):

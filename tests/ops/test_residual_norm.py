@@ -172,7 +172,7 @@ def test_rejects():
     for change, message in (
         ({"y": x[:, :2]}, "y must have"), ({"y": x.double()}, "y must have"), ({"x": x[0]}, "x must be floating"),
         ({"bias": torch.ones(7)}, r"bias must be \(8,\)"), ({"cls": torch.ones(3, 8)}, r"cls must be \(2, 8\)"),
-        ({"factor": torch.ones(2, 4)}, r"factor must be floating \(2, 3\)"),
+        ({"factor": torch.ones(2, 4)}, r"factor must be floating \(2, 3\) or \(2, 3, 4\)"),
         ({"constant": torch.ones(7)}, r"constant must be \(8,\)"),
         ({"share": torch.ones(2, 3), "cls": torch.ones(2, 8)}, "share excludes cls"),
         ({"share": torch.ones(2, 3), "constant": torch.ones(8)}, "share excludes cls, constant"),
