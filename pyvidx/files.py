@@ -2,6 +2,8 @@
 
 import json
 import os
+import secrets
+import socket
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,19 +14,24 @@ from pathlib import Path
 def whole(path: str | os.PathLike[str]) -> Iterator[Path]:
     """A path to write to in place of `path`; at the end of the block it takes that name, with its bytes on the disk.
 
-    An error, a full disk or a kill leaves what was at `path` before, if anything. The path given has the same suffix
-    and folder as `path`; the folder is made if need be.
+    An error, a full disk or a kill leaves what was at `path` before, if anything. The path given has the suffix of
+    `path` and lies in its folder, which is made if need be. A link is followed; what is no plain file (/dev/stdout) is
+    written to as it is.
     """
-    path = Path(path)
+    path = Path(os.path.realpath(path))
+    if path.exists() and not path.is_file():
+        yield path
+        return
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{path.stem[:64]}.", suffix=f".part{path.suffix}", dir=path.parent)
-    os.close(handle)
-    part = Path(name)
+    _remove_left_parts(path)
+    part = path.with_name(f"{_prefix(path)}{os.getpid()}.{secrets.token_hex(4)}.part{path.suffix}")
     try:
+        part.touch(exist_ok=False)
+        if path.exists():
+            part.chmod(path.stat().st_mode & 0o777)
         yield part
         with part.open("rb") as file:
             os.fsync(file.fileno())
-        part.chmod(path.stat().st_mode & 0o777 if path.exists() else 0o666 & ~_umask())
         os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)
@@ -39,7 +46,7 @@ def write_text(path: str | os.PathLike[str], text: str) -> Path:
 
 
 def write_json(path: str | os.PathLike[str], value, **options) -> Path:
-    """Write JSON text, whole or not at all."""
+    """Write JSON text, whole or not at all. options: of json.dumps."""
     return write_text(path, json.dumps(value, **options) + "\n")
 
 
@@ -47,30 +54,51 @@ def check_output(path: str | os.PathLike[str], *, overwrite: bool = True) -> Non
     """Raise before any work is done if `path` cannot be written.
 
     Raises:
-        FileExistsError: it exists and must not be overwritten.
-        OSError: its folder cannot be made or written to, or `path` is itself a folder.
+        FileExistsError: there is such a file, and it must not be overwritten.
+        OSError: `path` is a folder, or its folder cannot be made or written to.
     """
-    path = Path(path)
+    path = Path(os.path.realpath(path))
     if path.is_dir():
-        raise IsADirectoryError(f"output: {path} must be a file, it is a folder")
-    if path.exists() and not overwrite:
+        raise IsADirectoryError(f"output: {path} must be a file, got a folder")
+    if path.is_file() and not overwrite:
         raise FileExistsError(f"output: {path} exists; give another name, or --overwrite")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(prefix=f".{path.stem[:64]}.", dir=path.parent):
+        with tempfile.NamedTemporaryFile(prefix=_prefix(path), dir=path.parent):
             pass
     except OSError as error:
         raise type(error)(f"output: {path.parent} cannot be written to: {error}") from error
 
 
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
+def _prefix(path: Path) -> str:
+    """What the names of this host's parts of a file begin with; a name may have 255 bytes."""
+    return f".{os.fsdecode(os.fsencode(path.stem)[:100])}.{socket.gethostname()[:32]}."
+
+
+def _remove_left_parts(path: Path) -> None:
+    """What writers that were killed left: a checkpoint's part is as large as the checkpoint."""
+    prefix, suffix = _prefix(path), f".part{path.suffix}"
+    for name in os.listdir(path.parent):
+        if name.startswith(prefix) and name.endswith(suffix):
+            pid = name[len(prefix) :].split(".")[0]
+            if pid.isdigit() and not _alive(int(pid)):
+                (path.parent / name).unlink(missing_ok=True)
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:  # another user's
+        return True
+    return True
 
 
 def _sync_folder(folder: Path) -> None:
     """A rename is on the disk once its folder is."""
+    if os.name != "posix":
+        return
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)
