@@ -9,7 +9,7 @@ from fractions import Fraction
 import torch
 from torch import Tensor
 
-from .source import import_av
+from .ffmpeg import import_av
 
 
 def write(
