@@ -13,7 +13,20 @@ from .source import Opened, Source
 from .structure import cut
 
 # Their decoders keep their errors to the log, whatever they are told.
-_SAY_NOTHING = {"gif"}
+_SAY_NOTHING = {
+    "gif",
+    "mjpeg",
+    "wmv1",
+    "wmv2",
+    "msmpeg4",
+    "msmpeg4v2",
+    "msmpeg4v3",
+    "h261",
+    "h263",
+    "flv",
+    "rv10",
+    "rv20",
+}
 
 
 class Suspect(Exception):

@@ -21,7 +21,7 @@ from .ffmpeg import import_av, listening
 # rtsp, lavfi, imf, mlv, vobsub and others, which open what they name.
 FORMATS = (
     "mov,matroska,webm,avi,mpegts,mpeg,flv,asf,ogg,gif,apng,mxf,gxf,nut,dv,ivf,rm,wtv,swf,yuv4mpegpipe,"
-    "h264,hevc,vvc,av1,obu,m4v,mpegvideo,mjpeg,h261,h263,vc1,vc1test,dirac,cavsvideo,amv,nsv,dhav"
+    "h264,hevc,vvc,av1,obu,m4v,mpegvideo,mjpeg,h261,h263,vc1,vc1test,dirac,cavsvideo,amv,nsv,dhav,wav,mp3,flac,aac"
 )
 PLAYLISTS = "hls,dash,concat"
 

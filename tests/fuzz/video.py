@@ -156,8 +156,8 @@ def complained(ffmpeg: str, path: Path) -> str:
     except subprocess.TimeoutExpired:
         return ""
     lines = done.stderr.decode(errors="replace").strip().splitlines()
-    # The last is about the clock of ffmpeg's own output.
-    return next((line for line in lines if line and not line.startswith("[null @")), "")
+    # "null" is about the clock of ffmpeg's own output.
+    return next((line for line in lines if "Last message repeated" not in line and not line.startswith("[null @")), "")
 
 
 def main() -> int:
