@@ -9,7 +9,7 @@ from fractions import Fraction
 import torch
 from torch import Tensor
 
-from .index import import_av
+from .ffmpeg import import_av
 
 
 def write(
