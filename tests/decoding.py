@@ -20,10 +20,6 @@ def abort(*_):
     os.abort()
 
 
-def segfault(*_):
-    os.kill(os.getpid(), signal.SIGSEGV)
-
-
 def killed(*_):
     os.kill(os.getpid(), signal.SIGKILL)
 
@@ -54,8 +50,12 @@ def unpicklable(*_):
 
 
 def abort_if_long(num_frames, *rest):
-    """The death of some files only: those of 20 frames."""
-    return abort() if num_frames == 20 else uniform(num_frames, *rest)
+    """The death of some files only: those of 60 frames."""
+    return abort() if num_frames == 60 else uniform(num_frames, *rest)
+
+
+def hang_if_long(num_frames, *rest):
+    return hang() if num_frames == 60 else uniform(num_frames, *rest)
 
 
 def process_id(*_):
