@@ -103,6 +103,15 @@ def read(path: str | Path, kind: str) -> tuple[dict, dict[str, Tensor]]:
         return _header(file, path, kind), {name: file.get_tensor(name).clone() for name in file.keys()}
 
 
+def is_ours(path: str | Path) -> bool:
+    """`write` wrote this file or folder."""
+    path = _file(path)
+    if not path.is_file():
+        return False
+    with opened(path, "weights") as file:
+        return "pyvidx" in (file.metadata() or {})
+
+
 def digest(weights: Mapping[str, Tensor]) -> str:
     """SHA-256 of names, dtypes, shapes and values, in the order of the names; the same however the file is laid out."""
     found = hashlib.sha256()
