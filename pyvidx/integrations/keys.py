@@ -131,16 +131,16 @@ def without_wrappers(keys: Sequence[str], known: Callable[[str], bool]) -> list[
     """The keys without what training code put before them.
 
     Args:
-        known: whether a name, so far, means something. Where none does, all keys lose the first part that most of them
-            share, whatever it is called, and so on.
+        known: whether a name, so far, means something. Where none does, the keys lose the first part that most of them
+            share, whatever it is called, and so on, if that makes at least half of them known.
     """
-    names = [WRAPPER.sub("", INSIDE.sub("", key)) for key in keys]
+    plain = names = [WRAPPER.sub("", INSIDE.sub("", key)) for key in keys]
     while names and not any(map(known, names)):
         heads = Counter(name.partition(".")[0] for name in names if "." in name)
         if not heads or "text" in (head := heads.most_common(1)[0][0]):
-            break
+            return plain
         names = [WRAPPER.sub("", name.removeprefix(head + ".")) for name in names]
-    return names
+    return names if 2 * sum(map(known, names)) >= len(names) else plain
 
 
 def _strip(name: str) -> str:
