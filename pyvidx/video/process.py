@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import mmap
 import os
 import signal
 import socket
@@ -15,7 +14,7 @@ from typing import BinaryIO
 import torch
 from torch import Tensor
 
-from .worker import Reply, Request, nameless_file, receive, send
+from .worker import KEPT, Reply, Request, mapped, nameless_file, receive, send
 
 # Seconds. Importing torch takes two; on a machine that swaps, many more.
 _START = 300.0
@@ -45,7 +44,7 @@ class Worker:
             raise Lost(False, f"no decoding process can be started: {error}") from error
 
     def _start(self, memory: int | None) -> None:
-        self.printed = nameless_file()
+        self.printed, self.room = nameless_file(), None
         self.connection, theirs = socket.socketpair()
         numbers = (theirs.fileno(), os.getpid(), memory or 0)
         # A copy of sys.path: the worker must find what this process finds, by the same names.
@@ -83,9 +82,21 @@ class Worker:
         if reply.clip is None:
             return reply, None
         try:
-            return reply, _mapped(file, reply.clip["frames"])
-        except OSError as error:
+            return reply, self._taken(file, reply.clip["frames"])
+        except (OSError, RuntimeError) as error:
             raise Lost(True, f"its frames cannot be taken over: {error}") from error
+
+    def _taken(self, file: BinaryIO | None, shape: tuple[int, ...]) -> Tensor:
+        count = math.prod(shape)
+        if file is not None:
+            with file:
+                self.room = mapped(file, os.fstat(file.fileno()).st_size)
+        if self.room is None or len(self.room) < count:
+            raise OSError("there are too many open files")  # the system drops what it cannot open
+        pixels = torch.frombuffer(self.room, dtype=torch.uint8, count=count).view(shape).clone()
+        if len(self.room) > KEPT:
+            self.room = None
+        return pixels
 
     def close(self) -> None:
         self.process.kill()
@@ -106,15 +117,3 @@ class Worker:
         lines = self.printed.read().decode(errors="replace").split("\n")
         last = "; ".join(line.strip() for line in lines[-4:] if line.strip())
         return f"{how}; its last words: {last}" if last else how
-
-
-def _mapped(file: BinaryIO | None, shape: tuple[int, ...]) -> Tensor:
-    """uint8 of this shape that is the file's memory, until the tensor is dropped."""
-    if file is None:
-        raise OSError("there are too many open files")  # the system drops what it cannot open
-    # Before Python 3.13 a mapping keeps a descriptor.
-    keep = {"trackfd": False} if sys.version_info >= (3, 13) else {}
-    with file:
-        flags = mmap.MAP_SHARED | getattr(mmap, "MAP_POPULATE", 0)  # at once: faults page by page cost more
-        memory = mmap.mmap(file.fileno(), math.prod(shape), flags, **keep)
-    return torch.frombuffer(memory, dtype=torch.uint8).view(shape)
