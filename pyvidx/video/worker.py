@@ -190,7 +190,8 @@ def _answer(request: Request, content: BinaryIO | None) -> tuple[Reply, memoryvi
             source = request.source
             if content is not None:
                 with content:
-                    source = os.pread(content.fileno(), os.fstat(content.fileno()).st_size, 0)
+                    content.seek(0)
+                    source = content.read()
             found = read(source, **_options(request.options), generator=generator)
             clip = {field.name: getattr(found, field.name) for field in fields(found)}
             clip |= {"frames": tuple(found.frames.shape)}
