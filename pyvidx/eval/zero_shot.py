@@ -29,6 +29,7 @@ from pyvidx.integrations.checkpoints import load_model, read
 from pyvidx.integrations.clip_text_weights import clip_text
 from pyvidx.models.config import known
 from pyvidx.train.recipe import load as load_values
+from pyvidx.video.pool import shared
 
 CONFIGS = Path(__file__).parent / "configs"
 BROKEN = ("fail", "exclude")
@@ -256,6 +257,7 @@ def _encode(
     paths: list[str], results: list[Encoded], config: Config, about: dict, start: float | None, end: float | None
 ) -> tuple[list[Encoded], bool]:
     """results with those of `paths`; written to config.videos on the way, so that an ended run goes on."""
+    shared(config.workers)  # they start while the model is loaded
     device, dtype = config.where
     model = load_model(config.model, **config.model_options)
     random = model.is_random
