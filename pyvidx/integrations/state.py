@@ -117,7 +117,7 @@ def _content(path: Path):
         if found := _classes(path, error):
             raise ValueError(
                 f"checkpoint: {path} holds objects of {', '.join(found)} beside its tensors; pickles are only read "
-                "with weights_only=True, as others can run code. If you trust the file, write the state dict that is in "
+                "with weights_only=True, as others can run code. If you trust the file, write the state dict in "
                 "torch.load(path, weights_only=False) with safetensors.torch.save_file, and give that"
             ) from error
         raise ValueError(

@@ -260,11 +260,8 @@ def _model(config: Config) -> tuple[BTAdapter, CLIPText | None, dict[str, Tensor
         heads, text_heads = config.heads or (None, None)
         model, _ = load_official(state, heads=heads, hidden_act=config.hidden_act, **modes)
         text = {key: value for key, value in state.items() if "text_" in key}
-        return (
-            model,
-            clip_text(text, heads=text_heads, hidden_act=model.config.vision.hidden_act) if text else None,
-            state,
-        )
+        options = {"heads": text_heads, "hidden_act": model.config.vision.hidden_act}
+        return model, clip_text(text, **options) if text else None, state
     vision, text = _clip(config, state or config.weights)
     if vision is None:
         raise ValueError(f"Config: {config.weights} holds no image tower")
