@@ -5,7 +5,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.utils.data import Dataset
@@ -18,9 +17,9 @@ from pyvidx.integrations.clip_text_weights import clip_text
 from pyvidx.integrations.clip_weights import clip_vision
 from pyvidx.integrations.hosts import importing
 from pyvidx.integrations.mma_export import export_mma, load_head
+from pyvidx.models import files
 from pyvidx.models.bt_adapter import BTAdapter
 from pyvidx.models.config import BTAdapterConfig, known
-from pyvidx.models.files import FILE_NAME
 from pyvidx.models.pretraining import Pretraining
 from pyvidx.temporal.masking import Drops, drop_path_draws, random_mask, tube_mask
 from pyvidx.train.data import Take, generator, sized
@@ -47,7 +46,7 @@ class Config:
             folder of transformers' CLIP, a CLIP's state dict (transformers, open_clip), or
             {"open_clip": NAME, "pretrained": FILE}.
         text: the text tower's, one of the last four; None: `weights` holds it.
-        hidden_act: of a CLIP from a state dict, see CLIPVisionConfig.
+        hidden_act: of a CLIP from a state dict, see CLIPVisionConfig; None: OpenAI's, with a warning.
         heads: of such a CLIP and of its text tower; None: width / 64.
         depth, time_length, gated: of a branch that starts from a CLIP, see BTAdapterConfig.
         tokenizer: folder of transformers; None: open_clip's.
@@ -66,7 +65,7 @@ class Config:
     weights: str | dict
     held_out: dict | None = None
     text: str | dict | None = None
-    hidden_act: str = "quick_gelu"
+    hidden_act: str | None = None
     heads: tuple[int, int] | None = None
     depth: int = 4
     time_length: int = 64
@@ -254,14 +253,15 @@ def _model(config: Config) -> tuple[BTAdapter, CLIPText | None, dict[str, Tensor
     """The model, the text tower if it is with it, and the state dict it is from, if it is."""
     # Both codes give the same numbers here but where the public one takes 3 frames for 3 channels.
     modes = {"compat": "paper", "tower": "mma"}
-    if isinstance(config.weights, str) and _is_ours(Path(config.weights)):
+    if isinstance(config.weights, str) and files.is_ours(config.weights):
         return BTAdapter.from_pretrained(config.weights, **modes), None, {}
     state = {} if isinstance(config.weights, dict) or Path(config.weights).is_dir() else state_of(config.weights)
     if any("btadapter" in key or "timesFPN" in key for key in state):
         heads, text_heads = config.heads or (None, None)
         model, _ = load_official(state, heads=heads, hidden_act=config.hidden_act, **modes)
         text = {key: value for key, value in state.items() if "text_" in key}
-        return model, clip_text(text, heads=text_heads, hidden_act=config.hidden_act) if text else None, state
+        options = {"heads": text_heads, "hidden_act": model.config.vision.hidden_act}
+        return model, clip_text(text, **options) if text else None, state
     vision, text = _clip(config, state or config.weights)
     if vision is None:
         raise ValueError(f"Config: {config.weights} holds no image tower")
@@ -284,7 +284,8 @@ def _clip(config: Config, weights: str | dict, *, image: bool = True) -> tuple[C
     has_vision = image and any("class_embedding" in key for key in state)
     vision = clip_vision(state, heads=heads, hidden_act=config.hidden_act) if has_vision else None
     has_text = any("token_embedding" in key for key in state)
-    return vision, clip_text(state, heads=text_heads, hidden_act=config.hidden_act) if has_text else None
+    hidden_act = config.hidden_act or (vision and vision.config.hidden_act)
+    return vision, clip_text(state, heads=text_heads, hidden_act=hidden_act) if has_text else None
 
 
 def _transformers(folder: str) -> tuple[CLIPVision, CLIPText]:
@@ -310,12 +311,3 @@ def _open_clip(open_clip: str, pretrained: str) -> tuple[CLIPVision, CLIPText]:
     state = {key: value for key, value in model.state_dict().items() if not key.startswith("visual.")}
     heads = getattr(model, "text", model).transformer.resblocks[0].attn.num_heads
     return vision, clip_text(state, heads=heads, hidden_act=vision.config.hidden_act)
-
-
-def _is_ours(path: Path) -> bool:
-    """Written by BTAdapter.save."""
-    file = path if path.suffix == ".safetensors" else path / FILE_NAME
-    if not file.is_file():
-        return False
-    with safe_open(file, "pt") as opened:
-        return "pyvidx" in (opened.metadata() or {})
