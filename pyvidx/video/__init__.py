@@ -1,8 +1,8 @@
 """Video files to frames: sampled reads, constant-memory streaming, exact named sampling rules, and a small writer."""
 
 from . import sampling
-from .clip import Clip
+from .clip import Clip, Damage
 from .reader import read, stream
 from .writer import write
 
-__all__ = ["Clip", "read", "sampling", "stream", "write"]
+__all__ = ["Clip", "Damage", "read", "sampling", "stream", "write"]
