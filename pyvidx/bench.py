@@ -4,6 +4,8 @@ import argparse
 import json
 from pathlib import Path
 
+from pyvidx.files import whole
+
 COLUMNS = ("op", "shape", "dtype", "ms", "spread", "GB/s", "copy GB/s", "floor", "vs eager", "vs compile")
 
 
@@ -71,7 +73,8 @@ def plot(cases: list[dict], path: Path) -> None:
     axis.set_xlabel("share of the floor: a copy of the same bytes = 1")
     axis.set_title(f"pyvidx {cases[0]['device']}, {cases[0]['threads']} threads", fontsize=9)
     figure.tight_layout()
-    figure.savefig(path, dpi=120)
+    with whole(path) as part:
+        figure.savefig(part, dpi=120)
     plt.close(figure)
 
 

@@ -11,6 +11,7 @@ import torch
 from pyvidx.models import BTAdapter, Encoding
 from pyvidx.preprocess import PRESETS, Preset, preprocess
 from pyvidx.video import Clip, read
+from pyvidx.video.clip import Damage
 
 
 @dataclass(frozen=True)
@@ -22,12 +23,14 @@ class Encoded:
         encoding: batch of one, on the CPU in float32; None if it failed.
         seconds: [T] float64, times of the frames that were encoded.
         error: why it failed, or None.
+        damaged: what is wrong with a file that was encoded all the same, as pyvidx.video.Clip has it.
     """
 
     path: str
     encoding: Encoding | None = None
     seconds: torch.Tensor | None = None
     error: str | None = None
+    damaged: Damage = Damage()
 
 
 PARTS = ("read", "preprocess", "encode", "write")
@@ -115,7 +118,7 @@ def encode_videos(
         for i, (path, clip) in enumerate(group):
             timing.videos, timing.frames = timing.videos + 1, timing.frames + len(clip)
             one = Encoding(*(x if x is None else x[i : i + 1] for x in (tokens, pooled)), clip.seconds[None])
-            yield Encoded(path, one, clip.seconds)
+            yield Encoded(path, one, clip.seconds, damaged=clip.damaged)
 
     def failure(path: str, error: Exception) -> Encoded:
         timing.failed += 1

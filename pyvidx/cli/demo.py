@@ -13,6 +13,7 @@ from torch import Tensor
 from pyvidx.cli.encode import load_model
 from pyvidx.data import motion
 from pyvidx.encode import Timing, encode_videos
+from pyvidx.files import whole
 from pyvidx.models import BTAdapter, BTAdapterConfig, TextVideo
 from pyvidx.models.reference import ReferenceBTAdapter
 from pyvidx.preprocess import clip_preprocess
@@ -132,7 +133,8 @@ def plot(clip: Clip, similarity: Tensor, path: Path) -> None:
     axis.set_xlabel("seconds")
     axis.set_title("similarity of the frames' vectors, mean removed")
     figure.colorbar(image, ax=axis, label="cosine")
-    figure.savefig(path, dpi=110, bbox_inches="tight")
+    with whole(path) as part:
+        figure.savefig(part, dpi=110, bbox_inches="tight")
     plt.close(figure)
 
 

@@ -5,13 +5,14 @@ averaged over the classes that occur, for all segments, those of unseen particip
 """
 
 import csv
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from pyvidx.files import write_json
 
 VERBS, NOUNS, KEPT = 97, 300, 100
 
@@ -177,9 +178,7 @@ def write_submission(
     about = {"version": "0.2", "challenge": "action_anticipation", **supervision}
     submission = about | {"results": results}
     check_submission(submission, ids)
-    path = Path(path)
-    path.write_text(json.dumps(submission))
-    return path
+    return write_json(path, submission)
 
 
 def check_submission(submission: Mapping, ids: Sequence[str]) -> None:

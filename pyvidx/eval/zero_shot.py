@@ -13,7 +13,6 @@ from pathlib import Path
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn.functional import normalize
 
@@ -25,6 +24,7 @@ from pyvidx.eval.classify import class_embeddings, classification, prompts
 from pyvidx.eval.files import Named
 from pyvidx.eval.retrieval import retrieval
 from pyvidx.eval.text import embed, load_tokenizer, token_ids
+from pyvidx.files import write_tensors
 from pyvidx.models import BTAdapter
 from pyvidx.models.config import known
 from pyvidx.train.recipe import load as load_values
@@ -240,8 +240,7 @@ def text_embeddings(config: Config, texts: Sequence[str]) -> tuple[Tensor, dict]
     ids, about["cut texts"] = token_ids(texts, load_tokenizer(config.tokenizer), config.text_length, cut=config.cut)
     found = embed(tower, ids)
     if cache is not None:
-        cache.parent.mkdir(parents=True, exist_ok=True)
-        save_file({"text": found}, cache, {"format": "pt", "pyvidx": json.dumps({"texts": list(texts), **about})})
+        write_tensors(cache, {"text": found}, {"pyvidx": json.dumps({"texts": list(texts), **about})})
     return found, about
 
 
@@ -268,10 +267,7 @@ def _encode(
 
     def save():
         if config.videos is not None and any(r.error is None for r in results):
-            final = Path(config.videos)
-            part = final.with_name("part-" + final.name)
-            embeddings.save(part, results, about | {"is_random": random})
-            part.replace(final)
+            embeddings.save(config.videos, results, about | {"is_random": random})
 
     encoded = encode_videos(
         paths, model, frames=config.frames, sampler=config.sampler, reader=config.reader, preset=config.preset,

@@ -6,6 +6,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from pyvidx.files import write_text
+
 
 @dataclass(frozen=True)
 class Sample:
@@ -73,10 +75,7 @@ def write_rows(path: str | Path, samples: Sequence[Sample], ask, *, suffix: str 
         times = {name: value for name, value in (("start", s.start), ("end", s.end)) if value is not None}
         prompt = ask(s.question)
         rows += [{"video": s.video + suffix, "prompt": prompt, "answer": text, **times} for text in answers]
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
+    return write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
 
 
 def checked(samples: Iterable[Sample], path: str | Path) -> list[Sample]:
