@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
-from pyvidx.files import write_tensors
 from pyvidx.memory.bank import Bank
 from pyvidx.memory.policy import Policy
 from pyvidx.memory.registry import create
@@ -23,7 +23,14 @@ def save(path: str | Path, policy: Policy, bank: Bank) -> Path:
     path = Path(path)
     require(path.suffix == ".safetensors", f"memory.save: path must end in .safetensors, got {path.name}")
     policy.check(bank)
-    return write_tensors(path, bank.state_dict(), {_KEY: json.dumps(policy.spec())})
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    try:
+        save_file(bank.state_dict(), part, {"format": "pt", _KEY: json.dumps(policy.spec())})
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+    return path
 
 
 def load(path: str | Path, device: torch.device | str = "cpu") -> tuple[Policy, Bank]:

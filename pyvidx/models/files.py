@@ -7,18 +7,20 @@ from pathlib import Path
 
 import torch
 from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
-
-from pyvidx.files import write_tensors
 
 FILE_NAME = "model.safetensors"
 
 
 def write(path: str | Path, kind: str, model: nn.Module | Mapping[str, Tensor], header: dict) -> Path:
     """Write the parameters and {"model": kind, **header}. A path without .safetensors is a folder, made if need be."""
+    path = _file(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
     state = model.state_dict() if isinstance(model, nn.Module) else model
     weights = {name: p.detach().cpu().contiguous() for name, p in state.items()}
-    return write_tensors(_file(path), weights, {"pyvidx": json.dumps({"model": kind, **header})})
+    save_file(weights, path, {"format": "pt", "pyvidx": json.dumps({"model": kind, **header})})
+    return path
 
 
 def read(path: str | Path, kind: str) -> tuple[dict, dict[str, Tensor]]:
