@@ -91,39 +91,42 @@ def load(path: str | os.PathLike[str]) -> tuple[list[Encoded], dict]:
         raise FileNotFoundError(f"embeddings: there is no {printable(path)}")
     try:
         done, failed, about = _READERS[path.suffix](path)
-        _require(isinstance(about, dict), "its `about` must be an object")
+        _require(isinstance(about, dict), f"about {about!r}")
         _check(done)
     except Exception as error:  # whatever a damaged file makes its reader raise
-        why = printable(f"{type(error).__name__}: {error}"[:500])
-        raise ValueError(
-            f"embeddings: {printable(path)} must be a whole file written by pyvidx encode: {why}"
-        ) from error
+        kind = "" if isinstance(error, _Got) else f"{type(error).__name__}: "
+        got = printable(f"{kind}{error}"[:500])
+        raise ValueError(f"embeddings: {printable(path)} must be written by pyvidx encode, got {got}") from error
     return done + failed, about
 
 
-def _require(holds: bool, why: str) -> None:
+class _Got(ValueError):
+    """What stands in a file in place of what `save` writes."""
+
+
+def _require(holds: bool, got: str) -> None:
     if not holds:
-        raise ValueError(why)
+        raise _Got(got)
 
 
 def _check(done: Sequence[Encoded]) -> None:
-    """Raise ValueError unless these could be what a model gave."""
+    """Raise _Got unless these could be what a model gave."""
     for r in done:
-        _require(r.seconds.dim() == 1 and bool(r.seconds.isfinite().all()), f"seconds of {r.path!r} must be finite [T]")
+        _require(r.seconds.dim() == 1 and bool(r.seconds.isfinite().all()), f"seconds of {r.path!r} {r.seconds}")
         for name, dim in (("pooled", 2), ("tokens", 3)):
             value, first = getattr(r.encoding, name), getattr(done[0].encoding, name)
-            _require((value is None) == (first is None), f"{name} must be of every video or of none")
+            _require((value is None) == (first is None), f"{name} of some videos alone")
             if value is not None:
                 fits = value.dim() == dim and value.shape == first.shape and value.is_floating_point()
-                _require(fits, f"{name} must be float, alike for all videos, got {value.dtype} {tuple(value.shape)}")
-                _require(bool(value.isfinite().all()), f"{name} of {r.path!r} must be finite")
+                _require(fits, f"{name} of {r.path!r} {value.dtype} {tuple(value.shape)}")
+                _require(bool(value.isfinite().all()), f"{name} of {r.path!r} that is NaN or Inf")
 
 
 def _from_note(note: dict, arrays: dict[str, Tensor]) -> tuple[list[Encoded], list[Encoded], dict]:
     names, seconds = note["paths"], arrays["seconds"]
     wrong = {k: tuple(x.shape) for k, x in arrays.items() if len(x) != len(names)}
-    _require(not wrong, f"it must hold a row for each of {len(names)} paths, got {wrong}")
-    _require(seconds.dim() == 2 and seconds.dtype == torch.float64, "seconds must be float64 [n, T]")
+    _require(not wrong, f"{len(names)} paths beside {wrong}")
+    _require(seconds.dim() == 2 and seconds.dtype == torch.float64, f"seconds {seconds.dtype} {tuple(seconds.shape)}")
     done = []
     for i, name in enumerate(names):
         frames = int(seconds[i].isnan().logical_not().sum())  # NaN before the last frame is found by _check
@@ -139,7 +142,7 @@ def _encoded(name, tokens: Tensor | None, pooled: Tensor | None, seconds: Tensor
 
 
 def _name(value) -> str:
-    _require(isinstance(value, str), f"a path must be a text, got {value!r}")
+    _require(isinstance(value, str), f"a path {value!r}")
     return value
 
 
@@ -149,8 +152,8 @@ def _load_npz(path: Path):
     with np.load(path, allow_pickle=False) as file:
         # `save` does not compress, so what claims to be larger than its file is no file of it.
         packed = [i for i in file.zip.infolist() if i.compress_type or i.file_size > path.stat().st_size]
-        _require(not packed, "it must not be compressed")
-        _require({"about", "seconds"} <= set(file), f"it must hold about and seconds, got {', '.join(file)}")
+        _require(not packed, "a compressed file")
+        _require({"about", "seconds"} <= set(file), ", ".join(file))
         note = json.loads(str(file["about"]))
         arrays = {k: torch.from_numpy(file[k]) for k in ("pooled", "tokens", "seconds") if k in file}
     return _from_note(note, arrays)
@@ -161,7 +164,7 @@ def _load_safetensors(path: Path):
 
     with safe_open(path, "pt") as file:
         note = json.loads((file.metadata() or {}).get("pyvidx", "{}"))
-        _require("paths" in note, f'its header must hold "pyvidx" with paths, its tensors are {", ".join(file.keys())}')
+        _require("paths" in note, ", ".join(file.keys()))
         arrays = {k: file.get_tensor(k) for k in file.keys() if k in ("pooled", "tokens", "seconds")}
     return _from_note(note, arrays)
 
@@ -171,7 +174,7 @@ def _load_parquet(path: Path):
     with path.open("rb") as file:
         table = parquet.read_table(file)
     head = table.schema.metadata or {}
-    _require(b"pyvidx" in head, f'its metadata must hold "pyvidx", its columns are {", ".join(table.column_names)}')
+    _require(b"pyvidx" in head, ", ".join(table.column_names))
     names = {int(i): name for i, name in json.loads(head.get(b"pyvidx_paths", b"{}")).items()}
     done, failed = [], []
     for i, row in enumerate(table.to_pylist()):

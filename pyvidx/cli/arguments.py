@@ -53,14 +53,6 @@ def amount(text: str) -> float:
     return value
 
 
-def share(text: str) -> float:
-    """A number above 0 and up to 1."""
-    value = _number(float, text)
-    if value is None or not 0 < value <= 1:
-        raise argparse.ArgumentTypeError(f"must be above 0 and at most 1, got {text!r}")
-    return value
-
-
 def seconds(text: str) -> float:
     """Seconds, finite and not negative."""
     value = _number(float, text)

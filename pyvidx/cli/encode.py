@@ -13,7 +13,7 @@ from pyvidx import embeddings
 from pyvidx.cli import arguments
 from pyvidx.encode import Timing, encode_videos
 from pyvidx.files import printable
-from pyvidx.integrations.towers import COMPAT, load_tower
+from pyvidx.integrations import checkpoints
 from pyvidx.models import BTAdapter
 from pyvidx.preprocess import PRESETS
 from pyvidx.video import sampling
@@ -33,7 +33,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--out", type=Path, help=f"where the embeddings go: {', '.join(embeddings.FORMATS)}")
     p.add_argument("--model", type=arguments.weights, help="weights of BTAdapter.save, or a published file (.pth, "
                    ".bin, .safetensors); without: a small built-in model")  # fmt: skip
-    p.add_argument("--compat", choices=COMPAT, help="published weights as the public code has them, or as the paper; "
+    p.add_argument("--compat", choices=["official", "paper"], help="published weights as the public code has them, or as the paper; "
                    "default: as the file or its loader says")  # fmt: skip
     p.add_argument("--frames", type=arguments.count, default=8, help="frames per video")
     p.add_argument("--sampler", default="uniform", choices=sampling.names(aliases=True), metavar="NAME",
@@ -135,9 +135,13 @@ def load_model(path: Path | None, device: str, dtype: str | None, compat: str | 
     """The model folded for inference, and a note where its embeddings say little about a video.
 
     Raises:
-        FileNotFoundError, ValueError: see load_tower.
+        FileNotFoundError, ValueError: see pyvidx.integrations.checkpoints.load_model.
     """
-    model = BTAdapter.default(**({"compat": compat} if compat else {})) if path is None else load_tower(path, compat)
+    model = (
+        BTAdapter.default(**({"compat": compat} if compat else {}))
+        if path is None
+        else checkpoints.load_model(path, compat=compat)
+    )
     if path is None:
         print(
             "NOTE: the built-in model knows a small world of moving shapes (pyvidx.data.motion). For other videos the "

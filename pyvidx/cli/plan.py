@@ -38,11 +38,11 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--checkpoint", action=argparse.BooleanOptionalAction, default=True,
                    help="run the branch forward again in the backward pass, as the official recipe does")  # fmt: skip
     p.add_argument("--cached-features", action="store_true", help="read the frozen towers' outputs from storage")
-    p.add_argument("--products-share", type=arguments.share, default=SHARES.products,
+    p.add_argument("--products-share", type=float, default=SHARES.products,
                    help="of the peak of matrix products (assumed)")  # fmt: skip
-    p.add_argument("--memory-share", type=arguments.share, default=SHARES.memory,
+    p.add_argument("--memory-share", type=float, default=SHARES.memory,
                    help="of the memory bandwidth, by everything else (assumed)")  # fmt: skip
-    p.add_argument("--link-share", type=arguments.share, default=SHARES.link, help="of NVLink (assumed)")
+    p.add_argument("--link-share", type=float, default=SHARES.link, help="of NVLink (assumed)")
     decode = p.add_mutually_exclusive_group()
     decode.add_argument(
         "--decode-seconds", type=arguments.seconds, help="CPU seconds to decode the frames of one video"
