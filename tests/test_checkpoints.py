@@ -182,13 +182,18 @@ def test_a_whole_file_into_a_part_keeps_the_original_indices():
 
 
 def test_tuned_branch_on_a_clip():
-    """The instruction-tuned file: 86 tensors of a 3-layer branch, no gates, which must be allowed to be missing."""
+    """The instruction-tuned file: 86 tensors of a 3-layer branch, no gates: they are 0.5, and the report says so."""
     tuned = state(*(k for k in tower(0, 3, head=False, embeddings=False, gates=False)), prefix="model.vision_tower.")
     assert len(tuned) == 86
-    with pytest.raises(ValueError, match="nothing fills 1 parameters: branch.gate;"):
-        load_official(clip_keys(), tuned, part="tokens", gated=True)
-    model, report = load_official(clip_keys(), tuned, part="tokens", gated=True, allow_missing=["branch.gate"])
-    assert model.config.depth == 4 and report.missing == ["branch.gate"]
+    for told in ({}, {"gated": True, "allow_missing": ["branch.gate"]}):
+        model, report = load_official(clip_keys(), tuned, part="tokens", hidden_act="quick_gelu", **told)
+        assert (model.config.depth, model.config.gated, model.tower) == (4, True, "llava")
+        assert report.missing == ["branch.gate"] and not model.branch.gate.any()
+        assert "assumed branch.gate: 0.5 in every channel" in str(report)
+    plain, report = load_official(clip_keys(), tuned, part="tokens", hidden_act="quick_gelu", gated=False)
+    assert plain.branch.gate is None and not report.assumed
+    with pytest.raises(ValueError, match='tuned branch alone.* part="tokens"'):
+        load_official(clip_keys(), tuned, hidden_act="quick_gelu")
     expect_backbone(model, range(5))
     expect_branch(model, 3)
     assert sorted(report.left_out) == ["logit_scale", "text_model.final_layer_norm.weight"]

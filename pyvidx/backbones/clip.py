@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from pyvidx.layers.block import Block
 from pyvidx.layers.linear import Linear
 from pyvidx.layers.patch import patch_rows, resize_positions
+from pyvidx.sizes import check
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,9 @@ class CLIPVisionConfig:
     eps: float = 1e-5
 
     def __post_init__(self):
+        check(self)
+        if self.width % self.heads:
+            raise ValueError(f"CLIPVisionConfig: width must be a multiple of heads, got {self.width} and {self.heads}")
         if self.hidden_act not in ("quick_gelu", "gelu"):
             raise ValueError(f"CLIPVisionConfig: hidden_act must be quick_gelu or gelu, got {self.hidden_act!r}")
         if self.image_size % self.patch_size:

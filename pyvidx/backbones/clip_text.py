@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from pyvidx.layers.block import Block
 from pyvidx.layers.linear import Linear
+from pyvidx.sizes import check
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,11 @@ class CLIPTextConfig:
     embed_dim: int
     hidden_act: str = "quick_gelu"
     eps: float = 1e-5
+
+    def __post_init__(self):
+        check(self)
+        if self.width % self.heads:
+            raise ValueError(f"CLIPTextConfig: width must be a multiple of heads, got {self.width} and {self.heads}")
 
 
 class CLIPText(nn.Module):

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from pyvidx.layers.block import Block
 from pyvidx.layers.patch import patch_rows, resize_positions
+from pyvidx.sizes import check
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,9 @@ class EVAVisionConfig:
     norm_eps: float = 1e-5
 
     def __post_init__(self):
+        check(self)
+        if self.width % self.heads:
+            raise ValueError(f"EVAVisionConfig: width must be a multiple of heads, got {self.width} and {self.heads}")
         if self.image_size % self.patch_size:
             raise ValueError(
                 "EVAVisionConfig: image_size must be a multiple of patch_size, "

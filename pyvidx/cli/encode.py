@@ -33,8 +33,8 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--out", type=Path, help=f"where the embeddings go: {', '.join(embeddings.FORMATS)}")
     p.add_argument("--model", type=arguments.weights, help="weights of BTAdapter.save, or a published file (.pth, "
                    ".bin, .safetensors); without: a small built-in model")  # fmt: skip
-    p.add_argument("--compat", choices=["official", "paper"], help="published weights as the public code has them, or as the paper; "
-                   "default: as the file or its loader says")  # fmt: skip
+    p.add_argument("--compat", choices=["official", "paper"], help="compute as the public code does, or as the paper "
+                   "says; default: as saved, published weights as the public code")  # fmt: skip
     p.add_argument("--frames", type=arguments.count, default=8, help="frames per video")
     p.add_argument("--sampler", default="uniform", choices=sampling.names(aliases=True), metavar="NAME",
                    help=f"which frames: {', '.join(sampling.names())}")  # fmt: skip
@@ -137,11 +137,10 @@ def load_model(path: Path | None, device: str, dtype: str | None, compat: str | 
     Raises:
         FileNotFoundError, ValueError: see pyvidx.integrations.checkpoints.load_model.
     """
-    model = (
-        BTAdapter.default(**({"compat": compat} if compat else {}))
-        if path is None
-        else checkpoints.load_model(path, compat=compat)
-    )
+    if path is None:
+        model = BTAdapter.default(**({"compat": compat} if compat else {}))
+    else:
+        model = checkpoints.load_model(path, compat=compat)
     if path is None:
         print(
             "NOTE: the built-in model knows a small world of moving shapes (pyvidx.data.motion). For other videos the "

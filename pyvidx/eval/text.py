@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from pyvidx.backbones.clip_text import CLIPText
+from pyvidx.integrations.hosts import importing
 
 CUTS = ("end", "official")
 CONTEXT = 77  # of CLIP's own tokenizer
@@ -27,19 +28,18 @@ def load_tokenizer(name: str | Path) -> Tokenizer:
 
     Raises:
         FileNotFoundError: there is no such folder.
-        RuntimeError: the library that reads it is not installed.
+        RuntimeError: the library that reads it is not installed, or cannot be imported.
     """
-    try:
-        if str(name) == "open_clip":
+    if str(name) == "open_clip":
+        with importing("tokenizer", "open_clip"):
             from open_clip.tokenizer import SimpleTokenizer
 
-            theirs = SimpleTokenizer()
-            return Tokenizer(theirs.encode, theirs.sot_token_id, theirs.eot_token_id)
-        if not Path(name).is_dir():
-            raise FileNotFoundError(f"tokenizer: there is no folder {name}; or 'open_clip'")
+        theirs = SimpleTokenizer()
+        return Tokenizer(theirs.encode, theirs.sot_token_id, theirs.eot_token_id)
+    if not Path(name).is_dir():
+        raise FileNotFoundError(f"tokenizer: there is no folder {name}; or 'open_clip'")
+    with importing("tokenizer", "transformers"):
         from transformers import CLIPTokenizer
-    except ImportError as error:
-        raise RuntimeError(f"tokenizer: {name} needs {error.name}: pip install 'pyvidx[hosts]'") from error
     theirs = CLIPTokenizer.from_pretrained(name, local_files_only=True)
     encode = lambda text: theirs(text, add_special_tokens=False)["input_ids"]  # noqa: E731
     return Tokenizer(encode, theirs.bos_token_id, theirs.eos_token_id)

@@ -25,7 +25,8 @@ from pyvidx.eval.files import Named
 from pyvidx.eval.retrieval import retrieval
 from pyvidx.eval.text import embed, load_tokenizer, token_ids
 from pyvidx.files import write_tensors
-from pyvidx.models import BTAdapter
+from pyvidx.integrations.checkpoints import load_model, read
+from pyvidx.integrations.clip_text_weights import clip_text
 from pyvidx.models.config import known
 from pyvidx.train.recipe import load as load_values
 
@@ -53,7 +54,9 @@ class Config:
         videos: file of video embeddings, as `pyvidx encode` writes it. What is in it is not encoded again; what is not
             is added, if there is a model.
         texts: file of text embeddings, `text` [n, E] in the order of the annotations; written if there is none.
-        model: weights: written by BTAdapter.save, or the official pretraining file (.pth).
+        model: weights: written by BTAdapter.save, or published ones, such as the official pretraining file (.pth).
+        model_options: of pyvidx.integrations.checkpoints.load_model, e.g. {"gated": false}, as the public code
+            evaluates the pretraining file, or {"compat": "paper"}.
         text: weights of the text tower; None: those in `model`.
         text_options: heads, hidden_act or eps of the text tower, where they are not CLIP's.
         tokenizer: see pyvidx.eval.text.load_tokenizer.
@@ -76,6 +79,7 @@ class Config:
     videos: str | None = None
     texts: str | None = None
     model: str | None = None
+    model_options: dict = field(default_factory=dict)
     text: str | None = None
     text_options: dict = field(default_factory=dict)
     tokenizer: str | None = None
@@ -165,13 +169,14 @@ def video_embeddings(config: Config, samples: Sequence[Sample]) -> tuple[Tensor,
     (start, end) = spans.pop()
     # Strings, as `pyvidx encode` notes its options.
     asked = {"frames": config.frames, "sampler": config.sampler, "preset": config.preset, "start": start, "end": end}
+    asked |= {"model_options": json.dumps(config.model_options, sort_keys=True) if config.model_options else None}
     asked = {name: str(value) for name, value in asked.items() if value not in (None, 0.0)}
     results, about = [], {}
     cache = None if config.videos is None else Path(config.videos)
     if cache is not None and cache.exists():
         results, about = embeddings.load(cache)
         wanted = asked | ({"model": config.model} if config.model else {})
-        differing = [k for k in {*wanted, "start", "end"} if _noted(about, k) != wanted.get(k)]
+        differing = [k for k in {*wanted, "start", "end", "model_options"} if _noted(about, k) != wanted.get(k)]
         if differing:
             said = ", ".join(f"{k} = {about.get(k)}, not {wanted.get(k)}" for k in sorted(differing))
             raise ValueError(f"eval: {cache} must be of this configuration, it has {said}")
@@ -230,9 +235,6 @@ def text_embeddings(config: Config, texts: Sequence[str]) -> tuple[Tensor, dict]
         raise ValueError("eval: there must be text weights and a tokenizer, or texts must name a file that exists")
     if config.text is None and Path(weights).suffix not in PICKLES:
         raise ValueError(f"eval: text must name the weights of the text tower, {weights} holds none")
-    from pyvidx.integrations.checkpoints import read
-    from pyvidx.integrations.clip_text_weights import clip_text
-
     device, _ = config.where
     tower = clip_text(read(weights), **config.text_options).float().to(device)
     if config.text_length > tower.config.context:
@@ -254,13 +256,7 @@ def _encode(
 ) -> tuple[list[Encoded], bool]:
     """results with those of `paths`; written to config.videos on the way, so that an ended run goes on."""
     device, dtype = config.where
-    path = Path(config.model)
-    if path.suffix in PICKLES:
-        from pyvidx.integrations.checkpoints import load_official
-
-        model = load_official(path)[0]
-    else:
-        model = BTAdapter.from_pretrained(path)
+    model = load_model(config.model, **config.model_options)
     random = model.is_random
     model = model.to(device).fold(dtype)
     results = list(results)

@@ -1,84 +1,45 @@
 """Published BT-Adapter and CLIP weights into a BTAdapter, with a report of every key.
 
-Nothing stays random in silence: a parameter that no file fills is an error unless it is allowed by name.
+Nothing stays random in silence: a parameter that no file fills is an error unless it is allowed by name. The authors'
+files, with the numbers of the public code:
 
-    model, report = load_official("pretrain_btadapter_weight.pth")           # the whole mma model
-    print(report)
-    model.save("bt-adapter-l14")                                             # safetensors, read by from_pretrained
+    model, report = load_official("pretrain_btadapter_weight.pth")  # retrieval
+    print(report)  # what became of every key
+    video = model(pixels).pooled  # [B, 768]
+
+    model, report = load_official("clip-vit-large-patch14", "sft_btadapter_weight.bin", part="tokens")  # chat
+    projector = load_projector("sft_mm_projector.bin")  # pyvidx.integrations.projector
+    tokens = projector(model(pixels).tokens)  # [B, 257, 4096], for the language model
+
+`model.save("folder")` writes what BTAdapter.from_pretrained reads.
 """
 
-import fnmatch
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from pyvidx.backbones.clip import CLIPVision, CLIPVisionConfig
-from pyvidx.integrations.keys import Renamed, rename
+from pyvidx.integrations.clip_weights import Told, activation, told_by
+from pyvidx.integrations.keys import Renamed, check_plain, groups, is_official, rename
+from pyvidx.integrations.place import Report, match, place
+from pyvidx.integrations.state import Source as AnySource
+from pyvidx.integrations.state import read as read
+from pyvidx.integrations.state import state_of
+from pyvidx.models import files
 from pyvidx.models.bt_adapter import BTAdapter
 from pyvidx.models.config import BTAdapterConfig
 
-Source = str | Path | Mapping[str, Tensor] | CLIPVision
-
-
-@dataclass
-class Report:
-    """What became of every key and every parameter. print() it.
-
-    Attributes:
-        loaded: parameters filled.
-        missing: parameters that nothing filled and that were allowed to stay as they were.
-        left_out: known keys without a place in a video tower (text tower, training heads).
-        unused: keys understood, but not part of this model (e.g. layers that part="tokens" does not have).
-        unexpected: keys that are not understood.
-        reshaped: (parameter, shape in the file, shape here).
-        replaced: parameters that a later source took over from an earlier one.
-    """
-
-    loaded: list[str] = field(default_factory=list)
-    missing: list[str] = field(default_factory=list)
-    left_out: list[str] = field(default_factory=list)
-    unused: list[str] = field(default_factory=list)
-    unexpected: list[str] = field(default_factory=list)
-    reshaped: list[tuple[str, tuple, tuple]] = field(default_factory=list)
-    replaced: list[str] = field(default_factory=list)
-
-    def __str__(self) -> str:
-        lines = [f"loaded {len(self.loaded)} parameters"]
-        for name in ("missing", "unexpected", "unused", "left_out", "replaced"):
-            keys = getattr(self, name)
-            if keys:
-                lines.append(f"{name} {len(keys)}: {', '.join(_groups(keys))}")
-        lines += [f"reshaped {name}: {before} -> {after}" for name, before, after in self.reshaped]
-        return "\n".join(lines)
-
-
-def read(path: str | Path) -> dict[str, Tensor]:
-    """The tensors of a .safetensors file or of a pickle (.pth, .bin, .pt), which is read with weights_only=True.
-
-    A "state_dict" or "model" entry around them is taken off.
-
-    Raises:
-        FileNotFoundError, ValueError: no such file; a pickle that is truncated or holds more than tensors.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"checkpoint: there is no file {path}")
-    if path.suffix == ".safetensors":
-        return load_file(path)
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
-        raise ValueError(
-            f"checkpoint: {path} is not a pickle of plain tensors or is truncated; pickles are only read "
-            f"with weights_only=True ({error})"
-        ) from error
-    return _unwrapped(content, path)
+Source = AnySource | CLIPVision
+HALF = "0.5 in every channel, as in the public chat tower: its files hold no gates"
+AXES = {
+    "backbone.position": 2, "backbone.patch": 4, "backbone.projection.weight": 2, "branch.time": 2,
+    "branch.spatial.0.fc1.weight": 2,
+}  # fmt: skip
 
 
 def load_official(
@@ -92,24 +53,61 @@ def load_official(
     """A BTAdapter with the sizes of the given weights.
 
     Args:
-        sources: files or state dicts; later ones replace weights of earlier ones (e.g. a CLIP, then a branch).
-            Understood: the mma pretraining file, the llava tower (inference or training), the instruction-tuned branch,
-            STAN, transformers' and open_clip's CLIP; with their wrappers and old spellings. Or a CLIPVision (from
-            pyvidx.integrations.huggingface or open_clip), which also brings its heads, activation and eps.
+        sources: files, folders, state dicts or modules; later ones replace weights of earlier ones (e.g. a CLIP, then a
+            branch). Understood: the mma pretraining file, the llava tower (inference or training), the
+            instruction-tuned branch, STAN, transformers', open_clip's and OpenAI's CLIP; in any wrappers and old
+            spellings. Or a CLIPVision (from pyvidx.integrations.huggingface or open_clip), which, as a folder with its
+            config.json, also brings its heads, activation and eps.
         part: see BTAdapterConfig; "tokens" for the tuned branch (3 of 4 layers) on a CLIP.
         allow_missing: see load_weights.
-        compat, tower: see BTAdapter; the default tower is "mma" where there is a projection, else "llava".
+        compat: see BTAdapter. The default gives the numbers of the public code, for which the weights were made.
+        tower: see BTAdapter; default "llava" for parts "tokens" and "features" and where there is no projection, else
+            "mma".
         sizes: what the weights do not tell, see infer_config.
 
     Returns:
-        the model in eval mode, and the report.
+        the model in eval mode, and the report. Parts "tokens" and "features" are gated, as the public chat tower is;
+        gates that no file holds are 0.5, which report.assumed says.
+
+    Raises:
+        FileNotFoundError: a file is not there.
+        ValueError: a file cannot be read or does not tell the sizes, or see load_weights.
     """
     tables = [_table(source) for source in sources]
-    known = next((source.config for source in sources if isinstance(source, CLIPVision)), None)
+    known = next((told for source in reversed(sources) if (told := _told(source)) is not None), None)
     config = infer_config(tables, part=part, clip=known, **sizes)
     has_projection = any("backbone.projection.weight" in table.weights for table in tables)
-    model = BTAdapter(config, compat=compat, tower=tower or ("mma" if has_projection else "llava"))
-    return model, _fill(model, tables, allow_missing)
+    tower = tower or ("mma" if has_projection and part == "full" else "llava")
+    if part == "full" and not any(_is_whole(table) for table in tables if "branch.time" in table.weights):
+        branch = max(_count(table.weights, "branch.spatial") for table in tables)
+        if branch < config.depth:
+            raise ValueError(
+                f"checkpoint: the {branch} layers are of a tuned branch alone, which makes tokens for a language model "
+                'and has no pooled output: pass part="tokens", or depth= if it has all its layers'
+            )
+    assumed = {"branch.gate": HALF} if part != "full" and config.gated else {}
+    with torch.device("meta"):  # nothing is allocated for sizes that the files do not fill
+        match(BTAdapter(config, compat=compat, tower=tower), _shifted(tables, config), allow_missing, assumed)
+    model = BTAdapter(config, compat=compat, tower=tower)
+    return model, place(model, _shifted(tables, config), allow_missing, assumed)
+
+
+def load_model(path: str | Path, *, compat: str | None = None, tower: str | None = None, **options) -> BTAdapter:
+    """A BTAdapter from a file or folder of either kind: written by BTAdapter.save, or published.
+
+    Args:
+        compat, tower: in place of those saved; of published weights see load_official.
+        options: of load_official, such as gated=False for the public zero-shot evaluation, which adds plain sums. What
+            BTAdapter.save wrote takes none.
+
+    Raises:
+        FileNotFoundError, ValueError: see BTAdapter.from_pretrained and load_official.
+    """
+    if Path(path).exists() and not files.is_ours(path):
+        return load_official(path, compat=compat or "official", tower=tower, **options)[0]
+    if options:
+        raise ValueError(f"load_model: {path} says by itself what it is, so {', '.join(options)} must not be given")
+    return BTAdapter.from_pretrained(path, compat=compat, tower=tower)
 
 
 def load_weights(model: BTAdapter, *sources: Source, allow_missing: Sequence[str] = ()) -> Report:
@@ -123,17 +121,21 @@ def load_weights(model: BTAdapter, *sources: Source, allow_missing: Sequence[str
             branch, whose file has no gates.
 
     Raises:
-        ValueError: a parameter is missing and not allowed to be, a pattern matches no missing one, or a shape differs.
-            The model is not changed then.
+        FileNotFoundError: a file is not there.
+        ValueError: a file cannot be read, a parameter is missing and not allowed to be, a pattern matches no missing
+            one, or a shape differs. The model is not changed then.
+        RuntimeError: the model is a folded copy.
     """
-    return _fill(model, [_table(source) for source in sources], allow_missing)
+    if model.folded:
+        raise RuntimeError("checkpoint: a folded copy does not take weights; load the model and fold again")
+    return place(model, _shifted([_table(source) for source in sources], model.config), allow_missing)
 
 
 def infer_config(
     tables: Sequence[Renamed],
     *,
     part: str = "full",
-    clip: CLIPVisionConfig | None = None,
+    clip: Told | CLIPVisionConfig | None = None,
     depth: int | None = None,
     layers: int | None = None,
     heads: int | None = None,
@@ -147,14 +149,19 @@ def infer_config(
         depth: d; default the branch layers there are, plus one where they come without a whole tower, as in tuning.
         layers: L of the whole CLIP, needed where no source holds a whole one.
         heads: default width / 64, as in every published CLIP.
-        gated: default whether there are gates.
-        hidden_act: default "quick_gelu": the official code always runs OpenAI's CLIP.
+        gated: default whether there are gates; for parts "tokens" and "features" True but of STAN.
+        hidden_act: default "quick_gelu", as the official code always runs OpenAI's CLIP; with a warning where the
+            backbone is of another file than the authors'.
+
+    Raises:
+        ValueError: the weights do not tell the sizes, or not without one of these arguments.
     """
     names = {name: value for table in tables for name, value in table.weights.items()}
     needed = ["backbone.position", "branch.time", "branch.spatial.0.fc1.weight"]
     absent = [n for n in needed + ["backbone.patch"] * (part != "features") if n not in names]
     if absent:
-        raise ValueError(f"checkpoint: no sizes without {', '.join(absent)}")
+        raise ValueError(f"checkpoint: no sizes without {', '.join(absent)}; {_remedy(tables)}")
+    check_plain(names, AXES)
     tokens, width = names["backbone.position"].shape
     heads = clip.heads if heads is None and clip else heads
     if heads is None and width % 64:
@@ -179,7 +186,7 @@ def infer_config(
         layers=layers,
         mlp_width=names["branch.spatial.0.fc1.weight"].shape[0],
         embed_dim=None if projection is None else projection.shape[0],
-        hidden_act=hidden_act or (clip.hidden_act if clip else "quick_gelu"),
+        hidden_act=hidden_act or (clip.hidden_act if clip else _activation(tables)),
         eps=clip.eps if clip else 1e-5,
     )
     return BTAdapterConfig(
@@ -187,8 +194,44 @@ def infer_config(
         depth=depth,
         time_length=names["branch.time"].shape[0],
         part=part,
-        gated="branch.gate" in names if gated is None else gated,
+        gated="branch.gate" in names or (part != "full" and not _is_stan(tables)) if gated is None else gated,
     )
+
+
+def _activation(tables: Sequence[Renamed]) -> str:
+    """OpenAI's, in silence where the backbone is of the authors' own file."""
+    holder = next(table for table in reversed(tables) if "backbone.position" in table.weights)
+    return "quick_gelu" if is_official(holder.keys) else activation(None, stacklevel=5)
+
+
+def _is_stan(tables: Sequence[Renamed]) -> bool:
+    return any("STAN_" in key for table in tables for key in table.origin.get("branch.time", ()))
+
+
+def _remedy(tables: Sequence[Renamed]) -> str:
+    """What the weights look like, and what to do with those."""
+    keys = [key for table in tables for key in table.keys]
+    names = {name for table in tables for name in table.weights}
+    if any(key.endswith(("blocks.0.qkv.weight", "keys_values.weight")) for key in keys):
+        remedy = "they are of pyvidx's own save: from_pretrained of BTAdapter, VideoEncoder or MALMM reads that file"
+    elif any("query_tokens" in key or "Qformer" in key for key in keys):
+        remedy = "they look like MA-LMM's or BLIP-2's: pyvidx.integrations.malmm_checkpoints.load_malmm reads those"
+    elif any(name.startswith("branch.") for name in names):
+        remedy = 'they are a branch alone: give its CLIP before it, load_official(clip, branch, part="tokens")'
+    elif names:
+        remedy = (
+            "they are a CLIP alone: give the branch after it, or make an image tower of it with "
+            "pyvidx.integrations.clip_weights.clip_vision(pyvidx.integrations.state.read(path))"
+        )
+    else:
+        remedy = "none of them is understood"
+    return f"the keys are {', '.join(groups(keys)) or 'none'}; {remedy}"
+
+
+def _told(source: Source) -> Told | CLIPVisionConfig | None:
+    if isinstance(source, CLIPVision):
+        return source.config
+    return told_by(source) if isinstance(source, str | Path) else None
 
 
 def _table(source: Source) -> Renamed:
@@ -198,70 +241,15 @@ def _table(source: Source) -> Renamed:
     return rename(state_of(source))
 
 
-def state_of(source: str | Path | Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A state dict out of its wrappers, or `read` from a file."""
-    return _unwrapped(source, "state dict") if isinstance(source, Mapping) else read(source)
-
-
-def _unwrapped(content, where) -> dict[str, Tensor]:
-    for wrapper in ("state_dict", "model"):
-        if isinstance(content, Mapping) and isinstance(content.get(wrapper), Mapping):
-            content = content[wrapper]
-    if not isinstance(content, Mapping) or not content or not all(isinstance(v, Tensor) for v in content.values()):
-        raise ValueError(f"checkpoint: {where} must hold a state dict (name -> tensor)")
-    return dict(content)
-
-
-def _fill(model: BTAdapter, tables: Sequence[Renamed], allow_missing: Sequence[str]) -> Report:
-    if model.folded:
-        raise RuntimeError("checkpoint: a folded copy does not take weights; load the model and fold again")
+def _shifted(tables: Sequence[Renamed], config: BTAdapterConfig) -> list[Renamed]:
+    """The tables with the original indices of their layers."""
     shifted = []
     for table in tables:
-        offset = _layer_offset(table, model.config)
+        offset = _layer_offset(table, config)
         name = lambda n: re.sub(r"(?<=backbone\.blocks\.)\d+", lambda m: str(int(m[0]) + offset), n)  # noqa: B023, E731
         weights = {name(n): value for n, value in table.weights.items()}
         shifted.append(replace(table, weights=weights, origin={name(n): keys for n, keys in table.origin.items()}))
-    return place(model, shifted, allow_missing)
-
-
-def place(model: nn.Module, tables: Sequence[Renamed], allow_missing: Sequence[str] = ()) -> Report:
-    """Copy renamed weights into the parameters of these names, later tables over earlier ones, all or nothing.
-
-    The model is in eval mode and not `is_random` afterwards. allow_missing, Raises: as in load_weights.
-    """
-    report, found, wrong = Report(), {}, []
-    own = dict(model.named_parameters())
-    for table in tables:
-        report.left_out += table.left_out
-        report.unexpected += table.unexpected
-        report.reshaped += table.reshaped
-        for name, value in table.weights.items():
-            if name not in own:
-                report.unused += table.origin[name]
-            elif value.shape != own[name].shape:
-                wrong.append(f"{name} is {tuple(own[name].shape)}, the file has {tuple(value.shape)}")
-            else:
-                report.replaced += [name] if name in found else []
-                found[name] = value
-    missing = sorted(own.keys() - found.keys())
-    refused = [name for name in missing if not any(fnmatch.fnmatchcase(name, p) for p in allow_missing)]
-    idle = [p for p in allow_missing if not fnmatch.filter(missing, p)]
-    if wrong:
-        raise ValueError("checkpoint: shapes differ: " + "; ".join(wrong))
-    if refused:
-        raise ValueError(
-            f"checkpoint: nothing fills {len(refused)} parameters: {', '.join(_groups(refused))}; name "
-            f"them in allow_missing to leave them as they are\n{report}"
-        )
-    if idle:
-        raise ValueError(f"checkpoint: allow_missing has patterns that match no missing parameter: {', '.join(idle)}")
-    with torch.no_grad():
-        for name, value in found.items():
-            own[name].copy_(value)
-    report.loaded, report.missing = sorted(found), missing
-    model.is_random = False
-    model.eval()
-    return report
+    return shifted
 
 
 def _is_whole(table: Renamed) -> bool:
@@ -284,12 +272,3 @@ def _layer_offset(table: Renamed, config: BTAdapterConfig) -> int:
 
 def _count(weights: Mapping[str, Tensor], base: str) -> int:
     return len({name[len(base) + 1 :].split(".")[0] for name in weights if name.startswith(base + ".")})
-
-
-def _groups(names: Sequence[str]) -> list[str]:
-    """Names for people: indices and weight/bias folded together, with a count."""
-    counts: dict[str, int] = {}
-    for name in names:
-        group = re.sub(r"\.\d+(?=\.)", ".*", re.sub(r"\.(weight|bias)$", "", name))
-        counts[group] = counts.get(group, 0) + 1
-    return [group if n == 1 else f"{group} ({n})" for group, n in counts.items()]

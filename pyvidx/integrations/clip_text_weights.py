@@ -7,7 +7,20 @@ import torch
 from torch import Tensor
 
 from pyvidx.backbones.clip_text import CLIPText, CLIPTextConfig
-from pyvidx.integrations.keys import THIRDS, locate
+from pyvidx.integrations.clip_weights import activation
+from pyvidx.integrations.keys import (
+    THIRDS,
+    TOWER,
+    WRAPPERS,
+    check_plain,
+    count_layers,
+    different,
+    groups,
+    is_official,
+    locate,
+    stack,
+    without_wrappers,
+)
 
 TOP = {
     "embeddings.token_embedding.weight": "token.weight",
@@ -21,39 +34,40 @@ TOP = {
     "text_projection.weight": "projection.weight",
     "text_projection": "projection.weight",
 }
-PREFIX = re.compile(r"^(module\.|text_backbone\.|text_model\.|text\.)+")
-NOT_TEXT = re.compile(r"(backbone|vision_model|visual|visual_projection|extra_proj)\.|logit_(scale|bias)$")
+PREFIX = re.compile(rf"^(({'|'.join(WRAPPERS)}|text_backbone|text_model|text_encoder|text)\.)+")
+NOT_TEXT = re.compile(
+    rf"({'|'.join(TOWER)}|visual_projection|extra_proj)\.|logit_(scale|bias)$"
+    r"|(input_resolution|context_length|vocab_size)$"
+)
+AXES = {"token.weight": 2, "position": 2, "projection.weight": 2, "blocks.0.fc1.weight": 2}
 BUFFERS = re.compile(r"(.*\.)?position_ids$|attn_mask$")
 
 
 def clip_text(
-    state: Mapping[str, Tensor], *, heads: int | None = None, hidden_act: str = "quick_gelu", eps: float = 1e-5
+    state: Mapping[str, Tensor], *, heads: int | None = None, hidden_act: str | None = None, eps: float = 1e-5
 ) -> CLIPText:
     """CLIPText with a copy of these weights, sizes inferred; frozen and in eval mode.
 
     Args:
         state: a state dict; the image tower and the head of a whole model are passed over.
         heads: default width / 64, as in every published CLIP.
-        hidden_act, eps: what weights do not tell; "gelu" for LAION's and DataComp's.
+        hidden_act, eps: what weights do not tell; "gelu" for LAION's and DataComp's. None: OpenAI's "quick_gelu", with
+            a warning where the weights are a CLIP's alone.
 
     Raises:
-        ValueError: a weight is missing, not understood or there twice, or the width does not give the heads.
-        RuntimeError: a shape differs.
+        ValueError: a weight is missing, not understood or there twice, a shape differs, or the width does not give the
+            heads.
     """
     weights, thirds = {}, {}
-    for key, value in state.items():
-        name = key.removeprefix("module.")
-        if NOT_TEXT.match(name) or BUFFERS.match(name):
+    names = without_wrappers(list(state), lambda name: bool(_elsewhere(name) or _locate(name)[0]))
+    for (key, value), name in zip(state.items(), names):
+        if _elsewhere(name):
             continue
-        name = PREFIX.sub("", name)
-        target, third = TOP.get(name), None
-        if target is None and (layer := re.search(r"(?:^|\.)((?:layers|resblocks)\.\d+\..+)", name)):
-            target, third = locate(layer[1])
-            target = target and target.removeprefix("backbone.")
+        target, third = _locate(name)
         if target is None:
-            raise ValueError(f"CLIP text weights: {key} is not understood")
-        if name == "text_projection":
-            value = value.T  # open_clip multiplies from the right
+            raise ValueError(f"CLIP text weights: {key} is not understood; the keys are {', '.join(groups(state))}")
+        if PREFIX.sub("", name) == "text_projection":
+            value = value.t()  # open_clip multiplies from the right
         slot, index = (weights, target) if third is None else (thirds.setdefault(target, {}), third)
         if index in slot:
             raise ValueError(f"CLIP text weights: {key} and another key both mean {target}")
@@ -61,10 +75,13 @@ def clip_text(
     for target, parts in thirds.items():
         if len(parts) != 3:
             raise ValueError(f"CLIP text weights: {target} needs q, k and v, got only {', '.join(sorted(parts))}")
-        weights[target] = torch.cat([parts[third] for third in THIRDS])
+        weights[target] = stack(target, [parts[third] for third in THIRDS])
     needed = ("token.weight", "position", "projection.weight", "blocks.0.fc1.weight")
     if absent := [name for name in needed if name not in weights]:
-        raise ValueError(f"CLIP text weights: no sizes without {', '.join(absent)}")
+        raise ValueError(
+            f"CLIP text weights: no sizes without {', '.join(absent)}; the keys are {', '.join(groups(state))}"
+        )
+    check_plain(weights, AXES)
     vocab, width = weights["token.weight"].shape
     if heads is None and width % 64:
         raise ValueError(f"CLIP text weights: width {width} is not a multiple of 64, so pass heads=")
@@ -73,16 +90,33 @@ def clip_text(
         context=len(weights["position"]),
         width=width,
         heads=heads or width // 64,
-        layers=1 + max(int(name.split(".")[1]) for name in weights if name.startswith("blocks.")),
+        layers=count_layers(weights, "blocks."),
         mlp_width=len(weights["blocks.0.fc1.weight"]),
         embed_dim=len(weights["projection.weight"]),
-        hidden_act=hidden_act,
+        hidden_act="quick_gelu" if hidden_act is None and is_official(state) else activation(hidden_act),
         eps=eps,
     )
     with torch.device("meta"):
         tower = CLIPText(config)
+    if wrong := different(tower, weights):
+        raise ValueError(f"CLIP text weights: shapes differ: {wrong}")
     copies = {name: value.detach().clone().contiguous() for name, value in weights.items()}
     missing, unexpected = tower.load_state_dict(copies, strict=False, assign=True)
     if missing or unexpected:
         raise ValueError(f"CLIP text weights: missing {missing}, not understood {unexpected}")
     return tower.requires_grad_(False).eval()
+
+
+def _elsewhere(name: str) -> bool:
+    """Not of a text tower."""
+    return bool(NOT_TEXT.match(name) or BUFFERS.match(name))
+
+
+def _locate(name: str) -> tuple[str | None, str | None]:
+    """The text tower's name of a key, and which third of a packed weight."""
+    name = PREFIX.sub("", name)
+    if name in TOP:
+        return TOP[name], None
+    layer = re.search(r"(?:^|\.)((?:layers|resblocks)\.\d+\..+)", name)
+    target, third = locate(layer[1]) if layer else (None, None)
+    return target and target.removeprefix("backbone."), third

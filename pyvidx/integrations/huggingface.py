@@ -6,9 +6,10 @@ from torch import nn
 
 from pyvidx.backbones.clip import CLIPVision, CLIPVisionConfig
 from pyvidx.backbones.eva import EVAVision, EVAVisionConfig
-from pyvidx.integrations.checkpoints import place
 from pyvidx.integrations.clip_weights import fill
+from pyvidx.integrations.hosts import importing
 from pyvidx.integrations.malmm_keys import rename
+from pyvidx.integrations.place import place
 from pyvidx.memory.qformer import QFormerConfig
 from pyvidx.models.malmm import MALMM
 from pyvidx.models.malmm_config import MALMMConfig
@@ -27,13 +28,11 @@ def clip_vision(model: nn.Module | str, **kwargs) -> CLIPVision:
 
     Raises:
         ValueError: the model is not a CLIP with a known activation.
-        RuntimeError: a name was given and transformers is not installed.
+        RuntimeError: a name was given and transformers is not installed, or cannot be imported.
     """
     if isinstance(model, str):
-        try:
+        with importing("huggingface: loading by name", "transformers"):
             from transformers import CLIPModel
-        except ImportError as error:
-            raise RuntimeError("huggingface: loading by name needs transformers: pip install pyvidx[hosts]") from error
         model = CLIPModel.from_pretrained(model, **kwargs)
     config = getattr(model, "config", None)
     vision = getattr(config, "vision_config", config)

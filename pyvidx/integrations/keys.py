@@ -1,21 +1,35 @@
 """Names of published weights -> names of pyvidx: the official BT-Adapter files, transformers' CLIP and open_clip."""
 
 import re
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-# Wrappers that training code puts around the tower. Stripped wherever they lead a name, in any nesting.
-PREFIXES = ("module.", "model.vision_tower.", "vision_tower.", "backbone.", "vision_model.", "visual.")
+# What training code puts around a model, saying nothing of its parts. Stripped where it leads a name, in any nesting.
+WRAPPERS = (
+    "module", "model", "clip", "net", "network", "base_model", "student", "teacher", "ema", "ema_model", "wrapped",
+    "wrapped_model", "0",
+)  # fmt: skip
+INSIDE = re.compile(r"(^|(?<=\.))(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module|_forward_module)\.")
+WRAPPER = re.compile(rf"^(?:(?:{'|'.join(WRAPPERS)})\.)+")
+# What says that a part is an image tower.
+TOWER = (
+    "backbone", "vision_model", "visual", "vision_tower", "image_encoder", "visual_encoder", "vision_encoder", "vision",
+    "image_tower",
+)  # fmt: skip
+IS_TOWER = re.compile(rf"({'|'.join(TOWER)})\.")
+VISION = re.compile(rf"^(?:(?:{'|'.join(WRAPPERS + TOWER)})\.)+")
 
 # Parts of a published file that a video tower has no place for: text towers, training heads, bookkeeping.
 LEFT_OUT = re.compile(
-    r"(text_backbone|text_model|text|extra_proj|loss|mm_projector)\.|text_projection(\.|$)|logit_scale$"
-    r"|logit_bias$|(.*\.)?position_ids$"
+    r"(text_backbone|text_model|text_encoder|text|extra_proj|loss|mm_projector|embed_tokens)\.|text_projection(\.|$)"
+    r"|logit_scale$|logit_bias$|(.*\.)?position_ids$|(input_resolution|context_length|vocab_size)$"
 )
-OPEN_CLIP_TEXT = re.compile(r"(transformer|token_embedding|ln_final)\.|positional_embedding$|attn_mask$")
+# Beside a tower under a name of its own: the text tower of open_clip, a language model.
+BESIDE = re.compile(r"(transformer|token_embedding|ln_final|layers|norm|lm_head)\.|positional_embedding$|attn_mask$")
 
 BLOCK = {
     "layer_norm1": "norm1",
@@ -69,6 +83,11 @@ class Renamed:
     unexpected: list[str] = field(default_factory=list)
     reshaped: list[tuple[str, tuple, tuple]] = field(default_factory=list)
 
+    @property
+    def keys(self) -> list[str]:
+        """All keys of the source."""
+        return [key for keys in self.origin.values() for key in keys] + self.left_out + self.unexpected
+
 
 def rename(state: Mapping[str, Tensor]) -> Renamed:
     """Rename a state dict of any known source.
@@ -79,13 +98,13 @@ def rename(state: Mapping[str, Tensor]) -> Renamed:
         ValueError: q, k or v of a layer is missing, or two keys mean the same weight.
     """
     result, thirds = Renamed(), {}
-    has_visual = any(key.removeprefix("module.").startswith("visual.") for key in state)
+    names = without_wrappers(list(state), lambda name: bool(LEFT_OUT.match(name) or locate(_strip(name))[0]))
+    has_tower = any(map(IS_TOWER.match, names))
     stan = not any("btadapter_cls_token" in key or "timesFPN_cls_token" in key for key in state) and any(
         "STAN_" in key for key in state
     )
-    for key, value in state.items():
-        name = key.removeprefix("module.")
-        if LEFT_OUT.match(name) or (has_visual and OPEN_CLIP_TEXT.match(name)):
+    for (key, value), name in zip(state.items(), names):
+        if LEFT_OUT.match(name) or (has_tower and BESIDE.match(name)):
             result.left_out.append(key)
             continue
         name = _strip(name)
@@ -104,16 +123,68 @@ def rename(state: Mapping[str, Tensor]) -> Renamed:
         if len(parts) != 3:
             raise ValueError(f"checkpoint: {target} needs q, k and v, got only {', '.join(sorted(parts))}")
         ordered = [parts[third] for third in THIRDS]
-        add(result, target, torch.cat([value for value, _ in ordered]), *(key for _, key in ordered))
+        add(result, target, stack(target, [value for value, _ in ordered]), *(key for _, key in ordered))
     return result
 
 
+def without_wrappers(keys: Sequence[str], known: Callable[[str], bool]) -> list[str]:
+    """The keys without what training code put before them.
+
+    Args:
+        known: whether a name, so far, means something. Where none does, the keys lose the first part that most of them
+            share, whatever it is called, and so on, if that makes at least half of them known.
+    """
+    plain = names = [WRAPPER.sub("", INSIDE.sub("", key)) for key in keys]
+    while names and not any(map(known, names)):
+        heads = Counter(name.partition(".")[0] for name in names if "." in name)
+        if not heads or "text" in (head := heads.most_common(1)[0][0]):
+            return plain
+        names = [WRAPPER.sub("", name.removeprefix(head + ".")) for name in names]
+    return names if 2 * sum(map(known, names)) >= len(names) else plain
+
+
 def _strip(name: str) -> str:
-    """Without wrappers and the folders of transformers' CLIP, old spellings renewed."""
-    while prefix := next((p for p in PREFIXES if name.startswith(p)), None):
-        name = name.removeprefix(prefix)
+    """Without what says that it is an image tower and the folders of transformers' CLIP, old spellings renewed."""
+    name = VISION.sub("", name)
     name = name.removeprefix("embeddings.").removeprefix("encoder.").removeprefix("transformer.")
     return name.replace("timesFPN", "btadapter").replace("STAN_", "btadapter_")
+
+
+def count_layers(names: Iterable[str], base: str) -> int:
+    """How many layers there are under `base`.
+
+    Raises:
+        ValueError: they are not numbered 0, 1, ... without a gap.
+    """
+    found = {name[len(base) :].split(".")[0] for name in names if name.startswith(base)}
+    if found != {str(i) for i in range(len(found))}:
+        raise ValueError(f"checkpoint: the layers under {base} must be numbered from 0, got {sorted(found)[:8]}")
+    return len(found)
+
+
+def check_plain(weights: Mapping[str, Tensor], axes: Mapping[str, int]) -> None:
+    """Refuse weights that are not floating, or whose number of axes, where it is known, is another.
+
+    Raises:
+        ValueError: there is one.
+    """
+    for name, value in weights.items():
+        if value.dtype not in (torch.float32, torch.float16, torch.bfloat16, torch.float64):
+            raise ValueError(f"checkpoint: {name} must be floating of 16, 32 or 64 bits, the file has {value.dtype}")
+        if name in axes and (value.dim() != axes[name] or not value.numel()):
+            raise ValueError(f"checkpoint: {name} must have {axes[name]} axes, the file has {tuple(value.shape)}")
+
+
+def stack(target: str, parts: Sequence[Tensor]) -> Tensor:
+    """The parts of a weight that is one here.
+
+    Raises:
+        ValueError: they do not fit together.
+    """
+    if len({(part.shape, part.dtype) for part in parts}) != 1 or not parts[0].dim():
+        shapes = ", ".join(f"{tuple(part.shape)} {part.dtype}" for part in parts)
+        raise ValueError(f"checkpoint: {target} needs parts of one shape and dtype, got {shapes}")
+    return torch.cat(list(parts))
 
 
 def locate(name: str) -> tuple[str | None, str | None]:
@@ -143,8 +214,8 @@ def _shaped(result: Renamed, name: str, target: str, value: Tensor) -> Tensor:
     before = tuple(value.shape)
     if target == "branch.seed":
         value = value.reshape(-1)  # stored as [1, 1, C]
-    elif name == "proj":
-        value = value.T  # open_clip multiplies from the right
+    elif name == "proj" and value.dim() == 2:
+        value = value.t()  # open_clip multiplies from the right
     if tuple(value.shape) != before or name == "proj":
         result.reshaped.append((target, before, tuple(value.shape)))
     return value
@@ -160,3 +231,25 @@ def add(result: Renamed, target: str, value: Tensor, *keys: str) -> None:
         raise ValueError(f"checkpoint: {', '.join(keys)} and {', '.join(result.origin[target])} both mean {target}")
     result.weights[target] = value
     result.origin[target] = list(keys)
+
+
+def is_official(keys: Iterable[str]) -> bool:
+    """Of one of the authors' own files, whose CLIP is OpenAI's."""
+    return any("btadapter" in key or "timesFPN" in key or "STAN_" in key for key in keys)
+
+
+def different(module: nn.Module, weights: Mapping[str, Tensor]) -> str:
+    """The first few weights whose shape is not the module's, in words; "" where all fit."""
+    own = {name: tuple(value.shape) for name, value in module.state_dict().items()}
+    pairs = [(name, own[name], tuple(w.shape)) for name, w in weights.items() if name in own]
+    wrong = [f"{name} is {mine}, the file has {theirs}" for name, mine, theirs in pairs if mine != theirs]
+    return "; ".join(wrong[:5]) + (f"; and {len(wrong) - 5} more" if len(wrong) > 5 else "")
+
+
+def groups(names: Iterable[str], most: int = 8) -> list[str]:
+    """Names for people: indices and weight/bias folded together, with a count, and not too many."""
+    counts: Counter[str] = Counter(
+        re.sub(r"\.\d+(?=\.)", ".*", re.sub(r"\.(weight|bias)$", "", name)) for name in names
+    )
+    found = [group if n == 1 else f"{group} ({n})" for group, n in counts.items()]
+    return found[:most] + [f"and {len(found) - most} more"] * (len(found) > most)

@@ -9,22 +9,27 @@ same works with the files of transformers' InstructBLIP and BLIP-2.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from pyvidx.backbones.eva import EVAVisionConfig
-from pyvidx.integrations.checkpoints import Report, place, state_of
-from pyvidx.integrations.keys import Renamed
+from pyvidx.integrations.keys import Renamed, check_plain, groups
 from pyvidx.integrations.malmm_keys import export, rename
+from pyvidx.integrations.place import Report, match, place
+from pyvidx.integrations.state import Source, state_of
 from pyvidx.layers.patch import resize_positions
 from pyvidx.memory.qformer import QFormerConfig
 from pyvidx.models.malmm import MALMM
 from pyvidx.models.malmm_config import MALMMConfig
 
-Source = str | Path | Mapping[str, Tensor]
+AXES = {
+    "vision.position": 2, "vision.patch.weight": 4, "vision.blocks.0.fc1.weight": 2, "qformer.query_tokens": 2,
+    "qformer.word": 2, "qformer.position": 2, "qformer.layers.0.feed_query.fc1.weight": 2, "projection.weight": 2,
+    "time": 2,
+}  # fmt: skip
 
 
 def load_malmm(
@@ -33,18 +38,25 @@ def load_malmm(
     """A model with the sizes of the given weights.
 
     Args:
-        sources: files or state dicts: eva_vit_g, LAVIS' InstructBLIP or BLIP-2 (with or without its vision tower and
-            its language model, which is left out), MA-LMM's fine-tuned files, and transformers' InstructBLIP,
-            InstructBLIP-Video or BLIP-2. Weights without a temporal table give a model without one.
+        sources: files, folders, state dicts or modules: eva_vit_g, LAVIS' InstructBLIP or BLIP-2 (with or without its
+            vision tower and its language model, which is left out), MA-LMM's fine-tuned files, and transformers'
+            InstructBLIP, InstructBLIP-Video or BLIP-2. Weights without a temporal table give a model without one.
         allow_missing: patterns (fnmatch) of parameters that may stay random, e.g. "vision.blocks.*".
         compat: see MALMM.
         sizes: what the weights do not tell, see infer_config.
 
     Returns:
         the model in eval mode, and the report.
+
+    Raises:
+        FileNotFoundError: a file is not there.
+        ValueError: a file cannot be read or does not tell the sizes, or see load_malmm_weights.
     """
     tables = [rename(state_of(source)) for source in sources]
-    model = MALMM(infer_config(tables, **sizes), compat=compat)
+    config = infer_config(tables, **sizes)
+    with torch.device("meta"):  # nothing is allocated for sizes that the files do not fill
+        match(model := MALMM(config, compat=compat), [_resized(table, model) for table in tables], allow_missing)
+    model = MALMM(config, compat=compat)
     return model, _fill(model, tables, allow_missing)
 
 
@@ -58,8 +70,9 @@ def load_malmm_weights(model: MALMM, *sources: Source, allow_missing: Sequence[s
             InstructBLIP in a model that is to be fine-tuned.
 
     Raises:
-        ValueError: a parameter is missing and not allowed to be, a pattern matches no missing one, or a shape differs.
-            The model is not changed then.
+        FileNotFoundError: a file is not there.
+        ValueError: a file cannot be read, a parameter is missing and not allowed to be, a pattern matches no missing
+            one, or a shape differs. The model is not changed then.
     """
     return _fill(model, [rename(state_of(source)) for source in sources], allow_missing)
 
@@ -89,12 +102,17 @@ def infer_config(
         norm_eps: of the LayerNorm after the tower; default 1e-5, or 1e-6 where all weights are named as in
             transformers, whose model has that.
         time_length: rows of the temporal table; default those there are, or none. 120 for fine-tuning as published.
+
+    Raises:
+        ValueError: the weights do not tell the sizes, or not without one of these arguments.
     """
     names = {name: value for table in tables for name, value in table.weights.items()}
     needed = ["vision.position", "vision.patch.weight", "vision.blocks.0.fc1.weight", "qformer.query_tokens"]
-    absent = [name for name in [*needed, "qformer.keys_values.weight"] if name not in names]
+    needed += ["qformer.keys_values.weight", "qformer.layers.0.feed_query.fc1.weight"]
+    absent = [name for name in needed if name not in names]
     if absent:
-        raise ValueError(f"checkpoint: no sizes without {', '.join(absent)}")
+        raise ValueError(f"checkpoint: no sizes without {', '.join(absent)}; {_remedy(tables)}")
+    check_plain(names, AXES)
     tokens, C = names["vision.position"].shape
     Q, D = names["qformer.query_tokens"].shape
     if vision_heads is None and C != 1408:
@@ -132,6 +150,23 @@ def infer_config(
         llm_width=None if projection is None else projection.shape[0],
         time_length=time_length if time_length is not None else 0 if time is None else len(time),
     )
+
+
+def _remedy(tables: Sequence[Renamed]) -> str:
+    """What the weights look like, and what to do with those."""
+    keys = [key for table in tables for key in table.keys]
+    names = {name.partition(".")[0] for table in tables for name in table.weights}
+    if any("keys_values" in key or key.endswith("blocks.0.qkv.bias") for key in keys):
+        remedy = "they are of pyvidx's own save: MALMM.from_pretrained reads that file"
+    elif any("btadapter" in key or "timesFPN" in key for key in keys):
+        remedy = "they look like BT-Adapter's: pyvidx.integrations.checkpoints.load_official reads those"
+    elif names == {"vision"}:
+        remedy = "they are the image tower alone: give the file of the Q-Former after it"
+    elif names:
+        remedy = "the image tower is not among them: give eva_vit_g.pth, and what was trained after it"
+    else:
+        remedy = "none of them is understood"
+    return f"the keys are {', '.join(groups(keys)) or 'none'}; {remedy}"
 
 
 def _fill(model: MALMM, tables: Sequence[Renamed], allow_missing: Sequence[str]) -> Report:

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor
 
-from pyvidx.integrations.keys import Renamed, add
+from pyvidx.integrations.keys import Renamed, add, stack, without_wrappers
 
 LAVIS, HUGGINGFACE = "lavis", "huggingface"
 _BLOCK = ("vision.blocks.{i}.", "visual_encoder.blocks.{i}.", "vision_model.encoder.layers.{i}.")
@@ -93,7 +93,8 @@ def rename(state: Mapping[str, Tensor]) -> Renamed:
         ValueError: a part of a stacked weight is missing, or two keys mean the same weight.
     """
     result, parts = Renamed(), {}
-    names = _spelled(list(state))
+    names = without_wrappers(list(state), lambda name: bool(_locate(_spelled([name])[0])[0] or LEFT_OUT.match(name)))
+    names = _spelled(names)
     for key, name in zip(state, names):
         target, part = _locate(name)
         if target is None:
@@ -167,11 +168,12 @@ def _patterns() -> list[tuple[re.Pattern, str]]:
 
 
 PATTERNS = _patterns()
+TOWER = re.compile(r"^(image_encoder|vision_encoder|visual|vision_tower)\.")
 
 
 def _spelled(names: list[str]) -> list[str]:
-    """Without wrappers, and a tower that is alone in its file with its prefix."""
-    names = [re.sub(r"^(module\.|model\.)+", "", name) for name in names]
+    """Other names of the tower renewed, and one that is alone in its file with its prefix."""
+    names = [TOWER.sub("visual_encoder.", name) for name in names]
     if "cls_token" in names:  # eva_vit_g.pth
         names = ["visual_encoder." + name for name in names]
     elif "embeddings.class_embedding" in names:  # a vision model of transformers
@@ -200,4 +202,4 @@ def _stacked(target: str, found: Mapping[tuple[int, ...], tuple[Tensor, str]]) -
     if {*values} != wanted:
         keys = ", ".join(key for _, key in found.values())
         raise ValueError(f"checkpoint: {target} needs {len(wanted)} parts, got only {keys}")
-    return torch.cat([values[part] for part in sorted(values)])
+    return stack(target, [values[part] for part in sorted(values)])

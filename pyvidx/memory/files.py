@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
+from pyvidx.files import whole
 from pyvidx.memory.bank import Bank
 from pyvidx.memory.policy import Policy
 from pyvidx.memory.registry import create
-from pyvidx.ops._library import require
+from pyvidx.ops._library import FLOATING, require
+from pyvidx.sizes import check
+from pyvidx.tensor_files import note, opened
 
 _KEY = "pyvidx.memory"
+_DTYPES = {
+    "sizes": torch.int32, "order": torch.int32, "length": torch.int32, "seen": torch.int64,
+    "first": torch.float64, "last": torch.float64, "similarity": torch.float32,
+}  # fmt: skip
 
 
 def save(path: str | Path, policy: Policy, bank: Bank) -> Path:
@@ -23,13 +28,8 @@ def save(path: str | Path, policy: Policy, bank: Bank) -> Path:
     path = Path(path)
     require(path.suffix == ".safetensors", f"memory.save: path must end in .safetensors, got {path.name}")
     policy.check(bank)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
-    try:
+    with whole(path) as part:
         save_file(bank.state_dict(), part, {"format": "pt", _KEY: json.dumps(policy.spec())})
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
     return path
 
 
@@ -38,10 +38,57 @@ def load(path: str | Path, device: torch.device | str = "cpu") -> tuple[Policy, 
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it holds no bank.
+        ValueError: it holds no bank, or one that cannot be: damaged, or made by someone else.
     """
-    with safe_open(path, "pt") as file:
-        about = (file.metadata() or {}).get(_KEY)
-    require(about is not None, f"memory.load: {path} must be a file of memory.save, got other tensors")
-    policy = create(**json.loads(about))
-    return policy, policy.check(Bank.load_state_dict(load_file(path, device=str(device))))
+    with opened(path, "memory.load") as file:
+        about = note(file, path, _KEY)
+        require(about is not None, f"memory.load: {path} must be a file of memory.save, got other tensors")
+        try:
+            policy = create(**about)
+            check(policy, zero=("anchors",))
+            bank = Bank.load_state_dict({name: file.get_tensor(name) for name in file.keys()})
+            _check_values(bank)
+            if bank.head is not None:
+                _check_values(bank.head)
+                shape = (len(bank), policy.anchors, *bank.rows.shape[2:])
+                require(bank.head.rows.shape == shape, f"the anchors' rows must be {shape}", bank.head.rows)
+            policy.check(bank)
+        except (ValueError, TypeError, RuntimeError, IndexError, ZeroDivisionError, OverflowError) as error:
+            raise ValueError(f"memory.load: {path} holds no bank that can go on: {error}") from error
+    return policy, bank._map(lambda x: x.to(device))
+
+
+def _check_values(bank: Bank) -> None:
+    """Refuse values that no policy leaves in a bank: kernels and reads follow them into memory."""
+    require(bank.rows.dim() == 4 and bank.rows.dtype in FLOATING, "rows must be floating [B, S, G, W]", bank.rows)
+    B, S, G, W = bank.rows.shape
+    require(min(B, S, G, W) >= 1, "rows must not be empty", bank.rows)
+    for name, x in bank.tensors().items():
+        require(
+            x.dtype == _DTYPES[name] if name in _DTYPES else x.dtype in FLOATING,
+            f"{name} must be {_DTYPES.get(name, 'floating')}",
+            x,
+        )
+    length, order, sizes = bank.length, bank.order, bank.sizes
+    fits = length.shape == bank.seen.shape == (B,) and order.shape == sizes.shape == (B, G, S)
+    require(fits, f"length and seen must be [{B}], order and sizes [{B}, {G}, {S}]", length, bank.seen, order, sizes)
+    fits = all(x.shape[:3] == (B, S, G) and x.dim() == 4 and x.numel() for x in bank.attached)
+    require(fits, f"attached must be [{B}, {S}, {G}, Wi]", *bank.attached)
+    whole = isinstance(bank.positions, int) and isinstance(bank.bound, int)
+    require(whole and bank.positions >= 1 and G * W % bank.positions == 0, f"positions must divide {G * W} numbers")
+    require(0 <= bank.bound <= S, f"bound must be in [0, {S}], got {bank.bound}")
+    require(bool((length >= 0).all()) and bool((length <= bank.bound).all()), f"length must be in [0, {bank.bound}]")
+    require(bank.ragged or bool((length == bank.bound).all()), f"length must be {bank.bound} for every video")
+    require(bool((bank.seen >= length).all()), "seen must be at least length")
+    every = torch.arange(S, dtype=order.dtype)
+    require(bool((order.sort(dim=-1).values == every).all()), "order must be a permutation of the slots")
+    stored = every < length[:, None, None]
+    in_order = sizes.gather(2, order.long())
+    require(bool((in_order[stored.expand_as(order)] >= 1).all()), "sizes must be at least 1 where an entry is")
+    require(bool((in_order[~stored.expand_as(order)] == 0).all()), "sizes must be 0 where none is")
+    if bank.first is not None and bank.last is not None:
+        fits = bank.first.shape == bank.last.shape == order.shape
+        require(fits, "first and last must be like order", bank.first, bank.last)
+        first, last = (t.gather(2, order.long())[stored.expand_as(order)] for t in (bank.first, bank.last))
+        require(not bool((first > last).any()), "first must not be later than last")
+    require((bank.first is None) == (bank.last is None), "first and last go together")

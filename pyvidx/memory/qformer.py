@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pyvidx.layers.linear import Linear, linear
+from pyvidx.sizes import check
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,7 @@ class QFormerConfig:
     dropout: float = 0.1
 
     def __post_init__(self):
+        check(self)
         if self.width % self.heads:
             raise ValueError(f"QFormerConfig: width must be a multiple of heads, got {self.width} and {self.heads}")
 

@@ -255,18 +255,22 @@ class BTAdapter(nn.Module):
         """Load what `save` wrote, a file or its folder, in eval mode and with the dtypes of the file.
 
         compat, tower: in place of those saved. Official files are read by pyvidx.integrations.checkpoints.
+
+        Raises:
+            FileNotFoundError, ValueError: see pyvidx.models.files.load; compat or tower is unknown.
         """
-        header, weights = files.read(path, "bt_adapter")
-        with torch.device("meta"):
-            model = cls(
+        model, header = files.load(
+            path,
+            "bt_adapter",
+            lambda header: cls(
                 BTAdapterConfig.from_dict(header["config"]),
                 compat=compat or header["compat"],
                 tower=tower or header["tower"],
-            )
-        model.load_state_dict(weights, strict=True, assign=True)
+            ),
+        )
         model.backbone.requires_grad_(False)
         model.is_random = header["is_random"]
-        return model.eval()
+        return model
 
     @classmethod
     def default(cls, *, compat: str = "paper", tower: str = "mma") -> "BTAdapter":

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pyvidx.backbones.clip import CLIPVisionConfig
+from pyvidx.sizes import check
 
 CONFIGS = Path(__file__).parent / "configs"
 PARTS = ("full", "tokens", "features")
@@ -37,6 +38,7 @@ class BTAdapterConfig:
     part: str = "full"
 
     def __post_init__(self):
+        check(self)
         if self.part not in PARTS:
             raise ValueError(f"BTAdapterConfig: part must be one of {', '.join(PARTS)}, got {self.part!r}")
         low = 1 if self.part == "full" else 2

@@ -339,14 +339,16 @@ class MALMM(nn.Module):
         """Load what `save` wrote, a file or its folder, in eval mode and with the dtypes of the file.
 
         compat: in place of that saved. Published files are read by pyvidx.integrations.malmm_checkpoints.
+
+        Raises:
+            FileNotFoundError, ValueError: see pyvidx.models.files.load; compat is unknown.
         """
-        header, weights = files.read(path, "malmm")
-        with torch.device("meta"):
-            model = cls(MALMMConfig.from_dict(header["config"]), compat=compat or header["compat"])
-        model.load_state_dict(weights, assign=True)
+        model, header = files.load(
+            path, "malmm", lambda h: cls(MALMMConfig.from_dict(h["config"]), compat=compat or h["compat"])
+        )
         model.vision.freeze()
         model.is_random = header["is_random"]
-        return model.eval()
+        return model
 
     @classmethod
     def default(cls, *, compat: str = "official") -> "MALMM":

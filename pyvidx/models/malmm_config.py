@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pyvidx.backbones.eva import EVAVisionConfig
 from pyvidx.memory.qformer import QFormerConfig
 from pyvidx.models.config import known
+from pyvidx.sizes import check
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,7 @@ class MALMMConfig:
     time_length: int = 120
 
     def __post_init__(self):
+        check(self, zero=("time_length",))
         if self.vision.width != self.qformer.encoder_width:
             raise ValueError(
                 "MALMMConfig: qformer.encoder_width must be vision.width, "

@@ -13,7 +13,7 @@ from pyvidx.backbones.clip_text import CLIPText, CLIPTextConfig
 from pyvidx.data.words import Words
 from pyvidx.models import files
 from pyvidx.models.bt_adapter import BTAdapter
-from pyvidx.models.config import BTAdapterConfig
+from pyvidx.models.config import BTAdapterConfig, known
 
 DEFAULT = Path(__file__).parent / "weights" / "motion.safetensors"
 KIND = "text_video"
@@ -57,17 +57,28 @@ class TextVideo:
 
     @classmethod
     def load(cls, path: str | Path, *, compat: str = "paper", tower: str = "mma") -> "TextVideo":
-        """What `save` wrote, in float32 and eval mode; compat and tower as in BTAdapter."""
-        header, weights = files.read(path, KIND)
-        with torch.device("meta"):
+        """What `save` wrote, in float32 and eval mode; compat and tower as in BTAdapter.
+
+        Raises:
+            FileNotFoundError, ValueError: see pyvidx.models.files.load; compat or tower is unknown.
+        """
+
+        def build(header: dict) -> nn.ModuleDict:
+            words, about = header["vocabulary"], header["about"]
+            if not all(isinstance(word, str) for word in words) or not isinstance(about, dict):
+                raise TypeError("vocabulary must be words, and about an object")
             model = BTAdapter(BTAdapterConfig.from_dict(header["config"]), compat=compat, tower=tower)
-            text = CLIPText(CLIPTextConfig(**header["text"]))
-        both = nn.ModuleDict({"model": model, "text": text})
-        both.load_state_dict({name: w.float() for name, w in weights.items()}, strict=True, assign=True)
+            text = CLIPText(CLIPTextConfig(**known(CLIPTextConfig, header["text"])))
+            if len(Words(words, text.config.context)) > text.config.vocab:
+                raise ValueError(f"vocabulary has more words than the {text.config.vocab} rows of the text tower")
+            return nn.ModuleDict({"model": model, "text": text})
+
+        both, header = files.load(path, KIND, build)
+        model, text = both.float().values()
         model.backbone.requires_grad_(False)
         model.is_random = False
         words = Words(header["vocabulary"], text.config.context)
-        return cls(model.eval(), text.requires_grad_(False).eval(), words, header["about"])
+        return cls(model, text.requires_grad_(False), words, header["about"])
 
     @classmethod
     def default(cls, *, compat: str = "paper", tower: str = "mma") -> "TextVideo":

@@ -25,6 +25,7 @@ from pyvidx.losses import alignment
 from pyvidx.models import files
 from pyvidx.models.config import known
 from pyvidx.ops import token_gather
+from pyvidx.sizes import check
 from pyvidx.temporal.frames import check_frame_mask, frame_mean, real_only, token_mask
 
 
@@ -45,6 +46,9 @@ class UMTConfig:
     layers: int
     mlp_width: int
     eps: float = 1e-6
+
+    def __post_init__(self):
+        check(self)
 
     @property
     def patches(self) -> int:
@@ -122,12 +126,12 @@ class UMTStudent(nn.Module):
 
     @classmethod
     def from_pretrained(cls, path: str | Path) -> "UMTStudent":
-        """Load what `save` wrote, a file or its folder, in eval mode and with the dtypes of the file."""
-        header, weights = files.read(path, "umt")
-        with torch.device("meta"):
-            model = cls(UMTConfig(**known(UMTConfig, header["config"])))
-        model.load_state_dict(weights, strict=True, assign=True)
-        return model.eval()
+        """Load what `save` wrote, a file or its folder, in eval mode and with the dtypes of the file.
+
+        Raises:
+            FileNotFoundError, ValueError: see pyvidx.models.files.load.
+        """
+        return files.load(path, "umt", lambda header: cls(UMTConfig(**known(UMTConfig, header["config"]))))[0]
 
 
 class UnmaskedTeacher(nn.Module):

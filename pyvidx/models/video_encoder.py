@@ -147,15 +147,20 @@ class VideoEncoder(nn.Module):
 
     @classmethod
     def from_pretrained(cls, path: str | Path) -> "VideoEncoder":
-        """Load what `save` wrote, a file or its folder, in eval mode and with the dtypes of the file."""
-        header, weights = files.read(path, "video_encoder")
-        vision = CLIPVisionConfig(**known(CLIPVisionConfig, header["vision"]))
-        with torch.device("meta"):
-            model = cls(CLIPVision(vision), temporal.create(vision=vision, **header["temporal"]))
-        model.load_state_dict(weights, strict=True, assign=True)
+        """Load what `save` wrote, a file or its folder, in eval mode and with the dtypes of the file.
+
+        Raises:
+            FileNotFoundError, ValueError: see pyvidx.models.files.load.
+        """
+
+        def build(header: dict) -> VideoEncoder:
+            vision = CLIPVisionConfig(**known(CLIPVisionConfig, header["vision"]))
+            return cls(CLIPVision(vision), temporal.create(vision=vision, **header["temporal"]))
+
+        model, header = files.load(path, "video_encoder", build)
         model.tower.requires_grad_(False)
         model.is_random = header["is_random"]
-        return model.eval()
+        return model
 
     @classmethod
     def default(cls, name: str = "bt_adapter", size: str = "tiny", **options) -> "VideoEncoder":

@@ -54,7 +54,7 @@ class GridPool(TemporalModule):
 
     def __init__(self, vision: CLIPVisionConfig, *, mode: str = "average", stride: int = 2):
         super().__init__(vision)
-        grid_pool(torch.zeros(vision.patches, 1, device="cpu"), mode, stride)  # refuses what does not fit
+        grid_pool(torch.zeros(vision.patches, 1, device="meta"), mode, stride)  # refuses what does not fit
         self.mode, self.stride = mode, stride
 
     def pool(self, x: Tensor, frame_mask: Tensor | None = None) -> Tensor:

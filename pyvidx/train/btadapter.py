@@ -16,6 +16,7 @@ from pyvidx.data.captions import captioned
 from pyvidx.integrations.checkpoints import load_official, state_of
 from pyvidx.integrations.clip_text_weights import clip_text
 from pyvidx.integrations.clip_weights import clip_vision
+from pyvidx.integrations.hosts import importing
 from pyvidx.integrations.mma_export import export_mma, load_head
 from pyvidx.models.bt_adapter import BTAdapter
 from pyvidx.models.config import BTAdapterConfig, known
@@ -289,10 +290,8 @@ def _clip(config: Config, weights: str | dict, *, image: bool = True) -> tuple[C
 def _transformers(folder: str) -> tuple[CLIPVision, CLIPText]:
     from pyvidx.integrations import huggingface
 
-    try:
+    with importing("train: a folder of transformers", "transformers"):
         from transformers import CLIPModel
-    except ImportError as error:
-        raise RuntimeError("train: a folder of transformers needs it: pip install 'pyvidx[hosts]'") from error
     model = CLIPModel.from_pretrained(folder, local_files_only=True)
     c = model.config.text_config
     options = {"heads": c.num_attention_heads, "hidden_act": c.hidden_act, "eps": c.layer_norm_eps}
@@ -304,10 +303,8 @@ def _open_clip(open_clip: str, pretrained: str) -> tuple[CLIPVision, CLIPText]:
 
     if not Path(pretrained).is_file():
         raise FileNotFoundError(f"train: there is no file {pretrained}")  # open_clip would ask the network for it
-    try:
+    with importing("train", "open_clip"):
         from open_clip import create_model
-    except ImportError as error:
-        raise RuntimeError("train: open_clip is not installed: pip install 'pyvidx[hosts]'") from error
     model = create_model(open_clip, pretrained=pretrained)
     vision = ours.clip_vision(model)
     state = {key: value for key, value in model.state_dict().items() if not key.startswith("visual.")}

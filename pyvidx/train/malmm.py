@@ -7,6 +7,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from pyvidx.integrations.hosts import importing
 from pyvidx.integrations.language import Language
 from pyvidx.integrations.malmm_checkpoints import export_malmm, load_malmm
 from pyvidx.models.config import known
@@ -124,10 +125,8 @@ def build(config: Config, device: torch.device) -> MALMMTask:
         FileNotFoundError, ValueError: weights are not there or do not fit.
         RuntimeError: transformers is not installed.
     """
-    try:
+    with importing("train: a language model", "transformers"):
         import transformers
-    except ImportError as error:
-        raise RuntimeError("train: a language model needs transformers: pip install 'pyvidx[hosts]'") from error
     for folder in (config.language, config.tokenizer, config.text_tokenizer):
         if folder is not None and not Path(folder).is_dir():
             raise FileNotFoundError(f"train: there is no folder {folder}")  # transformers would ask the network for it
@@ -137,7 +136,10 @@ def build(config: Config, device: torch.device) -> MALMMTask:
         model, _ = load_malmm(*config.weights, allow_missing=["time"], time_length=config.time_length)
     if model.time is not None and config.memory.get("length") != 0 and config.frames > len(model.time):
         raise ValueError(f"Config: frames must be at most {len(model.time)}, the temporal table's, got {config.frames}")
-    lm = transformers.AutoModelForCausalLM.from_pretrained(config.language, dtype=getattr(torch, config.language_dtype))
+    with importing("train: a language model", "transformers"):  # which imports its parts when they are used
+        lm = transformers.AutoModelForCausalLM.from_pretrained(
+            config.language, dtype=getattr(torch, config.language_dtype)
+        )
     tokenizer = transformers.AutoTokenizer.from_pretrained(config.tokenizer or config.language)
     text = config.text_tokenizer and transformers.AutoTokenizer.from_pretrained(config.text_tokenizer)
     language = Language(lm, tokenizer, text, bos=config.bos, max_text=config.max_text, max_answer=config.max_answer)

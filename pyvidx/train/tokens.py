@@ -5,6 +5,8 @@ from pathlib import Path
 
 from torch import Tensor
 
+from pyvidx.integrations.hosts import importing
+
 ENDS = ("official", "kept")
 CONTEXT = 77
 
@@ -26,20 +28,17 @@ def tokenizer(folder: str | None = None, length: int = CONTEXT, end: str = "offi
     Raises:
         ValueError: length or end is not one of these.
         FileNotFoundError: there is no such folder.
-        RuntimeError: the library is not installed.
+        RuntimeError: the library is not installed, or cannot be imported.
     """
     if end not in ENDS or not 2 <= length <= CONTEXT:
         raise ValueError(f"tokenizer: end must be one of {ENDS} and length in [2, {CONTEXT}], got {end!r}, {length}")
     if folder is not None and not Path(folder).is_dir():
         raise FileNotFoundError(f"tokenizer: there is no folder {folder}")  # transformers would ask the network for it
-    try:
+    with importing("tokenizer", "open_clip" if folder is None else "transformers"):
         if folder is None:
             from open_clip.tokenizer import SimpleTokenizer
         else:
             from transformers import AutoTokenizer
-    except ImportError as error:
-        library = "open_clip" if folder is None else "transformers"
-        raise RuntimeError(f"tokenizer: {library} is not installed: pip install 'pyvidx[hosts]'") from error
     whole = CONTEXT if end == "official" else length
     if folder is None:
         encode = SimpleTokenizer(context_length=whole)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from pyvidx.backbones.clip import CLIPVisionConfig
-from pyvidx.integrations.checkpoints import load_weights
+from pyvidx.integrations.checkpoints import load_official, load_weights
 from pyvidx.integrations.clip_text_weights import clip_text
 from pyvidx.integrations.keys import THIRDS, locate
 from pyvidx.models.bt_adapter import BTAdapter
@@ -16,7 +16,7 @@ from pyvidx.models.pretraining_reference import ReferencePretraining
 from pyvidx.models.reference import ReferenceBTAdapter
 from pyvidx.temporal.branch import fused_tokens
 from pyvidx.temporal.bt_adapter import split_rows
-from tests.golden.vectors import runner
+from tests.golden.vectors import Check, runner
 
 BOTH = ("reference", "fast", "folded")
 GRADIENT_TOLERANCE = 1e-4
@@ -262,6 +262,18 @@ def llava_features(file, run, variant, check):
     (file.tensors[f"in.{run}.cotangent"] * tokens).sum().backward()
     for name in gradients:
         check(f"grad.{run}.{name}", gradient(model, name, variant), GRADIENT_TOLERANCE)
+
+
+@runner("llava_sft*", variants=("fast", "folded"), runs=lambda file: ["8", "100"])
+@torch.no_grad()
+def llava_sft(file, run, variant, check):
+    """What an integrator has: a CLIP and the tuned branch as published, and nothing told but what no weight tells."""
+    clip, tuned = file.part("clip."), file.part("sft.")
+    model, report = load_official(clip, tuned, part="tokens", heads=2, hidden_act="quick_gelu")
+    assert "branch.gate" in report.assumed and not report.unexpected
+    model = model.fold() if variant == "folded" else model
+    name = f"tokens_{run}"
+    Check({name: file.tensors[name]})(name, model(file.tensors[f"pixels_{run}"]).tokens)
 
 
 def gradient(model, name, variant):

@@ -1,0 +1,38 @@
+"""Configurations hold what their fields declare: they may come from the header of a file that anyone wrote."""
+
+import dataclasses
+import math
+import typing
+from collections.abc import Sequence
+
+LARGEST = 2**31 - 1
+
+
+def check(config, zero: Sequence[str] = ()) -> None:
+    """Refuse a dataclass whose fields are not of their declared types; int, float, str, bool and None are looked at.
+
+    Args:
+        config: ints must be in [1, 2^31), floats finite.
+        zero: names of the ints that may be 0.
+
+    Raises:
+        ValueError: a field is not what it must be.
+    """
+    hints, kind = typing.get_type_hints(type(config)), type(config).__name__
+    for field in dataclasses.fields(config):
+        value, low = getattr(config, field.name), 0 if field.name in zero else 1
+        wanted = typing.get_args(hints[field.name]) or (hints[field.name],)
+        if not {*wanted} <= {int, float, str, bool, type(None)}:
+            continue
+        if not any(_is(value, one) for one in wanted):
+            said = " or ".join("None" if one is type(None) else one.__name__ for one in wanted)
+            raise ValueError(f"{kind}: {field.name} must be {said}, got {value!r:.100}")
+        if _is(value, int) and float not in wanted and not low <= value <= LARGEST:
+            raise ValueError(f"{kind}: {field.name} must be in [{low}, {LARGEST}], got {value!r:.100}")
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ValueError(f"{kind}: {field.name} must be finite, got {value}")
+
+
+def _is(value, wanted: type) -> bool:
+    numbers = (int, float) if wanted is float else wanted
+    return isinstance(value, numbers) and (wanted is bool or not isinstance(value, bool))

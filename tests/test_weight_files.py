@@ -1,0 +1,405 @@
+"""Weights as they lie on people's disks: wrappers, entries, archives, shards, and what is broken or hostile."""
+
+import argparse
+import json
+import pickle
+import warnings
+import zipfile
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from pyvidx import memory
+from pyvidx.integrations.checkpoints import load_model, load_official
+from pyvidx.integrations.clip_text_weights import clip_text
+from pyvidx.integrations.clip_weights import clip_vision
+from pyvidx.integrations.hosts import importing
+from pyvidx.integrations.malmm_checkpoints import export_malmm, load_malmm
+from pyvidx.integrations.state import read, state_of
+from pyvidx.models import MALMM, BTAdapter, TextVideo, VideoEncoder
+from tests.test_checkpoints import CONFIG, clip_keys, expect_backbone, mma_file, state, tower
+
+QUICK = {"hidden_act": "quick_gelu"}
+WRAPPERS = (
+    "_orig_mod.", "module.", "model.", "clip.", "net.", "base_model.model.", "image_encoder.", "visual_encoder.",
+    "student.", "0.", "module._orig_mod.", "net.0.module.model.", "_orig_mod.base_model.model.clip.",
+    "my_wrapper.inner.",    "model.vision_tower.vision_tower.", "_fsdp_wrapped_module.", "trunk.",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("prefix", WRAPPERS)
+def test_wrappers(prefix):
+    """Around a whole tower, around a CLIP with its text tower, around MA-LMM."""
+    plain = state(*tower(6, 4))
+    model, report = load_official({prefix + key: value for key, value in plain.items()})
+    assert not report.unexpected and len(report.loaded) == len(list(model.parameters()))
+    expect_backbone(model)
+    if not prefix.startswith(("image", "visual", "trunk")) and "vision" not in prefix:
+        clip = clip_vision({prefix + key: value for key, value in clip_keys().items()}, **QUICK)
+        assert torch.equal(clip.blocks["3"].fc1.weight, model.backbone.blocks["3"].fc1.weight)
+        ours = MALMM.default()
+        wrapped = {prefix + key: value for key, value in export_malmm(ours, "lavis").items()}
+        found, report = load_malmm(wrapped, vision_heads=4, heads=4)
+        assert not report.unexpected and torch.equal(found.qformer.query_tokens, ours.qformer.query_tokens)
+
+
+def test_wrappers_inside():
+    inside = {k.replace("layers.0.", "layers.0._checkpoint_wrapped_module."): v for k, v in state(*tower(6, 4)).items()}
+    expect_backbone(load_official(inside)[0])
+
+
+def test_a_language_model_beside_the_tower():
+    """Its layers, named like a bare tower's, are not taken for the tower's."""
+    chat = state(*tower(6, 4), prefix="model.vision_tower.") | {
+        "model.layers.0.self_attn.q_proj.weight": torch.zeros(3, 3), "model.embed_tokens.weight": torch.zeros(3, 3),
+        "model.norm.weight": torch.zeros(3), "lm_head.weight": torch.zeros(3, 3),
+    }  # fmt: skip
+    model, report = load_official(chat)
+    expect_backbone(model)
+    assert len(report.left_out) == 4 and not report.unexpected
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda w: {"model_state_dict": w, "optimizer_state_dict": {"state": {0: {"exp_avg": torch.zeros(2)}}}},
+        lambda w: {"module": w, "global_step": 7},
+        lambda w: {"model": {"state_dict": w}, "args": argparse.Namespace(lr=1e-4, name="x")},
+        lambda w: {"state_dict": w, "hyper_parameters": {"a": torch.zeros(2)}, "step": torch.tensor(3)},
+        lambda w: w | {"step": 12, "args": argparse.Namespace(lr=1.0), "done": None},
+        lambda w: {"ema": w, "epoch": 1},
+        lambda w: {"a_name_of_its_own": w, "epoch": 1},
+    ],
+)
+def test_entries(wrap, tmp_path):
+    weights = state(*tower(6, 4))
+    torch.save(wrap(weights), tmp_path / "w.pth")
+    model, report = load_official(tmp_path / "w.pth")
+    expect_backbone(model)
+    assert not report.unexpected
+
+
+def test_which_entry(tmp_path):
+    torch.save({"model": {"a": torch.zeros(2)}, "ema": {"a": torch.ones(2)}}, tmp_path / "w.pt")
+    with pytest.warns(UserWarning, match="holds model, ema; model is read"):
+        assert not read(tmp_path / "w.pt")["a"].any()
+    assert read(tmp_path / "w.pt", entry="ema")["a"].all()
+    with pytest.raises(ValueError, match="must have an entry 'teacher', it has 'model', 'ema'"):
+        read(tmp_path / "w.pt", entry="teacher")
+    torch.save({"a": {"x": torch.ones(1)}, "b": {"x": torch.ones(1)}}, tmp_path / "two.pt")
+    with pytest.raises(ValueError, match="must hold a state dict .* it holds 'a', 'b'"):
+        read(tmp_path / "two.pt")
+
+
+def scripted(weights):
+    """A TorchScript program whose state dict is this."""
+    root = nn.Module()
+    for key, value in weights.items():
+        *parts, leaf = key.split(".")
+        module = root
+        for part in parts:
+            if not hasattr(module, part):
+                module.add_module(part, nn.Module())
+            module = getattr(module, part)
+        module.register_parameter(leaf, nn.Parameter(value, requires_grad=False))
+    return torch.jit.script(root)
+
+
+def test_torchscript(tmp_path):
+    """OpenAI's files: their tensors are read, their program is not run."""
+    weights = {f"visual.{k}": v.half() for k, v in state(*tower(6, 4)).items()}
+    weights |= {"visual.part": torch.arange(6.0).view(2, 3).t(), "logit_scale": torch.tensor(2.0)}
+    program = scripted(weights)
+    program.save(tmp_path / "clip.pt")
+    found, want = read(tmp_path / "clip.pt"), program.state_dict()
+    assert found.keys() == want.keys()
+    assert all(torch.equal(found[k], want[k]) and found[k].dtype == want[k].dtype for k in want)
+    model, report = load_official(tmp_path / "clip.pt")
+    assert report.unexpected == ["visual.part"] and report.left_out == ["logit_scale"]
+    assert torch.equal(state_of(program)["visual.part"], want["visual.part"])
+
+
+def test_a_torchscript_archive_calls_nothing(tmp_path):
+    class Writes:
+        def __reduce__(self):
+            return open, (str(tmp_path / "pwned"), "w")
+
+    with zipfile.ZipFile(tmp_path / "evil.pt", "w") as archive:
+        archive.writestr("evil/constants.pkl", pickle.dumps(()))
+        archive.writestr("evil/data.pkl", pickle.dumps({"weight": Writes()}, protocol=2))
+    with pytest.raises(ValueError, match="must hold a state dict"):
+        read(tmp_path / "evil.pt")
+    torch.save({"weight": torch.zeros(1), "extra": Writes()}, tmp_path / "evil.pth")
+    with pytest.raises(ValueError, match=r"holds objects of .*open.* weights_only=True"):
+        read(tmp_path / "evil.pth")
+    assert not (tmp_path / "pwned").exists()
+
+
+@pytest.mark.parametrize("suffix", ["safetensors", "bin"])
+def test_shards(suffix, tmp_path):
+    weights = state(*tower(6, 4))
+    names, stem = list(weights), {"safetensors": "model", "bin": "pytorch_model"}[suffix]
+    places = {}
+    for i in (1, 2):
+        part = {name: weights[name] for name in names[i - 1 :: 2]}
+        file = f"{stem}-0000{i}-of-00002.{suffix}"
+        (save_file if suffix == "safetensors" else torch.save)(part, tmp_path / file)
+        places |= dict.fromkeys(part, file)
+    expect_backbone(load_official(tmp_path)[0])  # the folder without an index
+    index = tmp_path / f"{stem}.{suffix}.index.json"
+    index.write_text(json.dumps({"metadata": {}, "weight_map": places}))
+    for path in (index, tmp_path):
+        expect_backbone(load_official(path)[0])
+
+    index.write_text(json.dumps({"weight_map": places | {"a": "../../etc/passwd"}}))
+    with pytest.raises(ValueError, match="must name files beside it"):
+        load_official(index)
+    index.write_text(json.dumps({"weight_map": places | {"lost": file}}))
+    with pytest.raises(ValueError, match="lack 1 weights, e.g. lost"):
+        load_official(index)
+    index.write_text("{" * 100000)
+    with pytest.raises(ValueError, match="is no index of shards"):
+        load_official(index)
+    index.unlink()
+    (tmp_path / file).unlink()
+    with pytest.raises(FileNotFoundError, match=f"lack {file}"):
+        load_official(tmp_path)
+
+
+def test_activation_is_told_or_warned_of(tmp_path):
+    tuned = state(*tower(0, 3, head=False, embeddings=False, gates=False))
+    with pytest.warns(UserWarning, match="hidden_act='gelu'"):
+        load_official(clip_keys(), tuned, part="tokens")
+    with pytest.warns(UserWarning, match="hidden_act='gelu'"):
+        clip_vision(clip_keys())
+    torch.save(clip_keys(), tmp_path / "pytorch_model.bin")
+    (tmp_path / "open_clip_config.json").write_text('{"model_cfg": {"vision_cfg": {"width": 64, "head_width": 32}}}')
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert load_official(mma_file())[0].config.vision.hidden_act == "quick_gelu"  # the authors' own
+        vision = load_official(tmp_path, tuned, part="tokens")[0].config.vision
+        assert (vision.hidden_act, vision.heads) == ("gelu", 2)
+    (tmp_path / "config.json").write_text('{"vision_config": {"num_attention_heads": 2, "hidden_act": "mish"}}')
+    with pytest.raises(ValueError, match="hidden_act must be quick_gelu or gelu"):
+        load_official(tmp_path, tuned, part="tokens")
+
+
+def test_errors_name_the_keys_and_the_door(tmp_path):
+    expected = {
+        "give the branch after it": clip_keys(),
+        "give its CLIP before it": state(*tower(0, 3, head=False, embeddings=False, gates=False)),
+        "load_malmm reads those": export_malmm(MALMM.default(), "lavis"),
+        "from_pretrained": BTAdapter(CONFIG).state_dict(),
+        r"the keys are blocks.\*.w \(2\); none of them is understood": {f"blocks.{i}.w": torch.ones(1) for i in (0, 1)},
+    }
+    for said, weights in expected.items():
+        with pytest.raises(ValueError, match=said):
+            load_official(weights)
+    with pytest.raises(ValueError, match="the keys are .*load_official reads those"):
+        load_malmm(mma_file())
+    with pytest.raises(ValueError, match="the keys are w; none of them"):
+        load_malmm({"w": torch.zeros(1)})
+    with pytest.raises(ValueError, match="the keys are w"):
+        clip_vision({"w": torch.zeros(1)})
+    with pytest.raises(ValueError, match="w is not understood; the keys are w"):
+        clip_text({"w": torch.zeros(1)})
+
+
+DOORS = {BTAdapter: "checkpoints.load_official", MALMM: "malmm_checkpoints.load_malmm", VideoEncoder: "integrations"}
+
+
+@pytest.mark.parametrize("kind", DOORS)
+def test_from_pretrained_names_the_right_door(kind, tmp_path):
+    torch.save({}, tmp_path / "x.pth")
+    with pytest.raises(ValueError, match=rf"x\.pth is no file of save.*{DOORS[kind]}"):
+        kind.from_pretrained(tmp_path / "x.pth")
+    for path in (tmp_path / "none.pth", "openai/clip-vit-large-patch14"):
+        with pytest.raises(FileNotFoundError, match=rf"there is no {path}.*nothing is downloaded.*{DOORS[kind]}"):
+            kind.from_pretrained(path)
+    save_file({"a": torch.zeros(1)}, tmp_path / "other.safetensors")
+    with pytest.raises(ValueError, match=rf"holds weights that pyvidx did not write; .*{DOORS[kind]}"):
+        kind.from_pretrained(tmp_path / "other.safetensors")
+    (tmp_path / "folder.safetensors").mkdir()
+    with pytest.raises(ValueError, match="it is a folder"):
+        kind.from_pretrained(tmp_path / "folder.safetensors")
+
+
+def test_load_model(tmp_path):
+    """One door for both kinds of files, as the command line has it."""
+    torch.save(mma_file(), tmp_path / "pretrain.pth")
+    official = load_model(tmp_path / "pretrain.pth", gated=False)
+    assert (official.compat, official.config.gated) == ("official", False)
+    assert load_model(tmp_path / "pretrain.pth", compat="paper").compat == "paper"
+    official.save(tmp_path / "ours")
+    for path in (tmp_path / "ours", tmp_path / "ours/model.safetensors"):
+        assert load_model(path).compat == "official" and load_model(path, compat="paper").compat == "paper"
+    with pytest.raises(ValueError, match="gated must not be given"):
+        load_model(tmp_path / "ours", gated=True)
+    with pytest.raises(FileNotFoundError, match="there is no"):
+        load_model(tmp_path / "none")
+
+
+NOT_WEIGHTS = {
+    "is empty": b"",
+    "is a pointer of Git LFS": b"version https://git-lfs.github.com/spec/v1\noid sha256:1\n",
+    "is a web page": b"<!DOCTYPE html><html>",
+    "is a compressed archive": b"\x1f\x8b" + bytes(40),
+    "is damaged or truncated": b"PK\x03\x04" + bytes(40),
+    "is no safetensors file, or is damaged": (1 << 60).to_bytes(8, "little") + b"{}",
+    "is not a pickle of plain tensors": b"\x80\x02" + bytes(40),
+}
+
+
+@pytest.mark.parametrize("said", NOT_WEIGHTS)
+def test_files_that_are_no_weights(said, tmp_path):
+    path = tmp_path / "w.pth"
+    path.write_bytes(NOT_WEIGHTS[said])
+    with pytest.raises(ValueError, match=rf"w\.pth {said}"):
+        load_official(path)
+
+
+def test_wrong_tensors(tmp_path):
+    """Refused by name before anything of their size is made."""
+    weights = state(*tower(6, 4))
+    wrong = {
+        "must be floating": {"class_embedding": torch.zeros(64, dtype=torch.int64)},
+        "must have 2 axes": {"position_embedding.weight": torch.zeros(5)},
+        "must have 4 axes": {"patch_embedding.weight": torch.zeros(0)},
+        "only plain tensors": {"class_embedding": torch.zeros(64).to_sparse()},
+        "meta device": {"class_embedding": torch.zeros(64, device="meta")},
+        "claim .* bytes, its storages hold": {"class_embedding": torch.zeros(1).expand(1 << 40)},
+        "needs parts of one shape": {"layers.0.self_attn.k_proj.weight": torch.zeros(())},
+        "shapes differ": {"position_embedding.weight": torch.zeros(5, 128)},
+    }
+    for said, change in wrong.items():
+        with pytest.raises(ValueError, match=said):
+            load_official(weights | change)
+    with pytest.raises(ValueError, match="must be numbered from 0"):
+        clip_vision({k.replace("layers.3", "layers.99999999"): v for k, v in clip_keys().items()}, **QUICK)
+    with zipfile.ZipFile(tmp_path / "bomb.pt", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("bomb/data.pkl", bytes(10_000_000))
+    with pytest.raises(ValueError, match="compressed archive"):
+        read(tmp_path / "bomb.pt")
+
+
+HEADERS = [
+    {"config": None}, {"config": {"vision": 3}}, {"compat": "neither"}, {"compat": ["paper"]}, {"tower": 7},
+    {"is_random": "no"}, {"config.depth": 10**9}, {"config.depth": "4"}, {"config.depth": 0}, {"config.gated": 1},
+    {"config.time_length": 10**9}, {"config.time_length": -1}, {"config.gate_scale": float("nan")},
+    {"config.vision.width": 10**9}, {"config.vision.layers": 10**9}, {"config.vision.heads": 0},
+    {"config.vision.image_size": 2**31}, {"config.vision.patch_size": True}, {"config.vision.eps": 1e999},
+    {"config.vision.unknown": 1}, {"config.part": "whole"}, {"config.vision.mlp_width": 97},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("change", HEADERS, ids=str)
+def test_headers_are_checked_before_a_model_is_built(change, tmp_path):
+    path = BTAdapter(CONFIG).save(tmp_path / "w.safetensors")
+    header, weights = header_of(path)
+    for where, value in change.items():
+        *above, last = where.split(".")
+        place = header
+        for name in above:
+            place = place[name]
+        place[last] = value
+    save_file(weights, path, {"pyvidx": json.dumps(header)})
+    with pytest.raises(ValueError, match=r"w\.safetensors"):
+        BTAdapter.from_pretrained(path)
+
+
+def header_of(path):
+    from safetensors import safe_open
+
+    with safe_open(path, "pt") as file:
+        return json.loads(file.metadata()["pyvidx"]), {name: file.get_tensor(name) for name in file.keys()}
+
+
+def test_bodies_are_checked(tmp_path):
+    path = BTAdapter(CONFIG).save(tmp_path / "w.safetensors")
+    header, weights = header_of(path)
+    changes = {
+        "lacks branch.time": {k: v for k, v in weights.items() if k != "branch.time"},
+        "has more that is no part": weights | {"more": torch.zeros(1)},
+        "branch.time must be floating": weights | {"branch.time": weights["branch.time"].int()},
+        "branch.time is .* in the model, .* in the file": weights | {"branch.time": torch.zeros(3)},
+    }
+    for said, body in changes.items():
+        save_file(body, path, {"pyvidx": json.dumps(header)})
+        with pytest.raises(ValueError, match=said):
+            BTAdapter.from_pretrained(path)
+    for text in ("[]", "{" * 10, "[" * 100_000):
+        save_file(weights, path, {"pyvidx": text})
+        with pytest.raises(ValueError, match=r"w\.safetensors"):
+            BTAdapter.from_pretrained(path)
+    path.write_bytes(path.read_bytes()[:-5])
+    with pytest.raises(ValueError, match=r"w\.safetensors is no safetensors file, or is damaged"):
+        BTAdapter.from_pretrained(path)
+
+
+def test_text_video_header(tmp_path):
+    path = TextVideo.default().save(tmp_path / "w.safetensors")
+    header, weights = header_of(path)
+    words = header["vocabulary"]
+    for change in ({"vocabulary": 3}, {"vocabulary": [1, 2]}, {"vocabulary": [*words, "extra"]}, {"about": []},
+                   {"text": {**header["text"], "layers": 10**6}}, {"text": {**header["text"], "odd": 1}}):  # fmt: skip
+        save_file(weights, path, {"pyvidx": json.dumps(header | change)})
+        with pytest.raises(ValueError, match=r"w\.safetensors"):
+            TextVideo.load(path)
+
+
+BANK = [
+    {"order": torch.full((2, 3, 5), 4, dtype=torch.int32)}, {"order": torch.full((2, 3, 5), -1, dtype=torch.int32)},
+    {"length": torch.tensor([99, 4], dtype=torch.int32)}, {"length": torch.tensor([-1, 4], dtype=torch.int32)},
+    {"length": torch.tensor([4, 4])}, {"sizes": torch.zeros(2, 3, 5, dtype=torch.int32)},
+    {"sizes": torch.full((2, 3, 5), -7, dtype=torch.int32)}, {"host": torch.tensor([0, 4, 0])},
+    {"host": torch.tensor([3, 400, 0])}, {"host": torch.tensor([3.0, 4.0, 0.0])}, {"host": torch.tensor([3])},
+    {"seen": torch.tensor([-5, 20])}, {"rows": torch.zeros(2, 5, 3, 4, dtype=torch.int32)},
+    {"rows": torch.zeros(2, 5, 3)}, {"last": torch.full((2, 3, 5), -9.0, dtype=torch.float64)},
+    {"similarity": torch.zeros(2, 3, 9)}, {"attached.0": torch.zeros(2, 5, 3, 0)}, {"odd": torch.zeros(1)},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("change", range(len(BANK)))
+def test_memory_load_checks_values(change, tmp_path):
+    policy = memory.create("merge", capacity=4)
+    bank = policy.extend(policy.new(2, 3, 4), torch.randn(2, 20, 3, 4))
+    path = memory.save(tmp_path / "m.safetensors", policy, bank)
+    tensors, about = bank.state_dict(), {"pyvidx.memory": json.dumps(policy.spec())}
+    save_file(tensors | BANK[change], path, about)
+    with pytest.raises(ValueError, match=r"memory\.load: .*m\.safetensors holds no bank that can go on"):
+        memory.load(path)
+
+
+def test_memory_load_checks_options(tmp_path):
+    policy = memory.create("merge", capacity=4)
+    path = memory.save(tmp_path / "m.safetensors", policy, policy.new(1, 2, 3))
+    tensors = policy.new(1, 2, 3).state_dict()
+    for about in ({}, {"name": "pickle"}, {"name": "merge", "capacity": "4"}, {"name": "merge", "capacity": 10**12},
+                  {"name": "merge", "capacity": 4.0}, {"name": "merge", "odd": 1}, {"name": ["merge"]},
+                  {"name": "fifo", "capacity": 4}, {"name": "merge", "capacity": 4, "anchors": -1}):  # fmt: skip
+        save_file(tensors, path, {"pyvidx.memory": json.dumps(about)})
+        with pytest.raises(ValueError, match=r"m\.safetensors"):
+            memory.load(path)
+    with pytest.raises(FileNotFoundError, match="there is no file"):
+        memory.load(tmp_path / "none.safetensors")
+    with pytest.raises(ValueError, match="it is a folder"):
+        memory.load(tmp_path)
+
+
+def test_a_torchvision_of_another_torch_is_named():
+    def fails(error):
+        with importing("tokenizer", "open_clip"):
+            raise error
+
+    with pytest.raises(RuntimeError, match="tokenizer: open_clip .* torchvision .* --force-reinstall"):
+        fails(RuntimeError("operator torchvision::nms does not exist"))
+    lazy = ModuleNotFoundError("Could not import module 'CLIPModel'. Are this object's requirements defined correctly?")
+    lazy.__cause__ = RuntimeError("operator torchvision::nms does not exist")
+    with pytest.raises(RuntimeError, match="--force-reinstall"):
+        fails(lazy)
+    with pytest.raises(RuntimeError, match=r"needs open_clip \(No module named 'open_clip'\): pip install 'pyvidx"):
+        fails(ModuleNotFoundError("No module named 'open_clip'"))
+    with pytest.raises(RuntimeError, match="^something else$"):
+        fails(RuntimeError("something else"))
