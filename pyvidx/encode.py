@@ -1,8 +1,7 @@
-"""Video files to embeddings: read, preprocess, encode, with reading ahead of encoding and errors kept per file."""
+"""Video files to embeddings: read ahead in other processes, preprocess, encode, with errors kept per file."""
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
@@ -10,8 +9,8 @@ import torch
 
 from pyvidx.models import BTAdapter, Encoding
 from pyvidx.preprocess import PRESETS, Preset, preprocess
-from pyvidx.video import Clip, read
-from pyvidx.video.clip import Damage
+from pyvidx.video import Clip, Damage
+from pyvidx.video.pool import Decoded, Decoders, shared
 
 
 @dataclass(frozen=True)
@@ -23,7 +22,7 @@ class Encoded:
         encoding: batch of one, on the CPU in float32; None if it failed.
         seconds: [T] float64, times of the frames that were encoded.
         error: why it failed, or None.
-        damaged: what is wrong with a file that was encoded all the same, as pyvidx.video.Clip has it.
+        damaged: what the file turned out to lack although it could be read, as Clip says it.
     """
 
     path: str
@@ -38,7 +37,7 @@ PARTS = ("read", "preprocess", "encode", "write")
 
 @dataclass
 class Timing:
-    """Where the time went, in seconds. `read` runs ahead in its own threads, so the parts may exceed the wall time."""
+    """Where the time went, in seconds. `read` runs ahead in other processes, so the parts may exceed the wall time."""
 
     videos: int = 0
     frames: int = 0
@@ -74,6 +73,7 @@ def encode_videos(
     outputs: Sequence[str] | None = None,
     batch: int = 1,
     workers: int = 1,
+    decoders: Decoders | None = None,
     timing: Timing | None = None,
 ) -> Iterator[Encoded]:
     """Encode video files one after another; a file that fails yields its error and does not stop the rest.
@@ -85,65 +85,89 @@ def encode_videos(
         preset: as in pyvidx.preprocess; its crop is set to the model's image size.
         outputs: "tokens", "pooled" or both; None: what the model has.
         batch: videos of equal frame count that are encoded together.
-        workers: threads that read ahead.
+        workers: processes that read ahead.
+        decoders: those processes, where a timeout or a bound on their memory is wanted; None: pyvidx.video.pool.shared.
         timing: filled while iterating.
 
-    Yields:
-        Encoded, one per path.
+    Returns:
+        Iterator of Encoded, one per path. An embedding that is not finite is an error of its video. Where the model
+        fails on a batch, its videos are encoded one by one.
 
     Raises:
         ValueError: batch or workers is below 1, or a preset is unknown.
     """
     if batch < 1 or workers < 1:
         raise ValueError(f"encode_videos: batch and workers must be at least 1, got {batch} and {workers}")
-    timing = timing if timing is not None else Timing()
     chosen = _sized(preset, model.config.vision.image_size)
+    decoders = shared(workers) if decoders is None else decoders
+    decoders.start(workers)
+    clips = decoders.map(paths, frames, sampler, reader, start=start, end=end, workers=workers, ahead=workers + batch)
+    return _encoded(clips, model, chosen, outputs, batch, timing if timing is not None else Timing())
+
+
+def _encoded(
+    clips: Iterator[Decoded],
+    model: BTAdapter,
+    preset: Preset,
+    outputs: Sequence[str] | None,
+    batch: int,
+    timing: Timing,
+) -> Iterator[Encoded]:
     weight = next(model.parameters())
 
-    def load(path: str) -> Clip:
-        with timing.of("read"):
-            return read(path, frames=frames, sampler=sampler, reader=reader, start=start, end=end)
+    def embed(clips: list[Clip]) -> list[Encoding]:
+        with timing.of("preprocess"):
+            pixels = [preprocess(clip.frames.to(weight.device), preset, dtype=weight.dtype) for clip in clips]
+            pixels = torch.stack(pixels)  # [B, T, 3, h, w]
+        with timing.of("encode"), torch.inference_mode():
+            result = model(pixels, outputs=outputs)
+            found = [x if x is None else x.float().cpu() for x in (result.tokens, result.pooled)]
+        return [
+            Encoding(*(x if x is None else x[i : i + 1] for x in found), clip.seconds[None])
+            for i, clip in enumerate(clips)
+        ]
 
-    def run(group: list[tuple[str, Clip]]) -> Iterator[Encoded]:
+    def together(group: list[tuple[str, Clip]]) -> list[Encoded]:
         try:
-            with timing.of("preprocess"):
-                clips = [preprocess(c.frames.to(weight.device), chosen, dtype=weight.dtype) for _, c in group]
-                pixels = torch.stack(clips)  # [B, T, 3, h, w]
-            with timing.of("encode"), torch.inference_mode():
-                result = model(pixels, outputs=outputs)
-                tokens, pooled = (x if x is None else x.float().cpu() for x in (result.tokens, result.pooled))
-        except (ValueError, RuntimeError) as error:
-            yield from (failure(path, error) for path, _ in group)
-            return
-        for i, (path, clip) in enumerate(group):
-            timing.videos, timing.frames = timing.videos + 1, timing.frames + len(clip)
-            one = Encoding(*(x if x is None else x[i : i + 1] for x in (tokens, pooled)), clip.seconds[None])
-            yield Encoded(path, one, clip.seconds, damaged=clip.damaged)
+            found = embed([clip for _, clip in group])
+        except Exception as error:
+            if len(group) == 1:
+                return [failed(group[0][0], error)]
+            found = None
+        if found is None:  # one of them is to blame, or together they are too large; the error no longer holds memory
+            return [one for member in group for one in together([member])]
+        return [finite(path, clip, encoding) for (path, clip), encoding in zip(group, found)]
 
-    def failure(path: str, error: Exception) -> Encoded:
+    def finite(path: str, clip: Clip, encoding: Encoding) -> Encoded:
+        for name in ("tokens", "pooled"):
+            value = getattr(encoding, name)
+            if value is not None and not value.isfinite().all():
+                why = f"the weights hold some too, or {weight.dtype} is too narrow for them"
+                return failed(path, RuntimeError(f"encode_videos: {name} must be finite, got NaN or Inf: {why}"))
+        timing.videos, timing.frames = timing.videos + 1, timing.frames + len(clip)
+        return Encoded(path, encoding, clip.seconds, damaged=clip.damaged)
+
+    def failed(path: str, error: Exception) -> Encoded:
         timing.failed += 1
         return Encoded(path, error=f"{type(error).__name__}: {error}")
 
     began = time.perf_counter()
     group: list[tuple[str, Clip]] = []
-    for path, future in _ahead(load, paths, workers, depth=workers + batch):
-        try:
-            clip = future.result()
-        except Exception as error:  # whatever a damaged file makes a decoder raise
-            yield from run(group) if group else ()
+    for path, clip, error, seconds in clips:
+        timing.parts["read"] += seconds
+        if group and (clip is None or len(clip) != len(group[0][1])):
+            yield from together(group)
             group = []
-            yield failure(path, error)
+        if clip is None:
+            yield failed(path, error)
             continue
-        if group and len(clip) != len(group[0][1]):
-            yield from run(group)
-            group = []
         group.append((path, clip))
         if len(group) == batch:
-            yield from run(group)
+            yield from together(group)
             group = []
         timing.wall = time.perf_counter() - began
     if group:
-        yield from run(group)
+        yield from together(group)
     timing.wall = time.perf_counter() - began
 
 
@@ -154,14 +178,3 @@ def _sized(preset: str | Preset, size: int) -> Preset:
         preset = PRESETS[preset]
     # A preset that resizes a little larger before it crops keeps its margin.
     return replace(preset, size=round(preset.size * size / (preset.crop or preset.size)), crop=size)
-
-
-def _ahead(load: Callable, paths: Iterable[str], workers: int, depth: int) -> Iterator[tuple[str, Future]]:
-    """(path, future of load(path)) in order, with at most `depth` loads under way or waiting to be taken."""
-    with ThreadPoolExecutor(workers, thread_name_prefix="pyvidx-read") as pool:
-        queue: list[tuple[str, Future]] = []
-        for path in paths:
-            queue.append((path, pool.submit(load, path)))
-            if len(queue) >= depth:
-                yield queue.pop(0)
-        yield from queue

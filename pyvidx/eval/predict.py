@@ -12,7 +12,7 @@ from pyvidx.eval.tasks import Task
 from pyvidx.integrations.language import Language
 from pyvidx.models import MALMM
 from pyvidx.preprocess import PRESETS, preprocess
-from pyvidx.video import read
+from pyvidx.video.pool import shared
 
 
 def predict(
@@ -60,7 +60,7 @@ def predict(
             try:
                 if path is None:
                     raise FileNotFoundError(f"not in {root}")
-                clip = read(path, task.frames, task.eval_sampler, reader, start=s.start, end=s.end)
+                clip = shared().read(path, task.frames, task.eval_sampler, reader, start=s.start, end=s.end)
             except Exception as error:  # whatever a damaged file makes a decoder raise
                 broken[s.id] = f"{type(error).__name__}: {error}"
                 continue

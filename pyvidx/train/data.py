@@ -17,7 +17,7 @@ from torch.utils.data import Dataset, DistributedSampler
 from pyvidx.preprocess import PRESETS, Preset, preprocess
 from pyvidx.train.distributed import Ranks
 from pyvidx.train.recipe import Recipe
-from pyvidx.video import read
+from pyvidx.video.pool import shared
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,8 @@ class Take:
         end: float | None = None,
     ) -> Tensor:
         """[T, 3, size, size]. draws: needed where anything is random; start, end, Raises: see pyvidx.video.read."""
-        clip = read(path, self.frames, self.sampler, self.reader, start=start, end=end, generator=draws).frames
+        video = shared().read(path, self.frames, self.sampler, self.reader, start=start, end=end, generator=draws)
+        clip = video.frames
         if self.shorter is not None:
             clip = shortened(clip, self.shorter)
         if self.area is not None:

@@ -2,7 +2,8 @@
 
 from . import sampling
 from .clip import Clip, Damage
+from .pool import Decoders
 from .reader import read, stream
 from .writer import write
 
-__all__ = ["Clip", "Damage", "read", "sampling", "stream", "write"]
+__all__ = ["Clip", "Damage", "Decoders", "read", "sampling", "stream", "write"]

@@ -6,17 +6,23 @@ would give a wrong frame without noticing.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
-# VP8 keeps reference frames that are never shown in packets of their own; AVI stores no presentation times.
-_COUNT_BY_DECODING = {"vp8", "avi"}
+from .clip import Damage
+from .shown import Shown, Suspect
+from .source import Source, import_av
+from .structure import cut
+
+# These store when a packet is decoded, not when its frame is shown.
+_NO_SHOWN_TIMES = {"avi", "asf"}
+# VP8 keeps reference frames that are never shown in packets of their own.
+_COUNT_BY_DECODING = {"vp8", *_NO_SHOWN_TIMES}
 # Containers that list their frames, by the first of FFmpeg's names for them.
 _LISTS_FRAMES = {"mov", "matroska", "flv"}
+# Codecs with one frame per packet, tried with all readers.
+_COUNTED = {"h264", "hevc", "mpeg4", "mjpeg", "vp9"}
 
 
 @dataclass(frozen=True)
@@ -25,12 +31,15 @@ class FrameIndex:
 
     Args:
         pts: [N] int64, presentation time of each frame in units of the stream's time base; frame numbers if the
-            stream has no timestamps.
+            stream has no usable timestamps.
         seconds: [N] float64, the same in seconds since frame 0.
         start: time of frame 0 on the clock of the container, in seconds.
         fps: average frames per second, as the container states it.
         keys: frame numbers where decoding can start, ascending; None if frames must be counted by decoding them all.
         caution: why frame n may not be the n-th one after seeking, for a reader that does not check; "" if it is.
+        size: H and W, as the header states them.
+        careful: the frames were counted, and must be decoded, in the way of a damaged file.
+        damaged: what counting them found.
     """
 
     pts: np.ndarray
@@ -39,6 +48,9 @@ class FrameIndex:
     fps: float
     keys: np.ndarray | None
     caution: str
+    size: tuple[int, int] = (0, 0)
+    careful: bool = False
+    damaged: Damage = Damage()
 
     def between(self, start: float | None, end: float | None) -> tuple[int, int]:
         """First and one past the last frame with `start` <= seconds < `end`."""
@@ -52,76 +64,108 @@ class FrameIndex:
         return first, last
 
 
-def import_av() -> Any:
-    """PyAV, or an error that says what to install."""
-    try:
-        import av
-    except ImportError as error:
-        raise RuntimeError("video: reading and writing files needs PyAV: pip install 'pyvidx[video]'") from error
-    return av
+def scan(source: Source) -> FrameIndex:
+    """List the shown frames of a video by its packets, or by decoding where packets do not tell.
 
-
-@contextmanager
-def open_video(path: str) -> Iterator[tuple[Any, Any]]:
-    """A PyAV container and its best video stream, closed at the end of the block.
+    That is: no or repeated timestamps, AVI, ASF, VP8.
 
     Raises:
-        RuntimeError: the file is no video, or holds no video stream, or PyAV stumbles while the block reads it.
+        Suspect: something is wrong with the file.
+        RuntimeError: it cannot be opened, or holds no video stream, or no frame.
     """
     av = import_av()
-    try:
-        with av.open(path) as container:
-            stream = container.streams.best("video")
-            if stream is None:
-                raise RuntimeError(f"video: {path} holds no video stream")
-            stream.thread_type = "AUTO"
-            yield container, stream
-    except av.FFmpegError as error:
-        raise RuntimeError(f"video: {path} cannot be decoded by PyAV: {error}") from error
-
-
-def scan(path: str, *, decode: bool = False) -> FrameIndex:
-    """List the shown frames of a video.
-
-    Args:
-        path: a video file.
-        decode: count by decoding every frame, which is slow and always right. It is done anyway where packets do not
-            tell: no or repeated timestamps, AVI, VP8.
-
-    Raises:
-        RuntimeError: the file cannot be opened, or holds no video stream, or no frame.
-    """
-    with open_video(path) as (container, stream):
+    with source.video() as (container, stream):
         family = container.format.name.split(",")[0]
         base, rate = stream.time_base, stream.average_rate
-        packets = []
-        if not decode and _COUNT_BY_DECODING.isdisjoint((stream.codec_context.name, family)):
-            packets = [(p.pts, p.is_keyframe) for p in container.demux(stream) if p.size and not p.is_discard]
+        codec, claimed, count, packets = stream.codec_context, stream.frames, 0, []
+        by_decoding = not _COUNT_BY_DECODING.isdisjoint((codec.name, family))
+        if not by_decoding:
+            try:
+                for packet in container.demux(stream):
+                    if packet.is_corrupt:
+                        raise Suspect("a packet is marked as damaged by its container")
+                    count += packet.size > 0 or packet.dts is not None
+                    if packet.size and not packet.is_discard:
+                        packets.append((packet.pts, packet.is_keyframe))
+            except av.FFmpegError as error:
+                raise Suspect(f"reading stops: {error.strerror}") from error
+            if count < len(stream.index_entries):
+                raise Suspect("packets are missing")
+    with source.raw() as file:
+        if reason := cut(file, family):
+            raise Suspect(reason)
     times = [pts for pts, _ in packets]
     if not times or None in times or len(set(times)) < len(times):
-        with open_video(path) as (container, stream):
-            times = [frame.pts for frame in container.decode(stream)]
-        keys, caution = None, "its frames can only be counted by decoding them"
-    else:
-        keys = np.union1d(0, np.searchsorted(np.sort(times), [pts for pts, is_key in packets if is_key])).astype(int)
-        caution = "" if family in _LISTS_FRAMES else f"the {family} container does not list its frames"
-        times.sort()
-        if _has_leading_frames(packets):
-            caution = "frames shown before a keyframe come after it in the file (open GOPs)"
-    if not times:
-        raise RuntimeError(f"video: {path} holds no frame")
-    pts = np.arange(len(times))
-    if None in times or (np.diff(times) <= 0).any():
-        if not rate:
-            raise RuntimeError(f"video: {path} has neither usable timestamps nor a frame rate")
-        seconds, start = pts / float(rate), 0.0
-    else:
-        pts = np.array(times)
-        seconds, start = (pts - pts[0]) * float(base), pts[0] * float(base)
-    if not rate and seconds[-1] == 0:
-        raise RuntimeError(f"video: {path} has no frame rate and fewer than two timestamps")
-    fps = float(rate) if rate else (len(seconds) - 1) / float(seconds[-1])
-    return FrameIndex(pts, seconds, start, fps, keys, caution)
+        return count_frames(source, careful=False)
+    keys = np.union1d(0, np.searchsorted(np.sort(times), [pts for pts, is_key in packets if is_key])).astype(int)
+    caution = ""
+    if family not in _LISTS_FRAMES:
+        caution = f"the {family} container does not list its frames"
+    elif codec.name not in _COUNTED:
+        caution = f"it was never tried on {codec.name}"
+    elif claimed > count:
+        caution = f"the header claims {claimed} frames where there are {count}"
+    elif _has_leading_frames(packets):
+        caution = "frames shown before a keyframe come after it in the file (open GOPs)"
+    pts = np.sort(np.array(times))
+    seconds = (pts - pts[0]) * float(base)
+    size = codec.height, codec.width
+    return FrameIndex(pts, seconds, pts[0] * float(base), _rate(source, rate, seconds), keys, caution, size)
+
+
+def count_frames(source: Source, careful: bool) -> FrameIndex:
+    """List the shown frames by decoding them all, which is slow and always right.
+
+    Raises:
+        Suspect: something is wrong with the file, and `careful` is False.
+        RuntimeError: it cannot be opened, or holds no video stream, or no frame.
+    """
+    times = stored_times(source)
+    with source.video() as (container, stream):
+        shown = Shown(source, container, stream, careful, times)
+        seconds = np.array([second for _, second, _ in shown], dtype=np.float64)
+        rate = stream.average_rate
+    if not len(seconds):
+        why = f": {shown.damage.reason}" if shown.damage else ""
+        raise RuntimeError(f"video: {source.name} holds no frame that can be decoded{why}")
+    return FrameIndex(
+        np.arange(len(seconds)),
+        seconds,
+        0.0,
+        _rate(source, rate, seconds),
+        None,
+        "its frames can only be counted by decoding them",
+        careful=careful,
+        damaged=shown.damage,
+    )
+
+
+def stored_times(source: Source) -> list[float] | None:
+    """Seconds of the frames of an AVI or ASF file, in the order they are shown: those of its packets, ascending.
+
+    None for other containers, whose frames carry their times.
+    """
+    with source.video() as (container, stream):
+        if container.format.name not in _NO_SHOWN_TIMES:
+            return None
+        av = import_av()
+        ticks = set()
+        try:
+            for packet in container.demux(stream):
+                if packet.size and packet.dts is not None:
+                    ticks.add(packet.dts)
+        except av.FFmpegError:
+            pass  # whoever decodes it will meet the same error
+        first = min(ticks, default=0)
+        return [(tick - first) * float(stream.time_base) for tick in sorted(ticks)]
+
+
+def _rate(source: Source, rate: float | None, seconds: np.ndarray) -> float:
+    if rate:
+        return float(rate)
+    if seconds[-1] == 0:
+        raise RuntimeError(f"video: {source.name} has no frame rate and fewer than two timestamps")
+    return (len(seconds) - 1) / float(seconds[-1])
 
 
 def _has_leading_frames(packets: list[tuple[int, bool]]) -> bool:

@@ -2,70 +2,98 @@
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_right
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
 
-from .index import FrameIndex, open_video
+from .clip import Damage
+from .index import FrameIndex, stored_times
+from .shown import Shown, Suspect
+from .source import MAX_PIXELS, Source
+
+Item = tuple[int, float, float, np.ndarray]
 
 
-class FrameLost(RuntimeError):
-    """The decoder did not deliver a frame that the packets promised."""
-
-
-def decode(path: str, index: FrameIndex, wanted: list[int]) -> np.ndarray:
+def decode(source: Source, index: FrameIndex, wanted: list[int], room: int) -> np.ndarray:
     """Decode the `wanted` frames (ascending, no repeats) to uint8 [K, H, W, 3].
 
     Seeks to the last keyframe before each wanted frame unless decoding on gets there first, so the cost is at most
     that of decoding the file once. Frames are recognized by their timestamps, never by counting from a seek.
+
+    Args:
+        room: bytes that the result may take.
+
+    Raises:
+        Suspect: something is wrong with the file, and the index is not that of a damaged one.
     """
     out = None
-    with open_video(path) as (container, stream):
-        for k, frame in enumerate(_walk(path, container, stream, index, wanted)):
-            image = _rgb(frame)
+    with source.video() as (container, stream):
+        for k, frame in enumerate(_walk(source, container, stream, index, wanted)):
+            image = _rgb(source, frame)
             if out is None:
-                out = np.empty((len(wanted), *image.shape), dtype=np.uint8)
+                out = np.empty((room_for(len(wanted), image.shape, room), *image.shape), dtype=np.uint8)
             if image.shape != out.shape[1:]:
                 raise RuntimeError(
-                    f"video: {path} changes its frame size from {out.shape[1:3]} to {image.shape[:2]} "
+                    f"video: {source.name} changes its frame size from {out.shape[1:3]} to {image.shape[:2]} "
                     f"before frame {wanted[k]}"
                 )
             out[k] = image
     return out
 
 
-def iterate(path: str, keep: Callable[[int, float], bool]) -> Iterator[tuple[int, float, float, np.ndarray]]:
-    """Decode once from the start; for each frame with keep(number, seconds) give number, seconds, fps, image."""
-    with open_video(path) as (container, stream):
-        fps = float(stream.average_rate or 0)
-        first, last = None, -1.0
-        for number, frame in enumerate(container.decode(stream)):
-            if frame.pts is None:
-                if not fps:
-                    raise RuntimeError(f"video: {path} has neither timestamps nor a frame rate")
-                seconds = number / fps
-            else:
-                first = frame.pts if first is None else first
-                seconds = (frame.pts - first) * float(stream.time_base)
-            if seconds <= last:
-                raise RuntimeError(
-                    f"video: {path} has a time out of order at frame {number}; use read, or re-encode it"
-                )
-            last = seconds
-            if keep(number, seconds):
-                yield number, seconds, fps, _rgb(frame)
+def iterate(source: Source, keep: Callable[[int, float], bool]) -> Iterator[tuple[Item | None, Damage]]:
+    """Decode once from the start; for each frame with keep(number, seconds) give (number, seconds, fps, image).
+
+    What is known of damage comes beside it, and once more after the last frame, beside None.
+    """
+    times, done = stored_times(source), -1
+    for careful in (False, True):
+        with source.video() as (container, stream):
+            fps = float(stream.average_rate or 0)
+            shown = Shown(source, container, stream, careful, times)
+            try:
+                for number, seconds, frame in shown:
+                    # After a first sign of damage it is gone through again, with care: these were given before it.
+                    if number > done and keep(number, seconds):
+                        yield (number, seconds, fps, _rgb(source, frame)), shown.damage
+                    done = max(done, number)
+            except Suspect:
+                continue
+        yield None, shown.damage
+        return
 
 
-def _rgb(frame: Any) -> np.ndarray:
+def room_for(count: int, shape: tuple[int, ...], room: int) -> int:
+    """`count`, if that many pictures of a shape fit into `room` bytes.
+
+    Raises:
+        ValueError: they do not.
+    """
+    need = count * math.prod(shape)
+    if need > room:
+        raise ValueError(
+            f"read: {count} frames of {shape[1]} x {shape[0]} take {need} bytes, more than max_bytes={room}; "
+            "ask for fewer, use stream, or raise max_bytes"
+        )
+    return count
+
+
+def _rgb(source: Source, frame: Any) -> np.ndarray:
+    if frame.width * frame.height > MAX_PIXELS:
+        raise RuntimeError(
+            f"video: {source.name} has a picture of {frame.width} x {frame.height}; at most {MAX_PIXELS} pixels are read"
+        )
     image = frame.to_ndarray(format="rgb24")
     # FFmpeg reports the display matrix but does not apply it; phones store portrait video as rotated landscape.
     return np.rot90(image, frame.rotation // 90) if frame.rotation else image
 
 
-def _walk(path: str, container: Any, stream: Any, index: FrameIndex, wanted: list[int]) -> Iterator[Any]:
-    frames = container.decode(stream)
+def _walk(source: Source, container: Any, stream: Any, index: FrameIndex, wanted: list[int]) -> Iterator[Any]:
+    shown = Shown(source, container, stream, index.careful)
+    frames = shown.frames()
     if index.keys is None:
         ahead = iter(wanted)
         want = next(ahead)
@@ -75,18 +103,18 @@ def _walk(path: str, container: Any, stream: Any, index: FrameIndex, wanted: lis
                 want = next(ahead, None)
             if want is None:
                 return
-        raise FrameLost(f"video: frame {want} of {path} cannot be decoded")
+        raise Suspect(f"frame {want} cannot be decoded")
     number_of = {int(pts): number for number, pts in enumerate(index.pts)}
     last = -1
     for want in wanted:
         key = int(index.keys[bisect_right(index.keys, want) - 1])
         if key > last + 1:
             container.seek(int(index.pts[key]), stream=stream)
-            frames = container.decode(stream)
+            frames = shown.frames()
         for frame in frames:
             last = number_of.get(frame.pts, last)
             if last >= want:
                 break
         if last != want:
-            raise FrameLost(f"video: frame {want} of {path} ({index.seconds[want]:.3f} s) cannot be decoded")
+            raise Suspect(f"frame {want} ({index.seconds[want]:.3f} s) cannot be decoded")
         yield frame

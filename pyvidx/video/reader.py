@@ -2,27 +2,30 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import warnings
 from collections.abc import Iterator
+from typing import BinaryIO
 
 import numpy as np
 import torch
 
-from . import decord_reader, pyav_reader, sampling, torchcodec_reader
-from .clip import Clip
-from .index import FrameIndex, scan
+from . import decord_reader, folder, pyav_reader, sampling, torchcodec_reader
+from .arguments import integer, number
+from .clip import Clip, Damage
+from .folder import FrameFolder
+from .index import FrameIndex, count_frames, scan
+from .shown import Suspect
+from .source import Source, source_of
 
-# Of the files in a folder, those that are videos.
-SUFFIXES = (".mp4", ".mkv", ".webm", ".avi", ".mov", ".m4v", ".mpg", ".mpeg", ".ts", ".flv", ".wmv", ".ogv", ".3gp")
+Video = str | os.PathLike[str] | bytes | BinaryIO
 
-_DECODE = {"decord": decord_reader.decode, "pyav": pyav_reader.decode, "torchcodec": torchcodec_reader.decode}
-_ITERATE = {"pyav": pyav_reader.iterate, "torchcodec": torchcodec_reader.iterate}
+READERS = ("decord", "pyav", "torchcodec")
+_OTHERS = {"decord": decord_reader.decode, "torchcodec": torchcodec_reader.decode}
 
 
 def read(
-    path: str | os.PathLike[str],
+    source: Video,
     frames: int | None = None,
     sampler: str | sampling.Rule = "uniform",
     reader: str = "auto",
@@ -30,96 +33,121 @@ def read(
     start: float | None = None,
     end: float | None = None,
     generator: torch.Generator | None = None,
+    strict: bool = False,
+    fps: float | None = None,
+    max_bytes: int = 8 << 30,
+    playlists: bool = False,
 ) -> Clip:
     """Read some frames of a video, chosen by a named rule.
 
     The file is scanned once for the times of its frames, then only what the rule chose is decoded. Nothing stays open.
+    A file in which that meets damage is counted by decoding all of it: its frames are those that decode, skipping the
+    packets that do not, as players show them; Clip.damaged says what was lost, and a warning does. Damage in packets
+    that were not needed is not met; `strict` looks for it.
 
     Args:
-        path: a video file.
+        source: a video file by its path, its bytes, or a seekable binary file object; or a folder of JPEG, PNG, BMP or
+            WebP frames of one size, in the order of the numbers in their names.
         frames: frames wanted; for the rules by frame rate, the most to take. None: the rule's own, 8 or its cap.
         sampler: a name of `sampling.names()`, or a function of (num_frames, wanted, fps, generator) giving indices.
-        reader: "auto" is decord, and PyAV with a warning where decord is absent or cannot decode the file.
-            "decord", "pyav" or "torchcodec" takes that one or fails.
+        reader: "auto" is PyAV. "decord" (files by path, without damage, in which it counts frames rightly) or
+            "torchcodec" takes that one or fails.
         start, end: choose among the frames with start <= seconds < end. Seconds count from the first shown frame.
         generator: the random state of the training rules; it is advanced.
+        strict: decode all of the video, and raise at any damage.
+        fps: frames per second of a folder of frames, which cannot do without; not for anything else.
+        max_bytes: memory that the frames may take.
+        playlists: open playlists (.m3u8, .mpd, ffconcat) and the files on this machine that they name, too.
 
     Returns:
         Clip with T = the number of indices the rule gives, usually `frames`; indices count from the start of the file.
-        Pixels do not depend on the reader for 8-bit video, except 4:2:0 of odd height: there, and for 10 bits, each
-        reader's own FFmpeg interpolates the color planes a little differently.
+        Pixels do not depend on the reader for 8-bit video, except 4:2:0 that is of odd height or interlaced: there, and
+        for 10 bits, each reader's own FFmpeg interpolates the color planes a little differently.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: an argument is out of range, or [start, end) holds no frame.
-        RuntimeError: no reader could decode the file; the text says which failed and why.
+        ValueError: an argument is out of range, or [start, end) holds no frame, or the frames exceed max_bytes.
+        RuntimeError: no frame can be decoded, or the chosen reader fails, or `strict` found damage; the text says why.
     """
-    path = _existing("read", path)
-    if reader != "auto" and reader not in _DECODE:
-        raise ValueError(f"read: reader must be 'auto' or one of {sorted(_DECODE)}, got {reader!r}")
+    if reader != "auto" and reader not in READERS:
+        raise ValueError(f"read: reader must be 'auto' or one of {list(READERS)}, got {reader!r}")
+    frames = None if frames is None else integer("read", "frames", frames, at_least=1)
+    start = None if start is None else number("read", "start", start)
+    end = None if end is None else number("read", "end", end)
+    room = integer("read", "max_bytes", max_bytes)
+    video = _source("read", source, fps, playlists)
     state = generator.get_state() if generator is not None else None
-    for by_decoding in (False, True):
-        index = scan(path, decode=by_decoding)
-        if state is not None:
-            generator.set_state(state)
-        first, last = index.between(start, end)
-        chosen = first + sampling.sample(sampler, last - first, frames, index.fps, generator)
-        wanted, order = torch.unique(chosen, return_inverse=True)
+    for careful in (False, True):
         try:
-            pixels = torch.from_numpy(np.ascontiguousarray(_decode(path, index, wanted.tolist(), reader)))
-        except pyav_reader.FrameLost:
-            # The packets promised a frame that the decoder skips (a stream cut in the middle): count what it shows.
-            if by_decoding:
-                raise
-            continue
-        break
+            index = _index(video, careful, strict)
+            if state is not None:
+                generator.set_state(state)
+            first, last = index.between(start, end)
+            chosen = first + sampling.sample(sampler, last - first, frames, index.fps, generator)
+            wanted, order = torch.unique(chosen, return_inverse=True)
+            pixels = torch.from_numpy(np.ascontiguousarray(_decode(video, index, wanted.tolist(), reader, room)))
+            break
+        except Suspect as sign:
+            if careful:
+                raise RuntimeError(f"read: {video.name} cannot be read: {sign}") from sign
+    if index.damaged:
+        warnings.warn(f"read: {video.name} is {index.damaged}", stacklevel=2)
     in_order = torch.equal(order, torch.arange(len(wanted)))
     return Clip(
         frames=pixels if in_order else pixels[order],
         seconds=torch.from_numpy(index.seconds)[chosen],
         indices=chosen,
         fps=index.fps,
-        path=path,
+        path=video.name,
+        damaged=index.damaged,
     )
 
 
 def stream(
-    path: str | os.PathLike[str],
+    source: Video,
     *,
     chunk: int = 16,
     stride: int = 1,
     fps: float | None = None,
     reader: str = "auto",
+    strict: bool = False,
+    playlists: bool = False,
 ) -> Iterator[Clip]:
     """Go through a whole video in order, holding one chunk of frames at a time.
 
     Args:
-        path: a video file.
+        source: as in `read`.
         chunk: frames per Clip; the last one may be shorter.
         stride: keep every stride-th frame.
         fps: keep the first frame at or after each multiple of 1 / fps seconds, which follows a variable frame rate.
-            A video slower than `fps` gives each frame once.
+            A video slower than `fps` gives each frame once. Of a folder of frames, it is their own rate.
         reader: "auto" is PyAV; or "pyav", "torchcodec". decord cannot stream in bounded memory.
+        strict: raise at the first damage instead of going on after it.
+        playlists: as in `read`.
 
     Yields:
-        Clip of up to `chunk` frames, with fresh memory.
+        Clip of up to `chunk` frames, with fresh memory. Its `damaged` is what was met so far.
 
     Raises:
         FileNotFoundError, ValueError, RuntimeError: as `read`; before the first Clip, except for damage further on.
     """
-    path = _existing("stream", path)
     reader = "pyav" if reader == "auto" else reader
-    if reader not in _ITERATE:
-        raise ValueError(f"stream: reader must be 'auto' or one of {sorted(_ITERATE)}, got {reader!r}")
-    if chunk < 1 or stride < 1 or (fps is not None and (fps <= 0 or stride != 1)):
-        raise ValueError(
-            f"stream: chunk and stride must be >= 1 and fps > 0, and fps or stride be given, not both; "
-            f"got chunk={chunk}, stride={stride}, fps={fps}"
-        )
-    return _chunks(path, reader, chunk, stride, fps)
+    if reader not in ("pyav", "torchcodec"):
+        raise ValueError(f"stream: reader must be 'auto', 'pyav' or 'torchcodec', got {reader!r}")
+    chunk, stride = integer("stream", "chunk", chunk, at_least=1), integer("stream", "stride", stride, at_least=1)
+    fps = None if fps is None else number("stream", "fps", fps, above=0)
+    is_folder = not isinstance(source, bytes) and not hasattr(source, "read") and os.path.isdir(source)
+    video = _source("stream", source, fps if is_folder else None, playlists)
+    if is_folder:
+        fps = None
+    if fps is not None and stride != 1:
+        raise ValueError(f"stream: fps or stride must be given, not both; got fps={fps}, stride={stride}")
+    return _chunks(video, reader, chunk, stride, fps, strict)
 
 
-def _chunks(path: str, reader: str, chunk: int, stride: int, fps: float | None) -> Iterator[Clip]:
+def _chunks(
+    video: Source | FrameFolder, reader: str, chunk: int, stride: int, fps: float | None, strict: bool
+) -> Iterator[Clip]:
     tick = 0
 
     def keep(number: int, seconds: float) -> bool:
@@ -132,56 +160,88 @@ def _chunks(path: str, reader: str, chunk: int, stride: int, fps: float | None) 
         tick = int(seconds * fps + 1e-6) + 1
         return True
 
-    held: list[tuple[int, float, float, np.ndarray]] = []
-    empty = True
-    for item in _ITERATE[reader](path, keep):
-        empty = False
-        held.append(item)
-        if len(held) == chunk:
-            yield _clip(path, held)
+    held: list[pyav_reader.Item] = []
+    empty, told = True, False
+    for item, damage in _iterate(video, reader, keep):
+        if damage and strict and damage.frame is not None:
+            raise RuntimeError(f"stream: {video.name} is {damage}")
+        # A full chunk waits for what comes next: the end may tell that the file was cut.
+        if held and (item is None or len(held) == chunk):
+            if damage and not told:
+                warnings.warn(f"stream: {video.name} is {damage}", stacklevel=2)
+                told = True
+            empty = False
+            yield _clip(video.name, held, damage)
             held = []
-    if held:
-        yield _clip(path, held)
+        if item is not None:
+            held.append(item)
     if empty:
-        raise RuntimeError(f"video: {path} holds no frame")
+        raise RuntimeError(f"video: {video.name} holds no frame that can be decoded")
 
 
-def _clip(path: str, held: list[tuple[int, float, float, np.ndarray]]) -> Clip:
+def _iterate(video: Source | FrameFolder, reader: str, keep) -> Iterator[tuple[pyav_reader.Item | None, Damage]]:
+    if isinstance(video, FrameFolder):
+        return folder.iterate(video, keep)
+    if reader == "pyav":
+        return pyav_reader.iterate(video, keep)
+    return torchcodec_reader.iterate(_path(video, reader), keep)
+
+
+def _clip(name: str, held: list[pyav_reader.Item], damage: Damage) -> Clip:
     numbers, seconds, fps, images = zip(*held, strict=True)
     if len({image.shape for image in images}) > 1:
-        raise RuntimeError(f"video: {path} changes its frame size between frames {numbers[0]} and {numbers[-1]}")
+        raise RuntimeError(f"video: {name} changes its frame size between frames {numbers[0]} and {numbers[-1]}")
     return Clip(
         frames=torch.from_numpy(np.stack(images)),
         seconds=torch.tensor(seconds, dtype=torch.float64),
         indices=torch.tensor(numbers, dtype=torch.int64),
         fps=fps[0],
-        path=path,
+        path=name,
+        damaged=damage,
     )
 
 
-def _existing(op: str, path: str | os.PathLike[str]) -> str:
-    path = os.fspath(path)
-    if not os.path.isfile(path):
-        raise FileNotFoundError(f"{op}: no such file: {path}")
-    return path
+def _source(op: str, source: Video, fps: float | None, playlists: bool) -> Source | FrameFolder:
+    fps = None if fps is None else number(op, "fps", fps, above=0)
+    if isinstance(source, (str, os.PathLike)) and os.path.isdir(source):
+        return folder.folder_of(op, os.fsdecode(source), fps)
+    if fps is not None:
+        raise ValueError(f"{op}: fps is for a folder of frames; a video states its own, got fps={fps}")
+    return source_of(op, source, playlists)
 
 
-def _decode(path: str, index: FrameIndex, wanted: list[int], reader: str) -> np.ndarray:
-    if reader == "pyav":
-        return pyav_reader.decode(path, index, wanted)
-    name = "decord" if reader == "auto" else reader
+def _index(video: Source | FrameFolder, careful: bool, strict: bool) -> FrameIndex:
+    if isinstance(video, FrameFolder):
+        return video.index
+    if careful:
+        index = count_frames(video, careful=True)
+        if strict and index.damaged:
+            raise RuntimeError(f"read: {video.name} is {index.damaged}")
+        return index
+    index = scan(video)
+    if strict:
+        count_frames(video, careful=False)
+    return index
+
+
+def _decode(video: Source | FrameFolder, index: FrameIndex, wanted: list[int], reader: str, room: int) -> np.ndarray:
+    if isinstance(video, FrameFolder):
+        return folder.decode(video, wanted, room)
+    if reader in ("auto", "pyav"):
+        return pyav_reader.decode(video, index, wanted, room)
+    path = _path(video, reader)
     try:
-        if name == "decord" and importlib.util.find_spec("decord") is None:
-            raise RuntimeError("it is not installed")
-        return _DECODE[name](path, index, wanted)
-    except Exception as error:  # decord's own error class cannot be named without importing decord
-        reason = f"{name}: {str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__}"
-        if reader != "auto":
-            raise RuntimeError(f"read: {path} cannot be read by {reason}") from error
-    warnings.warn(f"read: {path}: {reason}; reading it with PyAV instead", stacklevel=3)
-    try:
-        return pyav_reader.decode(path, index, wanted)
-    except pyav_reader.FrameLost:
+        return _OTHERS[reader](path, index, wanted, room)
+    except ValueError:
         raise
-    except RuntimeError as error:
-        raise RuntimeError(f"read: {path} cannot be read by {reason}; nor by pyav: {error}") from error
+    except Exception as error:  # decord's own error class cannot be named without importing decord
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        if isinstance(error, ImportError):
+            reason = f"it is not installed ({reason})"
+        raise RuntimeError(f"read: {video.name} cannot be read by {reader}: {reason}") from error
+
+
+def _path(video: Source, reader: str) -> str:
+    if video.path is None:
+        raise ValueError(f"read: {reader} reads files by path only, got {video.name}; use reader='pyav'")
+    return video.path

@@ -7,11 +7,16 @@ from typing import Any
 
 import numpy as np
 
+from .clip import Damage
 from .index import FrameIndex
+from .pyav_reader import Item, room_for
 
 
-def decode(path: str, index: FrameIndex, wanted: list[int]) -> np.ndarray:
-    """Decode the `wanted` frames (ascending, no repeats) to uint8 [K, H, W, 3]."""
+def decode(path: str, index: FrameIndex, wanted: list[int], room: int) -> np.ndarray:
+    """Decode the `wanted` frames (ascending, no repeats) to uint8 [K, H, W, 3], in at most `room` bytes."""
+    room_for(len(wanted), (*index.size, 3), room)
+    if index.careful:
+        raise RuntimeError("it does not say what damage it finds")
     if index.keys is None:
         raise RuntimeError(f"its frame numbers cannot be trusted here: {index.caution}")
     decoder = _open(path)
@@ -24,8 +29,8 @@ def decode(path: str, index: FrameIndex, wanted: list[int]) -> np.ndarray:
     return batch.data.numpy()
 
 
-def iterate(path: str, keep: Callable[[int, float], bool]) -> Iterator[tuple[int, float, float, np.ndarray]]:
-    """Decode once from the start; for each frame with keep(number, seconds) give number, seconds, fps, image."""
+def iterate(path: str, keep: Callable[[int, float], bool]) -> Iterator[tuple[Item | None, Damage]]:
+    """As pyav_reader.iterate; but it knows nothing of damage."""
     decoder = _open(path)
     fps = float(decoder.metadata.average_fps_from_header or 0)
     first = last = None
@@ -36,7 +41,8 @@ def iterate(path: str, keep: Callable[[int, float], bool]) -> Iterator[tuple[int
             raise RuntimeError(f"video: torchcodec loses count at frame {number} of {path}; stream it with PyAV")
         last = frame.pts_seconds
         if keep(number, last - first):
-            yield number, last - first, fps, frame.data.numpy()
+            yield (number, last - first, fps, frame.data.numpy()), Damage()
+    yield None, Damage()
 
 
 def _open(path: str) -> Any:

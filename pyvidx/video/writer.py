@@ -11,7 +11,7 @@ from torch import Tensor
 
 from pyvidx.files import whole
 
-from .index import import_av
+from .source import import_av
 
 
 def write(

@@ -1,0 +1,170 @@
+"""The frames that a video shows, in order, and what went wrong on the way to them."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+from .clip import Damage
+from .source import import_av
+from .structure import cut
+
+_logging = threading.Lock()
+
+
+class Suspect(Exception):
+    """A first sign of damage. In several threads an error is not told of the packet it belongs to: begin again."""
+
+
+class Shown:
+    """Iterates over (number, second, frame) of an open video, from where it stands.
+
+    Args:
+        source, container, stream: as Source.video gives them.
+        careful: decode in one thread, skip the packets that cannot be decoded and keep count of them in `damage`, as
+            FFmpeg's own player does. Otherwise in several threads, and the first sign of damage raises Suspect: the
+            decoder is told to refuse what it would conceal.
+        times: seconds of the frames, for containers that do not store them.
+    """
+
+    def __init__(self, source: Any, container: Any, stream: Any, careful: bool, times: Sequence[float] | None = None):
+        self.source, self.container, self.stream, self.careful, self.times = source, container, stream, careful, times
+        self.damage = Damage()
+        self.number = 0
+        self.listed, self.packets = 0, 0  # packets met, and those of them that should show something
+        self._first: int | None = None
+        self._shift, self._second = 0.0, -1.0
+        self._sign: int | None = None  # presentation time of the packet that gave the first sign
+        codec = stream.codec_context
+        if careful:
+            codec.thread_count = 1
+        else:
+            stream.thread_type = "AUTO"
+            codec.options = {"err_detect": "explode"}
+
+    def __iter__(self) -> Iterator[tuple[int, float, Any]]:
+        for frame in self.frames():
+            second = self._time(frame)
+            self._place(frame.pts, second)
+            yield self.number, second, frame
+            self.number += 1
+        if reason := self._short():
+            self._note(None, reason, cut=True)
+        if not self.careful and self.number < self.packets and self.stream.codec_context.name != "vp8":
+            # Either packets that show nothing, or an error that came while the threads were emptied and was not told.
+            raise Suspect(f"{self.packets} packets show {self.number} frames")
+        self._place(None, self._second + 1 / float(self.stream.average_rate or 1) if self.number else 0.0)
+
+    def frames(self) -> Iterator[Any]:
+        """The frames alone, in the order in which they are shown."""
+        av = import_av()
+        packets = self.container.demux(self.stream)
+        while True:
+            logged: list[str] = []
+            try:
+                with self._listening(logged):
+                    packet = next(packets, None)
+            except av.FFmpegError as error:
+                self._note(None, f"reading stops: {error.strerror}", cut=True)
+                packet, packets = None, iter(())
+                yield from self._decoded(None)
+                return
+            if logged:
+                self._note(None, logged[0])
+            if packet is None:
+                return
+            self.listed += packet.size > 0 or packet.dts is not None  # the last one only empties the decoder
+            self.packets += packet.size > 0 and not packet.is_discard
+            if packet.is_corrupt:
+                self._note(packet.pts, "a packet is marked as damaged by its container")
+            yield from self._decoded(packet)
+
+    def _decoded(self, packet: Any) -> list[Any]:
+        av = import_av()
+        logged: list[str] = []
+        try:
+            with self._listening(logged):
+                frames = self.stream.codec_context.decode(packet)
+        except av.error.EOFError:  # told twice that the video ends
+            return []
+        except av.FFmpegError as error:
+            self._note(packet and packet.pts, logged[0] if logged else error.strerror, skipped=1)
+            return []
+        concealed = sum(frame.is_corrupt for frame in frames)
+        if concealed or logged:
+            pts = next((frame.pts for frame in frames if frame.is_corrupt), packet and packet.pts)
+            self._note(pts, logged[0] if logged else "the decoder made up a part of it", concealed=max(concealed, 1))
+        return frames
+
+    def _note(self, pts: int | None, reason: str, *, skipped: int = 0, concealed: int = 0, cut: bool = False) -> None:
+        if not self.careful:
+            raise Suspect(reason)
+        if not self.damage:
+            self._sign = pts
+        old = self.damage
+        self.damage = replace(
+            old,
+            skipped=old.skipped + skipped,
+            concealed=old.concealed + concealed,
+            cut=old.cut or cut,
+            reason=old.reason or reason,
+        )
+
+    def _place(self, pts: int | None, second: float) -> None:
+        """The first sign of damage gets the number of the first frame shown at or after it."""
+        if self.damage and self.damage.frame is None and (None in (pts, self._sign) or pts >= self._sign):
+            self.damage = replace(self.damage, frame=self.number, second=second)
+
+    def _short(self) -> str:
+        promised = len(self.stream.index_entries)
+        if promised > self.listed:
+            return f"{promised} packets are listed, {self.listed} are there"
+        with self.source.raw() as file:
+            return cut(file, self.container.format.name.split(",")[0])
+
+    def _time(self, frame: Any) -> float:
+        """Seconds since the first frame; a clock that jumps back goes on where it was."""
+        if self.times is not None:
+            known = self.number < len(self.times)
+            second = self.times[self.number] if known else self._second + self._step()
+        elif frame.pts is None:
+            second = self.number * self._step()
+        else:
+            self._first = frame.pts if self._first is None else self._first
+            second = (frame.pts - self._first) * float(self.stream.time_base) + self._shift
+        if second <= self._second:
+            self._shift += self._second + self._step() - second
+            second = self._second + self._step()
+        self._second = second
+        return second
+
+    def _step(self) -> float:
+        rate = self.stream.average_rate
+        if not rate:
+            raise RuntimeError(f"video: {self.source.name} has neither usable timestamps nor a frame rate")
+        return 1 / float(rate)
+
+    @contextmanager
+    def _listening(self, logged: list[str]) -> Iterator[None]:
+        """What FFmpeg logs as errors in this thread is added to `logged`; only if careful.
+
+        Its log is one for the process, so the switch is held for one packet at a time, and only for suspect files.
+        """
+        if not self.careful:
+            yield
+            return
+        logging = import_av().logging
+        with _logging:
+            level, repeated = logging.get_level(), logging.get_skip_repeated()
+            logging.set_skip_repeated(False)
+            logging.set_level(logging.ERROR)
+            try:
+                with logging.Capture() as lines:
+                    yield
+            finally:
+                logging.set_level(level)
+                logging.set_skip_repeated(repeated)
+        logged += [text.strip() for severity, _, text in lines if severity <= logging.ERROR]
