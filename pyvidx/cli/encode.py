@@ -17,7 +17,8 @@ from pyvidx.integrations import checkpoints
 from pyvidx.models import BTAdapter
 from pyvidx.preprocess import PRESETS
 from pyvidx.video import sampling
-from pyvidx.video.reader import SUFFIXES
+from pyvidx.video.find import find_videos
+from pyvidx.video.pool import shared
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -63,6 +64,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             embeddings.check_format(options.out)
         arguments.check_outputs(p, options.overwrite, options.out)
         paths, left_out = find(options.videos)
+        shared(options.workers)  # they start while the model is loaded
         model = load_model(options.model, options.device, options.dtype, options.compat)
         if model.config.part == "features":
             raise ValueError(f"--model must read pixels, {options.model} reads stored features")
@@ -119,14 +121,12 @@ def find(given: Sequence[Path]) -> tuple[list[str], str]:
         raise FileNotFoundError(f"there is no {missing[0]}{more}")
     videos, others = [], []
     for path in given:
-        inside = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else ()
-        others += [p for p in inside if p.suffix.lower() not in SUFFIXES]
-        videos += [str(p) for p in inside if p.suffix.lower() in SUFFIXES] if path.is_dir() else [str(path)]
+        found, rest = find_videos(path) if path.is_dir() else ([str(path)], [])
+        videos, others = videos + found, others + rest
     if not videos:
         raise ValueError("no video files in " + ", ".join(map(str, given)))
-    kinds = ", ".join(
-        f"{n} {kind or 'without suffix'}" for kind, n in Counter(p.suffix.lower() for p in others).items()
-    )
+    kinds = Counter(Path(p).suffix.lower() or "without suffix" for p in others)
+    kinds = ", ".join(f"{n} {kind}" for kind, n in kinds.items())
     names = ", ".join(printable(p) for p in others[:5]) + (", ..." if len(others) > 5 else "")
     return videos, f"left out {len(others)} files that are no videos ({kinds}): {names}" if others else ""
 

@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from pyvidx.data import tables
 from pyvidx.data.tars import members as _members
 from pyvidx.files import write_tensors
-from pyvidx.video.reader import SUFFIXES
+from pyvidx.video.find import find_videos
 
 
 class Packed(Sequence[str]):
@@ -184,7 +184,7 @@ def folder(root: str | Path, *, outside: bool = False) -> Captioned:
         for name, text in values.items():
             take(name, text)
         return Captioned(names, texts, root, left)
-    for path in sorted(p for p in root.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file()):
+    for path in map(Path, find_videos(root)[0]):
         side = path.with_suffix(".txt")
         try:  # a caption is short: a file that is not is none
             text = tables.read_text(side, tables.FIELD).strip() if side.is_file() else ""

@@ -6,7 +6,7 @@ import tarfile
 from pathlib import Path
 
 from pyvidx.data import tables
-from pyvidx.video.reader import SUFFIXES
+from pyvidx.video.find import SUFFIXES
 
 
 class _Bounded(io.FileIO):

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from pyvidx.data import tables
 from pyvidx.eval.annotations.sample import need
-from pyvidx.video.reader import SUFFIXES
+from pyvidx.video.find import SUFFIXES, find_videos
 
 
 def json_lines(path: str | Path, names: Sequence[str]) -> list[dict]:
@@ -72,9 +72,7 @@ class Named:
     @classmethod
     def under(cls, root: str | Path) -> "Named":
         """The video files of a folder and its folders."""
-        if not Path(root).is_dir():
-            raise FileNotFoundError(f"eval: there is no folder {root}")
-        return cls(str(p) for p in sorted(Path(root).rglob("*")) if p.suffix.lower() in SUFFIXES)
+        return cls(find_videos(root)[0])
 
     def find(self, name: str) -> str | None:
         """The path, None if there is none; ValueError if there are several."""
