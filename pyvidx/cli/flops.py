@@ -24,7 +24,7 @@ def parser() -> argparse.ArgumentParser:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     p.add_argument("--size", default="clip-l-14", choices=BTAdapterConfig.names())
-    p.add_argument("--frames", type=int, nargs="+", default=[8, 16, 64])
+    p.add_argument("--frames", type=arguments.count, nargs="+", default=[8, 16, 64])
     p.add_argument("--dtype", default="float16", choices=DTYPES)
     p.add_argument("--json", type=Path, help="write the numbers as well")
     p.add_argument("--plot", type=arguments.picture, help="draw them, .png or whatever matplotlib writes")
