@@ -16,8 +16,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -31,6 +32,10 @@ MMACTION_STD = (68.500 / 255, 66.632 / 255, 70.323 / 255)
 
 # Values held in floating point at once, per chunk of frames: bounds the working memory at about 128 MB.
 _CHUNK_VALUES = 1 << 24
+
+# Pixels of the largest picture that is made whole before its crop is cut out. A frame of 65535 x 1 would be resized to
+# 14.7 million x 224; of larger ones only what survives the crop is worked out.
+_MOST_PIXELS = 1 << 24
 
 # Reduction from which the 8-bit kernel was never seen two levels off (0 of 32 million values; at 1.5, 6 of 17 million).
 _EIGHT_BIT_FROM = 1.75
@@ -94,8 +99,12 @@ PRESETS: dict[str, Preset] = {
 }
 
 
+# uint8 [..., H, W, 3], or a list of pictures of one size: PIL images, arrays or tensors [H, W, 3].
+Frames = Tensor | np.ndarray | list | tuple | Any
+
+
 def clip_preprocess(
-    frames: Tensor,
+    frames: Frames,
     size: int = 224,
     *,
     resize: Literal["shortest", "squash"] = "shortest",
@@ -115,12 +124,13 @@ def clip_preprocess(
 
 
 def preprocess(
-    frames: Tensor, preset: str | Preset = "clip", *, dtype: torch.dtype = torch.float32, exact: bool = False
+    frames: Frames, preset: str | Preset = "clip", *, dtype: torch.dtype = torch.float32, exact: bool = False
 ) -> Tensor:
     """Resize, crop and normalize frames: (x / 255 - mean) / std.
 
     Args:
-        frames: [..., H, W, 3] uint8 RGB, any strides, on any device; for instance Clip.frames.
+        frames: [..., H, W, 3] uint8 RGB, a tensor of any strides on any device, for instance Clip.frames, or a NumPy
+            array; or a list of T pictures of one size, each a PIL image, an array or a tensor [H, W, 3].
         preset: a key of PRESETS or a Preset.
         dtype: of the result; the arithmetic before is in float32 or wider.
         exact: with the "pillow" filter, take the bit-exact formulation everywhere.
@@ -129,8 +139,10 @@ def preprocess(
         [..., 3, h, w] contiguous, on the device of `frames`; h = w = preset.crop, if that is given.
 
     Raises:
-        ValueError: frames are not uint8 [..., H, W, 3], or the preset is unknown.
+        ValueError: frames are not uint8 [..., H, W, 3], or the preset is unknown, or it has no crop and the resized
+            frames would have more than 16.7 million pixels.
     """
+    frames = as_frames(frames)
     if frames.dtype != torch.uint8 or frames.dim() < 3 or frames.shape[-1] != 3 or 0 in frames.shape[-3:]:
         raise ValueError(f"preprocess: frames must be uint8 [..., H, W, 3], got {frames.dtype} {tuple(frames.shape)}")
     if isinstance(preset, str):
@@ -141,16 +153,48 @@ def preprocess(
     h, w = _resized(H, W, preset)
     rows = _kept(h, preset.crop)
     columns = _kept(w, preset.crop)
+    if len(rows) * len(columns) > max(_MOST_PIXELS, H * W):
+        raise ValueError(
+            f"preprocess: resized frames must have at most {_MOST_PIXELS} pixels, got {h} x {w} for frames of "
+            f"{H} x {W}; use a preset that crops"
+        )
     images = frames.reshape(-1, H, W, 3).permute(0, 3, 1, 2)  # [N, 3, H, W]
     out = torch.empty(len(images), 3, len(rows), len(columns), dtype=dtype, device=frames.device)
     scale = 1.0 / (255.0 * torch.tensor(preset.std, dtype=torch.float64))
     shift = -torch.tensor(preset.mean, dtype=torch.float64) / torch.tensor(preset.std, dtype=torch.float64)
     scale, shift = (v.to(frames.device, torch.float32).view(3, 1, 1) for v in (scale, shift))
-    step = max(1, _CHUNK_VALUES // (3 * max(H * W, h * w)))
+    most = max(H * W, len(rows) * len(columns) if h * w > _MOST_PIXELS else h * w)
+    step = max(1, _CHUNK_VALUES // (3 * most))
     for i in range(0, len(images), step):
         resized = _resize(images[i : i + step], h, w, rows, columns, preset, exact)
         out[i : i + step] = torch.addcmul(shift, resized.float(), scale)
     return out.view(*frames.shape[:-3], *out.shape[1:])
+
+
+def as_frames(frames: Frames) -> Tensor:
+    """uint8 [..., H, W, 3] of what users hold: a tensor, an array, a PIL image, or a list of them.
+
+    Raises:
+        ValueError: it is none of these, or the pictures of a list differ in size.
+    """
+    if isinstance(frames, Tensor):
+        return frames
+    if hasattr(frames, "convert") and hasattr(frames, "getbands"):  # a PIL image, without importing PIL
+        frames = np.asarray(frames.convert("RGB"))
+    if isinstance(frames, np.ndarray):
+        if frames.dtype != np.uint8:
+            raise ValueError(f"preprocess: frames must be uint8 [..., H, W, 3], got {frames.dtype} {frames.shape}")
+        # A copy where torch could not use the memory as it is: read-only, or with negative strides.
+        usable = frames.flags.writeable and all(stride >= 0 for stride in frames.strides)
+        return torch.from_numpy(frames if usable else frames.copy())
+    if isinstance(frames, (list, tuple)) and frames:
+        pictures = [as_frames(frame) for frame in frames]
+        if len({picture.shape for picture in pictures}) > 1:
+            sizes = sorted({tuple(picture.shape) for picture in pictures})
+            raise ValueError(f"preprocess: the pictures of a list must have one size, got {sizes}")
+        return torch.stack(pictures)
+    what = f"an empty {type(frames).__name__}" if isinstance(frames, (list, tuple)) else type(frames).__name__
+    raise ValueError(f"preprocess: frames must be a tensor, an array, or a list of pictures, got {what}")
 
 
 def _resized(H: int, W: int, preset: Preset) -> tuple[int, int]:
@@ -175,16 +219,46 @@ def _resize(x: Tensor, h: int, w: int, rows: range, columns: range, preset: Pres
     cut = (..., slice(rows.start, rows.stop), slice(columns.start, columns.stop))
     if (H, W) == (h, w):
         return x[cut]
+    if h * w > _MOST_PIXELS and preset.filter != "pillow":
+        y = _sampled(_sampled(x, w, columns, preset.filter).transpose(2, 3), h, rows, preset.filter).transpose(2, 3)
+        return _as_levels(y, preset)
     if preset.filter == "nearest":
         return F.interpolate(x, size=(h, w), mode="nearest")[cut]
     if preset.filter == "pillow":
         if exact or x.device.type != "cpu" or H < _EIGHT_BIT_FROM * h or W < _EIGHT_BIT_FROM * w:
             return _pillow(x, h, w, rows, columns)
         return F.interpolate(x, size=(h, w), mode="bicubic", antialias=True)[cut]
-    y = F.interpolate(x.float(), size=(h, w), mode=preset.filter, align_corners=False)[cut]
+    return _as_levels(F.interpolate(x.float(), size=(h, w), mode=preset.filter, align_corners=False)[cut], preset)
+
+
+def _as_levels(y: Tensor, preset: Preset) -> Tensor:
     if preset.to_uint8 == "wrap":
         return y.to(torch.int32) & 255  # a cast of negative floats to uint8 is undefined in C++
     return (y.round() if preset.to_uint8 == "round" else y.trunc()).clamp_(0, 255)
+
+
+def _sampled(x: Tensor, resized: int, kept: range, mode: str) -> Tensor:
+    """The kept positions of the last dimension resized as F.interpolate does it, the others never made."""
+    length = x.shape[-1]
+    to = torch.arange(kept.start, kept.stop, dtype=torch.float64, device=x.device)
+    if mode == "nearest":
+        return x[..., (to * length / resized).long().clamp(max=length - 1)]
+    at = (to + 0.5) * (length / resized) - 0.5
+    at = at.clamp(min=0) if mode == "bilinear" else at
+    t = at - at.floor()
+    if mode == "bilinear":
+        taps = {0: 1 - t, 1: t}
+    else:  # bicubic, a = -3/4
+
+        def near(d: Tensor) -> Tensor:
+            return (1.25 * d - 2.25) * d * d + 1
+
+        def far(d: Tensor) -> Tensor:
+            return ((-0.75 * d + 3.75) * d - 6) * d + 3
+
+        taps = {-1: far(t + 1), 0: near(t), 1: near(1 - t), 2: far(2 - t)}
+    source = [(at.floor().long() + k).clamp(0, length - 1) for k in taps]
+    return sum(x[..., i] * weight.float() for i, weight in zip(source, taps.values()))
 
 
 def _pillow(x: Tensor, h: int, w: int, rows: range, columns: range) -> Tensor:

@@ -7,12 +7,14 @@ would give a wrong frame without noticing.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from .clip import Damage
+from .ffmpeg import import_av, listening
 from .shown import Shown, Suspect
-from .source import Source, import_av
+from .source import Source, source_of
 from .structure import cut
 
 # These store when a packet is decoded, not when its frame is shown.
@@ -64,17 +66,22 @@ class FrameIndex:
         return first, last
 
 
-def scan(source: Source) -> FrameIndex:
+def scan(source: Any) -> FrameIndex:
     """List the shown frames of a video by its packets, or by decoding where packets do not tell.
 
     That is: no or repeated timestamps, AVI, ASF, VP8.
+
+    Args:
+        source: a Source, or what can become one.
 
     Raises:
         Suspect: something is wrong with the file.
         RuntimeError: it cannot be opened, or holds no video stream, or no frame.
     """
     av = import_av()
-    with source.video() as (container, stream):
+    source = source if isinstance(source, Source) else source_of("scan", source)
+    heard: list[tuple[str, str]] = []
+    with source.video() as (container, stream, complaint), listening(heard):
         family = container.format.name.split(",")[0]
         base, rate = stream.time_base, stream.average_rate
         codec, claimed, count, packets = stream.codec_context, stream.frames, 0, []
@@ -91,6 +98,8 @@ def scan(source: Source) -> FrameIndex:
                 raise Suspect(f"reading stops: {error.strerror}") from error
             if count < len(stream.index_entries):
                 raise Suspect("packets are missing")
+    if heard or complaint:
+        raise Suspect(complaint or heard[0][1])
     with source.raw() as file:
         if reason := cut(file, family):
             raise Suspect(reason)
@@ -121,10 +130,10 @@ def count_frames(source: Source, careful: bool) -> FrameIndex:
         RuntimeError: it cannot be opened, or holds no video stream, or no frame.
     """
     times = stored_times(source)
-    with source.video() as (container, stream):
-        shown = Shown(source, container, stream, careful, times)
+    with source.video() as opened:
+        shown = Shown(source, opened, careful, times)
         seconds = np.array([second for _, second, _ in shown], dtype=np.float64)
-        rate = stream.average_rate
+        rate = opened.stream.average_rate
     if not len(seconds):
         why = f": {shown.damage.reason}" if shown.damage else ""
         raise RuntimeError(f"video: {source.name} holds no frame that can be decoded{why}")
@@ -145,7 +154,7 @@ def stored_times(source: Source) -> list[float] | None:
 
     None for other containers, whose frames carry their times.
     """
-    with source.video() as (container, stream):
+    with source.video() as (container, stream, _):
         if container.format.name not in _NO_SHOWN_TIMES:
             return None
         av = import_av()

@@ -12,7 +12,7 @@ import numpy as np
 from .clip import Damage
 from .index import FrameIndex, stored_times
 from .shown import Shown, Suspect
-from .source import MAX_PIXELS, Source
+from .source import MAX_PIXELS, Opened, Source
 
 Item = tuple[int, float, float, np.ndarray]
 
@@ -30,8 +30,8 @@ def decode(source: Source, index: FrameIndex, wanted: list[int], room: int) -> n
         Suspect: something is wrong with the file, and the index is not that of a damaged one.
     """
     out = None
-    with source.video() as (container, stream):
-        for k, frame in enumerate(_walk(source, container, stream, index, wanted)):
+    with source.video() as opened:
+        for k, frame in enumerate(_walk(source, opened, index, wanted)):
             image = _rgb(source, frame)
             if out is None:
                 out = np.empty((room_for(len(wanted), image.shape, room), *image.shape), dtype=np.uint8)
@@ -51,10 +51,10 @@ def iterate(source: Source, keep: Callable[[int, float], bool]) -> Iterator[tupl
     """
     times, done = stored_times(source), -1
     for careful in (False, True):
-        with source.video() as (container, stream):
-            fps = float(stream.average_rate or 0)
-            shown = Shown(source, container, stream, careful, times)
+        with source.video() as opened:
+            fps = float(opened.stream.average_rate or 0)
             try:
+                shown = Shown(source, opened, careful, times)
                 for number, seconds, frame in shown:
                     # After a first sign of damage it is gone through again, with care: these were given before it.
                     if number > done and keep(number, seconds):
@@ -84,15 +84,16 @@ def room_for(count: int, shape: tuple[int, ...], room: int) -> int:
 def _rgb(source: Source, frame: Any) -> np.ndarray:
     if frame.width * frame.height > MAX_PIXELS:
         raise RuntimeError(
-            f"video: {source.name} has a picture of {frame.width} x {frame.height}; at most {MAX_PIXELS} pixels are read"
+            f"video: {source.name} has a picture of {frame.width} x {frame.height}; "
+            f"at most {MAX_PIXELS} pixels are read"
         )
     image = frame.to_ndarray(format="rgb24")
     # FFmpeg reports the display matrix but does not apply it; phones store portrait video as rotated landscape.
     return np.rot90(image, frame.rotation // 90) if frame.rotation else image
 
 
-def _walk(source: Source, container: Any, stream: Any, index: FrameIndex, wanted: list[int]) -> Iterator[Any]:
-    shown = Shown(source, container, stream, index.careful)
+def _walk(source: Source, opened: Opened, index: FrameIndex, wanted: list[int]) -> Iterator[Any]:
+    shown = Shown(source, opened, index.careful)
     frames = shown.frames()
     if index.keys is None:
         ahead = iter(wanted)
@@ -109,7 +110,7 @@ def _walk(source: Source, container: Any, stream: Any, index: FrameIndex, wanted
     for want in wanted:
         key = int(index.keys[bisect_right(index.keys, want) - 1])
         if key > last + 1:
-            container.seek(int(index.pts[key]), stream=stream)
+            opened.container.seek(int(index.pts[key]), stream=opened.stream)
             frames = shown.frames()
         for frame in frames:
             last = number_of.get(frame.pts, last)

@@ -2,17 +2,31 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
 from .clip import Damage
-from .source import import_av
+from .ffmpeg import import_av, listening
+from .source import Opened, Source
 from .structure import cut
 
-_logging = threading.Lock()
+# Their decoders keep their errors to the log, whatever they are told.
+_SAY_NOTHING = {
+    "gif",
+    "mjpeg",
+    "wmv1",
+    "wmv2",
+    "msmpeg4",
+    "msmpeg4v2",
+    "msmpeg4v3",
+    "h261",
+    "h263",
+    "flv",
+    "rv10",
+    "rv20",
+}
 
 
 class Suspect(Exception):
@@ -23,27 +37,32 @@ class Shown:
     """Iterates over (number, second, frame) of an open video, from where it stands.
 
     Args:
-        source, container, stream: as Source.video gives them.
+        source: what was opened.
+        opened: as Source.video gives it.
         careful: decode in one thread, skip the packets that cannot be decoded and keep count of them in `damage`, as
             FFmpeg's own player does. Otherwise in several threads, and the first sign of damage raises Suspect: the
             decoder is told to refuse what it would conceal.
         times: seconds of the frames, for containers that do not store them.
     """
 
-    def __init__(self, source: Any, container: Any, stream: Any, careful: bool, times: Sequence[float] | None = None):
-        self.source, self.container, self.stream, self.careful, self.times = source, container, stream, careful, times
+    def __init__(self, source: Source, opened: Opened, careful: bool, times: Sequence[float] | None = None):
+        self.source, self.careful, self.times = source, careful, times
+        self.container, self.stream, complaint = opened
         self.damage = Damage()
         self.number = 0
         self.listed, self.packets = 0, 0  # packets met, and those of them that should show something
         self._first: int | None = None
         self._shift, self._second = 0.0, -1.0
         self._sign: int | None = None  # presentation time of the packet that gave the first sign
-        codec = stream.codec_context
-        if careful:
+        codec = self.stream.codec_context
+        self.listens = careful or codec.name in _SAY_NOTHING
+        if self.listens:
             codec.thread_count = 1
         else:
-            stream.thread_type = "AUTO"
+            self.stream.thread_type = "AUTO"
             codec.options = {"err_detect": "explode"}
+        if complaint:
+            self._note(None, complaint)
 
     def __iter__(self) -> Iterator[tuple[int, float, Any]]:
         for frame in self.frames():
@@ -63,17 +82,17 @@ class Shown:
         av = import_av()
         packets = self.container.demux(self.stream)
         while True:
-            logged: list[str] = []
+            heard: list[tuple[str, str]] = []
             try:
-                with self._listening(logged):
+                with listening(heard):
                     packet = next(packets, None)
             except av.FFmpegError as error:
                 self._note(None, f"reading stops: {error.strerror}", cut=True)
                 packet, packets = None, iter(())
                 yield from self._decoded(None)
                 return
-            if logged:
-                self._note(None, logged[0])
+            if heard:
+                self._note(None, heard[0][1])
             if packet is None:
                 return
             self.listed += packet.size > 0 or packet.dts is not None  # the last one only empties the decoder
@@ -84,19 +103,20 @@ class Shown:
 
     def _decoded(self, packet: Any) -> list[Any]:
         av = import_av()
-        logged: list[str] = []
+        heard: list[tuple[str, str]] = []
         try:
-            with self._listening(logged):
+            # In one thread only, what is heard is about this packet.
+            with listening(heard) if self.listens else nullcontext():
                 frames = self.stream.codec_context.decode(packet)
         except av.error.EOFError:  # told twice that the video ends
             return []
         except av.FFmpegError as error:
-            self._note(packet and packet.pts, logged[0] if logged else error.strerror, skipped=1)
+            self._note(packet and packet.pts, heard[0][1] if heard else error.strerror, skipped=1)
             return []
         concealed = sum(frame.is_corrupt for frame in frames)
-        if concealed or logged:
+        if concealed or heard:
             pts = next((frame.pts for frame in frames if frame.is_corrupt), packet and packet.pts)
-            self._note(pts, logged[0] if logged else "the decoder made up a part of it", concealed=max(concealed, 1))
+            self._note(pts, heard[0][1] if heard else "the decoder made up a part of it", concealed=max(concealed, 1))
         return frames
 
     def _note(self, pts: int | None, reason: str, *, skipped: int = 0, concealed: int = 0, cut: bool = False) -> None:
@@ -146,25 +166,3 @@ class Shown:
         if not rate:
             raise RuntimeError(f"video: {self.source.name} has neither usable timestamps nor a frame rate")
         return 1 / float(rate)
-
-    @contextmanager
-    def _listening(self, logged: list[str]) -> Iterator[None]:
-        """What FFmpeg logs as errors in this thread is added to `logged`; only if careful.
-
-        Its log is one for the process, so the switch is held for one packet at a time, and only for suspect files.
-        """
-        if not self.careful:
-            yield
-            return
-        logging = import_av().logging
-        with _logging:
-            level, repeated = logging.get_level(), logging.get_skip_repeated()
-            logging.set_skip_repeated(False)
-            logging.set_level(logging.ERROR)
-            try:
-                with logging.Capture() as lines:
-                    yield
-            finally:
-                logging.set_level(level)
-                logging.set_skip_repeated(repeated)
-        logged += [text.strip() for severity, _, text in lines if severity <= logging.ERROR]

@@ -1,8 +1,8 @@
 """What can be read: a file by its name, bytes, a file object; and how FFmpeg is let at it.
 
-FFmpeg by itself follows whatever a file says: playlists name other files and addresses, a file named "12:30.mp4" is taken
-for a protocol, "%03d.jpg" for a pattern. Here a name is a name, nothing is opened but that file, and only containers
-that hold their own data are looked into, unless playlists are asked for.
+FFmpeg by itself follows whatever a file says: playlists name other files and addresses, a file named "12:30.mp4" is
+taken for a protocol, "%03d.jpg" for a pattern. Here a name is a name, nothing is opened but that file, and only
+containers that hold their own data are looked into, unless playlists are asked for.
 """
 
 from __future__ import annotations
@@ -13,13 +13,15 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
-# Containers and raw streams that hold their own data, by FFmpeg's names. Left out: concat, hls, dash, image2, sdp, rtsp,
-# lavfi, imf, mlv, vobsub and others, which open what they name.
+from .ffmpeg import import_av, listening
+
+# Containers and raw streams that hold their own data, by FFmpeg's names. Left out: concat, hls, dash, image2, sdp,
+# rtsp, lavfi, imf, mlv, vobsub and others, which open what they name.
 FORMATS = (
     "mov,matroska,webm,avi,mpegts,mpeg,flv,asf,ogg,gif,apng,mxf,gxf,nut,dv,ivf,rm,wtv,swf,yuv4mpegpipe,"
-    "h264,hevc,vvc,av1,obu,m4v,mpegvideo,mjpeg,h261,h263,vc1,vc1test,dirac,cavsvideo,amv,nsv,dhav"
+    "h264,hevc,vvc,av1,obu,m4v,mpegvideo,mjpeg,h261,h263,vc1,vc1test,dirac,cavsvideo,amv,nsv,dhav,wav,mp3,flac,aac"
 )
 PLAYLISTS = "hls,dash,concat"
 
@@ -27,13 +29,12 @@ PLAYLISTS = "hls,dash,concat"
 MAX_PIXELS = 36_000_000
 
 
-def import_av() -> Any:
-    """PyAV, or an error that says what to install."""
-    try:
-        import av
-    except ImportError as error:
-        raise RuntimeError("video: reading and writing files needs PyAV: pip install 'pyvidx[video]'") from error
-    return av
+class Opened(NamedTuple):
+    """A PyAV container, its best video stream, and what FFmpeg found wrong on the way there, "" if nothing."""
+
+    container: Any
+    stream: Any
+    complaint: str
 
 
 @dataclass(frozen=True)
@@ -69,42 +70,46 @@ class Source:
                 self.data.seek(before)
 
     @contextmanager
-    def video(self) -> Iterator[tuple[Any, Any]]:
-        """A PyAV container and its best video stream, closed at the end of the block.
+    def video(self) -> Iterator[Opened]:
+        """The video, closed at the end of the block.
 
         Raises:
             RuntimeError: it is no video, or a playlist, or holds no video stream, or one that PyAV has no decoder for,
                 or pictures too large, or PyAV stumbles while the block reads it.
         """
         av = import_av()
-        options = {
-            "format_whitelist": f"{FORMATS},{PLAYLISTS}" if self.playlists else FORMATS,
-            "protocol_whitelist": "file",
-        }
+        heard: list[tuple[str, str]] = []
         try:
-            with self._target() as target, av.open(
-                target,
-                container_options=options,
-                # Also for the decoders that FFmpeg opens while it looks into the file.
-                options={"max_pixels": str(MAX_PIXELS)},
-                metadata_errors="replace",  # titles are in any encoding
-                buffer_size=1 << 18,
-            ) as container:
-                stream = container.streams.best("video")
-                if stream is None:
-                    raise RuntimeError(f"video: {self.name} holds no video stream")
-                self._check(container, stream)
-                try:
-                    yield container, stream
-                finally:
-                    # Waits for its threads without Python's lock, which one of them may want to log an error;
-                    # to free it does not.
-                    stream.codec_context.flush_buffers()
+            with self._target() as target:
+                with listening(heard):
+                    container = self._open(av, target)
+                with container:
+                    stream = container.streams.best("video")
+                    if stream is None:
+                        raise RuntimeError(f"video: {self.name} holds no video stream")
+                    self._check(container, stream)
+                    sound = {s.codec_context.name for s in container.streams if s.codec_context and s.type != "video"}
+                    try:
+                        yield Opened(container, stream, next((what for who, what in heard if who not in sound), ""))
+                    finally:
+                        # Waits for its threads without Python's lock, which one of them may want to log an error;
+                        # to free it does not.
+                        stream.codec_context.flush_buffers()
         except av.FFmpegError as error:
             raise RuntimeError(
                 f"video: {self.name} cannot be decoded by PyAV: {error.strerror}; it is damaged, or no video in a "
                 "container that holds its own data (playlists are followed only with playlists=True)"
             ) from error
+
+    def _open(self, av: Any, target: Any) -> Any:
+        formats = f"{FORMATS},{PLAYLISTS}" if self.playlists else FORMATS
+        return av.open(
+            target,
+            container_options={"format_whitelist": formats, "protocol_whitelist": "file"},
+            options={"max_pixels": str(MAX_PIXELS)},  # also for the decoders that FFmpeg looks into the file with
+            metadata_errors="replace",  # titles are in any encoding
+            buffer_size=1 << 18,
+        )
 
     @contextmanager
     def _target(self) -> Iterator[Any]:
@@ -123,11 +128,13 @@ class Source:
         codec = stream.codec_context
         if codec is None:
             raise RuntimeError(
-                f"video: {self.name} cannot be decoded: PyAV has no decoder for its codec {_codec_of(self, container, stream)}"
+                f"video: {self.name} cannot be decoded: PyAV has no decoder for its codec, which the file says is "
+                + _codec_of(self, container, stream)
             )
         if codec.width * codec.height > MAX_PIXELS:
             raise RuntimeError(
-                f"video: {self.name} has pictures of {codec.width} x {codec.height}; at most {MAX_PIXELS} pixels are read"
+                f"video: {self.name} has pictures of {codec.width} x {codec.height}; "
+                f"at most {MAX_PIXELS} pixels are read"
             )
         if not self.playlists and stream.frames > (size := self.size()):
             raise RuntimeError(
@@ -161,7 +168,8 @@ def source_of(op: str, source: Any, playlists: bool = False) -> Source:
         return Source(_name_of(source), data=_checked(op, source), playlists=playlists)
     if not isinstance(source, (str, os.PathLike)):
         raise ValueError(
-            f"{op}: the video must be a path, bytes, a binary file object or a folder of frames, got {type(source).__name__}"
+            f"{op}: the video must be a path, bytes, a binary file object or a folder of frames, "
+            f"got {type(source).__name__}"
         )
     path = os.fsdecode(source)
     if not os.path.exists(path):

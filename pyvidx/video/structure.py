@@ -78,8 +78,30 @@ def _mpegts(file: BinaryIO, size: int) -> str:
 
 
 def _gif(file: BinaryIO, size: int) -> str:
-    file.seek(max(0, size - _TAIL))
-    return "" if file.read().rstrip(b"\0").endswith(b";") else "it does not end as a GIF does"
+    head = file.read(13)
+    if len(head) < 13:
+        return "its header is not whole"
+    file.seek(_colors(head[10]), os.SEEK_CUR)
+    while kind := file.read(1):
+        if kind == b";":
+            return ""
+        if kind == b",":
+            picture = file.read(9)
+            file.seek(_colors(picture[-1] if picture else 0) + 1, os.SEEK_CUR)
+        elif kind == b"!":
+            file.read(1)
+        else:
+            return f"no block starts at byte {file.tell() - 1}"
+        while length := file.read(1):
+            if length == b"\0":
+                break
+            file.seek(length[0], os.SEEK_CUR)
+    return "it does not end as a GIF does"
+
+
+def _colors(flags: int) -> int:
+    """Bytes of a color table."""
+    return 3 << (flags & 7) + 1 if flags & 0x80 else 0
 
 
 def _flv(file: BinaryIO, size: int) -> str:

@@ -122,8 +122,7 @@ def main(handle: int, parent: int, memory: int) -> None:
     with suppress(OSError), open("/proc/self/oom_score_adj", "w") as file:
         file.write("500")  # where memory runs out, the file that takes it should end, not the run
     with suppress(ImportError):
-        import av  # noqa: F401
-        import decord  # noqa: F401  # now, while the parent is busy with its own start
+        import av  # noqa: F401  # now, while the parent is busy with its own start
     if memory:
         _bound(memory)
     with suppress(EOFError, ConnectionError):

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from pyvidx.files import whole
 
-from .source import import_av
+from .ffmpeg import import_av
 
 
 def write(
