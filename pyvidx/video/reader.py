@@ -13,6 +13,7 @@ import torch
 from . import decord_reader, folder, pyav_reader, sampling, torchcodec_reader
 from .arguments import integer, number
 from .clip import Clip, Damage
+from .find import SUFFIXES as SUFFIXES
 from .folder import FrameFolder
 from .index import FrameIndex, count_frames, scan
 from .shown import Suspect
@@ -136,7 +137,7 @@ def stream(
         raise ValueError(f"stream: reader must be 'auto', 'pyav' or 'torchcodec', got {reader!r}")
     chunk, stride = integer("stream", "chunk", chunk, at_least=1), integer("stream", "stride", stride, at_least=1)
     fps = None if fps is None else number("stream", "fps", fps, above=0)
-    is_folder = not isinstance(source, bytes) and not hasattr(source, "read") and os.path.isdir(source)
+    is_folder = isinstance(source, (str, os.PathLike)) and os.path.isdir(source)
     video = _source("stream", source, fps if is_folder else None, playlists)
     if is_folder:
         fps = None

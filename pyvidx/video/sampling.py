@@ -15,6 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .arguments import integer
+
 Rule = Callable[[int, int, float, "torch.Generator | None"], Tensor]
 
 
@@ -159,9 +161,15 @@ def sample(
         if named is None:
             raise ValueError(f"sample: sampler must be one of {names(aliases=True)} or a function, got {sampler!r}")
         rule, wanted = named.rule, named.frames if wanted is None else wanted
+    num_frames, wanted = integer("sample", "num_frames", num_frames), integer("sample", "wanted", wanted)
     if num_frames < 1 or wanted < 1:
         raise ValueError(f"sample: num_frames and wanted must be at least 1, got {num_frames} and {wanted}")
-    indices = torch.as_tensor(rule(num_frames, wanted, fps, generator))
+    indices = rule(num_frames, wanted, fps, generator)
+    if not isinstance(indices, Tensor):
+        indices = np.asarray(indices)
+        if indices.dtype.kind in "USO":  # text
+            indices = np.array([integer("sample", "an index", i) for i in indices.ravel()], dtype=np.int64)
+        indices = torch.as_tensor(indices)
     if indices.dim() != 1 or not len(indices) or indices.is_floating_point():
         raise ValueError(f"sample: indices must be integers [T], T > 0, got {indices.dtype} {tuple(indices.shape)}")
     if indices.min() < 0 or indices.max() >= num_frames:
