@@ -12,7 +12,9 @@ from torch import Tensor
 from pyvidx.encode import Encoded
 from pyvidx.files import printable, whole, write_tensors
 from pyvidx.models import Encoding
-from pyvidx.video.clip import Damage
+from pyvidx.tensor_files import note as header
+from pyvidx.tensor_files import opened
+from pyvidx.video import Damage
 
 FORMATS = (".safetensors", ".npz", ".parquet")
 
@@ -160,10 +162,8 @@ def _load_npz(path: Path):
 
 
 def _load_safetensors(path: Path):
-    from safetensors import safe_open
-
-    with safe_open(path, "pt") as file:
-        note = json.loads((file.metadata() or {}).get("pyvidx", "{}"))
+    with opened(path, "embeddings") as file:
+        note = header(file, path, "pyvidx") or {}
         _require("paths" in note, ", ".join(file.keys()))
         arrays = {k: file.get_tensor(k) for k in file.keys() if k in ("pooled", "tokens", "seconds")}
     return _from_note(note, arrays)

@@ -94,7 +94,7 @@ def test_encode(there, given, message, capsys):
     (bench, ["report", "a.mp4"], "must be JSON"),
     (evaluate, "retrieval e.safetensors --json taken.json", "exists"),
     (evaluate, "retrieval e.safetensors", "there is no e.safetensors"),
-    (evaluate, "retrieval a.mp4", "must be a whole .safetensors file"),
+    (evaluate, "retrieval a.mp4", "is no safetensors file"),
     (evaluate, "retrieval --config c.json", "c.json"),
     (evaluate, "retrieval e.safetensors --plot p.txt.gzip", "must end in"),
     (evaluate, "predict --task coin --annotations t.csv --config c.json --out o.jsonl --frames 0", "at least 1"),

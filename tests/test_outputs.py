@@ -1,4 +1,4 @@
-"""What is written is there whole or not at all, whatever the names and however full the disk; and read back as it was."""
+"""What is written is there whole or not at all, whatever the names, however full the disk; and read back as it was."""
 
 import ast
 import json
@@ -26,7 +26,7 @@ ROOT = Path(__file__).parents[1]
 SUFFIXES = [suffix[1:] for suffix in embeddings.FORMATS]
 RAW = os.fsdecode(b"caf\xe9 \xff.mp4")  # no UTF-8
 
-# Calls that write a file. Those of files.py are what `whole` is; a log grows by lines, which its readers take one by one.
+# Calls that write a file. A log grows by lines, which its readers take one by one.
 WRITERS = {"write_text", "write_bytes", "savefig", "save_file", "savez", "savez_compressed", "write_table", "to_csv"}
 APART = {
     "pyvidx/files.py": "it is the place itself",
@@ -50,10 +50,6 @@ def writes(call: ast.Call) -> bool:
     return name == "open" and any(
         isinstance(t, str) and set(t) <= set("rwaxbt+") and set(t) & set("wax") for t in texts
     )
-
-
-def _named(node: ast.expr, *names: str) -> bool:
-    return isinstance(node, ast.Name) and node.id in names
 
 
 def test_every_writer_is_inside_whole():
@@ -163,19 +159,22 @@ def test_a_full_disk_leaves_what_was_there(tmp_path):
     assert not [p.name for p in tmp_path.iterdir() if ".part" in p.name]
 
 
-def encoded(path, frames=3, error=None, damaged=Damage()):
+def encoded(path, frames=3, error=None, damaged=None):
     if error:
         return Encoded(path, error=error)
     seconds = torch.arange(frames, dtype=torch.float64) / 3
-    return Encoded(path, Encoding(torch.randn(1, 5, 8), torch.randn(1, 6), seconds[None]), seconds, damaged=damaged)
+    return Encoded(
+        path, Encoding(torch.randn(1, 5, 8), torch.randn(1, 6), seconds[None]), seconds, damaged=damaged or Damage()
+    )
 
 
 @pytest.mark.parametrize("suffix", SUFFIXES)
 def test_names_of_any_bytes_and_names_given_twice(suffix, tmp_path):
     cut = Damage(cut=True, reason="its end is missing", frame=2, second=0.5)
     given = [encoded("a.mp4"), encoded(RAW, 2, damaged=cut), encoded("no.mp4", error="RuntimeError: a\nb"),
-             encoded("a.mp4"), encoded("no.mp4", error="RuntimeError: a\nb"), encoded(RAW, error="ValueError: x")]  # fmt: skip
-    path = tmp_path / os.fsdecode(b"out \xe9.").__add__(suffix)
+             encoded("a.mp4"), encoded("no.mp4", error="RuntimeError: a\nb"),
+             encoded(RAW, error="ValueError: x")]  # fmt: skip
+    path = tmp_path / (os.fsdecode(b"out \xe9.") + suffix)
     embeddings.save(path, given, {"frames": "3", "name": RAW})
     found, about = embeddings.load(path)
     assert about == {"frames": "3", "name": RAW}
@@ -245,7 +244,8 @@ def test_damaged_files_are_one_error(suffix, tmp_path):
 
 @pytest.mark.parametrize("change", [
     {"pooled": torch.zeros(1, 6)}, {"pooled": torch.zeros(2)}, {"pooled": torch.zeros(2, 6, dtype=torch.int64)},
-    {"pooled": torch.full((2, 6), float("inf"))}, {"seconds": torch.zeros(2, 3)}, {"seconds": torch.zeros(3, 3).double()},
+    {"pooled": torch.full((2, 6), float("inf"))}, {"seconds": torch.zeros(2, 3)},
+    {"seconds": torch.zeros(3, 3).double()},
     {"seconds": torch.tensor([[float("nan"), 1.0]] * 2, dtype=torch.float64)},
 ])  # fmt: skip
 def test_tensors_that_no_model_gave(change, tmp_path):
@@ -267,8 +267,8 @@ def test_notes_that_no_one_wrote(tmp_path):
     good = {"paths": ["a.mp4"], "failed": [], "errors": {}, "damaged": {}, "about": {}}
     save_file(arrays, path, {"pyvidx": json.dumps(good)})
     assert embeddings.load(path)[0][0].path == "a.mp4"
-    for change in ({"paths": [3]}, {"paths": None}, {"paths": ["a", "b"]}, {"failed": ["x"]}, {"errors": 4, "failed": [1]},
-                   {"about": []}, {"damaged": {"0": {"lost": 1}}}, {"damaged": 3}):  # fmt: skip
+    for change in ({"paths": [3]}, {"paths": None}, {"paths": ["a", "b"]}, {"failed": ["x"]},
+                   {"errors": 4, "failed": [1]}, {"about": []}, {"damaged": {"0": {"lost": 1}}}, {"damaged": 3}):  # fmt: skip
         save_file(arrays, path, {"pyvidx": json.dumps(good | change)})
         with pytest.raises(ValueError, match="must be written by pyvidx encode"):
             embeddings.load(path)

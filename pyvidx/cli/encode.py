@@ -16,8 +16,7 @@ from pyvidx.files import printable
 from pyvidx.integrations import checkpoints
 from pyvidx.models import BTAdapter
 from pyvidx.preprocess import PRESETS
-from pyvidx.video import sampling
-from pyvidx.video.find import find_videos
+from pyvidx.video import find_videos, sampling
 from pyvidx.video.pool import shared
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -121,14 +120,16 @@ def find(given: Sequence[Path]) -> tuple[list[str], str]:
         raise FileNotFoundError(f"there is no {missing[0]}{more}")
     videos, others = [], []
     for path in given:
-        found, rest = find_videos(path) if path.is_dir() else ([str(path)], [])
+        found, rest = find_videos(path) if path.is_dir() else ([path], [])
         videos, others = videos + found, others + rest
     if not videos:
         raise ValueError("no video files in " + ", ".join(map(str, given)))
-    kinds = Counter(Path(p).suffix.lower() or "without suffix" for p in others)
+    kinds = Counter(p.suffix.lower() or "without suffix" for p in others)
     kinds = ", ".join(f"{n} {kind}" for kind, n in kinds.items())
     names = ", ".join(printable(p) for p in others[:5]) + (", ..." if len(others) > 5 else "")
-    return videos, f"left out {len(others)} files that are no videos ({kinds}): {names}" if others else ""
+    return list(
+        map(str, videos)
+    ), f"left out {len(others)} files that are no videos ({kinds}): {names}" if others else ""
 
 
 def load_model(path: Path | None, device: str, dtype: str | None, compat: str | None = None) -> BTAdapter:

@@ -13,11 +13,11 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 
 from pyvidx.data import tables
 from pyvidx.data.tars import members as _members
 from pyvidx.files import write_tensors
+from pyvidx.tensor_files import note, opened
 from pyvidx.video.find import find_videos
 
 
@@ -184,7 +184,7 @@ def folder(root: str | Path, *, outside: bool = False) -> Captioned:
         for name, text in values.items():
             take(name, text)
         return Captioned(names, texts, root, left)
-    for path in map(Path, find_videos(root)[0]):
+    for path in find_videos(root)[0]:
         side = path.with_suffix(".txt")
         try:  # a caption is short: a file that is not is none
             text = tables.read_text(side, tables.FIELD).strip() if side.is_file() else ""
@@ -290,8 +290,8 @@ def _read_index(path: Path, state: list) -> tuple[Packed, Packed, torch.Tensor, 
     if start and start[8:24] != b'{"__metadata__":' and not start.startswith(b"PK"):
         raise ValueError(f"captions: index {path} must be a new file or an index, it is a file of something else")
     try:
-        with safe_open(path, "pt") as file:
-            about = json.loads(file.metadata()["pyvidx_shards"])
+        with opened(path, "captions") as file:
+            about = note(file, path, "pyvidx_shards")
             tensors = {name: file.get_tensor(name) for name in file.keys()}
         names, texts = (Packed.of(tensors[name], tensors[f"{name}_ends"]) for name in ("names", "texts"))
         places, left = tensors["places"], tables.LeftOut("shards")
@@ -299,7 +299,7 @@ def _read_index(path: Path, state: list) -> tuple[Packed, Packed, torch.Tensor, 
         good = about["shards"] == state and names.sound() and texts.sound() and left.count >= 0
         good = good and places.dtype == torch.int64 and places.shape == (len(names), 3) and len(texts) == len(names)
         good = good and bool(((places[:, 0] >= 0) & (places[:, 0] < len(state)) & (places[:, 2] >= 0)).all())
-    except (SafetensorError, OSError, ValueError, KeyError, TypeError, IndexError, RecursionError):
+    except (ValueError, KeyError, TypeError, IndexError):
         return None
     return (names, texts, places, left) if good else None
 

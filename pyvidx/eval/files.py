@@ -5,12 +5,11 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
 from pyvidx.data import tables
 from pyvidx.eval.annotations.sample import need
+from pyvidx.tensor_files import opened
 from pyvidx.video.find import SUFFIXES, find_videos
 
 
@@ -31,13 +30,8 @@ def read_tensors(
         FileNotFoundError: there is no such file.
         ValueError: it is no whole safetensors file, or does not hold them so.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"eval: there is no {path}")
-    try:
-        found = load_file(path)
-    except (SafetensorError, ValueError) as error:
-        raise ValueError(f"eval: {path} must be a whole .safetensors file: {error}") from error
+    with opened(path, "eval") as file:
+        found = {name: file.get_tensor(name) for name in file.keys()}
     if not set(dims) <= set(found):
         raise ValueError(f"eval: {path} must hold {' and '.join(dims)}, got {', '.join(sorted(found))}")
     for name, dim in {**dims, **optional}.items():
@@ -72,7 +66,7 @@ class Named:
     @classmethod
     def under(cls, root: str | Path) -> "Named":
         """The video files of a folder and its folders."""
-        return cls(find_videos(root)[0])
+        return cls(map(str, find_videos(root)[0]))
 
     def find(self, name: str) -> str | None:
         """The path, None if there is none; ValueError if there are several."""
