@@ -18,7 +18,7 @@ env:
 # Only what the demo needs: half the set-up.
 demo:
 	EXTRAS=video,cli bash cmake/env.sh
-	$(PY) -m pyvidx demo $(VIDEO)
+	$(PY) -m pyvidx demo --overwrite $(VIDEO)
 
 test: env check
 	$(PY) -m pytest tests -q -m "not slow"
@@ -38,7 +38,7 @@ isa-test:
 bench: env
 	mkdir -p bench/out
 	$(PY) -m pytest bench -q --benchmark-json=bench/out/bench.json
-	$(PY) -m pyvidx.bench report bench/out/bench.json
+	$(PY) -m pyvidx.bench report bench/out/bench.json --overwrite
 
 cuda-check:
 	$(PY) cmake/cuda_check.py

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from pyvidx.backbones.eva import EVAVisionConfig
+from pyvidx.files import write_json
 from pyvidx.memory.qformer import QFormerConfig
 from pyvidx.models import MALMM, MALMMConfig
 from pyvidx.ops.memory_merge import in_order, memory_merge_, new_state
@@ -52,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> dict:
     with torch.inference_mode():
         result |= run(options.frames or frames, options.small)
     if options.out:
-        options.out.write_text(json.dumps(result, indent=1) + "\n")
+        write_json(options.out, result, indent=1)
     print(json.dumps(result, indent=1))
     return result
 

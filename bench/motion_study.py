@@ -22,6 +22,7 @@ from bench.motion import report, temporal, world
 from bench.motion.rows import OTHERS, ROWS
 from bench.motion.temporal import Budget, Gallery, Row
 from pyvidx.data import motion
+from pyvidx.files import whole, write_json, write_text
 from pyvidx.models import TextVideo, files
 
 LAYERS = range(tiny.VISION.layers - temporal.DEPTH, tiny.VISION.layers)
@@ -95,7 +96,7 @@ def check_plan(path: Path, plan: Plan) -> None:
         raise SystemExit(
             f"motion_study: {path.parent} must hold runs of the same plan, got another; choose a new --out"
         )
-    path.write_text(text)
+    write_text(path, text)
 
 
 def ship(path: Path, work: Path, clip: tiny.TinyCLIP, runs: list[dict]) -> Path:
@@ -133,7 +134,7 @@ def the_clip(work: Path, plan: Plan) -> tiny.TinyCLIP:
         start = time.perf_counter()
         model = tiny.train(plan.clip_steps, count=plan.stills, batch=plan.clip_batch)
         seconds, scale = time.perf_counter() - start, model.scale
-        notes.write_text(json.dumps({"seconds": seconds, "scale": scale, "sha256": files.digest(model.state_dict())}))
+        write_json(notes, {"seconds": seconds, "scale": scale, "sha256": files.digest(model.state_dict())})
         files.write(path, "tiny_clip", model, {})
     model = tiny.TinyCLIP()
     model.load_state_dict(files.read(path, "tiny_clip")[1])
@@ -145,14 +146,13 @@ def cache(work: Path, plan: Plan, clip: tiny.TinyCLIP, T: int) -> None:
     path = work / f"clips-{T}.pt"
     if path.exists():
         return
-    part = path.with_suffix(".part")
     found = {
         "train": world.seen_by(clip, motion.random_scenes(plan.scenes, seed=1), T, LAYERS),
         "validation": Gallery.of(clip, motion.SEEN, 2, T, LAYERS, plan.gallery),
         "test": Gallery.of(clip, motion.HELD_OUT, 4, T, LAYERS, plan.gallery),
     }
-    torch.save({name: plain(x) for name, x in found.items()}, part)
-    part.rename(path)
+    with whole(path) as part:
+        torch.save({name: plain(x) for name, x in found.items()}, part)
 
 
 def plain(x):
@@ -183,9 +183,7 @@ def run(job: tuple[Path, Plan, Row, int]) -> str:
         "sha256": files.digest(weights),
         **scores,
     }
-    part = path.with_suffix(".part")
-    part.write_text(json.dumps(result, indent=1))
-    part.rename(path)
+    write_json(path, result, indent=1)
     shown = ", ".join(f"{key} {result['test'][key]:.1f}" for key in ("appearance", "time", "pair"))
     return f"{row.name}, seed {seed}: {shown}; {seconds:.0f} s"
 

@@ -3,6 +3,8 @@
 import importlib
 import sys
 
+from pyvidx.cli.arguments import ended
+
 COMMANDS = {
     "encode": "encode video files into embeddings",
     "demo": "encode one video and show what comes out",
@@ -22,8 +24,8 @@ def main() -> int:
         for command, what in COMMANDS.items():
             print(f"  {command:8} {what}", file=sys.stderr)
         return 0 if name in ("", "-h", "--help") else 2
-    module = "pyvidx.info" if name == "info" else f"pyvidx.cli.{name}"
-    return importlib.import_module(module).main(sys.argv[2:]) or 0
+    module = f"pyvidx.{name}" if name in ("bench", "info") else f"pyvidx.cli.{name}"
+    return ended(f"python -m pyvidx {name}", lambda: importlib.import_module(module).main(sys.argv[2:]))
 
 
 if __name__ == "__main__":

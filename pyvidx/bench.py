@@ -1,17 +1,31 @@
 """python -m pyvidx.bench report FILE.json [--plot FILE.png]: a table and a plot of what the benches measured."""
 
-import argparse
-import json
+import sys
+from collections.abc import Sequence
 from pathlib import Path
+
+from pyvidx.cli.arguments import Parser, add_overwrite, check_outputs, ended, picture
+from pyvidx.data.tables import read_json
+from pyvidx.files import whole
 
 COLUMNS = ("op", "shape", "dtype", "ms", "spread", "GB/s", "copy GB/s", "floor", "vs eager", "vs compile")
 
 
 def load(path: Path) -> list[dict]:
-    """The cases of a pytest-benchmark file, or of one of bench/results, in the order they ran."""
-    data = json.loads(path.read_text())
-    cases = [b["extra_info"] for b in data["benchmarks"]] if "benchmarks" in data else data["cases"]
-    cases = [case for case in cases if "floor_share" in case]
+    """The cases of a pytest-benchmark file, or of one of bench/results, in the order they ran.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is no such file.
+    """
+    data = read_json(path, dict)
+    try:
+        cases = [b["extra_info"] for b in data["benchmarks"]] if "benchmarks" in data else data["cases"]
+        cases = [case for case in cases if "floor_share" in case]
+        for case in cases:
+            row(case)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise ValueError(f"report: {path} must hold cases of pyvidx's benches, got {error!r}") from error
     if not cases:
         raise ValueError(f"report: {path} must hold cases of pyvidx's benches, got none")
     return cases
@@ -71,23 +85,29 @@ def plot(cases: list[dict], path: Path) -> None:
     axis.set_xlabel("share of the floor: a copy of the same bytes = 1")
     axis.set_title(f"pyvidx {cases[0]['device']}, {cases[0]['threads']} threads", fontsize=9)
     figure.tight_layout()
-    figure.savefig(path, dpi=120)
+    with whole(path) as part:
+        figure.savefig(part, dpi=120)
     plt.close(figure)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m pyvidx.bench", description=__doc__)
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = Parser(prog="python -m pyvidx.bench", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     report = commands.add_parser("report", help="print a table and draw a plot")
     report.add_argument("file", type=Path, help="what pytest bench --benchmark-json wrote")
-    report.add_argument("--plot", type=Path, help="where the picture goes (default: beside the file, .png)")
-    options = parser.parse_args()
-    cases = load(options.file)
+    report.add_argument("--plot", type=picture, help="where the picture goes (default: beside the file, .png)")
+    add_overwrite(report)
+    options = parser.parse_args(argv)
+    drawn = options.plot or options.file.with_suffix(".png")
+    try:
+        cases = load(options.file)
+    except (OSError, ValueError) as error:
+        parser.error(str(error))
+    check_outputs(parser, options.overwrite, drawn)
     print(table(cases))
-    picture = options.plot or options.file.with_suffix(".png")
-    plot(cases, picture)
-    print(f"plot: {picture}")
+    plot(cases, drawn)
+    print(f"plot: {drawn}")
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(ended("python -m pyvidx.bench", main))

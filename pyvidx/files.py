@@ -5,9 +5,13 @@ import os
 import secrets
 import socket
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
 
 
 @contextmanager
@@ -48,6 +52,26 @@ def write_text(path: str | os.PathLike[str], text: str) -> Path:
 def write_json(path: str | os.PathLike[str], value, **options) -> Path:
     """Write JSON text, whole or not at all. options: of json.dumps."""
     return write_text(path, json.dumps(value, **options) + "\n")
+
+
+def write_tensors(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], about: Mapping[str, str]) -> Path:
+    """Write a .safetensors file with `about` in its header, whole or not at all.
+
+    Raises:
+        OSError: the disk is full, or the folder cannot be written to.
+    """
+    with whole(path) as part:
+        try:
+            save_file(dict(tensors), part, {"format": "pt", **about})
+        except SafetensorError as error:
+            raise OSError(f"{path} cannot be written: {error}") from error
+    return Path(path)
+
+
+def printable(text: str | bytes | os.PathLike[str]) -> str:
+    """A name or message in one line that any stream can print: control characters and bytes that are not UTF-8 are
+    escaped."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in os.fsdecode(text))
 
 
 def check_output(path: str | os.PathLike[str], *, overwrite: bool = True) -> None:

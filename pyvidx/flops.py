@@ -22,6 +22,7 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, 
 
 from pyvidx import temporal
 from pyvidx.backbones.clip import CLIPVision, CLIPVisionConfig
+from pyvidx.files import whole
 from pyvidx.layers import products
 from pyvidx.models.video_encoder import VideoEncoder
 from pyvidx.ops._library import FLOPS
@@ -214,5 +215,6 @@ def plot(costs: list[Cost], path: str | Path, title: str = "") -> Path:
         axis.set_xticks(sorted({c.frames for c in costs}), sorted({c.frames for c in costs}))
     figure.legend(loc="outside right upper", fontsize=8)
     figure.suptitle(title)
-    figure.savefig(path, dpi=110)
+    with whole(path) as part:
+        figure.savefig(part, dpi=110)
     return Path(path)

@@ -1,15 +1,16 @@
 """python -m pyvidx.info [--json]: what this installation is, and for every op and device whether a kernel or the
 reference will run, and why. The first lines of any bug report."""
 
-import argparse
 import importlib.metadata
 import json
 import os
 import platform
+import sys
 
 import torch
 
 import pyvidx.ops  # noqa: F401  (defines the ops)
+from pyvidx.cli.arguments import Parser, ended
 from pyvidx.layers import products
 from pyvidx.ops import _library
 
@@ -136,7 +137,7 @@ def as_text(info: dict, kernels: bool = False) -> str:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m pyvidx.info", description=__doc__)
+    parser = Parser(prog="python -m pyvidx.info", description=__doc__)
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.add_argument("--kernels", action="store_true", help="also print registers and shared memory per CUDA kernel")
     options, info = parser.parse_args(argv), collect()
@@ -144,4 +145,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(ended("python -m pyvidx.info", main))

@@ -27,11 +27,20 @@ def opened(path: str | Path, what: str) -> Iterator[safe_open]:
     if not path.exists():
         raise FileNotFoundError(f"{what}: there is no file {path}")
     try:
-        file = safe_open(path, "pt")
+        with path.open("rb") as raw:  # safetensors takes no name that is not UTF-8; the system has another for it
+            file = safe_open(path if _is_utf8(path) else f"/proc/self/fd/{raw.fileno()}", "pt")
     except (SafetensorError, OSError, ValueError) as error:
         raise ValueError(f"{what}: {path} is no safetensors file, or is damaged or truncated ({error})") from error
     with file:
         yield file
+
+
+def _is_utf8(path: Path) -> bool:
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def note(file: safe_open, path: str | Path, key: str) -> dict | None:

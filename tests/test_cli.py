@@ -104,7 +104,7 @@ def test_saved_model(videos, tmp_path, capsys):
     for is_random in (False, True):
         model.is_random = is_random
         model.save(tmp_path / "model")
-        given = ["--model", str(tmp_path / "model"), "--out", str(tmp_path / "out.npz")]
+        given = ["--model", str(tmp_path / "model"), "--out", str(tmp_path / "out.npz"), "--overwrite"]
         assert encode([str(videos / "a.mp4"), *given]) == 0
         assert ("NOTE: these weights were never trained" in capsys.readouterr().err) == is_random
 

@@ -67,7 +67,7 @@ def test_command(files, capsys):
     (files / "unseen.csv").write_text("participant_id\nP02\n")
     out, submission = files / "out.json", files / "new/test.json"
     command = ["anticipation", "--segments", str(files / "val.csv"), "--verbs", str(files / "verbs.csv"), "--nouns",
-               str(files / "nouns.csv"), "--json", str(out)]  # fmt: skip
+               str(files / "nouns.csv"), "--overwrite", "--json", str(out)]  # fmt: skip
     said = ["--predictions", str(files / "said.json")]
     lists = ["--tail-verbs", str(files / "tail.csv"), "--unseen", str(files / "unseen.csv")]
     assert main([*command, *said, *lists, "--submission", str(submission), "--levels", "1", "3", "3"]) == 0

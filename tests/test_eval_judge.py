@@ -148,6 +148,6 @@ def test_replay_and_aspects(files, capsys):
     result = json.loads(out.read_text())
     assert result["detail"] == {"score": 2.5} and list(result["about"]["left out"]) == ["v_2"]
     jobs = [word for name in judge.ASPECTS for word in (f"--{name}", str(files / "job.jsonl"))]
-    assert main(["aspects", *jobs, "--plot", str(files / "plot.png"), "--json", str(out)]) == 0
+    assert main(["aspects", *jobs, "--overwrite", "--plot", str(files / "plot.png"), "--json", str(out)]) == 0
     assert json.loads(out.read_text())["score"]["mean"] == pytest.approx(2.9)
     assert (files / "plot.png").read_bytes().startswith(b"\x89PNG")

@@ -119,7 +119,7 @@ def test_retrieval_from_videos_then_from_what_it_kept(folder, capsys, monkeypatc
     # Again, without weights or videos.
     monkeypatch.setattr(zero_shot, "encode_videos", None)
     path = config(folder, model=None, text=None, tokenizer=None, root=None)
-    assert main(["retrieval", "--config", str(path), "--json", str(out), "--dsl"]) == 0
+    assert main(["retrieval", "--config", str(path), "--json", str(out), "--dsl", "--overwrite"]) == 0
     again = json.loads(out.read_text())
     assert "text to video (DSL)" in again and again["about"]["dsl"] is True
     path = config(folder, frames=4)
@@ -135,7 +135,8 @@ def test_retrieval_from_videos_then_from_what_it_kept(folder, capsys, monkeypatc
 def test_what_the_encoder_wrote_is_taken(folder, capsys):
     pytest.importorskip("transformers")
     command = ["videos/one.mp4", "videos/two.mp4", "videos/three.mp4", "--model", "model.safetensors", "--frames", "3",
-               "--preset", "bt_adapter_retrieval", "--outputs", "pooled", "--device", "cpu", "--out"]  # fmt: skip
+               "--preset", "bt_adapter_retrieval", "--outputs", "pooled", "--device", "cpu", "--overwrite",
+               "--out"]  # fmt: skip
     for name in ("e.npz", "e.safetensors"):
         assert encode([*command, name]) == 0
         assert main(["retrieval", "--config", str(config(folder, videos=name, root=None))]) == 0

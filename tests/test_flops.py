@@ -165,7 +165,7 @@ def test_command(tmp_path, capsys, monkeypatch):
     mean = written["costs"][0]
     assert mean["ratio"] == 1 and mean["trained"] == 0 and mean["weight_bytes"] == 2 * mean["parameters"]
     assert picture.read_bytes().startswith(b"\x89PNG")
-    monkeypatch.setattr("sys.argv", [*arguments, "0"])
+    monkeypatch.setattr("sys.argv", [*arguments, "2"])
     with pytest.raises(SystemExit):
         main()
-    assert "T > 0" in capsys.readouterr().err
+    assert "costs.json exists" in capsys.readouterr().err

@@ -1,12 +1,12 @@
 """The study's results as JSON, tables and a picture."""
 
-import json
 import statistics
 from pathlib import Path
 
 import torch
 
 from bench.motion.rows import TABLES
+from pyvidx.files import whole, write_json, write_text
 
 HEAD = """| | appearance R@1 | time R@1 | time, right of two | trained parameters | seconds |
 | --- | --- | --- | --- | --- | --- |
@@ -25,7 +25,7 @@ published settings: tubes of 70 % masked, MBCA and MBTA at 0.1. Seconds: trainin
 def write(out: Path, plan: dict, clip: dict, runs: list[dict]) -> None:
     """study.json, table.md and study.png in the folder."""
     where = {"torch": torch.__version__, "cpu": torch.backends.cpu.get_cpu_capability()}
-    (out / "study.json").write_text(json.dumps({**where, "plan": plan, "clip": clip, "runs": runs}, indent=1))
+    write_json(out / "study.json", {**where, "plan": plan, "clip": clip, "runs": runs}, indent=1)
     looks, events = runs[0]["test"]["looks"], runs[0]["test"]["events"]
     chances = {"look_chance": 100 / looks, "event_chance": 100 / events}
     text = NOTE.format(seeds=len({r["seed"] for r in runs}), looks=looks, events=events, **chances)
@@ -33,7 +33,7 @@ def write(out: Path, plan: dict, clip: dict, runs: list[dict]) -> None:
         lines = [line(row.name, [r for r in runs if r["row"]["name"] == row.name]) for row in rows]
         if any(lines):
             text += f"\n**{title}**\n\n{HEAD}{''.join(lines)}"
-    (out / "table.md").write_text(text)
+    write_text(out / "table.md", text)
     draw(out / "study.png", runs)
 
 
@@ -71,4 +71,5 @@ def draw(path: Path, runs: list[dict]) -> None:
     axes.set_xticks(range(len(kinds)), kinds)
     axes.set_yticks(range(len(names)), names)
     axes.set_title("a clip's own caption beats its opposite's, percent (chance 50)")
-    figure.savefig(path, dpi=110)
+    with whole(path) as part:
+        figure.savefig(part, dpi=110)

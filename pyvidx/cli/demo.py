@@ -1,7 +1,7 @@
 """python -m pyvidx demo [VIDEO]: one video through the whole library, with a picture and a speed test."""
 
-import argparse
 import statistics
+import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,9 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pyvidx.cli import arguments
 from pyvidx.cli.encode import load_model
 from pyvidx.data import motion
 from pyvidx.encode import Timing, encode_videos
+from pyvidx.files import printable, whole
 from pyvidx.models import BTAdapter, BTAdapterConfig, TextVideo
 from pyvidx.models.reference import ReferenceBTAdapter
 from pyvidx.preprocess import clip_preprocess
@@ -34,35 +36,39 @@ CAPTIONS = (
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    p = argparse.ArgumentParser(prog="python -m pyvidx demo", description=__doc__)
-    p.add_argument("video", nargs="?", type=Path, help="a video file; without: a short H.264 clip is written and used")
+    p = arguments.Parser(prog="python -m pyvidx demo", description=__doc__)
+    p.add_argument(
+        "video",
+        nargs="?",
+        type=arguments.existing,
+        help="a video file; without: a short H.264 clip is written and used",
+    )
     p.add_argument("--out", type=Path, default=Path("demo"), help="folder for what the demo writes")
-    p.add_argument("--frames", type=int, default=8, help="frames to encode and plot")
+    p.add_argument("--frames", type=arguments.count, default=8, help="frames to encode and plot")
     p.add_argument("--size", default="clip-b-16", choices=BTAdapterConfig.names(), help="model size of the speed test")
-    p.add_argument("--speed-frames", type=int, default=8, help="frames of the speed test")
+    p.add_argument("--speed-frames", type=arguments.count, default=8, help="frames of the speed test")
+    arguments.add_overwrite(p)
     options = p.parse_args(argv)
-    options.out.mkdir(parents=True, exist_ok=True)
     device = "cuda" if torch.cuda.is_available() else "cpu"
+    video, backwards = options.video or options.out / "clip.mp4", options.out / "backwards.mp4"
+    drawn = arguments.picture(str(options.out / "similarity.png"))
+    arguments.check_outputs(p, options.overwrite, drawn, *(() if options.video else (video, backwards)))
     if options.video is None:
-        video = options.out / "clip.mp4"
-        ranking(video, options.out / "backwards.mp4", device)
-    else:
-        video = options.video
+        ranking(video, backwards, device)
 
     model = load_model(None, device, None)
     timing = Timing()
     (result,) = encode_videos([str(video)], model, frames=options.frames, timing=timing)
     if result.error:
-        print(f"FAILED {video}: {result.error}")
+        print(f"FAILED {printable(video)}: {printable(result.error)}", file=sys.stderr)
         return 1
     encoding = result.encoding
     print(f"embedding: pooled {tuple(encoding.pooled.shape)}, tokens {tuple(encoding.tokens.shape)}")
     print(timing)
 
     clip = read(video, frames=options.frames)
-    picture = options.out / "similarity.png"
-    plot(clip, frame_similarity(model, clip), picture)
-    print(f"plot: {picture}")
+    plot(clip, frame_similarity(model, clip), drawn)
+    print(f"plot: {drawn}")
 
     speed(read(video, frames=options.speed_frames), options.size, device)
     return 0
@@ -132,7 +138,8 @@ def plot(clip: Clip, similarity: Tensor, path: Path) -> None:
     axis.set_xlabel("seconds")
     axis.set_title("similarity of the frames' vectors, mean removed")
     figure.colorbar(image, ax=axis, label="cosine")
-    figure.savefig(path, dpi=110, bbox_inches="tight")
+    with whole(path) as part:
+        figure.savefig(part, dpi=110, bbox_inches="tight")
     plt.close(figure)
 
 

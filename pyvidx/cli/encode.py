@@ -3,60 +3,76 @@
 import argparse
 import sys
 import warnings
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
 from pyvidx import embeddings
+from pyvidx.cli import arguments
 from pyvidx.encode import Timing, encode_videos
+from pyvidx.files import printable
+from pyvidx.integrations import checkpoints
 from pyvidx.models import BTAdapter
 from pyvidx.preprocess import PRESETS
-from pyvidx.video import sampling
-from pyvidx.video.reader import SUFFIXES
+from pyvidx.video import find_videos, sampling
+from pyvidx.video.pool import shared
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
 def parser() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser(
+    p = arguments.Parser(
         prog="python -m pyvidx encode",
         description="Encode video files with BT-Adapter. Files that fail are named and do not stop the rest.",
+        epilog="Exit code: 0, 1 if videos failed, 2 for arguments that do not fit. Nothing is read from a network.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    p.add_argument("videos", nargs="+", type=Path, help="video files, or folders that are searched for them")
+    p.add_argument("videos", nargs="+", type=arguments.file, help="video files, or folders that are searched for them")
     p.add_argument("--out", type=Path, help=f"where the embeddings go: {', '.join(embeddings.FORMATS)}")
-    p.add_argument("--model", type=Path, help="weights written by BTAdapter.save; without: a small built-in model")
-    p.add_argument("--frames", type=int, default=8, help="frames per video")
+    p.add_argument("--model", type=arguments.weights, help="weights of BTAdapter.save, or a published file (.pth, "
+                   ".bin, .safetensors); without: a small built-in model")  # fmt: skip
+    p.add_argument("--compat", choices=["official", "paper"], help="compute as the public code does, or as the paper "
+                   "says; default: as saved, published weights as the public code")  # fmt: skip
+    p.add_argument("--frames", type=arguments.count, default=8, help="frames per video")
     p.add_argument("--sampler", default="uniform", choices=sampling.names(aliases=True), metavar="NAME",
                    help=f"which frames: {', '.join(sampling.names())}")  # fmt: skip
-    p.add_argument("--start", type=float, help="second of every video to take frames from")
-    p.add_argument("--end", type=float, help="second of every video to take frames up to, e.g. 30 for DiDeMo")
+    p.add_argument("--start", type=arguments.seconds, help="second of every video to take frames from")
+    p.add_argument("--end", type=arguments.seconds, help="second of every video to take frames up to, e.g. 30 for"
+                   " DiDeMo")  # fmt: skip
     p.add_argument("--reader", default="auto", choices=["auto", "decord", "pyav", "torchcodec"])
     p.add_argument("--preset", default="clip", choices=list(PRESETS), help="preprocessing")
-    p.add_argument("--outputs", default="pooled,tokens", help="pooled (video embedding), tokens (for a language model)")
-    p.add_argument("--batch", type=int, default=1, help="videos encoded together")
-    p.add_argument("--workers", type=int, default=1, help="threads that read ahead")
-    p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    p.add_argument("--outputs", type=arguments.outputs, default="pooled,tokens",
+                   help="pooled (video embedding), tokens (for a language model)")  # fmt: skip
+    p.add_argument("--batch", type=arguments.count, default=1, help="videos encoded together")
+    p.add_argument("--workers", type=arguments.count, default=1, help="how many read ahead")
+    p.add_argument("--device", type=arguments.device, default="cuda" if torch.cuda.is_available() else "cpu")
     p.add_argument("--dtype", choices=list(DTYPES), help="default: float16 on a GPU, float32 on a CPU")
+    arguments.add_overwrite(p)
     return p
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     p = parser()
     options = p.parse_args(argv)
-    if options.out is not None:
-        try:
-            embeddings.check_format(options.out)
-        except (ValueError, RuntimeError) as error:
-            p.error(str(error))
-    paths = list(find(options.videos))
-    if not paths:
-        p.error("no video files in " + ", ".join(map(str, options.videos)))
+    arguments.check_span(p, options.start, options.end)
+    arguments.check_reader(p, options.reader)
     try:
-        model = load_model(options.model, options.device, options.dtype)
-    except (FileNotFoundError, ValueError) as error:
+        if options.out is not None:
+            embeddings.check_format(options.out)
+        arguments.check_outputs(p, options.overwrite, options.out)
+        paths, left_out = find(options.videos)
+        shared(options.workers)  # they start while the model is loaded
+        model = load_model(options.model, options.device, options.dtype, options.compat)
+        if model.config.part == "features":
+            raise ValueError(f"--model must read pixels, {options.model} reads stored features")
+        if lacking := [name for name in options.outputs if name not in model.outputs]:
+            raise ValueError(f"--outputs must be {','.join(model.outputs)} with this model, got {','.join(lacking)}")
+    except (OSError, RuntimeError, ValueError) as error:
         p.error(str(error))
+    if left_out:
+        print(f"NOTE: {left_out}", file=sys.stderr)
     timing = Timing()
     results = []
     encoded = encode_videos(
@@ -68,7 +84,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         end=options.end,
         reader=options.reader,
         preset=options.preset,
-        outputs=[o for o in options.outputs.split(",") if o],
+        outputs=options.outputs,
         batch=options.batch,
         workers=options.workers,
         timing=timing,
@@ -76,28 +92,56 @@ def main(argv: Sequence[str] | None = None) -> int:
     for result in progress(encoded, len(paths)):
         results.append(result)
         if result.error:
-            print(f"FAILED {result.path}: {result.error}", file=sys.stderr)
+            print(f"FAILED {printable(result.path)}: {printable(result.error)}", file=sys.stderr)
+        elif result.damaged:
+            print(f"DAMAGED {printable(result.path)}: {printable(str(result.damaged))}", file=sys.stderr)
     if options.out is not None and timing.videos:
-        about = {k: str(v) for k, v in vars(options).items() if k not in ("videos", "out") and v is not None}
+        about = {k: str(v) for k, v in vars(options).items() if k not in ("videos", "out", "overwrite", "outputs")}
+        about = {k: v for k, v in about.items() if v != "None"} | {"outputs": ",".join(options.outputs)}
         with timing.of("write"):
             embeddings.save(options.out, results, about | {"is_random": model.is_random})
-        print(f"wrote {options.out}")
+        print(f"wrote {printable(options.out)}")
+    elif options.out is not None:
+        print(f"nothing to write to {printable(options.out)}: no video could be encoded", file=sys.stderr)
     print(timing)
     return 1 if timing.failed else 0
 
 
-def find(videos: Sequence[Path]):
-    """Files as they are, folders searched for video files in name order."""
-    for path in videos:
-        if path.is_dir():
-            yield from (str(p) for p in sorted(path.rglob("*")) if p.suffix.lower() in SUFFIXES)
-        else:
-            yield str(path)
+def find(given: Sequence[Path]) -> tuple[list[str], str]:
+    """The files, those of folders in name order, and what to say of files in folders that are no videos.
+
+    Raises:
+        FileNotFoundError: one of those given is not there.
+        ValueError: there is no video among them.
+    """
+    missing = [path for path in given if not path.exists()]
+    if missing:
+        more = f", nor {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise FileNotFoundError(f"there is no {missing[0]}{more}")
+    videos, others = [], []
+    for path in given:
+        found, rest = find_videos(path) if path.is_dir() else ([path], [])
+        videos, others = videos + found, others + rest
+    if not videos:
+        raise ValueError("no video files in " + ", ".join(map(str, given)))
+    kinds = Counter(p.suffix.lower() or "without suffix" for p in others)
+    kinds = ", ".join(f"{n} {kind}" for kind, n in kinds.items())
+    names = ", ".join(printable(p) for p in others[:5]) + (", ..." if len(others) > 5 else "")
+    return list(
+        map(str, videos)
+    ), f"left out {len(others)} files that are no videos ({kinds}): {names}" if others else ""
 
 
-def load_model(path: Path | None, device: str, dtype: str | None) -> BTAdapter:
-    """The model folded for inference, and a note where its embeddings say little about a video."""
-    model = BTAdapter.default() if path is None else BTAdapter.from_pretrained(path)
+def load_model(path: Path | None, device: str, dtype: str | None, compat: str | None = None) -> BTAdapter:
+    """The model folded for inference, and a note where its embeddings say little about a video.
+
+    Raises:
+        FileNotFoundError, ValueError: see pyvidx.integrations.checkpoints.load_model.
+    """
+    if path is None:
+        model = BTAdapter.default(**({"compat": compat} if compat else {}))
+    else:
+        model = checkpoints.load_model(path, compat=compat)
     if path is None:
         print(
             "NOTE: the built-in model knows a small world of moving shapes (pyvidx.data.motion). For other videos the "

@@ -1,22 +1,28 @@
 """python -m pyvidx eval: numbers of a benchmark from videos, embeddings, answers or a judge's replies."""
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from pyvidx import eval as tasks
+from pyvidx.cli import arguments
+from pyvidx.data.tables import FIELD, read_text
 from pyvidx.eval import annotations, judge, lvu, report
 from pyvidx.eval.annotations import classes
-from pyvidx.eval.files import digest
+from pyvidx.eval.files import digest, read_tensors
 from pyvidx.eval.predict import predict, read_predictions
 from pyvidx.eval.retrieval import TIES, retrieval
 from pyvidx.eval.tasks import EXACT
+from pyvidx.files import check_output, printable
 
 
 def parser() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser(prog="python -m pyvidx eval", description=__doc__)
+    p = arguments.Parser(
+        prog="python -m pyvidx eval",
+        description=__doc__,
+        epilog="Nothing uses a network but `judge --url`, which sends questions and answers to that service.",
+    )
     commands = p.add_subparsers(dest="command", required=True)
 
     r = commands.add_parser("retrieval", help="text-video retrieval, from videos or from embeddings")
@@ -37,11 +43,13 @@ def parser() -> argparse.ArgumentParser:
     _annotated(m)
     m.add_argument("--config", type=Path, required=True,
                    help="model and language model, as `pyvidx train` reads it; the task says the rest")  # fmt: skip
-    m.add_argument("--weights", type=Path, help="in place of the configuration's, e.g. its out/best.safetensors")
+    m.add_argument(
+        "--weights", type=arguments.weights, help="in place of the configuration's, e.g. its out/best.safetensors"
+    )
     m.add_argument("--root", type=Path, help="folder that is searched for the videos; default: the configuration's")
-    m.add_argument("--frames", type=int, help="in place of the task's")
-    m.add_argument("--memory", type=int, help="bank length in place of the task's")
-    m.add_argument("--device", help="default: a GPU if there is one")
+    m.add_argument("--frames", type=arguments.count, help="in place of the task's")
+    m.add_argument("--memory", type=arguments.count, help="bank length in place of the task's")
+    m.add_argument("--device", type=arguments.device, help="default: a GPU if there is one")
     m.add_argument("--out", type=Path, required=True, help=".jsonl; an ended run goes on from it")
 
     a = commands.add_parser("answers", help="answers in words against the annotated ones")
@@ -83,7 +91,7 @@ def parser() -> argparse.ArgumentParser:
     by.add_argument("--replay", type=Path, help="recorded replies: .jsonl of id and reply, or JSON {id: reply}")
     j.add_argument("--model", help="name of the model at --url")
     j.add_argument("--key-file", type=Path, help="file with the service's key")
-    j.add_argument("--attempts", type=int, default=3, help="per answer")
+    j.add_argument("--attempts", type=arguments.count, default=3, help="per answer")
     j.add_argument("--partial", action="store_true", help="numbers of what has a reply that reads; else all must")
     s = commands.add_parser("aspects", help="five aspects of conversation and their mean, from the jobs of `judge`")
     for name in judge.ASPECTS:
@@ -99,7 +107,9 @@ def parser() -> argparse.ArgumentParser:
 
     for command in (r, c, a, v, t, j, s):
         command.add_argument("--json", "--out", type=Path, help="write the numbers, and what was run, as JSON too")
-        command.add_argument("--plot", type=Path, help="draw them, .png")
+        command.add_argument("--plot", type=arguments.picture, help="draw them, .png or whatever matplotlib writes")
+    for command in (r, c, a, v, t, j, s, w):
+        arguments.add_overwrite(command)
     return p
 
 
@@ -117,21 +127,26 @@ def main(argv: Sequence[str] | None = None) -> int:
         "retrieval": run_retrieval, "classify": run_classify, "answers": run_answers, "aspects": run_aspects,
         "lvu": run_lvu, "anticipation": run_anticipation, "judge": run_judge, "rows": run_rows, "predict": run_predict,
     }[options.command]  # fmt: skip
+    named = ("json", "plot", "submission") + (("out",) if options.command == "rows" else ())
+    arguments.check_outputs(p, getattr(options, "overwrite", True), *(getattr(options, name, None) for name in named))
     try:
+        for resumed in (getattr(options, "job", None), options.out if options.command == "predict" else None):
+            if resumed is not None:
+                check_output(resumed)
         result, about = run(options)
-    except (FileNotFoundError, ValueError) as error:
+    except (OSError, ValueError) as error:
         p.error(str(error))
     except RuntimeError as error:
         for name, why in getattr(error, "broken", {}).items():
-            print(f"FAILED {name}: {why}", file=sys.stderr)
-        print(error, file=sys.stderr)
+            print(f"FAILED {printable(name)}: {printable(why)}", file=sys.stderr)
+        print(printable(str(error)), file=sys.stderr)
         return 1
     if result:
         print(report.text(result))
     for name, value in about.items():
         if value:
             shown = f"{len(value)}: {', '.join(list(value)[:5])}" if isinstance(value, dict) else value
-            print(f"{name}: {shown}")
+            print(printable(f"{name}: {shown}"))
     if result and options.json:
         report.write_json(options.json, result, about)
         print(f"wrote {options.json}")
@@ -149,12 +164,12 @@ def run_retrieval(options: argparse.Namespace):
 
         return zero_shot.run_retrieval(zero_shot.Config.from_file(options.config, **changes))
     changes.pop("broken", None)
-    from safetensors.torch import load_file
     from torch.nn.functional import normalize
 
-    arrays = load_file(options.embeddings)
-    if not {"text", "video"} <= set(arrays):
-        raise ValueError(f"eval: {options.embeddings} must hold text and video, got {', '.join(sorted(arrays))}")
+    arrays = read_tensors(options.embeddings, {"text": 2, "video": 2}, {"captions": 1})
+    if arrays["text"].shape[1] != arrays["video"].shape[1]:
+        shapes = ", ".join(f"{name} {tuple(arrays[name].shape)}" for name in ("text", "video"))
+        raise ValueError(f"eval: {options.embeddings} must hold text [n, E] and video [m, E], got {shapes}")
     similarity = normalize(arrays["text"].float(), dim=1) @ normalize(arrays["video"].float(), dim=1).T
     captions = arrays["captions"].tolist() if "captions" in arrays else None
     return retrieval(similarity, captions, **changes), {}
@@ -201,7 +216,7 @@ def run_answers(options: argparse.Namespace):
     if options.format is None:
         if len(options.annotations) != 1 or options.reference:
             raise ValueError("eval: several annotation files and a reference need a --format")
-        wanted = json.loads(options.annotations[0].read_text())
+        wanted = annotations.sample.load(options.annotations[0], dict)
     else:
         samples = parsed(options)
         wanted = annotations.truth(samples)
@@ -220,12 +235,9 @@ def run_answers(options: argparse.Namespace):
 
 
 def run_lvu(options: argparse.Namespace):
-    from safetensors.torch import load_file
-
     samples = annotations.parse("lvu_official", options.annotations, task=options.task)
-    arrays = load_file(options.scores)
-    if not {"video", "scores"} <= set(arrays):
-        raise ValueError(f"eval: {options.scores} must hold video and scores, got {', '.join(sorted(arrays))}")
+    dim = 1 if options.task in classes.LVU_REGRESSIONS else 2
+    arrays = read_tensors(options.scores, {"video": 1, "scores": dim})
     rows = arrays["video"].tolist()
     if set(rows) != set(range(len(samples))):
         raise ValueError(f"eval: {options.scores} must hold clips of all {len(samples)} videos, got {len(set(rows))}")
@@ -239,17 +251,13 @@ def run_lvu(options: argparse.Namespace):
 
 
 def run_anticipation(options: argparse.Namespace):
-    from safetensors.torch import load_file
-
     from pyvidx.eval import anticipated_texts as words
     from pyvidx.eval import anticipation
 
     samples = annotations.parse("epic_kitchens", options.segments)
     ids, action, about = [s.id for s in samples], None, {"segments": len(samples)}
     if options.scores is not None:
-        arrays = load_file(options.scores)
-        if not {"verb", "noun"} <= set(arrays):
-            raise ValueError(f"eval: {options.scores} must hold verb and noun, got {', '.join(sorted(arrays))}")
+        arrays = read_tensors(options.scores, {"verb": 2, "noun": 2})
         verb, noun = arrays["verb"].float(), arrays["noun"].float()
     else:
         if options.verbs is None or options.nouns is None:
@@ -282,7 +290,6 @@ def run_anticipation(options: argparse.Namespace):
         if options.levels is None:
             raise ValueError("eval: a submission needs --levels, how much supervision was used")
         levels = dict(zip(("sls_pt", "sls_tl", "sls_td"), options.levels))
-        options.submission.parent.mkdir(parents=True, exist_ok=True)
         about["submission"] = str(
             anticipation.write_submission(options.submission, ids, verb, noun, action, supervision=levels)
         )
@@ -294,10 +301,10 @@ def run_judge(options: argparse.Namespace):
     if options.url is not None:
         if options.model is None:
             raise ValueError("eval: --url needs --model")
-        key = options.key_file.read_text().strip() if options.key_file else None
+        key = read_text(options.key_file, FIELD).strip() if options.key_file else None
         by, name = judge.ChatJudge(options.url, options.model, key=key), options.model
     else:
-        by, name = judge.replay(options.replay), f"replay of {digest(options.replay.read_text())}"
+        by, name = judge.replay(options.replay), f"replay of {digest(read_text(options.replay))}"
     asked = judge.predictions(options.predictions)
     pause = 0.0 if options.replay else 1.0
     replies = judge.run(

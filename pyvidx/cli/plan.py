@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from pyvidx.cli import arguments
 from pyvidx.models.config import BTAdapterConfig
 from pyvidx.train import cost
 
@@ -18,7 +19,7 @@ SHARES = cost.Shares()
 
 
 def parser() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser(
+    p = arguments.Parser(
         prog="python -m pyvidx plan",
         description="Predict the hours of one epoch of BT-Adapter's pretraining. The work is counted by running the "
         "real step on tensors without data; cards are data-sheet numbers; the shares of them that are reached are "
@@ -26,11 +27,11 @@ def parser() -> argparse.ArgumentParser:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     p.add_argument("what", choices=["pretrain"])
-    p.add_argument("--cards", type=int, default=8)
+    p.add_argument("--cards", type=arguments.count, default=8)
     p.add_argument("--card", choices=list(cost.cards()["cards"]), default="v100")
-    p.add_argument("--videos", type=float, default=2.5e6, help="video-text pairs of the epoch")
-    p.add_argument("--frames", type=int, default=8)
-    p.add_argument("--batch", type=int, default=52, help="videos of one step on one card")
+    p.add_argument("--videos", type=arguments.amount, default=2.5e6, help="video-text pairs of the epoch")
+    p.add_argument("--frames", type=arguments.count, default=8)
+    p.add_argument("--batch", type=arguments.count, default=52, help="videos of one step on one card")
     p.add_argument("--size", choices=BTAdapterConfig.names(), default="clip-l-14")
     p.add_argument("--mask-rate", type=float, default=0.7, help="part of the patches the branch does not see")
     p.add_argument("--no-mask", dest="mask_rate", action="store_const", const=0.0, help="the same as --mask-rate 0")
@@ -43,10 +44,15 @@ def parser() -> argparse.ArgumentParser:
                    help="of the memory bandwidth, by everything else (assumed)")  # fmt: skip
     p.add_argument("--link-share", type=float, default=SHARES.link, help="of NVLink (assumed)")
     decode = p.add_mutually_exclusive_group()
-    decode.add_argument("--decode-seconds", type=float, help="CPU seconds to decode the frames of one video")
-    decode.add_argument("--decode-video", type=Path, help="measure that here, on this file")
+    decode.add_argument(
+        "--decode-seconds", type=arguments.seconds, help="CPU seconds to decode the frames of one video"
+    )
+    decode.add_argument("--decode-video", type=arguments.existing, help="measure that here, on this file")
     p.add_argument(
-        "--decode-cores", type=int, default=os.cpu_count(), help="CPU cores that decode, all machines together"
+        "--decode-cores",
+        type=arguments.count,
+        default=os.cpu_count(),
+        help="CPU cores that decode, all machines together",
     )
     return p
 
@@ -55,8 +61,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     p = parser()
     options = p.parse_args(argv)
     try:
-        if min(options.cards, options.videos, options.decode_cores) < 1:
-            raise ValueError("plan: cards, videos and decode cores must be at least 1")
         shares = cost.Shares(options.products_share, options.memory_share, options.link_share)
         names = ("size", "frames", "batch", "mask_rate", "checkpoint")
         plan = cost.Plan(**{n: getattr(options, n) for n in names}, cached=options.cached_features)

@@ -6,13 +6,14 @@ ranks where it is first named.
 """
 
 import ast
-import csv
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from pyvidx.data import tables
+from pyvidx.eval.annotations.sample import table
 from pyvidx.eval.anticipation import KEPT, NOUNS, VERBS, Ranked, actions
 
 
@@ -22,17 +23,17 @@ def read_classes(path: str | Path) -> dict[str, int]:
     Names are lower-case with spaces; "tap:kitchen" also counts as "kitchen tap".
     """
     found: dict[str, int] = {}
-    with open(path, newline="") as file:
-        for n, row in enumerate(csv.DictReader(file), 2):
-            if not {"id", "key"} <= set(row):
-                raise ValueError(f"read_classes: {path} must have the columns id and key, got {', '.join(row)}")
-            try:
-                index, instances = int(row["id"]), ast.literal_eval(row.get("instances") or "[]")
-            except (ValueError, SyntaxError) as error:
-                raise ValueError(f"read_classes: {path}, line {n} must have a number and a list: {error}") from error
-            for name in (row["key"], *instances):
-                for spelled in _spellings(name):
-                    found.setdefault(spelled, index)
+    for where, row in table(path):
+        if not {"id", "key"} <= set(row):
+            raise ValueError(f"read_classes: {path} must have the columns id and key, got {', '.join(row)}")
+        try:
+            index, instances = int(row["id"]), ast.literal_eval(row.get("instances") or "[]")
+            names = [row["key"], *instances]
+            spellings = [spelled for name in names for spelled in _spellings(name)]
+        except (ValueError, SyntaxError, TypeError, AttributeError, MemoryError, RecursionError) as error:
+            raise ValueError(f"read_classes: {where} must have a number and a list: {error}") from error
+        for spelled in spellings:
+            found.setdefault(spelled, index)
     if not found:
         raise ValueError(f"read_classes: {path} must hold a class")
     return found
@@ -40,8 +41,7 @@ def read_classes(path: str | Path) -> dict[str, int]:
 
 def read_ids(path: str | Path, column: str) -> list[str]:
     """One column of a list of unseen participants or tail classes; a file of one column may do without its header."""
-    with open(path, newline="") as file:
-        rows = [row for row in csv.reader(file) if row]
+    rows = [row for _, row in tables.csv_rows(path, tables.strict(path, "read_ids"))]
     if rows and column in rows[0]:
         at = rows[0].index(column)
         return [row[at] for row in rows[1:]]
@@ -84,9 +84,9 @@ def scores(ranked: Ranked) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor]]:
     """
     weight = 1.0 / torch.arange(1, 6)
     verb, noun = torch.zeros(len(ranked.verb), VERBS), torch.zeros(len(ranked.noun), NOUNS)
-    for table, ids in ((verb, ranked.verb), (noun, ranked.noun)):
+    for weights, ids in ((verb, ranked.verb), (noun, ranked.noun)):
         # Empty places add 0 to class 0.
-        table.scatter_add_(1, ids.clamp(min=0), torch.where(ids >= 0, weight, 0.0))
+        weights.scatter_add_(1, ids.clamp(min=0), torch.where(ids >= 0, weight, 0.0))
     fill, likely = actions(verb, noun)
     ids, values = torch.empty_like(fill), torch.empty_like(likely)
     for i, row in enumerate(ranked.action):

@@ -4,14 +4,15 @@ An action is a verb and a noun, number 1000 verb + noun. Numbers follow the chal
 averaged over the classes that occur, for all segments, those of unseen participants, and those of rare classes.
 """
 
-import csv
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from pyvidx.eval.annotations.sample import need, number, table
+from pyvidx.files import write_json
 
 VERBS, NOUNS, KEPT = 97, 300, 100
 
@@ -35,13 +36,13 @@ class Ranked(NamedTuple):
 
 def read_segments(path: str | Path) -> Segments:
     """Rows of EPIC_100_validation.csv: narration_id, participant_id, verb_class, noun_class."""
-    with open(path, newline="") as file:
-        rows = list(csv.DictReader(file))
-    lacking = {"narration_id", "participant_id", "verb_class", "noun_class"} - set(rows[0] if rows else ())
-    if lacking:
+    names = ("narration_id", "participant_id", "verb_class", "noun_class")
+    rows = list(table(path))
+    if lacking := set(names) - set(rows[0][1] if rows else ()):
         raise ValueError(f"read_segments: {path} must have rows with {', '.join(sorted(lacking))}")
-    verb, noun = (torch.tensor([int(row[name]) for row in rows]) for name in ("verb_class", "noun_class"))
-    return Segments([r["narration_id"] for r in rows], [r["participant_id"] for r in rows], verb, noun)
+    rows = [(where, need(row, names, where)) for where, row in rows]
+    verb, noun = (torch.tensor([number(row, name, where, int) for where, row in rows]) for name in names[2:])
+    return Segments([r["narration_id"] for _, r in rows], [r["participant_id"] for _, r in rows], verb, noun)
 
 
 def actions(verb: Tensor, noun: Tensor) -> tuple[Tensor, Tensor]:
@@ -177,9 +178,7 @@ def write_submission(
     about = {"version": "0.2", "challenge": "action_anticipation", **supervision}
     submission = about | {"results": results}
     check_submission(submission, ids)
-    path = Path(path)
-    path.write_text(json.dumps(submission))
-    return path
+    return write_json(path, submission)
 
 
 def check_submission(submission: Mapping, ids: Sequence[str]) -> None:

@@ -2,22 +2,42 @@
 
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
+from torch import Tensor
+
+from pyvidx.data import tables
 from pyvidx.eval.annotations.sample import need
-from pyvidx.video.reader import SUFFIXES
+from pyvidx.tensor_files import opened
+from pyvidx.video.find import SUFFIXES, find_videos
 
 
 def json_lines(path: str | Path, names: Sequence[str]) -> list[dict]:
     """The objects of a .jsonl file, each with `names`. A line that a kill cut off, wherever, is left out."""
-    found = []
-    for n, line in enumerate(Path(path).read_text().splitlines(), 1):
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError:
-            continue
-        found.append(need(row, names, f"{path}, line {n}"))
+    rows = tables.json_objects(path, lambda line, why: None)
+    return [need(row, names, f"{path}, line {n}") for n, row in rows]
+
+
+def read_tensors(
+    path: str | Path,
+    dims: Mapping[str, int],
+    optional: Mapping[str, int] = {},  # noqa: B006
+) -> dict[str, Tensor]:
+    """The tensors of a .safetensors file that has these names, each with its number of dimensions; all are finite.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is no whole safetensors file, or does not hold them so.
+    """
+    with opened(path, "eval") as file:
+        found = {name: file.get_tensor(name) for name in file.keys()}
+    if not set(dims) <= set(found):
+        raise ValueError(f"eval: {path} must hold {' and '.join(dims)}, got {', '.join(sorted(found))}")
+    for name, dim in {**dims, **optional}.items():
+        x = found.get(name)
+        if x is not None and (x.dim() != dim or not x.numel() or not x.isfinite().all()):
+            raise ValueError(f"eval: {name} in {path} must have {dim} dimensions and be finite, got {tuple(x.shape)}")
     return found
 
 
@@ -40,15 +60,13 @@ class Named:
 
     def __init__(self, paths: Iterable[str]):
         self.paths: dict[str, list[str]] = {}
-        for path in paths:
+        for path in dict.fromkeys(paths):  # one that was encoded twice is one file
             self.paths.setdefault(_bare(path).rsplit("/", 1)[-1], []).append(path)
 
     @classmethod
     def under(cls, root: str | Path) -> "Named":
         """The video files of a folder and its folders."""
-        if not Path(root).is_dir():
-            raise FileNotFoundError(f"eval: there is no folder {root}")
-        return cls(str(p) for p in sorted(Path(root).rglob("*")) if p.suffix.lower() in SUFFIXES)
+        return cls(map(str, find_videos(root)[0]))
 
     def find(self, name: str) -> str | None:
         """The path, None if there is none; ValueError if there are several."""

@@ -1,8 +1,9 @@
 """Tables of numbers as text, JSON and a picture."""
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
+
+from pyvidx import files
 
 Table = Mapping[str, Mapping[str, float]]
 
@@ -21,8 +22,7 @@ def text(result: Table) -> str:
 
 def write_json(path: Path, result: Table, about: Mapping | None = None) -> None:
     """The rows, and what was run under "about"."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(dict(result) | ({"about": about} if about else {}), indent=1) + "\n")
+    files.write_json(path, dict(result) | ({"about": about} if about else {}), indent=1)
 
 
 def plot(path: Path, result: Table, title: str = "") -> None:
@@ -45,5 +45,5 @@ def plot(path: Path, result: Table, title: str = "") -> None:
         axes.margins(y=0.15)
         axes.tick_params(axis="x", rotation=90)
     figure.suptitle(title)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path)
+    with files.whole(path) as part:
+        figure.savefig(part)

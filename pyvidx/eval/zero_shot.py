@@ -7,28 +7,32 @@ Paths are relative to where the command runs. Shipped bases are in eval/configs.
 """
 
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn.functional import normalize
 
 from pyvidx import embeddings
+from pyvidx.device import usable
 from pyvidx.encode import Encoded, encode_videos
 from pyvidx.eval.annotations import Sample, parse
 from pyvidx.eval.annotations.classes import class_names
 from pyvidx.eval.classify import class_embeddings, classification, prompts
-from pyvidx.eval.files import Named
+from pyvidx.eval.files import Named, read_tensors
 from pyvidx.eval.retrieval import retrieval
 from pyvidx.eval.text import embed, load_tokenizer, token_ids
+from pyvidx.files import check_output, write_tensors
 from pyvidx.integrations.checkpoints import load_model, read
 from pyvidx.integrations.clip_text_weights import clip_text
 from pyvidx.models.config import known
+from pyvidx.preprocess import PRESETS
+from pyvidx.tensor_files import note, opened
 from pyvidx.train.recipe import load as load_values
+from pyvidx.video import sampling
 from pyvidx.video.pool import shared
 
 CONFIGS = Path(__file__).parent / "configs"
@@ -98,8 +102,20 @@ class Config:
     workers: int = 1
 
     def __post_init__(self):
-        if self.broken not in BROKEN:
-            raise ValueError(f"eval: broken must be one of {', '.join(BROKEN)}, got {self.broken!r}")
+        chosen = {"broken": BROKEN, "preset": PRESETS, "sampler": sampling.names(aliases=True)}
+        for name, choices in chosen.items():
+            if getattr(self, name) not in choices:
+                raise ValueError(f"eval: {name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}")
+        for name, least in {"frames": 1, "text_length": 2, "batch": 1, "workers": 1}.items():
+            value = getattr(self, name)
+            if type(value) is not int or value < least:
+                raise ValueError(f"eval: {name} must be a whole number of at least {least}, got {value!r}")
+        for name in ("options", "model_options", "text_options"):
+            if not isinstance(getattr(self, name), dict):
+                raise ValueError(f"eval: {name} must be an object, got {getattr(self, name)!r}")
+        for name in ("root", "videos", "texts", "model", "text", "tokenizer", "classes"):
+            if not isinstance(getattr(self, name), str | os.PathLike | None):
+                raise ValueError(f"eval: {name} must be a path, got {getattr(self, name)!r}")
 
     @classmethod
     def from_file(cls, path: str | Path, **changes) -> "Config":
@@ -118,11 +134,24 @@ class Config:
 
     @property
     def where(self) -> tuple[str, torch.dtype]:
-        device = self.device or ("cuda" if torch.cuda.is_available() else "cpu")
+        device = str(usable(self.device or ("cuda" if torch.cuda.is_available() else "cpu")))
         named = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
         if self.dtype is not None and self.dtype not in named:
             raise ValueError(f"eval: dtype must be one of {', '.join(named)}, got {self.dtype!r}")
         return device, named[self.dtype or ("float16" if device.startswith("cuda") else "float32")]
+
+
+def check(config: Config) -> None:
+    """Raise before any work is done if a device is not here, or a cache cannot be written.
+
+    Raises:
+        ValueError, RuntimeError: see pyvidx.device.usable.
+        OSError: see pyvidx.files.check_output.
+    """
+    config.where  # noqa: B018
+    for cache in (config.videos, config.texts):
+        if cache is not None and not Path(cache).exists():
+            check_output(cache)
 
 
 def run_retrieval(config: Config) -> tuple[dict[str, dict[str, float]], dict]:
@@ -131,6 +160,7 @@ def run_retrieval(config: Config) -> tuple[dict[str, dict[str, float]], dict]:
     Raises:
         BrokenVideos: a video has no embedding and config.broken is "fail".
     """
+    check(config)
     samples = parse(config.format, config.annotations, **config.options)
     if bare := [s.id for s in samples if not s.captions]:
         raise ValueError(f"eval: {config.format} has no captions, e.g. of {bare[0]}; it is no retrieval test")
@@ -148,6 +178,7 @@ def run_retrieval(config: Config) -> tuple[dict[str, dict[str, float]], dict]:
 
 def run_classification(config: Config) -> tuple[dict[str, dict[str, float]], dict]:
     """Top-1 and top-5 of the videos of a format with extra["label"], against config.classes; and what was run."""
+    check(config)
     samples = parse(config.format, config.annotations, **config.options)
     if config.classes is None or any("label" not in s.extra for s in samples):
         raise ValueError("eval: classification needs classes (a file of names) and a format with labels")
@@ -222,15 +253,14 @@ def text_embeddings(config: Config, texts: Sequence[str]) -> tuple[Tensor, dict]
     about = {"text_length": config.text_length, "cut": config.cut}
     cache = None if config.texts is None else Path(config.texts)
     if cache is not None and cache.exists():
-        with safe_open(cache, "pt") as file:
-            if "text" not in file.keys():
-                raise ValueError(f"eval: {cache} must hold text [n, E], got {', '.join(file.keys())}")
-            found, note = file.get_tensor("text").float(), json.loads((file.metadata() or {}).get("pyvidx", "{}"))
-        if len(found) != len(texts) or note.get("texts", list(texts)) != list(texts):
+        found = read_tensors(cache, {"text": 2})["text"].float()
+        with opened(cache, "eval") as file:
+            noted = note(file, cache, "pyvidx") or {}
+        if len(found) != len(texts) or noted.get("texts", list(texts)) != list(texts):
             raise ValueError(f"eval: {cache} must hold the {len(texts)} texts of the annotations, got {len(found)}")
-        if differing := [k for k, v in about.items() if note.get(k, v) != v]:
+        if differing := [k for k, v in about.items() if noted.get(k, v) != v]:
             raise ValueError(f"eval: {cache} must be of this configuration, it differs in {', '.join(differing)}")
-        return found, {k: note.get(k) for k in about} | {"cut texts": note.get("cut texts")}
+        return found, {k: noted.get(k) for k in about} | {"cut texts": noted.get("cut texts")}
     weights = config.text or config.model
     if weights is None or config.tokenizer is None:
         raise ValueError("eval: there must be text weights and a tokenizer, or texts must name a file that exists")
@@ -243,8 +273,7 @@ def text_embeddings(config: Config, texts: Sequence[str]) -> tuple[Tensor, dict]
     ids, about["cut texts"] = token_ids(texts, load_tokenizer(config.tokenizer), config.text_length, cut=config.cut)
     found = embed(tower, ids)
     if cache is not None:
-        cache.parent.mkdir(parents=True, exist_ok=True)
-        save_file({"text": found}, cache, {"format": "pt", "pyvidx": json.dumps({"texts": list(texts), **about})})
+        write_tensors(cache, {"text": found}, {"pyvidx": json.dumps({"texts": list(texts), **about})})
     return found, about
 
 
@@ -266,10 +295,7 @@ def _encode(
 
     def save():
         if config.videos is not None and any(r.error is None for r in results):
-            final = Path(config.videos)
-            part = final.with_name("part-" + final.name)
-            embeddings.save(part, results, about | {"is_random": random})
-            part.replace(final)
+            embeddings.save(config.videos, results, about | {"is_random": random})
 
     encoded = encode_videos(
         paths, model, frames=config.frames, sampler=config.sampler, reader=config.reader, preset=config.preset,

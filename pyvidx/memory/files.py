@@ -6,9 +6,8 @@ import json
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 
-from pyvidx.files import whole
+from pyvidx.files import write_tensors
 from pyvidx.memory.bank import Bank
 from pyvidx.memory.policy import Policy
 from pyvidx.memory.registry import create
@@ -28,9 +27,7 @@ def save(path: str | Path, policy: Policy, bank: Bank) -> Path:
     path = Path(path)
     require(path.suffix == ".safetensors", f"memory.save: path must end in .safetensors, got {path.name}")
     policy.check(bank)
-    with whole(path) as part:
-        save_file(bank.state_dict(), part, {"format": "pt", _KEY: json.dumps(policy.spec())})
-    return path
+    return write_tensors(path, bank.state_dict(), {_KEY: json.dumps(policy.spec())})
 
 
 def load(path: str | Path, device: torch.device | str = "cpu") -> tuple[Policy, Bank]:

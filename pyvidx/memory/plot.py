@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from pyvidx.files import whole
 from pyvidx.memory.bank import Bank
 from pyvidx.ops._library import require
 
@@ -124,7 +125,8 @@ def plot(
     figure.colorbar(
         ScalarMappable(norm, "viridis_r"), ax=figure.axes[bool(thumbnails) :], label="frames in the slot", format="%d"
     )
-    figure.savefig(path, dpi=110)
+    with whole(path) as part:
+        figure.savefig(part, dpi=110)
     return Path(path)
 
 

@@ -204,9 +204,14 @@ class BTAdapter(nn.Module):
             raise ValueError(f"BTAdapter: features must be floating [B, T, 1+P, C], got {shape} {features.dtype}")
         return features.to(self.backbone.position.dtype)
 
-    def _wanted(self, outputs: Sequence[str] | None) -> tuple[str, ...]:
+    @property
+    def outputs(self) -> tuple[str, ...]:
+        """What this part of the model can give, of "tokens" and "pooled"."""
         have = OUTPUTS if self.config.part == "full" else ("tokens",)
-        have = have[1:] if self.config.depth == 1 else have  # the tokens are those after branch layer d - 2
+        return have[1:] if self.config.depth == 1 else have  # the tokens are those after branch layer d - 2
+
+    def _wanted(self, outputs: Sequence[str] | None) -> tuple[str, ...]:
+        have = self.outputs
         wanted = have if outputs is None else tuple(o for o in OUTPUTS if o in outputs)
         if not wanted or not set(wanted) <= set(have) or (outputs is not None and not set(outputs) <= set(OUTPUTS)):
             raise ValueError(

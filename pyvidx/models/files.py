@@ -7,10 +7,9 @@ from pathlib import Path
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from pyvidx.files import check_output, whole
+from pyvidx.files import check_output, write_tensors
 from pyvidx.tensor_files import FLOATING, note, opened
 
 FILE_NAME = "model.safetensors"
@@ -41,9 +40,7 @@ def write(path: str | Path, kind: str, model: nn.Module | Mapping[str, Tensor], 
     check_output(path)
     state = model.state_dict() if isinstance(model, nn.Module) else model
     weights = {name: p.detach().cpu().contiguous() for name, p in state.items()}
-    with whole(path) as part:
-        save_file(weights, part, {"format": "pt", "pyvidx": json.dumps({"model": kind, **header})})
-    return path
+    return write_tensors(path, weights, {"pyvidx": json.dumps({"model": kind, **header})})
 
 
 def load(path: str | Path, kind: str, build: Callable[[dict], nn.Module]) -> tuple[nn.Module, dict]:

@@ -1,10 +1,9 @@
 """Rows of (video, prompt, answer) to batches; what a row gives depends on seed, epoch and row alone, so any process may
 read it and a resumed run reads the same."""
 
-import csv
 import hashlib
-import json
 import math
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, DistributedSampler
 
+from pyvidx.data import tables
 from pyvidx.preprocess import PRESETS, Preset, preprocess
 from pyvidx.train.distributed import Ranks
 from pyvidx.train.recipe import Recipe
@@ -43,29 +43,36 @@ class Batch(NamedTuple):
         return len(self.prompts)
 
 
-def rows(path: str | Path) -> list[Row]:
-    """Rows of a .jsonl or .csv file with the fields of Row.
+def rows(path: str | Path, *, outside: bool = False) -> list[Row]:
+    """Rows of a .jsonl or .csv file with the fields of Row. Those that cannot be used are left out, with a warning.
+
+    Args:
+        outside: videos may be named by an absolute path or with "..".
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: another suffix, no row, or a row without video, prompt or answer.
+        ValueError: another suffix, no row, or most of them cannot be used: without video, prompt or answer, not UTF-8,
+            or with a video outside.
     """
-    path = Path(path)
-    with path.open(newline="") as file:
-        if path.suffix == ".jsonl":
-            values = [json.loads(line) for line in file if line.strip()]
-        elif path.suffix == ".csv":
-            values = list(csv.DictReader(file))
-        else:
-            raise ValueError(f"train: rows must be .jsonl or .csv, got {path}")
-    if not values:
-        raise ValueError(f"train: {path} holds no row")
-    found = []
-    for number, value in enumerate(values, 1):
-        if not all(value.get(name) for name in ("video", "prompt", "answer")):
-            raise ValueError(f"train: row {number} of {path} must have video, prompt and answer, got {value}")
-        times = {k: float(value[k]) for k in ("start", "end") if value.get(k) not in (None, "")}
-        found.append(Row(value["video"], value["prompt"], value["answer"], **times))
+    path, readers = Path(path), {".jsonl": tables.json_objects, ".csv": tables.csv_dicts}
+    if path.suffix not in readers:
+        raise ValueError(f"train: rows must be .jsonl or .csv, got {path}")
+    found, left = [], tables.LeftOut(path)
+    for number, (line, value) in enumerate(readers[path.suffix](path, left), 1):
+        try:
+            texts = [value.get(name) for name in ("video", "prompt", "answer")]
+            if not all(isinstance(text, str) and text and not tables.flaw(text) for text in texts):
+                raise ValueError(f"must have video, prompt and answer, got {value}")
+            times = {k: float(value[k]) for k in ("start", "end") if value.get(k) not in (None, "")}
+            if not all(map(math.isfinite, times.values())):
+                raise ValueError(f"must have start and end in seconds, got {times}")
+            found.append(Row(texts[0] if outside else tables.inside(texts[0]), *texts[1:], **times))
+        except (TypeError, ValueError) as error:
+            left.add(f"row {number} of {path} {error} (line {line})")
+    if not found or left.count > len(found):
+        raise ValueError(f"train: {path} holds {len(found)} rows that can be used, {left.count} that cannot: {left}")
+    if left.count:
+        warnings.warn(f"train: {left.count} rows are left out: {left}", stacklevel=2)
     return found
 
 

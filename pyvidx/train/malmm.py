@@ -27,7 +27,7 @@ class Config:
     Attributes:
         out: folder for checkpoint, weights, losses and what could not be read.
         train, held_out: rows (see train.data.rows); held_out may be left out.
-        root: folder of the videos.
+        root: folder of the videos. outside: rows may name videos that are not below it.
         weights: a file or folder written by MALMM.save, or a list of published files (see load_malmm).
         language, tokenizer, text_tokenizer: folders of transformers: the language model, its tokenizer (default: the
             same) and that of the Q-Former's text (None: a Q-Former without text).
@@ -45,6 +45,7 @@ class Config:
     weights: str | list[str]
     language: str
     root: str = "."
+    outside: bool = False
     held_out: str | None = None
     tokenizer: str | None = None
     text_tokenizer: str | None = None
@@ -157,5 +158,7 @@ def datasets(config: Config, task: MALMMTask, ranks: Ranks) -> tuple[Videos, Vid
         "root": config.root, "frames": config.frames, "size": task.model.config.vision.image_size,
         "preset": config.preset, "seed": config.recipe.seed, "reader": config.reader,
     }  # fmt: skip
-    held_out = None if config.held_out is None else Videos(rows(config.held_out), train=False, **make)
-    return Videos(rows(config.train), **make), held_out
+    held_out = (
+        None if config.held_out is None else Videos(rows(config.held_out, outside=config.outside), train=False, **make)
+    )
+    return Videos(rows(config.train, outside=config.outside), **make), held_out

@@ -9,6 +9,8 @@ from fractions import Fraction
 import torch
 from torch import Tensor
 
+from pyvidx.files import whole
+
 from .ffmpeg import import_av
 
 
@@ -21,7 +23,7 @@ def write(
     pixel_format: str = "yuv420p",
     options: dict[str, str] | None = None,
 ) -> None:
-    """Encode frames at a constant rate; the container follows from the name of the file.
+    """Encode frames at a constant rate, to a file that is there whole or not at all; its name says the container.
 
     Args:
         path: file to write, replaced if it exists.
@@ -34,7 +36,8 @@ def write(
     """
     av = import_av()
     rate = Fraction(fps).limit_denominator(65535)
-    with av.open(os.fspath(path), "w") as container:
+    # "file:" lets a name hold a colon.
+    with whole(path) as part, av.open(f"file:{part}", "w") as container:
         stream = container.add_stream(codec, rate=rate, options=options or {})
         stream.pix_fmt = pixel_format
         size = None

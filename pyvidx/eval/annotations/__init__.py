@@ -40,4 +40,9 @@ def parse(format: str, files: str | Path | Sequence[str | Path], **options) -> l
             f"annotations: {format} takes {count} file(s) and the options {sorted(known)}, {sorted(required)} of them "
             f"always, got {len(files)} and {sorted(options)}"
         )
-    return reader(*files, **options)
+    try:
+        return reader(*files, **options)
+    except (AttributeError, KeyError, TypeError, OverflowError, RecursionError) as error:
+        # A value of another kind, e.g. a number where a list stands: too many places to ask at each.
+        named = ", ".join(map(str, files))
+        raise ValueError(f"annotations: {named} must be as {format} has it: {type(error).__name__}: {error}") from error

@@ -7,7 +7,8 @@ import csv
 from collections.abc import Iterable
 from pathlib import Path
 
-from pyvidx.eval.annotations.sample import Sample, checked, entries, items, load, need, number, table, texts
+from pyvidx.data import tables
+from pyvidx.eval.annotations.sample import Sample, checked, entries, items, lines, load, need, number, table, texts
 
 DIDEMO_SECONDS = 30.0  # the part of a video that was annotated
 
@@ -74,13 +75,13 @@ def lsmdc(path: str | Path) -> list[Sample]:
     A clip is a file of its own, so its times in the movie are only kept in `extra`.
     """
     made = []
-    with open(path, newline="", encoding="utf-8-sig") as file:
-        # Sentences hold quotation marks that quote nothing.
-        for n, row in enumerate(csv.reader(file, delimiter="\t", quoting=csv.QUOTE_NONE), 1):
-            if len(row) != 6:
-                raise ValueError(f"annotations: {path}, line {n} must have 6 tab-separated columns, got {len(row)}")
-            times = dict(zip(("start_aligned", "end_aligned", "start_extracted", "end_extracted"), row[1:5]))
-            made.append(Sample(row[0], row[0], captions=texts(row[5], f"{path}, line {n}"), extra=times))
+    refuse = tables.strict(path, "annotations")
+    # Sentences hold quotation marks that quote nothing.
+    for n, row in tables.csv_rows(path, refuse, delimiter="\t", quoting=csv.QUOTE_NONE):
+        if len(row) != 6:
+            refuse(n, f"must have 6 tab-separated columns, got {len(row)}")
+        times = dict(zip(("start_aligned", "end_aligned", "start_extracted", "end_extracted"), row[1:5]))
+        made.append(Sample(row[0], row[0], captions=texts(row[5], f"{path}, line {n}"), extra=times))
     return checked(made, path)
 
 
@@ -100,14 +101,15 @@ def msvd(path: str | Path, *, videos: str | Path | None = None) -> list[Sample]:
             for t in (found if isinstance(found, list) else [found])
         ]
     else:
-        lines = [line.split(maxsplit=1) for line in path.read_text(encoding="utf-8-sig").splitlines()]
-        lines = [(n, line) for n, line in enumerate(lines, 1) if line and not line[0].startswith("#")]
-        short = [n for n, line in lines if len(line) < 2]
-        if short:
-            raise ValueError(f"annotations: {path}, line {short[0]} must be a video and a caption")
-        pairs = [tuple(line) for _, line in lines]
+        pairs = []
+        for where, line in lines(path):
+            pair = tuple(line.split(maxsplit=1))
+            if not pair[0].startswith("#"):
+                if len(pair) < 2:
+                    raise ValueError(f"annotations: {where} must be a video and a caption")
+                pairs.append(pair)
     if videos is not None:
-        wanted = Path(videos).read_text().split()
+        wanted = [name for _, line in lines(videos) for name in line.split()]
         lacking = sorted(set(wanted) - {video for video, _ in pairs})
         if lacking:
             raise ValueError(f"annotations: {path} must have captions of {len(lacking)} more, e.g. {lacking[:3]}")

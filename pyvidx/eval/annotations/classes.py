@@ -3,8 +3,9 @@
 import re
 from pathlib import Path
 
+from pyvidx.data import tables
 from pyvidx.eval import lvu as windows_of
-from pyvidx.eval.annotations.sample import Sample, checked, entries, load, need, number, seconds, table
+from pyvidx.eval.annotations.sample import Sample, checked, entries, lines, load, need, number, seconds, table
 
 LVU_LABELS = ("director", "genre", "relationship", "scene", "way_speaking", "writer", "year")
 LVU_REGRESSIONS = ("like_ratio", "view_count")
@@ -41,11 +42,8 @@ def lvu_official(path: str | Path, *, task: str) -> list[Sample]:
         known = ", ".join(LVU_LABELS + LVU_REGRESSIONS)
         raise ValueError(f"annotations: the LVU task must be one of {known}, got {task!r}")
     made = []
-    for n, line in enumerate(Path(path).read_text(encoding="utf-8-sig").splitlines(), 1):
-        row = line.split()
-        if not row:
-            continue
-        where, first = f"{path}, line {n}", 2 if task == "like_ratio" else 1
+    for where, line in lines(path):
+        row, first = line.split(), 2 if task == "like_ratio" else 1
         if len(row) < first + 2:
             raise ValueError(f"annotations: {where} must have a label, a video id and one more column, got {line!r}")
         values = [number({"label": v}, "label", where, int if task in LVU_LABELS else float) for v in row[:first]]
@@ -123,10 +121,8 @@ def video_list(path: str | Path, *, classes: str | Path | None = None) -> list[S
     """Lines of "file number", as in mmaction2: the class number, or its name in the file `classes` (one a line)."""
     names = None if classes is None else class_names(classes)
     made = []
-    for n, line in enumerate(Path(path).read_text(encoding="utf-8-sig").splitlines(), 1):
-        if not line.strip():
-            continue
-        where, row = f"{path}, line {n}", line.rsplit(maxsplit=1)
+    for where, line in lines(path):
+        row = line.rsplit(maxsplit=1)
         if len(row) != 2:
             raise ValueError(f"annotations: {where} must be a file and a class number, got {line!r}")
         index = number({"class": row[1]}, "class", where, int)
@@ -139,7 +135,10 @@ def video_list(path: str | Path, *, classes: str | Path | None = None) -> list[S
 
 def class_names(path: str | Path) -> list[str]:
     """Class names, one a line, in the order of their numbers."""
-    names = [line.strip() for line in Path(path).read_text(encoding="utf-8-sig").splitlines()]
+    try:
+        names = [line.strip() for line in tables.read_text(path).split("\n")]
+    except ValueError as error:
+        raise ValueError(f"annotations: {error}") from error
     while names and not names[-1]:
         names.pop()
     if not names or not all(names):

@@ -1,10 +1,12 @@
 """What every annotation file becomes, and the checks its readers share."""
 
-import csv
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+
+from pyvidx.data import tables
+from pyvidx.files import write_text
 
 
 @dataclass(frozen=True)
@@ -73,18 +75,18 @@ def write_rows(path: str | Path, samples: Sequence[Sample], ask, *, suffix: str 
         times = {name: value for name, value in (("start", s.start), ("end", s.end)) if value is not None}
         prompt = ask(s.question)
         rows += [{"video": s.video + suffix, "prompt": prompt, "answer": text, **times} for text in answers]
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
+    return write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
 
 
 def checked(samples: Iterable[Sample], path: str | Path) -> list[Sample]:
-    """The samples, if there are any and their ids differ."""
+    """The samples, if there are any, their ids differ and they hold what Sample says."""
     found, seen = list(samples), set()
     if not found:
         raise ValueError(f"annotations: {path} must hold at least one sample of what was asked for")
     for s in found:
+        known = [s.id, s.video, *(text for text in (s.question, s.answer) if text is not None), *s.captions]
+        if not all(isinstance(text, str) and not tables.flaw(text) for text in known) or not s.video:
+            raise ValueError(f"annotations: id, video and texts in {path} must be texts, got {known}")
         if s.id in seen:
             raise ValueError(f"annotations: ids in {path} must be unique, got {s.id!r} twice")
         seen.add(s.id)
@@ -93,16 +95,16 @@ def checked(samples: Iterable[Sample], path: str | Path) -> list[Sample]:
 
 def load(path: str | Path, kind: type | tuple[type, ...]):
     """A JSON file whose outermost value is an object (dict), a list, or either."""
-    path = Path(path)
     try:
-        value = json.loads(path.read_text(encoding="utf-8-sig"))
+        return tables.read_json(path, kind)
     except ValueError as error:
-        raise ValueError(f"annotations: {path} must be JSON: {error}") from error
-    if not isinstance(value, kind):
-        kinds = kind if isinstance(kind, tuple) else (kind,)
-        wanted = " or ".join({dict: "an object", list: "a list"}[k] for k in kinds)
-        raise ValueError(f"annotations: {path} must hold {wanted}, got {type(value).__name__}")
-    return value
+        raise ValueError(f"annotations: {error}") from error
+
+
+def lines(path: str | Path) -> Iterator[tuple[str, str]]:
+    """(where, line) of the lines of a text file that are not empty."""
+    for number, line in tables.lines(path, tables.strict(path, "annotations")):
+        yield f"{path}, line {number}", line
 
 
 def entries(path: str | Path, names: Sequence[str] = ()) -> Iterator[tuple[str, str, dict]]:
@@ -119,13 +121,11 @@ def items(path: str | Path, names: Sequence[str] = ()) -> Iterator[tuple[str, di
         yield where, need(row, names, where)
 
 
-def table(path: str | Path, names: Sequence[str], *, delimiter: str = ",") -> Iterator[tuple[str, dict[str, str]]]:
+def table(path: str | Path, names: Sequence[str] = ()) -> Iterator[tuple[str, dict[str, str]]]:
     """(where, row) of a CSV file with a header; every row must have `names`."""
-    with open(path, newline="", encoding="utf-8-sig") as file:
-        reader = csv.DictReader(file, delimiter=delimiter)
-        for row in reader:
-            where = f"{path}, line {reader.line_num}"
-            yield where, need({k: v for k, v in row.items() if v is not None}, names, where)
+    for number, row in tables.csv_dicts(path, tables.strict(path, "annotations")):
+        where = f"{path}, line {number}"
+        yield where, need(row, names, where)
 
 
 def need(row, names: Sequence[str], where: str) -> dict:
@@ -138,10 +138,12 @@ def need(row, names: Sequence[str], where: str) -> dict:
 
 
 def number(row: Mapping, name: str, where: str, kind: type = float):
-    """row[name] as an int or a float."""
+    """row[name] as an int or a finite float."""
     try:
-        return kind(row[name])
-    except (TypeError, ValueError):
+        value = kind(row[name])
+        int(value)  # neither NaN nor infinite
+        return value
+    except (TypeError, ValueError, OverflowError):
         raise ValueError(f"annotations: {where} must have a number as {name}, got {row[name]!r}") from None
 
 
@@ -151,8 +153,9 @@ def seconds(text: str, where: str) -> float:
         total = 0.0
         for part in text.split(":"):
             total = 60 * total + float(part)
+        int(total)  # neither NaN nor infinite
         return total
-    except ValueError:
+    except (ValueError, OverflowError):
         raise ValueError(f"annotations: {where} must have times as HH:MM:SS.fff, got {text!r}") from None
 
 

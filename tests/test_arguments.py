@@ -1,0 +1,192 @@
+"""Arguments that cannot be: one line at once, exit 2, before a model is loaded; and how commands end."""
+
+import argparse
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from pyvidx.bench import main as bench
+from pyvidx.cli import arguments
+from pyvidx.cli.demo import main as demo
+from pyvidx.cli.encode import find
+from pyvidx.cli.encode import main as encode
+from pyvidx.cli.eval import main as evaluate
+from pyvidx.cli.flops import main as flops
+from pyvidx.cli.plan import main as plan
+from pyvidx.device import usable
+from pyvidx.models import BTAdapter
+
+NO_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="asks for a GPU that is not there")
+
+
+@pytest.fixture
+def there(tmp_path, monkeypatch):
+    """A folder with names that are there, in which the commands run; no model can be loaded."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("a.mp4", "taken.npz", "taken.png", "taken.json", "t.csv"):
+        (tmp_path / name).write_bytes(b"x")
+    monkeypatch.setattr(BTAdapter, "default", None)
+    monkeypatch.setattr(BTAdapter, "from_pretrained", None)
+    return tmp_path
+
+
+def refused(command, given, capsys) -> str:
+    """What a command says of arguments: one line, and exit 2."""
+    with pytest.raises(SystemExit) as stop:
+        command(given)
+    said = capsys.readouterr()
+    assert stop.value.code == 2 and not said.out
+    assert said.err.count("\n") == 1 and said.err.startswith("python -m pyvidx")
+    return said.err
+
+
+@pytest.mark.parametrize("given, message", [
+    ("a.mp4 --device foo", "must be cpu, cuda, cuda:N"),
+    ("a.mp4 --device meta", "must be cpu, cuda, cuda:N"),
+    pytest.param("a.mp4 --device cuda", "sees no CUDA GPU; give cpu", marks=NO_GPU),
+    pytest.param("a.mp4 --device cuda:7", "sees no CUDA GPU; give cpu", marks=NO_GPU),
+    ("a.mp4 --model x.pth", "there is no x.pth"),
+    ("a.mp4 --model openai/clip-vit", "pyvidx downloads nothing"),
+    ("a.mp4 --model https://host/x.pth", "download https://host/x.pth and give its path"),
+    ("https://host/a.mp4", "download https://host/a.mp4 and give its path"),
+    ("a.mp4 b.mp4 c.mp4", "there is no b.mp4, nor 1 more"),
+    ("a.mp4 --frames 0", "at least 1, got '0'"),
+    ("a.mp4 --frames -1", "at least 1, got '-1'"),
+    ("a.mp4 --frames 1.5", "at least 1, got '1.5'"),
+    ("a.mp4 --batch 0", "at least 1"),
+    ("a.mp4 --workers 0", "at least 1"),
+    ("a.mp4 --outputs pool", "pooled, tokens or pooled,tokens, got 'pool'"),
+    ("a.mp4 --outputs pooled,pooled", "got 'pooled,pooled'"),
+    ("a.mp4 --outputs ,", "got ','"),
+    ("a.mp4 --start 5 --end 2", "--end must come after --start"),
+    ("a.mp4 --end 0", "--end must come after --start"),
+    ("a.mp4 --start nan", "must be seconds"),
+    ("a.mp4 --end inf", "must be seconds"),
+    ("a.mp4 --start -3", "must be seconds"),
+    ("a.mp4 --sampler nearest", "invalid choice"),
+    ("a.mp4 --out x.csv", "must end in"),
+    ("a.mp4 --out taken.npz", "taken.npz exists; give another name, or --overwrite"),
+    ("a.mp4 --out t.csv/x.npz", "cannot be written to"),
+])  # fmt: skip
+def test_encode(there, given, message, capsys):
+    assert message in refused(encode, given.split(), capsys)
+
+
+@pytest.mark.parametrize("command, given, message", [
+    (demo, "--frames 0", "at least 1"),
+    (demo, "b.mp4", "there is no b.mp4"),
+    (demo, "https://host/a.mp4", "download"),
+    (flops, "--frames 8 0", "at least 1"),
+    (flops, "--json taken.json", "exists"),
+    (flops, "--plot x.mp3", "must end in"),
+    (flops, "--json new.png --plot new.png", "files must differ"),
+    (plan, "pretrain --cards 0", "at least 1"),
+    (plan, "pretrain --videos nan", "at least 1"),
+    (plan, "pretrain --decode-seconds -1", "must be seconds"),
+    (plan, "pretrain --decode-video b.mp4", "there is no b.mp4"),
+    (bench, ["report", "b.json"], "No such file"),
+    (bench, ["report", "a.mp4"], "must be JSON"),
+    (evaluate, "retrieval e.safetensors --json taken.json", "exists"),
+    (evaluate, "retrieval e.safetensors", "there is no e.safetensors"),
+    (evaluate, "retrieval a.mp4", "is no safetensors file"),
+    (evaluate, "retrieval --config c.json", "c.json"),
+    (evaluate, "retrieval e.safetensors --plot p.txt.gzip", "must end in"),
+    (evaluate, "predict --task coin --annotations t.csv --config c.json --out o.jsonl --frames 0", "at least 1"),
+    (evaluate, "predict --task coin --annotations t.csv --config c.json --out o.jsonl --device foo", "must be cpu"),
+    (evaluate, "rows --task coin --annotations t.csv --format coin --out taken.json", "exists"),
+    (evaluate, "judge --protocol qa --predictions t.csv --prompt t.csv --job t.csv/j --replay r.json", "cannot be wr"),
+])  # fmt: skip
+def test_the_others(there, command, given, message, capsys):
+    assert message in refused(command, given.split() if isinstance(given, str) else given, capsys)
+
+
+def test_the_demo_keeps_what_is_there(there, capsys):
+    (there / "demo").mkdir()
+    (there / "demo/clip.mp4").write_bytes(b"mine")
+    assert "clip.mp4 exists" in refused(demo, [], capsys)
+    assert (there / "demo/clip.mp4").read_bytes() == b"mine"
+
+
+def test_outputs_that_the_model_has_not(tmp_path, capsys):
+    """Known once the model is there, before a video is opened."""
+    model = BTAdapter.default()
+    config = {**model.config.to_dict(), "part": "tokens"}
+    BTAdapter(type(model.config).from_dict(config)).save(tmp_path / "m.safetensors")
+    (tmp_path / "a.mp4").write_bytes(b"x")
+    given = [str(tmp_path / "a.mp4"), "--model", str(tmp_path / "m.safetensors")]
+    with pytest.raises(SystemExit) as stop:
+        encode(given)
+    assert stop.value.code == 2
+    assert "--outputs must be tokens with this model, got pooled" in capsys.readouterr().err
+
+
+def test_a_folder_says_what_it_leaves_out(tmp_path):
+    for name in ("a.MP4", "b.asf", "c.m2ts", "in/d.gif", "notes.txt", "in/e.jpg", "README"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(b"")
+    videos, said = find([tmp_path])
+    assert [Path(v).name for v in videos] == ["a.MP4", "b.asf", "c.m2ts", "d.gif"]
+    assert "left out 3 files" in said and "1 .txt" in said and "1 without suffix" in said and "e.jpg" in said
+    assert find([tmp_path / "a.MP4"])[1] == ""
+
+
+def test_usable():
+    assert usable("cpu") == torch.device("cpu")
+    for name in ("foo", "meta", "", "cuda:x"):
+        with pytest.raises(ValueError, match="must be cpu, cuda"):
+            usable(name)
+
+
+def test_ends(capsys):
+    def raising(error):
+        def command():
+            raise error
+
+        return arguments.ended("python -m pyvidx x", command)
+
+    assert raising(KeyboardInterrupt()) == 130 and capsys.readouterr().err == "python -m pyvidx x: interrupted\n"
+    assert raising(OSError(28, "No space left on device")) == 1
+    assert capsys.readouterr().err == "python -m pyvidx x: OSError: [Errno 28] No space left on device\n"
+    assert arguments.ended("x", lambda: None) == 0 and arguments.ended("x", lambda: 1) == 1
+    with pytest.raises(ZeroDivisionError):  # a fault of ours is shown as one
+        raising(ZeroDivisionError())
+
+
+def test_types():
+    for convert, bad in ((arguments.count, "1e3"), (arguments.amount, "0.5"), (arguments.existing, "/")):
+        with pytest.raises(argparse.ArgumentTypeError):
+            convert(bad)
+    assert arguments.count("3") == 3 and arguments.amount("2.5e6") == 2.5e6 and arguments.seconds("0") == 0.0
+
+
+def run(*given, **options) -> subprocess.Popen:
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
+    return subprocess.Popen([sys.executable, "-m", "pyvidx", *given], stderr=subprocess.PIPE, text=True,
+                            env=environment, **options)  # fmt: skip
+
+
+def test_a_reader_that_went_away():
+    """`pyvidx info | head -1`"""
+    process = run("info", stdout=subprocess.PIPE)
+    process.stdout.close()
+    assert process.stderr.read() == "" and process.wait(60) == arguments.PIPE_CLOSED
+
+
+def test_ctrl_c_leaves_one_line_and_no_file(tmp_path):
+    pipe = tmp_path / "t.csv"  # a reader of it waits for ever
+    os.mkfifo(pipe)
+    process = run("eval", "rows", "--task", "coin", "--format", "msrvtt_csv", "--annotations", str(pipe), "--out",
+                  str(tmp_path / "rows.jsonl"))  # fmt: skip
+    writer = os.open(pipe, os.O_WRONLY)  # returns when the command has opened it
+    time.sleep(0.3)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(60) == 130
+    os.close(writer)
+    assert process.stderr.read() == "python -m pyvidx eval: interrupted\n"
+    assert [p.name for p in tmp_path.iterdir()] == ["t.csv"]
