@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from pyvidx.train import recipe as recipes
-from pyvidx.train.curve import Board, Curve, progress
+from pyvidx.train.curve import Board, Curve, held_out_row, progress
 from pyvidx.train.distributed import Ranks, ranks
 from pyvidx.train.loop import State, Stepped, train
 
@@ -86,7 +86,8 @@ class Shown(contextlib.AbstractContextManager):
     def start(self, state: State, steps: int) -> None:
         if not self.first:
             return
-        self.curve, self.board = Curve(self.out, state.step), Board(self.out, state.step)
+        self.curve = Curve(self.out, state.step, state.epoch)
+        self.board = Board(self.out, self.curve.kept)
         if state.step:
             print(f"going on after step {state.step}, epoch {state.epoch}", file=sys.stderr)
         self.bar = progress(steps * self.epochs, state.step)
@@ -94,8 +95,7 @@ class Shown(contextlib.AbstractContextManager):
     def step(self, stepped: Stepped) -> None:
         if not self.first:
             return
-        self.curve.add(stepped)
-        self.board.add(stepped)
+        self._note(stepped._asdict())
         if self.bar is not None:
             self.bar.update()
             self.bar.set_postfix(epoch=stepped.epoch, loss=f"{stepped.loss:.4f}", lr=f"{stepped.rate:.2e}")
@@ -104,11 +104,14 @@ class Shown(contextlib.AbstractContextManager):
         if not self.first:
             return
         if loss is not None:
-            self.curve.add_held_out(state.step, state.epoch - 1, loss)
-            self.board.add_held_out(state.step, loss)
+            self._note(held_out_row(state.step, state.epoch - 1, loss))
             if best:
                 write_model(state, self.out / "best.safetensors")
         self.curve.draw()
+
+    def _note(self, row: dict) -> None:
+        self.curve.add(row)
+        self.board.add(row)
 
     def __exit__(self, *exception) -> None:
         for part in (self.bar, self.board):

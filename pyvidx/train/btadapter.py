@@ -26,10 +26,12 @@ from pyvidx.temporal.masking import Drops, drop_path_draws, random_mask, tube_ma
 from pyvidx.train.data import Take, generator, sized
 from pyvidx.train.distributed import Ranks
 from pyvidx.train.features import Features, StoredPairs, digest, store
-from pyvidx.train.loop import Task, autocast
+from pyvidx.train.loop import autocast
+from pyvidx.train.outputs import written
 from pyvidx.train.pairs import Pairs, PairVideos
 from pyvidx.train.recipe import Recipe
-from pyvidx.train.tokens import Tokenize, tokenizer
+from pyvidx.train.task import Task
+from pyvidx.train.tokens import Tokenize, tokenizer, vocabulary
 
 MASKS = ("tube", "random")
 # The fields of Config that decide what the towers see.
@@ -188,10 +190,11 @@ class BTAdapterTask(Task):
     def export(self, path: Path, epoch: int) -> None:
         """All weights under the official names: .safetensors, or .pth as the public code writes it."""
         weights = {name: value.cpu().contiguous() for name, value in export_mma(self.step).items()}
-        if path.suffix == ".safetensors":
-            save_file(weights, path)
-        else:
-            torch.save({"meta": {"epoch": epoch}, "state_dict": weights}, path)
+        with written(path) as part:
+            if path.suffix == ".safetensors":
+                save_file(weights, part)
+            else:
+                torch.save({"meta": {"epoch": epoch}, "state_dict": weights}, part)
 
 
 def build(config: Config, device: torch.device) -> BTAdapterTask:
@@ -217,7 +220,7 @@ def build(config: Config, device: torch.device) -> BTAdapterTask:
         mask=config.mask,
         seed=config.recipe.seed,
     )
-    task.about = config.about
+    task.about = config.about | {"tokenizer": vocabulary(config.tokenizer)}
     return task
 
 
@@ -246,7 +249,9 @@ def datasets(config: Config, task: BTAdapterTask, ranks: Ranks) -> tuple[Dataset
         with autocast(recipe, ranks):
             return task.frozen(batch)
 
-    store(config.features, data, frozen, about, ranks, recipe.batch, recipe.workers)
+    model = task.model.config
+    shape = (model.depth, config.frames, 1 + model.vision.patches, model.vision.width, model.vision.embed_dim)
+    store(config.features, data, frozen, about, ranks, recipe.batch, recipe.workers, shape=shape)
     return StoredPairs(config.features, about), held_out
 
 

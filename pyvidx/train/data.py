@@ -167,6 +167,13 @@ class Videos(Dataset):
         except Exception as error:  # whatever a damaged file makes a decoder raise
             return row, f"{type(error).__name__}: {error}"
 
+    def digest(self) -> str:
+        """A hash of the rows: whether two are the same."""
+        found = hashlib.sha256()
+        for row in self.rows:
+            found.update(repr(row).encode(errors="surrogatepass"))
+        return found.hexdigest()
+
     @staticmethod
     def collate(samples: Sequence[tuple[Row, Tensor | str]]) -> Batch:
         good = [(row, pixels) for row, pixels in samples if isinstance(pixels, Tensor)]

@@ -14,8 +14,10 @@ from pyvidx.models.config import known
 from pyvidx.models.malmm import MALMM
 from pyvidx.train.data import Batch, Videos, rows
 from pyvidx.train.distributed import Ranks
-from pyvidx.train.loop import Task
+from pyvidx.train.outputs import written
 from pyvidx.train.recipe import Recipe
+from pyvidx.train.task import Task
+from pyvidx.train.tokens import vocabulary
 
 DTYPES = ("float32", "float16", "bfloat16")
 
@@ -77,6 +79,12 @@ class Config:
             raise ValueError(f"Config: {', '.join(sorted(missing))} must be given")
         return cls(**(values | {"recipe": Recipe.from_dict(values.get("recipe", {}))}))
 
+    @property
+    def about(self) -> dict:
+        """What of it makes another run, beside the recipe."""
+        names = ("language_dtype", "frames", "memory", "bos", "max_text", "max_answer", "preset")
+        return {name: getattr(self, name) for name in names}
+
 
 class MALMMTask(Task):
     """Trained: ln_vision, Q-Former, query tokens, projection and temporal table. The rest is frozen: the tower is part
@@ -110,13 +118,17 @@ class MALMMTask(Task):
         pixels = batch.pixels.to(self.model.projection.weight.device)
         return self.model.loss(pixels, batch.prompts, batch.answers, self.language, memory=self.memory)
 
+    def outside(self) -> dict[str, Tensor]:
+        return self.language.causal_lm.state_dict()
+
     def export(self, path: Path, epoch: int) -> None:
         """What was trained, as in the public code's fine-tuned file: .safetensors, or .pth as it writes."""
         weights = {n: w.cpu() for n, w in export_malmm(self.model, "lavis").items() if not n.startswith("visual_")}
-        if path.suffix == ".safetensors":
-            save_file(weights, path)
-        else:
-            torch.save({"model": weights, "epoch": epoch}, path)
+        with written(path) as part:
+            if path.suffix == ".safetensors":
+                save_file(weights, part)
+            else:
+                torch.save({"model": weights, "epoch": epoch}, part)
 
 
 def build(config: Config, device: torch.device) -> MALMMTask:
@@ -145,7 +157,12 @@ def build(config: Config, device: torch.device) -> MALMMTask:
     text = config.text_tokenizer and transformers.AutoTokenizer.from_pretrained(config.text_tokenizer)
     language = Language(lm, tokenizer, text, bos=config.bos, max_text=config.max_text, max_answer=config.max_answer)
     # Trained weights have to be float32, whatever the file has; autocast makes the rest.
-    return MALMMTask(model.float().to(device), language.to(device), config.memory)
+    task = MALMMTask(model.float().to(device), language.to(device), config.memory)
+    task.about = config.about | {
+        "tokenizer": vocabulary(config.tokenizer or config.language),
+        "text_tokenizer": vocabulary(config.text_tokenizer),
+    }
+    return task
 
 
 def datasets(config: Config, task: MALMMTask, ranks: Ranks) -> tuple[Videos, Videos | None]:
