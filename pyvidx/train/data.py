@@ -19,6 +19,9 @@ from pyvidx.train.distributed import Ranks
 from pyvidx.train.recipe import Recipe
 from pyvidx.video.pool import shared
 
+# Names for pyvidx.video.read.
+READERS = ("auto", "decord", "pyav", "torchcodec")
+
 
 @dataclass(frozen=True)
 class Row:

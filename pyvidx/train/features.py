@@ -21,19 +21,17 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from pyvidx.models.config import known
 from pyvidx.train.checkpoint import differences
 from pyvidx.train.curve import progress
 from pyvidx.train.distributed import Ranks
-from pyvidx.train.outputs import sweep, written
+from pyvidx.train.fields import MANY, check_choices, check_ranges, fields
+from pyvidx.train.outputs import written
 from pyvidx.train.pairs import Pair, Pairs, collate
 
 DTYPES = ("float16", "bfloat16", "float32")
 # Names that safetensors has for them.
 _DTYPES = {"F16": "float16", "BF16": "bfloat16", "F32": "float32", "I64": "int64"}
 INDEX = "index.json"
-# Seconds after which a part of a file is no other run's any more.
-STALE = 3600
 
 Frozen = Callable[[Pairs], tuple[tuple[Tensor, ...], Tensor]]
 
@@ -55,14 +53,13 @@ class Features:
     shard: int = 64
 
     def __post_init__(self):
-        if self.dtype not in DTYPES:
-            raise ValueError(f"Features: dtype must be one of {', '.join(DTYPES)}, got {self.dtype!r}")
-        if self.variants < 1 or self.shard < 1:
-            raise ValueError(f"Features: variants and shard must be at least 1, got {self.variants} and {self.shard}")
+        check_choices(self, {"dtype": DTYPES})
+        check_ranges(self, {"variants": (1, MANY), "shard": (1, MANY)})
 
     @classmethod
     def from_dict(cls, values: dict) -> "Features":
-        return cls(**known(cls, values))
+        """Raises ValueError for fields that are unknown, missing or not of their types."""
+        return cls(**fields(cls, values, ("folder",)))
 
 
 def digest(*modules: nn.Module) -> str:
@@ -109,7 +106,6 @@ def store(
     if ranks.first:
         _refuse_others(folder, _index(folder), about)
         folder.mkdir(parents=True, exist_ok=True)
-        sweep(folder, STALE)
         found = {n: _found(p, about, (len(shards[n]), *shape), features.dtype) for n, p in enumerate(paths)}
     found = ranks.gathered(found)[0]
     mine = [number for number, broken in found.items() if broken is None][ranks.rank :: ranks.world]
@@ -177,9 +173,7 @@ class StoredPairs(Dataset):
             with safe_open(path, "pt") as file:
                 layers, text, read = (file.get_slice(name)[i].clone() for name in ("layers", "text", "at"))
         except (OSError, SafetensorError, IndexError) as error:
-            raise RuntimeError(
-                f"train: {path} cannot be read: {error}; start again and it is mended"
-            ) from error
+            raise RuntimeError(f"train: {path} cannot be read: {error}; start again and it is mended") from error
         if not 0 <= int(read[1]) < self.rows:
             raise RuntimeError(f"train: {path} is damaged: it names row {int(read[1])} of {self.rows}; remove it")
         # In this epoch: masks are drawn anew.

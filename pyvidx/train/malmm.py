@@ -10,16 +10,27 @@ from torch import Tensor
 from pyvidx.integrations.hosts import importing
 from pyvidx.integrations.language import Language
 from pyvidx.integrations.malmm_checkpoints import export_malmm, load_malmm
-from pyvidx.models.config import known
 from pyvidx.models.malmm import MALMM
-from pyvidx.train.data import Batch, Videos, rows
+from pyvidx.preprocess import PRESETS
+from pyvidx.train.data import READERS, Batch, Videos, rows
 from pyvidx.train.distributed import Ranks
+from pyvidx.train.fields import FRAMES, MANY, check_choices, check_ranges, fields
 from pyvidx.train.outputs import written
 from pyvidx.train.recipe import Recipe
 from pyvidx.train.task import Task
 from pyvidx.train.tokens import vocabulary
 
 DTYPES = ("float32", "float16", "bfloat16")
+
+
+@dataclass(frozen=True)
+class Memory:
+    """What a configuration may give of MALMM.encode's arguments."""
+
+    length: int = 20
+    visual: bool = True
+    query: bool = True
+    chunk: int = 32
 
 
 @dataclass(frozen=True)
@@ -63,8 +74,10 @@ class Config:
     recipe: Recipe = field(default_factory=Recipe)
 
     def __post_init__(self):
-        if self.language_dtype not in DTYPES:
-            raise ValueError(f"Config: language_dtype must be one of {', '.join(DTYPES)}, got {self.language_dtype!r}")
+        check_choices(self, {"language_dtype": DTYPES, "preset": PRESETS, "reader": READERS})
+        counts = ("time_length", "max_text", "max_answer")
+        check_ranges(self, {"frames": (1, FRAMES), **dict.fromkeys(counts, (1, MANY))})
+        check_ranges(Memory(**fields(Memory, self.memory)), {"length": (0, MANY), "chunk": (1, MANY)})
         if self.recipe.amp in DTYPES[1:] and self.language_dtype not in ("float32", self.recipe.amp):
             raise ValueError(  # autocast does not mix the two 16-bit dtypes
                 f"Config: language_dtype must be float32 or amp's {self.recipe.amp}, got {self.language_dtype}"
@@ -72,12 +85,8 @@ class Config:
 
     @classmethod
     def from_dict(cls, values: dict) -> "Config":
-        """Raises ValueError for fields that are unknown or missing."""
-        values = known(cls, dict(values))
-        missing = {"out", "train", "weights", "language"} - values.keys()
-        if missing:
-            raise ValueError(f"Config: {', '.join(sorted(missing))} must be given")
-        return cls(**(values | {"recipe": Recipe.from_dict(values.get("recipe", {}))}))
+        """Raises ValueError for fields that are unknown, missing or not of their types."""
+        return cls(**fields(cls, values, ("out", "train", "weights", "language")))
 
     @property
     def about(self) -> dict:

@@ -1,6 +1,5 @@
 """What a run writes: whole or not at all, with one type of error whatever writes it."""
 
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,11 +21,3 @@ def written(path: Path) -> Iterator[Path]:
             yield part
     except (OSError, RuntimeError, SafetensorError) as error:  # torch and safetensors have their own for a full disk
         raise OSError(f"train: {path} could not be written, and is as it was before: {error}") from error
-
-
-def sweep(folder: Path, age: float = 0.0) -> None:
-    """Remove what killed processes left of files of a folder that were being written; age: seconds without a change
-    after which nobody is taken to write a file any more."""
-    for part in folder.glob(".*.part.*"):
-        if time.time() - part.stat().st_mtime >= age:
-            part.unlink(missing_ok=True)
