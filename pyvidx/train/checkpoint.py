@@ -1,6 +1,7 @@
 """A run between two optimizer steps as a file: which run it is of, and no value of it used before it was checked."""
 
 import math
+import pickle
 import reprlib
 import zipfile
 from collections.abc import Mapping
@@ -34,7 +35,9 @@ def identity(task: Task, recipe: Recipe, ranks: Ranks, data: Dataset, held_out: 
 
 def differences(saved: Mapping, now: Mapping) -> str:
     """The entries that differ, for an error; "" where none does."""
-    names = [name for name in {**now, **saved} if name not in saved or name not in now or saved[name] != now[name]]
+    names = [
+        name for name in {**now, **saved} if name not in saved or name not in now or not _equal(saved[name], now[name])
+    ]
     return ", ".join(f"{name} {_shown(saved.get(name))} (now {_shown(now.get(name))})" for name in names)
 
 
@@ -81,8 +84,11 @@ def restore(state: State, path: Path, run: dict, recipe: Recipe, ranks: Ranks, b
     except OSError:
         raise
     except Exception as error:  # zipfile, torch and pickle have many of their own
+        # torch's text for a pickle that would run code says how to let it.
+        code = isinstance(error, pickle.UnpicklingError)
+        why = "it holds more than tensors and numbers" if code else f"{error}".partition("\n")[0][:300]
         raise ValueError(
-            f"train: {path} is damaged: {error or type(error).__name__}; "
+            f"train: {path} is damaged: {why or type(error).__name__}; "
             "put a whole one in its place, or remove it to begin again"
         ) from error
     if other:
@@ -115,6 +121,15 @@ def _digests(task: Task, data: Dataset, held_out: Dataset | None) -> dict[str, s
         "start weights": digest(own)[:DIGITS], "frozen weights": digest(frozen)[:DIGITS],
         "content of rows": rows(data), "content of held-out rows": rows(held_out),
     }  # fmt: skip
+
+
+def _equal(saved: object, now: object) -> bool:
+    """Whether a value of a file is one that was made here; takes no longer than the latter is large."""
+    if isinstance(now, dict):
+        return isinstance(saved, dict) and saved.keys() == now.keys() and all(_equal(saved[k], now[k]) for k in now)
+    if isinstance(now, (list, tuple)):
+        return isinstance(saved, (list, tuple)) and len(saved) == len(now) and all(map(_equal, saved, now))
+    return isinstance(saved, (str, int, float, type(None))) and saved == now
 
 
 def _shown(value: object) -> str:
