@@ -258,7 +258,8 @@ def _found(path: Path, about: dict, shape: tuple[int, ...], dtype: str) -> dict[
 
 def _are_broken(value: object) -> bool:
     """It is {place: {name: why}}."""
-    return isinstance(value, dict) and all(
-        place.isdecimal() and isinstance(why, dict) and all(isinstance(text, str) for text in why.values())
-        for place, why in value.items()
-    )
+
+    def named(why: object) -> bool:
+        return isinstance(why, dict) and all(isinstance(text, str) for text in why.values())
+
+    return isinstance(value, dict) and all(k.isdecimal() and len(k) < 16 and named(why) for k, why in value.items())
