@@ -222,6 +222,7 @@ def _kill(process: subprocess.Popen, at: Moment, out: Path) -> list[str] | None:
         now = _signs(out, at.name)
         times += bool(now - before)
         before = now
+        time.sleep(0.0005)  # a part of a file is there for some milliseconds
     time.sleep(at.delay)
     process.send_signal(signal.SIGKILL)
     killed = process.wait() == -signal.SIGKILL
