@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from pyvidx.layers.block import Block
-from pyvidx.layers.linear import Linear
+from pyvidx.layers.linear import dense
 from pyvidx.layers.patch import patch_rows, resize_positions
+from pyvidx.layers.plain import held
 
 
 @dataclass(frozen=True)
@@ -78,7 +79,7 @@ class CLIPVision(nn.Module):
         )
         self.norm_post = nn.LayerNorm(C, eps=config.eps) if head else None
         has_projection = head and config.embed_dim is not None
-        self.projection = Linear(C, config.embed_dim, bias=False) if has_projection else None
+        self.projection = nn.Linear(C, config.embed_dim, bias=False) if has_projection else None
 
     @property
     def layers(self) -> range:
@@ -124,8 +125,8 @@ class CLIPVision(nn.Module):
 
     def tokens(self, pixels: Tensor, *, interpolate: bool = False) -> Tensor:
         """[class; patches W] + position, before the first LayerNorm. [..., 3, h, w] -> [..., 1+P, C]."""
-        x, rows, columns = patch_rows("CLIPVision", pixels, self.patch)
-        x = torch.cat([self.class_token.expand(x.shape[0], 1, -1), x], dim=1)
+        x, rows, columns = patch_rows("CLIPVision", pixels, held(self, "patch"))
+        x = torch.cat([held(self, "class_token").expand(x.shape[0], 1, -1), x], dim=1)
         x = x + self._positions(rows, columns, interpolate)
         return x.view(*pixels.shape[:-3], *x.shape[1:])
 
@@ -146,4 +147,4 @@ class CLIPVision(nn.Module):
         if self.norm_post is None:
             raise ValueError("CLIPVision: this tower was built without its head")
         x = self.norm_post(tokens[..., 0, :])
-        return x if self.projection is None else self.projection(x)
+        return x if self.projection is None else dense(x, self.projection)

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from pyvidx.backbones.clip import CLIPVision
 from pyvidx.encoding import Encoding
+from pyvidx.layers.plain import held
 from pyvidx.models import files
 from pyvidx.models.config import BTAdapterConfig
 from pyvidx.models.fold import fold
@@ -140,19 +141,19 @@ class BTAdapter(nn.Module):
         return self._encode([real_only(x, real) for x in xs], group, wanted, times)
 
     def _encode(self, xs: Sequence[Tensor], group: Grouping, wanted: Sequence[str], times: Tensor | None) -> Encoding:
-        gate = {"gate": self.output_gate, "gate_scale": self.config.output_gate_scale}
+        gate = {"gate": held(self, "output_gate"), "gate_scale": self.config.output_gate_scale}
         return replace(encode_branch(self.branch, xs, self.backbone, group, wanted, **gate), times=times)
 
     def encode_frames(self, pixels: Tensor) -> Tensor:
         """One vector per frame, whose mean, projected, is "pooled". pixels as in `forward` -> [B, T, C]."""
         xs = self.backbone(self.read_pixels(pixels), self._branch_inputs(self._wanted(("pooled",))))
-        _, mixed = until_last(self.branch, xs, self.backbone.position, self.grouping(xs[0]))
+        _, mixed = until_last(self.branch, xs, held(self.backbone, "position"), self.grouping(xs[0]))
         return self.frame_vectors(xs[-1], self.branch.spatial[-1].class_token(mixed))
 
     def frame_vectors(self, x: Tensor, cls: Tensor) -> Tensor:
         """LN((1 - w) cls + w X_cls) of every frame, see pyvidx.temporal.branch. x [B, T, 1+P, C] of the last backbone
         layer, cls [B, C] of the last branch layer -> [B, T, C]."""
-        return frame_vectors(x, cls, self.backbone, self.output_gate, self.config.output_gate_scale)
+        return frame_vectors(x, cls, self.backbone, held(self, "output_gate"), self.config.output_gate_scale)
 
     def grouping(
         self,

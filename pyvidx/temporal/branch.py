@@ -7,6 +7,9 @@ from torch import Tensor, nn
 
 from pyvidx.backbones.clip import CLIPVision, CLIPVisionConfig
 from pyvidx.encoding import Encoding
+from pyvidx.layers.linear import dense
+from pyvidx.layers.norm import foldable
+from pyvidx.layers.plain import held
 from pyvidx.ops import output_gate
 from pyvidx.temporal.bt_adapter import BTAdapterBranch, Mixed, split_rows
 from pyvidx.temporal.frames import frame_mean, real_only
@@ -87,7 +90,7 @@ class Branch(TemporalModule):
         return grouping(T, P, time_length=rows, frame_mask=frame_mask, device=x.device)
 
     def _heads(self, tower: CLIPVision) -> dict:
-        return {"gate": self.output_gate, "gate_scale": self.output_gate_scale}
+        return {"gate": held(self, "output_gate"), "gate_scale": self.output_gate_scale}
 
 
 @register("bt_adapter")
@@ -129,7 +132,7 @@ def encode_branch(
         per_frame: pooled is [B, T, E], zero where a frame is not real.
     """
     last, real = len(xs) - 1, group.frame_mask
-    layers, mixed = until_last(branch, xs, tower.position, group, seed)
+    layers, mixed = until_last(branch, xs, held(tower, "position"), group, seed)
     if "pooled" not in outputs:
         patches, cls = branch.spatial[last].mean_tokens(mixed, group)
         return Encoding(fused_tokens(xs[last], patches, cls, real))
@@ -140,7 +143,7 @@ def encode_branch(
     frames = frame_vectors(xs[last], branch.spatial[last].class_token(mixed, real), tower, gate, gate_scale)
     # The projection has no bias: the mean of the frames' projections is the projection of their mean.
     frames = real_only(frames, real) if per_frame else frame_mean(frames, real)
-    return Encoding(tokens, frames if tower.projection is None else tower.projection(frames))
+    return Encoding(tokens, frames if tower.projection is None else dense(frames, tower.projection))
 
 
 def until_last(
@@ -156,8 +159,9 @@ def frame_vectors(x: Tensor, cls: Tensor, tower: CLIPVision, gate: Tensor | None
 
     x [B, T, 1+P, C] of the last backbone layer, cls [B, C] of the last branch layer -> [B, T, C].
     """
-    norm = (tower.norm_post.weight, tower.norm_post.bias, tower.norm_post.eps)
-    return output_gate(x[:, :, 0], cls, gate, scale=gate_scale, norm=norm)
+    norm = foldable(tower.norm_post, x)
+    frames = output_gate(x[:, :, 0], cls, gate, scale=gate_scale, norm=norm)
+    return tower.norm_post(frames) if norm is None else frames
 
 
 def fused_tokens(x: Tensor, patches: Tensor, cls: Tensor, frame_mask: Tensor | None = None) -> Tensor:

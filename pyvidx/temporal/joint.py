@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from pyvidx.backbones.clip import CLIPVision, CLIPVisionConfig
 from pyvidx.encoding import Encoding
 from pyvidx.layers.block import Block
+from pyvidx.layers.plain import held
 from pyvidx.layers.sincos import sincos_table
 from pyvidx.temporal.frames import frame_mean, token_mask
 from pyvidx.temporal.module import OUTPUTS, TemporalModule
@@ -50,7 +51,7 @@ class Joint(TemporalModule):
         else:
             if T > len(self.time):
                 raise ValueError(f"Joint: T must be at most {len(self.time)}, the rows of the time table, got {T}")
-            patches = patches + self.time[:T, None]
+            patches = patches + held(self, "time")[:T, None]
         # The class rows of all frames are the same here.
         return torch.cat([x[:, 0, : self.before], patches.flatten(1, 2)], dim=1)
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from pyvidx.backbones.clip import CLIPVision, CLIPVisionConfig
 from pyvidx.encoding import Encoding
 from pyvidx.layers.block import Block
-from pyvidx.layers.linear import Linear, add_linear, residual
+from pyvidx.layers.linear import add_linear, dense
 from pyvidx.ops import temporal_scale
 from pyvidx.temporal.frames import frame_mean, real_only
 from pyvidx.temporal.module import OUTPUTS, TemporalModule, class_last
@@ -27,17 +27,17 @@ class Adapter(nn.Module):
 
     def __init__(self, width: int, hidden: int, kernel: tuple[int, int, int]):
         super().__init__()
-        self.down = Linear(width, hidden)
+        self.down = nn.Linear(width, hidden)
         self.weight = nn.Parameter(torch.zeros(hidden, *kernel))
         self.bias = nn.Parameter(torch.zeros(hidden))
-        self.up = Linear(hidden, width)
+        self.up = nn.Linear(hidden, width)
         nn.init.zeros_(self.down.bias)
         nn.init.zeros_(self.up.bias)
 
     def forward(self, x: Tensor, frame_mask: Tensor | None = None) -> Tensor:
         """x [B, T, 1+P, C], class token first -> x + what the adapter makes of its patches."""
         patches = x[:, :, 1:]
-        y = residual(patches, self.up(self._conv(self.down(patches), frame_mask)))
+        y = add_linear(patches, self._conv(dense(patches, self.down), frame_mask), self.up)
         return torch.cat([x[:, :, :1], y], dim=2)
 
     def _conv(self, y: Tensor, frame_mask: Tensor | None) -> Tensor:  # [B, T, P, A] -> the same
