@@ -127,20 +127,25 @@ class CLIPVision(nn.Module):
         """[class; patches W] + position, before the first LayerNorm. [..., 3, h, w] -> [..., 1+P, C]."""
         x, rows, columns = patch_rows("CLIPVision", pixels, held(self, "patch"))
         x = torch.cat([held(self, "class_token").expand(x.shape[0], 1, -1), x], dim=1)
-        x = x + self._positions(rows, columns, interpolate)
+        x = x + self.positions(rows, columns, interpolate=interpolate)
         return x.view(*pixels.shape[:-3], *x.shape[1:])
 
-    def _positions(self, rows: int, columns: int, interpolate: bool) -> Tensor:
-        side = math.isqrt(self.config.patches)
+    def positions(self, rows: int, columns: int, *, interpolate: bool = False) -> Tensor:
+        """The position table for a grid of patches, [1 + rows * columns, C], class token first.
+
+        Raises:
+            ValueError: without interpolate, the grid is not that of the configuration.
+        """
+        side, position = math.isqrt(self.config.patches), held(self, "position")
         if (rows, columns) == (side, side):
-            return self.position
+            return position
         if not interpolate:
             size, p = self.config.image_size, self.config.patch_size
             raise ValueError(
                 f"CLIPVision: images must be {size}x{size}, got {rows * p}x{columns * p}; "
                 "pass interpolate=True to resize the position table"
             )
-        return resize_positions(self.position, rows, columns)
+        return resize_positions(position, rows, columns)
 
     def embedding(self, tokens: Tensor) -> Tensor:
         """The image embedding, projection(LN(class token)). Last tokens [..., N, C] -> [..., E], not normalized."""

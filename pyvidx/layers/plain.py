@@ -15,15 +15,21 @@ TENSORS = {Tensor, nn.Parameter, FakeTensor, FunctionalTensor}  # the last two: 
 BIASES = {*TENSORS, type(None)}
 
 
-def untouched(module: nn.Module) -> bool:
-    """Whether a call of the module runs the forward of its class, and nothing beside it."""
+def unhooked(module: nn.Module) -> bool:
+    """Whether the module has the forward of its class and no hooks of its own."""
     return not (
         "forward" in module.__dict__
         or module._forward_pre_hooks
         or module._forward_hooks
         or module._backward_pre_hooks
         or module._backward_hooks
-        or every._global_forward_pre_hooks
+    )
+
+
+def untouched(module: nn.Module) -> bool:
+    """Whether a call of the module runs the forward of its class and nothing beside it."""
+    return unhooked(module) and not (
+        every._global_forward_pre_hooks
         or every._global_forward_hooks
         or every._global_backward_pre_hooks
         or every._global_backward_hooks
