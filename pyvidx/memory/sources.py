@@ -189,6 +189,8 @@ class PushSource(FrameSource):
         return torch.stack(steps, dim=1)
 
     def _replay(self, kept: Tensor, kv: Tensor, plan: MergePlan, order: Tensor) -> Tensor:
+        if torch.compiler.is_compiling():  # it plans its memory, and a size that is a key is a size fixed
+            return memory_replay_(kept, kv, plan, order, weighted=self.weighted)
         # One list for all layers of a shape: they are read in turn, and new memory costs a page fault per 4 KB.
         B, slots, *rows = kept.shape
         shape = (B, slots + 2 * kv.shape[1], *rows)

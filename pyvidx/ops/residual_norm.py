@@ -71,9 +71,8 @@ def residual_norm(
     )
     for name, t, shape in own:
         fits = t is None or (tuple(t.shape) == shape and t.dtype == x.dtype and t.device == x.device)
-        require(
-            fits, "{op}: {name} must be {shape} with the dtype and device of x", t, x, op=op, name=name, shape=shape
-        )
+        text = "{op}: {name} must be {shape} with the dtype and device of x"
+        require(fits, text, t, x, op=op, name=name, shape=shape)
     for name, t, shapes in (("factor", factor, [(B, S), (B, S, K)]), ("share", share, [(B, S)])):
         fits = t is None or (tuple(t.shape) in shapes and t.is_floating_point() and not t.requires_grad)
         text = "{op}: {name} must be floating and one of {shapes}, and ask for no gradient"
