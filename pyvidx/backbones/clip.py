@@ -147,6 +147,24 @@ class CLIPVision(nn.Module):
             )
         return resize_positions(position, rows, columns)
 
+    def grid(self, patches: int, interpolate: bool | tuple[int, int] = False) -> tuple[int, int]:
+        """Rows and columns of so many patches, of stored tokens.
+
+        Args:
+            interpolate: False: those of the configuration; True: any square; (rows, columns): these.
+
+        Raises:
+            ValueError: the number of patches is another.
+        """
+        side = math.isqrt(patches if interpolate else self.config.patches)
+        rows, columns = (side, side) if isinstance(interpolate, bool) else interpolate
+        if rows * columns != patches:
+            raise ValueError(
+                f"CLIPVision: tokens must be of {1 + rows * columns} rows, class token first, got {1 + patches}; for "
+                "pixels of another size pass interpolate=True, or (rows, columns) of the patches if they are no square"
+            )
+        return rows, columns
+
     def embedding(self, tokens: Tensor) -> Tensor:
         """The image embedding, projection(LN(class token)). Last tokens [..., N, C] -> [..., E], not normalized."""
         if self.norm_post is None:

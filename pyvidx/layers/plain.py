@@ -6,12 +6,10 @@ weight, or keep it on another device between calls. Such a module is called as i
 """
 
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor
-from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.nn.modules import module as every
 
 LAYERS = {nn.Linear, nn.LayerNorm, nn.Conv2d}
-TENSORS = {Tensor, nn.Parameter, FakeTensor, FunctionalTensor}  # the last two: of a compiler or an exporter
+TENSORS = {Tensor, nn.Parameter}
 BIASES = {*TENSORS, type(None)}
 
 

@@ -1,5 +1,6 @@
 """CLIP-ViP (arXiv:2209.06430): a few proxy tokens of the clip see all frames, and every frame sees them."""
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -14,7 +15,7 @@ from pyvidx.layers.plain import held
 from pyvidx.ops import bank_attention
 from pyvidx.ops.bank_attention import MAX_WIDTH
 from pyvidx.temporal.frames import frame_mean, token_mask
-from pyvidx.temporal.module import OUTPUTS, TemporalModule
+from pyvidx.temporal.module import OUTPUTS, Grid, TemporalModule
 from pyvidx.temporal.registry import register
 
 
@@ -79,7 +80,7 @@ class CLIPViP(TemporalModule):
         self.added = nn.Parameter(torch.randn(proxies - 1, C) * C**-0.5) if proxies > 1 else None
         self.time = nn.Parameter(torch.zeros(time_length, C))
 
-    def embed(self, x: Tensor, tower: CLIPVision, frame_mask: Tensor | None = None) -> Tensor:
+    def embed(self, x: Tensor, tower: CLIPVision, frame_mask: Tensor | None = None, grid: Grid | None = None) -> Tensor:
         B, T, _, C = x.shape
         if frame_mask is None:
             frame_mask = torch.ones(1, T, dtype=torch.bool, device=x.device)
@@ -95,13 +96,15 @@ class CLIPViP(TemporalModule):
         low = at.long()
         return torch.lerp(table[low], table[(low + 1).clamp_max(rows - 1)], (at - low)[..., None].to(table))
 
-    def block(self, i: int, block: Block, x: Tensor, frame_mask: Tensor | None = None) -> Tensor:
-        return block.feed_forward(add_linear(x, self.attention(block, x, frame_mask), block.out))
+    def block(
+        self, i: int, block: Block, x: Tensor, frame_mask: Tensor | None = None, grid: Grid | None = None
+    ) -> Tensor:
+        return block.feed_forward(add_linear(x, self.attention(block, x, frame_mask, grid), block.out))
 
-    def attention(self, block: Block, x: Tensor, frame_mask: Tensor | None = None) -> Tensor:
+    def attention(self, block: Block, x: Tensor, frame_mask: Tensor | None = None, grid: Grid | None = None) -> Tensor:
         """What the block's `out` projects: its attention of LN x [B, M + T*P, C], blocked by frame."""
         B, L, C = x.shape
-        M, P = self.proxies, self.vision.patches
+        M, P = self.proxies, self._count(grid)
         qkv = dense(block.norm1(x), block.qkv).view(B, L, 3, block.heads, C // block.heads)
         return proxy_attention(qkv, M, (L - M) // P, frame_mask)
 
@@ -111,10 +114,14 @@ class CLIPViP(TemporalModule):
         tower: CLIPVision,
         frame_mask: Tensor | None = None,
         outputs: Sequence[str] = OUTPUTS,
+        grid: Grid | None = None,
     ) -> Encoding:
         tokens = None
         if "tokens" in outputs:
             x = xs[-2]
-            patches = x[:, self.proxies :].unflatten(1, (-1, self.vision.patches))
+            patches = x[:, self.proxies :].unflatten(1, (-1, self._count(grid)))
             tokens = torch.cat([frame_mean(patches, frame_mask), x[:, :1]], dim=1)
         return Encoding(tokens, tower.embedding(xs[-1]) if "pooled" in outputs else None)
+
+    def _count(self, grid: Grid | None) -> int:  # P
+        return self.vision.patches if grid is None else math.prod(grid)

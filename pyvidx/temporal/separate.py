@@ -9,7 +9,7 @@ from pyvidx.layers.linear import residual
 from pyvidx.layers.plain import held, plain
 from pyvidx.temporal.bt_adapter import TemporalLayer
 from pyvidx.temporal.frames import frame_mean
-from pyvidx.temporal.module import TemporalModule
+from pyvidx.temporal.module import Grid, TemporalModule
 from pyvidx.temporal.registry import register
 
 CLASS_TOKENS = ("frame", "clip")
@@ -53,7 +53,9 @@ class Separate(TemporalModule):
         sizes = (vision.width, vision.heads, vision.eps)
         self.temporal = nn.ModuleList(TemporalLayer(*sizes, fc=fc) for _ in range(layers))
 
-    def block(self, i: int, block: Block, x: Tensor, frame_mask: Tensor | None = None) -> Tensor:
+    def block(
+        self, i: int, block: Block, x: Tensor, frame_mask: Tensor | None = None, grid: Grid | None = None
+    ) -> Tensor:
         j, T, rows = i - self.first, x.shape[1], self.time.shape[1]
         if j < 0:
             return block(x)
