@@ -15,7 +15,6 @@ from . import decord_reader, folder, pyav_reader, sampling, torchcodec_reader
 from .arguments import integer, number
 from .clip import Clip, Damage
 from .ffmpeg import complaints, listening
-from .find import SUFFIXES as SUFFIXES
 from .folder import FrameFolder
 from .index import FrameIndex, count_frames, scan
 from .shown import Suspect
