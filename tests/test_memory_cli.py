@@ -1,5 +1,7 @@
 """python -m pyvidx memory: a video in, a picture of its slots out."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -9,6 +11,8 @@ from pyvidx.video import stream, write
 from tests.drawn import drawn_clip
 
 pytest.importorskip("av", reason="reading video needs PyAV: pip install 'pyvidx[video]'")
+
+CASES = Path(__file__).parent / "cases/video"
 
 
 @pytest.fixture(scope="module")
@@ -64,6 +68,12 @@ def test_options(video, tmp_path, options, sizes, capsys):
     (["VIDEO", "--policy", "fifo", "--unit", "frame"], "options do not fit 'fifo'"),
     (["VIDEO", "--capacity", "0"], "capacity must leave room"),
     (["VIDEO", "--position", "16"], "position must be in"),
+    (["https://example.org/a.mp4"], "download the file"),
+    (["VIDEO", "--fps", "0"], "fps must be > 0"),
+    (["VIDEO", "--save", "bank.pt"], "--save must end in .safetensors"),
+    (["VIDEO", "--save", "VIDEO"], "--save must end in .safetensors"),
+    (["VIDEO", "--model", "nobody/nothing"], "pyvidx downloads nothing"),
+    (["."], "must hold frames"),
 ])  # fmt: skip
 def test_bad_arguments(video, tmp_path, arguments, message, capsys):
     arguments = [str(video) if a == "VIDEO" else a for a in arguments]
@@ -76,3 +86,20 @@ def test_a_file_that_is_no_video(tmp_path, capsys):
     (tmp_path / "broken.mp4").write_bytes(b"this is not a video" * 100)
     assert main([str(tmp_path / "broken.mp4")]) == 1
     assert "FAILED" in capsys.readouterr().err
+
+
+def test_a_picture_that_exists_is_kept_unless_told(video, tmp_path, capsys):
+    out = tmp_path / "kept.png"
+    out.write_bytes(b"mine")
+    with pytest.raises(SystemExit) as stop:
+        main([str(video), "--out", str(out)])
+    assert stop.value.code == 2 and "--overwrite" in capsys.readouterr().err and out.read_bytes() == b"mine"
+    assert main([str(video), "--out", str(out), "--overwrite"]) == 0 and out.read_bytes().startswith(b"\x89PNG")
+
+
+def test_damage_is_told_and_the_rest_is_watched(tmp_path, capsys):
+    with pytest.warns(UserWarning, match="is damaged"):
+        assert main([str(CASES / "damaged_middle.mp4"), "--out", str(tmp_path / "a.png")]) == 0
+    assert "51 frames" in capsys.readouterr().out
+    assert main([str(CASES / "h264_in.avi"), "--out", str(tmp_path / "b.png")]) == 0
+    assert "60 frames" in capsys.readouterr().out

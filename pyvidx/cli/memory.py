@@ -10,19 +10,20 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pyvidx import memory
+from pyvidx.cli import arguments
 from pyvidx.video import stream
 
 GRID, CELL = 4, 8  # "colors": a frame is 4 x 4 positions of 8 x 8 mean colors
 
 
 def parser() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser(
+    p = arguments.Parser(
         prog="python -m pyvidx memory",
         description="Stream a video of any length through a memory bank, in constant memory (but for the policies that "
         "keep everything), and draw which frames each slot holds.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    p.add_argument("video", help="a video file")
+    p.add_argument("video", help="a video file, or a folder of frames, whose rate is --fps")
     p.add_argument("--policy", default="merge", choices=memory.names())
     p.add_argument("--capacity", type=int, help="entries kept, anchors included; default: the policy's own")
     p.add_argument("--anchors", type=int, default=0, help="keep the first frames as they are")
@@ -33,17 +34,21 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--features", default="colors", choices=["colors", "model"],
                    help="what is remembered: colors, 4 x 4 positions of 8 x 8 mean colors (no model involved); model, "
                    "the patch tokens of a BT-Adapter model's last backbone layer")  # fmt: skip
-    p.add_argument("--model", type=Path, help="weights written by BTAdapter.save, for --features model")
+    p.add_argument("--model", type=arguments.weights, help="weights written by BTAdapter.save, for --features model")
     p.add_argument("--position", type=int, default=0, help="position whose slots are drawn over time")
-    p.add_argument("--out", type=Path, default=Path("slots.png"), help="the picture")
+    p.add_argument("--out", type=arguments.picture, default="slots.png", help="the picture")
     p.add_argument("--save", type=Path, help="write the bank as well, as .safetensors")
-    p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    arguments.add_overwrite(p)
+    p.add_argument("--device", type=arguments.device, default="cuda" if torch.cuda.is_available() else "cpu")
     return p
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     p = parser()
     options = p.parse_args(argv)
+    if options.save is not None and options.save.suffix != ".safetensors":
+        p.error(f"--save must end in .safetensors, got {options.save}")
+    arguments.check_outputs(p, options.overwrite, options.out, options.save)
     try:
         policy = policy_of(options)
         features = colors if options.features == "colors" else model_features(options.model, options.device)
@@ -56,7 +61,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     what = ", ".join(f"{k} {v}" for k, v in policy.spec().items() if k != "name" and v)
     what = f"policy {policy.name} ({what}), features: {options.features}"
     title = f"{Path(options.video).name}: {int(bank.frames)} frames, {what}"
-    options.out.parent.mkdir(parents=True, exist_ok=True)
     memory.plot(history, options.out, title=title, thumbnails=thumbnails)
     print(title)
     print(table(bank, options.position))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,7 +10,18 @@ from typing import Any
 
 _lock = threading.Lock()
 _listeners = 0
-_before: tuple = ()
+_before: tuple = (None, True)
+
+
+def _forget() -> None:
+    """In a forked process nobody listens, whoever did at that moment."""
+    global _lock, _listeners
+    if _listeners:
+        _lock, _listeners = threading.Lock(), 0
+        import_av().logging.set_level(_before[0])
+
+
+os.register_at_fork(after_in_child=_forget)
 
 
 def import_av() -> Any:
@@ -19,6 +31,11 @@ def import_av() -> Any:
     except ImportError as error:
         raise RuntimeError("video: reading and writing files needs PyAV: pip install 'pyvidx[video]'") from error
     return av
+
+
+def complaints() -> int:
+    """Errors that FFmpeg has logged so far in all threads, those of decoders too, while somebody listened."""
+    return import_av().logging.get_last_error()[0]
 
 
 @contextmanager

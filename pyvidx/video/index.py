@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from .clip import Damage
-from .ffmpeg import import_av, listening
+from .ffmpeg import import_av
 from .shown import Shown, Suspect
 from .source import Source, source_of
 from .structure import cut
@@ -80,8 +80,7 @@ def scan(source: Any) -> FrameIndex:
     """
     av = import_av()
     source = source if isinstance(source, Source) else source_of("scan", source)
-    heard: list[tuple[str, str]] = []
-    with source.video() as (container, stream, complaint), listening(heard):
+    with source.video() as (container, stream, complaint):
         family = container.format.name.split(",")[0]
         base, rate = stream.time_base, stream.average_rate
         codec, claimed, count, packets = stream.codec_context, stream.frames, 0, []
@@ -98,8 +97,8 @@ def scan(source: Any) -> FrameIndex:
                 raise Suspect(f"reading stops: {error.strerror}") from error
             if count < len(stream.index_entries):
                 raise Suspect("packets are missing")
-    if heard or complaint:
-        raise Suspect(complaint or heard[0][1])
+    if complaint:
+        raise Suspect(complaint)
     with source.raw() as file:
         if reason := cut(file, family):
             raise Suspect(reason)

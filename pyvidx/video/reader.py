@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import BinaryIO
 
 import numpy as np
@@ -13,7 +14,7 @@ import torch
 from . import decord_reader, folder, pyav_reader, sampling, torchcodec_reader
 from .arguments import integer, number
 from .clip import Clip, Damage
-from .find import SUFFIXES as SUFFIXES
+from .ffmpeg import complaints, listening
 from .folder import FrameFolder
 from .index import FrameIndex, count_frames, scan
 from .shown import Suspect
@@ -80,13 +81,14 @@ def read(
     state = generator.get_state() if generator is not None else None
     for careful in (False, True):
         try:
-            index = _index(video, careful, strict)
-            if state is not None:
-                generator.set_state(state)
-            first, last = index.between(start, end)
-            chosen = first + sampling.sample(sampler, last - first, frames, index.fps, generator)
-            wanted, order = torch.unique(chosen, return_inverse=True)
-            pixels = torch.from_numpy(np.ascontiguousarray(_decode(video, index, wanted.tolist(), reader, room)))
+            with _suspicious(video, careful):
+                index = _index(video, careful, strict)
+                if state is not None:
+                    generator.set_state(state)
+                first, last = index.between(start, end)
+                chosen = first + sampling.sample(sampler, last - first, frames, index.fps, generator)
+                wanted, order = torch.unique(chosen, return_inverse=True)
+                pixels = torch.from_numpy(np.ascontiguousarray(_decode(video, index, wanted.tolist(), reader, room)))
             break
         except Suspect as sign:
             if careful:
@@ -209,6 +211,19 @@ def _source(op: str, source: Video, fps: float | None, playlists: bool) -> Sourc
     if fps is not None:
         raise ValueError(f"{op}: fps is for a folder of frames; a video states its own, got fps={fps}")
     return source_of(op, source, playlists)
+
+
+@contextmanager
+def _suspicious(video: Source | FrameFolder, careful: bool) -> Iterator[None]:
+    """Raises Suspect after the block if FFmpeg logged an error anywhere: of another file, perhaps; care will tell."""
+    if careful or isinstance(video, FrameFolder):
+        yield
+        return
+    with listening([]):
+        before = complaints()
+        yield
+        if complaints() != before:
+            raise Suspect("FFmpeg logs an error")
 
 
 def _index(video: Source | FrameFolder, careful: bool, strict: bool) -> FrameIndex:

@@ -105,14 +105,17 @@ def _colors(flags: int) -> int:
 
 
 def _flv(file: BinaryIO, size: int) -> str:
-    file.seek(max(0, size - 4))
-    length = int.from_bytes(file.read(4), "big")
-    if not 11 <= length <= size - 13:
-        return "its last tag is not whole"
-    file.seek(size - 4 - length)
-    tag = file.read(4)
-    whole = tag[0] & 0x1F in (8, 9, 18) and int.from_bytes(tag[1:], "big") + 11 == length
-    return "" if whole else "its last tag is not whole"
+    head = file.read(9)
+    at = int.from_bytes(head[5:9], "big") + 4
+    while at + 15 <= size:
+        file.seek(at)
+        tag = file.read(11)
+        length = 11 + int.from_bytes(tag[1:4], "big")
+        file.seek(at + length)
+        if tag[0] & 0x1F not in (8, 9, 18) or int.from_bytes(file.read(4), "big") != length:
+            return f"the tag at byte {at} is not whole"
+        at += length + 4
+    return "its last tag is not whole" if at != size else ""
 
 
 def _asf(file: BinaryIO, size: int) -> str:

@@ -7,6 +7,7 @@ import shutil
 import struct
 import subprocess
 import sys
+import textwrap
 import warnings
 from pathlib import Path
 
@@ -54,21 +55,27 @@ def test_reads_and_streams_alike(name, count):
     assert torch.equal(some.frames, every.frames[some.indices])
 
 
-@pytest.mark.parametrize("reader", ["auto", "pyav", "decord"])
-def test_a_table_that_claims_more_than_the_file_holds_is_that_files_error(reader):
-    # In a process of its own: decord ended it with std::bad_alloc.
-    code = f"""
-import resource
-from pyvidx.video import read
-try:
-    read({str(CASES / "huge_sample_count.mp4")!r}, reader={reader!r})
-except RuntimeError as error:
-    print(error, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
-"""
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+def alone(code: str) -> str:
+    """What a process of its own prints."""
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
-    assert "huge_sample_count.mp4 claims 2147483647 frames in 7019 bytes" in done.stdout
-    assert int(done.stdout.split()[-1]) < 1 << 20  # KiB
+    return done.stdout
+
+
+def test_a_table_that_claims_more_than_the_file_holds_is_that_files_error():
+    # decord ended the process with std::bad_alloc.
+    printed = alone(f"""
+        import resource
+        from pyvidx.video import read
+        for reader in ("auto", "pyav", "decord"):
+            try:
+                read({str(CASES / "huge_sample_count.mp4")!r}, reader=reader)
+            except RuntimeError as error:
+                print(error)
+        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+        """)
+    assert printed.count("huge_sample_count.mp4 claims 2147483647 frames in 7019 bytes") == 3
+    assert int(printed.split()[-1]) < 1 << 20  # KiB
 
 
 def test_an_unknown_codec_is_named_with_its_file():
@@ -78,22 +85,21 @@ def test_an_unknown_codec_is_named_with_its_file():
         next(stream(CASES / "unknown_codec.mp4"))
 
 
-@pytest.mark.parametrize("preset", ["clip", "bt_adapter_retrieval", "ma_lmm"])
-def test_a_picture_of_65535_x_1_is_no_more_work_than_its_crop(preset):
-    code = f"""
-import resource
-from pyvidx.preprocess import preprocess
-from pyvidx.video import read
-frames = read({str(CASES / "wide_65535x1.gif")!r}).frames
-before = resource.getrusage(resource.RUSAGE_SELF)
-assert preprocess(frames, {preset!r}).shape == (8, 3, 224, 224)
-after = resource.getrusage(resource.RUSAGE_SELF)
-print(frames.shape[1:3], after.ru_maxrss - before.ru_maxrss, after.ru_utime - before.ru_utime)
-"""
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
-    assert done.stdout.startswith("torch.Size([1, 65535])"), done.stderr
-    grown, seconds = map(float, done.stdout.split()[2:])
-    assert grown < 300 << 10 and seconds < 5  # KiB; it was 1 GB and 30 s
+def test_a_picture_of_65535_x_1_is_no_more_work_than_its_crop():
+    printed = alone(f"""
+        import resource
+        from pyvidx.preprocess import preprocess
+        from pyvidx.video import read
+        frames = read({str(CASES / "wide_65535x1.gif")!r}).frames
+        assert frames.shape == (8, 1, 65535, 3)
+        before = resource.getrusage(resource.RUSAGE_SELF)
+        for preset in ("clip", "bt_adapter_retrieval", "ma_lmm"):
+            assert preprocess(frames, preset).shape == (8, 3, 224, 224)
+        after = resource.getrusage(resource.RUSAGE_SELF)
+        print(after.ru_maxrss - before.ru_maxrss, after.ru_utime - before.ru_utime)
+        """)
+    grown, seconds = map(float, printed.split())
+    assert grown < 300 << 10 and seconds < 10  # KiB; it was 1 GB and 30 s
 
 
 @pytest.mark.parametrize("name", DAMAGED)

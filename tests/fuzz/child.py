@@ -71,6 +71,7 @@ def main() -> None:
     os.dup2(2, 1)  # decoders that print do not disturb the answers
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
+    print("ready", file=out, flush=True)
     for number, line in enumerate(sys.stdin):
         job = json.loads(line)
         before, began = left(), time.monotonic()
