@@ -4,7 +4,9 @@ before     encode of the commit checked out and built in FOLDER, which read in t
 threads    encode of this commit, reading in threads of its own process
 processes  encode of this commit
 
-The rounds of all are interleaved. Each is warm: its first clip, for which its processes start, is timed on its own.
+The rounds of all are interleaved, with the reader that each takes by itself (before 34145d3: decord; since: PyAV). They
+are warm: the first clip of each, for which its processes start, is timed on its own. cpu is the time of all processes
+and threads together, which says more than the wall time where the machine has other work.
 """
 
 import argparse
@@ -17,6 +19,7 @@ import sys
 import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -63,20 +66,30 @@ def clips(folder: Path, count: int, seconds: float) -> list[str]:
     return [str(path) for path in paths]
 
 
-def serve(name: str, reader: str, workers: int, paths: list[str]) -> None:
+def cpu() -> float:
+    """Seconds of this process and its children."""
+    ticks, me = 0, str(os.getpid())
+    for process in filter(str.isdigit, os.listdir("/proc")):
+        with suppress(OSError), open(f"/proc/{process}/stat") as file:
+            fields = file.read().rpartition(")")[2].split()
+            ticks += int(fields[11]) + int(fields[12]) if me in (process, fields[1]) else 0
+    return ticks / os.sysconf("SC_CLK_TCK")
+
+
+def serve(name: str, workers: int, paths: list[str]) -> None:
     """Encode them once per line of input, and print the seconds."""
     from pyvidx.encode import encode_videos
     from pyvidx.models import BTAdapter
 
     torch.set_num_threads(1)
     model = BTAdapter.default().fold()
-    options = {"reader": reader, "workers": workers} | ({"decoders": Threads()} if name == "threads" else {})
+    options = {"workers": workers} | ({"decoders": Threads()} if name == "threads" else {})
 
     def encode(some: list[str]) -> None:
-        began = time.perf_counter()
+        began, used = time.perf_counter(), cpu()
         results = list(encode_videos(some, model, **options))
         assert all(r.error is None for r in results), results
-        print(time.perf_counter() - began, flush=True)
+        print(json.dumps([time.perf_counter() - began, cpu() - used]), flush=True)
 
     encode(paths[:1])
     for _ in sys.stdin:
@@ -92,30 +105,31 @@ def main() -> None:
     p.add_argument("--out", type=Path)
     options = p.parse_args()
     homes = ({"before": options.before} if options.before else {}) | {"threads": ROOT, "processes": ROOT}
-    cases, seconds, first = [(n, r, w) for r in ("pyav", "decord") for w in (1, 2) for n in homes], {}, {}
+    cases, seconds, first = [(name, workers) for workers in (1, 2) for name in homes], {}, {}
     with tempfile.TemporaryDirectory() as folder:
         paths = clips(Path(folder), options.clips, options.seconds)
         running = {}
-        for name, reader, workers in cases:
-            code = f"from runpy import run_path; run_path({__file__!r})['serve']{(name, reader, workers, paths)!r}"
+        for name, workers in cases:
+            code = f"from runpy import run_path; run_path({__file__!r})['serve']{(name, workers, paths)!r}"
             environment = os.environ | {"PYTHONPATH": str(homes[name]), "OMP_NUM_THREADS": "1"}
-            running[name, reader, workers] = subprocess.Popen(
+            running[name, workers] = subprocess.Popen(
                 [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
             )
-            first[name, reader, workers] = float(running[name, reader, workers].stdout.readline())
+            first[name, workers] = json.loads(running[name, workers].stdout.readline())[0]
         for _ in range(options.rounds):
             for case, process in running.items():
                 print("", file=process.stdin, flush=True)
-                seconds.setdefault(case, []).append(float(process.stdout.readline()))
+                seconds.setdefault(case, []).append(json.loads(process.stdout.readline()))
         for process in running.values():
             process.stdin.close()
             process.wait()
     found = []
     for case in cases:
-        row = dict(zip(("encode", "reader", "workers"), case))
-        row |= {"median_s": statistics.median(seconds[case]), "all_s": seconds[case], "first_clip_s": first[case]}
+        wall, used = zip(*seconds[case])
+        row = dict(zip(("encode", "workers"), case)) | {"first_clip_s": first[case], "wall_s": wall, "cpu_s": used}
+        row |= {"median_wall_s": statistics.median(wall), "median_cpu_s": statistics.median(used)}
         found.append(row)
-        print({k: round(v, 3) if isinstance(v, float) else v for k, v in row.items() if k != "all_s"})
+        print({name: value for name, value in row.items() if not isinstance(value, tuple)})
     if options.out:
         about = {"machine": platform.processor() or platform.machine(), "cores": os.cpu_count()}
         about |= {"torch": torch.__version__, "load": os.getloadavg(), "clips": options.clips, "of_s": options.seconds}
