@@ -3,6 +3,7 @@
 before     encode of the commit checked out and built in FOLDER, which read in threads
 threads    encode of this commit, reading in threads of its own process
 processes  encode of this commit
+command    python -m pyvidx encode --workers 2 of either, from its start to its end
 
 The rounds of all are interleaved, with the reader that each takes by itself (before 34145d3: decord; since: PyAV). They
 are warm: the first clip of each, for which its processes start, is timed on its own. cpu is the time of all processes
@@ -63,6 +64,8 @@ def clips(folder: Path, count: int, seconds: float) -> list[str]:
     paths = [folder / f"{i:03d}.mp4" for i in range(count)]
     for i, path in enumerate(paths):
         os.link(folder / f"{(360, 720)[i % 2]}.mp4", path)
+    for height in (360, 720):
+        (folder / f"{height}.mp4").unlink()
     return [str(path) for path in paths]
 
 
@@ -96,6 +99,20 @@ def serve(name: str, workers: int, paths: list[str]) -> None:
         encode(paths)
 
 
+def command(environment: dict[str, str], folder: str) -> list[float]:
+    began, used = time.perf_counter(), os.times()
+    arguments = ["encode", folder, "--workers", "2", "--out", f"{folder}/{time.monotonic_ns()}.npz"]
+    done = subprocess.run(
+        [sys.executable, "-m", "pyvidx", *arguments], env=environment, capture_output=True, text=True, check=True
+    )
+    assert "FAILED" not in done.stdout, done.stdout
+    now = os.times()
+    return [
+        time.perf_counter() - began,
+        now.children_user + now.children_system - used.children_user - used.children_system,
+    ]
+
+
 def main() -> None:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--before", type=Path, help="a checkout to compare with")
@@ -105,28 +122,31 @@ def main() -> None:
     p.add_argument("--out", type=Path)
     options = p.parse_args()
     homes = ({"before": options.before} if options.before else {}) | {"threads": ROOT, "processes": ROOT}
+    homes = {n: os.environ | {"PYTHONPATH": str(home), "OMP_NUM_THREADS": "1"} for n, home in homes.items()}
     cases, seconds, first = [(name, workers) for workers in (1, 2) for name in homes], {}, {}
     with tempfile.TemporaryDirectory() as folder:
         paths = clips(Path(folder), options.clips, options.seconds)
         running = {}
         for name, workers in cases:
             code = f"from runpy import run_path; run_path({__file__!r})['serve']{(name, workers, paths)!r}"
-            environment = os.environ | {"PYTHONPATH": str(homes[name]), "OMP_NUM_THREADS": "1"}
             running[name, workers] = subprocess.Popen(
-                [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+                [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=homes[name]
             )
             first[name, workers] = json.loads(running[name, workers].stdout.readline())[0]
         for _ in range(options.rounds):
             for case, process in running.items():
                 print("", file=process.stdin, flush=True)
                 seconds.setdefault(case, []).append(json.loads(process.stdout.readline()))
+            for name in homes.keys() - {"threads"}:
+                seconds.setdefault((f"{name}, command", 2), []).append(command(homes[name], folder))
         for process in running.values():
             process.stdin.close()
             process.wait()
     found = []
-    for case in cases:
+    for case in seconds:
         wall, used = zip(*seconds[case])
-        row = dict(zip(("encode", "workers"), case)) | {"first_clip_s": first[case], "wall_s": wall, "cpu_s": used}
+        row = dict(zip(("encode", "workers"), case)) | {"wall_s": wall, "cpu_s": used}
+        row |= {"first_clip_s": first[case]} if case in first else {}
         row |= {"median_wall_s": statistics.median(wall), "median_cpu_s": statistics.median(used)}
         found.append(row)
         print({name: value for name, value in row.items() if not isinstance(value, tuple)})
