@@ -3,8 +3,11 @@
 before     encode of the commit checked out and built in FOLDER, which read in threads
 threads    encode of this commit, reading in threads of its own process
 processes  encode of this commit
+command    python -m pyvidx encode --workers 2 of either, from its start to its end
 
-The rounds of all are interleaved. Each is warm: its first clip, for which its processes start, is timed on its own.
+The rounds of all are interleaved, with the reader that each takes by itself (before 34145d3: decord; since: PyAV). They
+are warm: the first clip of each, for which its processes start, is timed on its own. cpu is the time of all processes
+and threads together, which says more than the wall time where the machine has other work.
 """
 
 import argparse
@@ -17,6 +20,7 @@ import sys
 import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -60,27 +64,53 @@ def clips(folder: Path, count: int, seconds: float) -> list[str]:
     paths = [folder / f"{i:03d}.mp4" for i in range(count)]
     for i, path in enumerate(paths):
         os.link(folder / f"{(360, 720)[i % 2]}.mp4", path)
+    for height in (360, 720):
+        (folder / f"{height}.mp4").unlink()
     return [str(path) for path in paths]
 
 
-def serve(name: str, reader: str, workers: int, paths: list[str]) -> None:
+def cpu() -> float:
+    """Seconds of this process and its children."""
+    ticks, me = 0, str(os.getpid())
+    for process in filter(str.isdigit, os.listdir("/proc")):
+        with suppress(OSError), open(f"/proc/{process}/stat") as file:
+            fields = file.read().rpartition(")")[2].split()
+            ticks += int(fields[11]) + int(fields[12]) if me in (process, fields[1]) else 0
+    return ticks / os.sysconf("SC_CLK_TCK")
+
+
+def serve(name: str, workers: int, paths: list[str]) -> None:
     """Encode them once per line of input, and print the seconds."""
     from pyvidx.encode import encode_videos
     from pyvidx.models import BTAdapter
 
     torch.set_num_threads(1)
     model = BTAdapter.default().fold()
-    options = {"reader": reader, "workers": workers} | ({"decoders": Threads()} if name == "threads" else {})
+    options = {"workers": workers} | ({"decoders": Threads()} if name == "threads" else {})
 
     def encode(some: list[str]) -> None:
-        began = time.perf_counter()
+        began, used = time.perf_counter(), cpu()
         results = list(encode_videos(some, model, **options))
         assert all(r.error is None for r in results), results
-        print(time.perf_counter() - began, flush=True)
+        print(json.dumps([time.perf_counter() - began, cpu() - used]), flush=True)
 
     encode(paths[:1])
     for _ in sys.stdin:
         encode(paths)
+
+
+def command(environment: dict[str, str], folder: str) -> list[float]:
+    began, used = time.perf_counter(), os.times()
+    arguments = ["encode", folder, "--workers", "2", "--out", f"{folder}/{time.monotonic_ns()}.npz"]
+    done = subprocess.run(
+        [sys.executable, "-m", "pyvidx", *arguments], env=environment, capture_output=True, text=True, check=True
+    )
+    assert "FAILED" not in done.stdout, done.stdout
+    now = os.times()
+    return [
+        time.perf_counter() - began,
+        now.children_user + now.children_system - used.children_user - used.children_system,
+    ]
 
 
 def main() -> None:
@@ -92,30 +122,34 @@ def main() -> None:
     p.add_argument("--out", type=Path)
     options = p.parse_args()
     homes = ({"before": options.before} if options.before else {}) | {"threads": ROOT, "processes": ROOT}
-    cases, seconds, first = [(n, r, w) for r in ("pyav", "decord") for w in (1, 2) for n in homes], {}, {}
+    homes = {n: os.environ | {"PYTHONPATH": str(home), "OMP_NUM_THREADS": "1"} for n, home in homes.items()}
+    cases, seconds, first = [(name, workers) for workers in (1, 2) for name in homes], {}, {}
     with tempfile.TemporaryDirectory() as folder:
         paths = clips(Path(folder), options.clips, options.seconds)
         running = {}
-        for name, reader, workers in cases:
-            code = f"from runpy import run_path; run_path({__file__!r})['serve']{(name, reader, workers, paths)!r}"
-            environment = os.environ | {"PYTHONPATH": str(homes[name]), "OMP_NUM_THREADS": "1"}
-            running[name, reader, workers] = subprocess.Popen(
-                [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+        for name, workers in cases:
+            code = f"from runpy import run_path; run_path({__file__!r})['serve']{(name, workers, paths)!r}"
+            running[name, workers] = subprocess.Popen(
+                [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=homes[name]
             )
-            first[name, reader, workers] = float(running[name, reader, workers].stdout.readline())
+            first[name, workers] = json.loads(running[name, workers].stdout.readline())[0]
         for _ in range(options.rounds):
             for case, process in running.items():
                 print("", file=process.stdin, flush=True)
-                seconds.setdefault(case, []).append(float(process.stdout.readline()))
+                seconds.setdefault(case, []).append(json.loads(process.stdout.readline()))
+            for name in homes.keys() - {"threads"}:
+                seconds.setdefault((f"{name}, command", 2), []).append(command(homes[name], folder))
         for process in running.values():
             process.stdin.close()
             process.wait()
     found = []
-    for case in cases:
-        row = dict(zip(("encode", "reader", "workers"), case))
-        row |= {"median_s": statistics.median(seconds[case]), "all_s": seconds[case], "first_clip_s": first[case]}
+    for case in seconds:
+        wall, used = zip(*seconds[case])
+        row = dict(zip(("encode", "workers"), case)) | {"wall_s": wall, "cpu_s": used}
+        row |= {"first_clip_s": first[case]} if case in first else {}
+        row |= {"median_wall_s": statistics.median(wall), "median_cpu_s": statistics.median(used)}
         found.append(row)
-        print({k: round(v, 3) if isinstance(v, float) else v for k, v in row.items() if k != "all_s"})
+        print({name: value for name, value in row.items() if not isinstance(value, tuple)})
     if options.out:
         about = {"machine": platform.processor() or platform.machine(), "cores": os.cpu_count()}
         about |= {"torch": torch.__version__, "load": os.getloadavg(), "clips": options.clips, "of_s": options.seconds}
