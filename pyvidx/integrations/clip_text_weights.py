@@ -16,6 +16,7 @@ from pyvidx.integrations.keys import (
     count_layers,
     different,
     groups,
+    is_counter,
     is_official,
     locate,
     stack,
@@ -61,7 +62,7 @@ def clip_text(
     weights, thirds = {}, {}
     names = without_wrappers(list(state), lambda name: bool(_elsewhere(name) or _locate(name)[0]))
     for (key, value), name in zip(state.items(), names):
-        if _elsewhere(name):
+        if _elsewhere(name) or is_counter(value):
             continue
         target, third = _locate(name)
         if target is None:
