@@ -32,9 +32,12 @@ def save(path: str | Path, policy: Policy, bank: Bank) -> Path:
     path = Path(path)
     require(path.suffix == ".safetensors", f"memory.save: path must end in .safetensors, got {path.name}")
     policy.check(bank)
-    for one in (bank, bank.head):
-        if one is not None:
-            _check_values(one)
+    try:
+        for one in (bank, bank.head):
+            if one is not None:
+                _check_values(one)
+    except ValueError as error:
+        raise ValueError(f"memory.save: {error}") from error
     return write_tensors(path, bank.state_dict(), {_KEY: json.dumps(policy.spec())})
 
 
