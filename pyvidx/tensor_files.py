@@ -24,7 +24,7 @@ def opened(path: str | Path, what: str) -> Iterator[safe_open]:
     path = Path(path)
     if path.is_dir():
         raise ValueError(f"{what}: {path} must be a file, it is a folder")
-    if not path.exists():
+    if not path.is_file():
         raise FileNotFoundError(f"{what}: there is no file {path}")
     try:
         with path.open("rb") as raw:  # safetensors takes no name that is not UTF-8; the system has another for it

@@ -88,7 +88,7 @@ def test_projector_errors(tmp_path):
         load_projector(tmp_path / "cut.bin")
     with pytest.raises(ValueError, match="mm_projector.weight and mm_projector.bias"):
         load_projector({"mm_projector.0.weight": torch.zeros(2, 2), "mm_projector.2.weight": torch.zeros(2, 2)})
-    with pytest.raises(ValueError, match="bias must be like weight"):
+    with pytest.raises(ValueError, match="shapes differ: bias"):
         load_projector(whole | {"model.mm_projector.bias": torch.zeros(3)})
     with pytest.raises(ValueError, match="must be floating"):
         load_projector({name: value.int() for name, value in whole.items()})

@@ -36,7 +36,8 @@ def test_wrappers(prefix):
     assert not report.unexpected and len(report.loaded) == len(list(model.parameters()))
     expect_backbone(model)
     if not prefix.startswith(("image", "visual", "trunk")) and "vision" not in prefix:
-        clip = clip_vision({prefix + key: value for key, value in clip_keys().items()}, **QUICK)
+        counted = clip_keys() | {"n_averaged": torch.tensor(3)}
+        clip = clip_vision({prefix + key: value for key, value in counted.items()}, **QUICK)
         assert torch.equal(clip.blocks["3"].fc1.weight, model.backbone.blocks["3"].fc1.weight)
         ours = MALMM.default()
         wrapped = {prefix + key: value for key, value in export_malmm(ours, "lavis").items()}
@@ -202,6 +203,8 @@ def test_errors_name_the_keys_and_the_door(tmp_path):
         load_malmm({"w": torch.zeros(1)})
     with pytest.raises(ValueError, match="the keys are w"):
         clip_vision({"w": torch.zeros(1)})
+    with pytest.raises(ValueError, match="is of an adapter: merge it first"):
+        clip_vision(clip_keys() | {"vision_model.encoder.layers.0.self_attn.q_proj.lora_A.weight": torch.zeros(1)})
     with pytest.raises(ValueError, match="w is not understood; the keys are w"):
         clip_text({"w": torch.zeros(1)})
 

@@ -131,6 +131,7 @@ BANK = [
     {"sizes": torch.full((2, 3, 5), -7, dtype=torch.int32)}, {"host": torch.tensor([0, 4, 0])},
     {"host": torch.tensor([3, 400, 0])}, {"host": torch.tensor([3.0, 4.0, 0.0])}, {"host": torch.tensor([3])},
     {"seen": torch.tensor([-5, 20])}, {"rows": torch.zeros(2, 5, 3, 4, dtype=torch.int32)},
+    {"rows": torch.full((2, 5, 3, 4), torch.nan)}, {"first": torch.full((2, 3, 5), torch.inf, dtype=torch.float64)},
     {"rows": torch.zeros(2, 5, 3)}, {"last": torch.full((2, 3, 5), -9.0, dtype=torch.float64)},
     {"similarity": torch.zeros(2, 3, 9)}, {"attached.0": torch.zeros(2, 5, 3, 0)}, {"odd": torch.zeros(1)},
 ]  # fmt: skip

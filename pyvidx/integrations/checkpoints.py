@@ -222,7 +222,7 @@ def _remedy(tables: Sequence[Renamed]) -> str:
     elif names:
         remedy = (
             "they are a CLIP alone: give the branch after it, or make an image tower of it with "
-            "pyvidx.integrations.clip_weights.clip_vision(pyvidx.integrations.state.read(path))"
+            "pyvidx.integrations.clip_weights.clip_vision(path)"
         )
     else:
         remedy = "none of them is understood"

@@ -1,10 +1,8 @@
 """A CLIPText from the weights of transformers' CLIP, open_clip or the official BT-Adapter pretraining file."""
 
 import re
-from collections.abc import Mapping
 
 import torch
-from torch import Tensor
 
 from pyvidx.backbones.clip_text import CLIPText, CLIPTextConfig
 from pyvidx.integrations.clip_weights import activation
@@ -14,13 +12,15 @@ from pyvidx.integrations.keys import (
     WRAPPERS,
     check_plain,
     count_layers,
-    different,
     groups,
+    is_counter,
     is_official,
     locate,
     stack,
     without_wrappers,
 )
+from pyvidx.integrations.place import assign
+from pyvidx.integrations.state import Source, state_of
 
 TOP = {
     "embeddings.token_embedding.weight": "token.weight",
@@ -43,30 +43,29 @@ AXES = {"token.weight": 2, "position": 2, "projection.weight": 2, "blocks.0.fc1.
 BUFFERS = re.compile(r"(.*\.)?position_ids$|attn_mask$")
 
 
-def clip_text(
-    state: Mapping[str, Tensor], *, heads: int | None = None, hidden_act: str | None = None, eps: float = 1e-5
-) -> CLIPText:
+def clip_text(state: Source, *, heads: int | None = None, hidden_act: str | None = None, eps: float = 1e-5) -> CLIPText:
     """CLIPText with a copy of these weights, sizes inferred; frozen and in eval mode.
 
     Args:
-        state: a state dict; the image tower and the head of a whole model are passed over.
+        state: file, folder, module or state dict; the image tower and the head of a whole model are passed over.
         heads: default width / 64, as in every published CLIP.
         hidden_act, eps: what weights do not tell; "gelu" for LAION's and DataComp's. None: OpenAI's "quick_gelu", with
             a warning where the weights are a CLIP's alone.
 
     Raises:
-        ValueError: a weight is missing, not understood or there twice, a shape differs, or the width does not give the
-            heads.
+        FileNotFoundError: there is no such file.
+        ValueError: it cannot be read, a weight is missing, not understood or there twice, a shape differs, or the
+            width does not give the heads.
     """
-    weights, thirds = {}, {}
+    state, weights, thirds = state_of(state), {}, {}
     names = without_wrappers(list(state), lambda name: bool(_elsewhere(name) or _locate(name)[0]))
     for (key, value), name in zip(state.items(), names):
-        if _elsewhere(name):
+        if _elsewhere(name) or is_counter(value):
             continue
         target, third = _locate(name)
         if target is None:
             raise ValueError(f"CLIP text weights: {key} is not understood; the keys are {', '.join(groups(state))}")
-        if PREFIX.sub("", name) == "text_projection":
+        if PREFIX.sub("", name) == "text_projection" and value.dim() == 2:
             value = value.t()  # open_clip multiplies from the right
         slot, index = (weights, target) if third is None else (thirds.setdefault(target, {}), third)
         if index in slot:
@@ -98,12 +97,7 @@ def clip_text(
     )
     with torch.device("meta"):
         tower = CLIPText(config)
-    if wrong := different(tower, weights):
-        raise ValueError(f"CLIP text weights: shapes differ: {wrong}")
-    copies = {name: value.detach().clone().contiguous() for name, value in weights.items()}
-    missing, unexpected = tower.load_state_dict(copies, strict=False, assign=True)
-    if missing or unexpected:
-        raise ValueError(f"CLIP text weights: missing {missing}, not understood {unexpected}")
+    assign(tower, weights, "CLIP text weights")
     return tower.requires_grad_(False).eval()
 
 

@@ -11,7 +11,9 @@ import torch
 from torch import Tensor
 
 from pyvidx.backbones.clip import CLIPVision, CLIPVisionConfig
-from pyvidx.integrations.keys import check_plain, count_layers, different, groups, rename
+from pyvidx.integrations.keys import check_plain, count_layers, groups, rename
+from pyvidx.integrations.place import assign
+from pyvidx.integrations.state import Source, state_of
 
 AXES = {"position": 2, "patch": 4, "blocks.0.fc1.weight": 2, "projection.weight": 2}
 
@@ -61,19 +63,23 @@ def activation(hidden_act: str | None, stacklevel: int = 3) -> str:
 
 
 def clip_vision(
-    state: Mapping[str, Tensor], *, heads: int | None = None, hidden_act: str | None = None, eps: float = 1e-5
+    state: Source, *, heads: int | None = None, hidden_act: str | None = None, eps: float = 1e-5
 ) -> CLIPVision:
     """CLIPVision with a copy of these weights, sizes inferred; in eval mode.
 
     Args:
-        state: a state dict in any naming that keys.rename knows; the text tower of a whole model is passed over.
+        state: file, folder, module or state dict, in any naming that keys.rename knows; the text tower of a whole
+            model is passed over.
         heads: default width / 64, as in every published CLIP.
         hidden_act, eps: what weights do not tell; "gelu" for LAION's and DataComp's. None: OpenAI's "quick_gelu", with
             a warning.
 
     Raises:
-        ValueError: a weight is missing or not understood, a shape differs, or the width does not give the heads.
+        FileNotFoundError: there is no such file.
+        ValueError: it cannot be read, a weight is missing or not understood, a shape differs, or the width does not
+            give the heads.
     """
+    state = state_of(state)
     names = {name.removeprefix("backbone."): value for name, value in rename(state).weights.items()}
     if absent := [name for name in ("position", "patch", "blocks.0.fc1.weight") if name not in names]:
         raise ValueError(f"CLIP weights: no sizes without {', '.join(absent)}; the keys are {', '.join(groups(state))}")
@@ -103,15 +109,8 @@ def fill(config: CLIPVisionConfig, state: Mapping[str, Tensor]) -> CLIPVision:
         ValueError: a weight is missing or not understood, or a shape differs.
     """
     renamed = rename(state)
-    weights = {
-        name.removeprefix("backbone."): value.detach().clone().contiguous() for name, value in renamed.weights.items()
-    }
     with torch.device("meta"):
         tower = CLIPVision(config)
-    check_plain(weights, {})
-    if wrong := different(tower, weights):
-        raise ValueError(f"CLIP weights: shapes differ: {wrong}")
-    missing, unexpected = tower.load_state_dict(weights, strict=False, assign=True)
-    if missing or unexpected or renamed.unexpected:
-        raise ValueError(f"CLIP weights: missing {missing}, not understood {[*unexpected, *renamed.unexpected]}")
+    weights = {name.removeprefix("backbone."): value for name, value in renamed.weights.items()}
+    assign(tower, weights, "CLIP weights", renamed.unexpected)
     return tower.eval()

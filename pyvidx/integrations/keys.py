@@ -110,7 +110,8 @@ def rename(state: Mapping[str, Tensor]) -> Renamed:
         name = _strip(name)
         target, third = locate(name)
         if target is None:
-            (result.left_out if LEFT_OUT.match(name) else result.unexpected).append(key)
+            known = LEFT_OUT.match(name) or is_counter(value)
+            (result.left_out if known else result.unexpected).append(key)
         elif third is None:
             add(result, target, _shaped(result, name, target, value), key)
             if stan and target == "backbone.class_token":  # STAN starts the branch's class token from CLIP's
@@ -133,7 +134,12 @@ def without_wrappers(keys: Sequence[str], known: Callable[[str], bool]) -> list[
     Args:
         known: whether a name, so far, means something. Where none does, the keys lose the first part that most of them
             share, whatever it is called, and so on, if that makes at least half of them known.
+
+    Raises:
+        ValueError: there is an adapter that is not merged.
     """
+    if adapter := next((key for key in keys if ".lora_" in key or ".base_layer." in key), None):
+        raise ValueError(f"checkpoint: {adapter} is of an adapter: merge it first, in peft model.merge_and_unload()")
     plain = names = [WRAPPER.sub("", INSIDE.sub("", key)) for key in keys]
     while names and not any(map(known, names)):
         heads = Counter(name.partition(".")[0] for name in names if "." in name)
@@ -231,6 +237,11 @@ def add(result: Renamed, target: str, value: Tensor, *keys: str) -> None:
         raise ValueError(f"checkpoint: {', '.join(keys)} and {', '.join(result.origin[target])} both mean {target}")
     result.weights[target] = value
     result.origin[target] = list(keys)
+
+
+def is_counter(value: Tensor) -> bool:
+    """One whole number: a count of steps that training code keeps beside weights."""
+    return value.numel() == 1 and not value.is_floating_point()
 
 
 def is_official(keys: Iterable[str]) -> bool:

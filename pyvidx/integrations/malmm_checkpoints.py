@@ -178,7 +178,9 @@ def _fill(model: MALMM, tables: Sequence[Renamed], allow_missing: Sequence[str])
 def _resized(table: Renamed, model: MALMM) -> Renamed:
     """The table with its position table on the model's grid."""
     positions, own = table.weights.get("vision.position"), model.vision.position
-    if positions is None or positions.shape == own.shape or positions.shape[1] != own.shape[1]:
+    if positions is None or positions.shape == own.shape or positions.shape[1:] != own.shape[1:]:
+        return table
+    if math.isqrt(len(positions) - 1) ** 2 != len(positions) - 1:  # no square grid: its shape is refused later
         return table
     side = math.isqrt(own.shape[0] - 1)
     shapes = ("vision.position", tuple(positions.shape), tuple(own.shape))

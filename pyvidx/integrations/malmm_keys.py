@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor
 
-from pyvidx.integrations.keys import Renamed, add, stack, without_wrappers
+from pyvidx.integrations.keys import Renamed, add, is_counter, stack, without_wrappers
 
 LAVIS, HUGGINGFACE = "lavis", "huggingface"
 _BLOCK = ("vision.blocks.{i}.", "visual_encoder.blocks.{i}.", "vision_model.encoder.layers.{i}.")
@@ -98,7 +98,8 @@ def rename(state: Mapping[str, Tensor]) -> Renamed:
     for key, name in zip(state, names):
         target, part = _locate(name)
         if target is None:
-            (result.left_out if LEFT_OUT.match(name) else result.unexpected).append(key)
+            known = LEFT_OUT.match(name) or is_counter(state[key])
+            (result.left_out if known else result.unexpected).append(key)
         elif part is None:
             value = state[key]
             axes = AXES.get(target, 0)

@@ -39,10 +39,27 @@ class Report:
         for name in ("missing", "unexpected", "unused", "left_out", "replaced"):
             keys = getattr(self, name)
             if keys:
-                lines.append(f"{name} {len(keys)}: {', '.join(groups(keys))}")
+                lines.append(f"{name} {len(keys)}: {', '.join(groups(keys, len(keys)))}")
         lines += [f"assumed {name}: {value}" for name, value in self.assumed.items()]
         lines += [f"reshaped {name}: {before} -> {after}" for name, before, after in self.reshaped]
         return "\n".join(lines)
+
+
+def assign(module: nn.Module, weights: Mapping[str, Tensor], what: str, unexpected: Sequence[str] = ()) -> None:
+    """Give a module on the meta device copies of these weights, with their dtypes: exactly the ones it has.
+
+    Raises:
+        ValueError: a weight is missing, not understood (as all of `unexpected`) or of another shape.
+    """
+    own = module.state_dict().keys()
+    missing, unknown = sorted(own - weights.keys()), [*sorted(weights.keys() - own), *unexpected]
+    if missing or unknown:
+        raise ValueError(f"{what}: missing {missing[:8]}, not understood {unknown[:8]}")
+    if wrong := different(module, weights):
+        raise ValueError(f"{what}: shapes differ: {wrong}")
+    check_plain(weights, {})
+    copies = {name: value.detach().clone().contiguous() for name, value in weights.items()}
+    module.load_state_dict(copies, assign=True)
 
 
 def place(

@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from pyvidx.integrations.keys import check_plain, groups, without_wrappers
+from pyvidx.integrations.place import assign
 from pyvidx.integrations.state import Source, state_of
 
 NAME = re.compile(r"mm_projector\.(.+)")
@@ -41,11 +42,8 @@ def load_projector(source: Source) -> nn.Linear:
             "projector: there must be mm_projector.weight and mm_projector.bias, of one linear map, got "
             f"{', '.join(groups(state)) or 'nothing'}"
         )
-    check_plain(found, {"weight": 2, "bias": 1})
-    weight, bias = found["weight"], found["bias"]
-    if len(bias) != len(weight) or bias.dtype != weight.dtype:
-        raise ValueError(f"projector: bias must be like weight {tuple(weight.shape)}, got {tuple(bias.shape)}")
+    check_plain(found, {"weight": 2})
     with torch.device("meta"):
-        linear = nn.Linear(weight.shape[1], weight.shape[0], dtype=weight.dtype)
-    linear.load_state_dict({name: value.clone() for name, value in found.items()}, assign=True)
+        linear = nn.Linear(*reversed(found["weight"].shape))
+    assign(linear, found, "projector")
     return linear.requires_grad_(False).eval()

@@ -23,10 +23,21 @@ _DTYPES = {
 
 
 def save(path: str | Path, policy: Policy, bank: Bank) -> Path:
-    """Write a bank and its policy to a .safetensors file. A crash leaves the old file whole."""
+    """Write a bank and its policy to a .safetensors file. A crash leaves the old file whole.
+
+    Raises:
+        ValueError: path has another ending, the policy cannot go on with the bank, or what it stores is not finite.
+        OSError: the file cannot be written.
+    """
     path = Path(path)
     require(path.suffix == ".safetensors", f"memory.save: path must end in .safetensors, got {path.name}")
     policy.check(bank)
+    try:
+        for one in (bank, bank.head):
+            if one is not None:
+                _check_values(one)
+    except ValueError as error:
+        raise ValueError(f"memory.save: {error}") from error
     return write_tensors(path, bank.state_dict(), {_KEY: json.dumps(policy.spec())})
 
 
@@ -71,13 +82,13 @@ def _check_values(bank: Bank) -> None:
     require(fits, f"length and seen must be [{B}], order and sizes [{B}, {G}, {S}]", length, bank.seen, order, sizes)
     fits = all(x.shape[:3] == (B, S, G) and x.dim() == 4 and x.numel() for x in bank.attached)
     require(fits, f"attached must be [{B}, {S}, {G}, Wi]", *bank.attached)
-    whole = isinstance(bank.positions, int) and isinstance(bank.bound, int)
-    require(whole and bank.positions >= 1 and G * W % bank.positions == 0, f"positions must divide {G * W} numbers")
+    counts = isinstance(bank.positions, int) and isinstance(bank.bound, int)
+    require(counts and bank.positions >= 1 and G * W % bank.positions == 0, f"positions must divide {G * W} numbers")
     require(0 <= bank.bound <= S, f"bound must be in [0, {S}], got {bank.bound}")
     require(bool((length >= 0).all()) and bool((length <= bank.bound).all()), f"length must be in [0, {bank.bound}]")
     require(bank.ragged or bool((length == bank.bound).all()), f"length must be {bank.bound} for every video")
     require(bool((bank.seen >= length).all()), "seen must be at least length")
-    every = torch.arange(S, dtype=order.dtype)
+    every = torch.arange(S, dtype=order.dtype, device=order.device)
     require(bool((order.sort(dim=-1).values == every).all()), "order must be a permutation of the slots")
     stored = every < length[:, None, None]
     in_order = sizes.gather(2, order.long())
@@ -87,5 +98,9 @@ def _check_values(bank: Bank) -> None:
         fits = bank.first.shape == bank.last.shape == order.shape
         require(fits, "first and last must be like order", bank.first, bank.last)
         first, last = (t.gather(2, order.long())[stored.expand_as(order)] for t in (bank.first, bank.last))
-        require(not bool((first > last).any()), "first must not be later than last")
+        fits = first.isfinite() & last.isfinite() & (first <= last)
+        require(bool(fits.all()), "first and last must be finite where an entry is, first no later than last")
+    held = (sizes > 0).transpose(1, 2)[..., None]  # [B, S, G, 1]
+    for name, x in (("rows", bank.rows), *(("attached", x) for x in bank.attached)):
+        require(bool((x.isfinite() | ~held).all()), f"{name} must be finite where an entry is")
     require((bank.first is None) == (bank.last is None), "first and last go together")
