@@ -1,13 +1,18 @@
 """What a video encoder returns."""
 
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, fields
 
+import torch.utils._pytree as pytree
 from torch import Tensor
 
 
-@dataclass(frozen=True)
-class Encoding:
+@dataclass(frozen=True, eq=False)
+class Encoding(Mapping):
     """A batch of encoded videos. What was not asked for is None.
+
+    Also a mapping of what is there by name, which is how torch's `default_collate` and accelerate go through outputs,
+    and a pytree for torch.compile, torch.export and torch.func.
 
     Attributes:
         tokens: [B, 1+P, C] for a language model: P patch tokens averaged over time, then one class token. A temporal
@@ -19,3 +24,26 @@ class Encoding:
     tokens: Tensor | None = None
     pooled: Tensor | None = None
     times: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        if isinstance(self.tokens, dict):  # Encoding({"pooled": ...}), as those who go through a mapping make a new one
+            given = {**dict.fromkeys(NAMES), **self.tokens}
+            for name, value in given.items():
+                object.__setattr__(self, name, value)
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in NAMES or getattr(self, name) is None:
+            raise KeyError(name)
+        return getattr(self, name)
+
+    def __iter__(self) -> Iterator[str]:
+        return (name for name in NAMES if getattr(self, name) is not None)
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
+
+    __eq__, __hash__ = object.__eq__, object.__hash__  # tensors compare element by element
+
+
+NAMES = tuple(f.name for f in fields(Encoding))
+pytree.register_dataclass(Encoding, serialized_type_name="pyvidx.Encoding")

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from pyvidx.layers.block import Block
-from pyvidx.layers.linear import Linear
+from pyvidx.layers.linear import dense
 from pyvidx.layers.patch import patch_rows, resize_positions
+from pyvidx.layers.plain import held
 from pyvidx.sizes import check
 
 
@@ -82,7 +83,7 @@ class CLIPVision(nn.Module):
         )
         self.norm_post = nn.LayerNorm(C, eps=config.eps) if head else None
         has_projection = head and config.embed_dim is not None
-        self.projection = Linear(C, config.embed_dim, bias=False) if has_projection else None
+        self.projection = nn.Linear(C, config.embed_dim, bias=False) if has_projection else None
 
     @property
     def layers(self) -> range:
@@ -128,26 +129,49 @@ class CLIPVision(nn.Module):
 
     def tokens(self, pixels: Tensor, *, interpolate: bool = False) -> Tensor:
         """[class; patches W] + position, before the first LayerNorm. [..., 3, h, w] -> [..., 1+P, C]."""
-        x, rows, columns = patch_rows("CLIPVision", pixels, self.patch)
-        x = torch.cat([self.class_token.expand(x.shape[0], 1, -1), x], dim=1)
-        x = x + self._positions(rows, columns, interpolate)
+        x, rows, columns = patch_rows("CLIPVision", pixels, held(self, "patch"))
+        x = torch.cat([held(self, "class_token").expand(x.shape[0], 1, -1), x], dim=1)
+        x = x + self.positions(rows, columns, interpolate=interpolate)
         return x.view(*pixels.shape[:-3], *x.shape[1:])
 
-    def _positions(self, rows: int, columns: int, interpolate: bool) -> Tensor:
-        side = math.isqrt(self.config.patches)
+    def positions(self, rows: int, columns: int, *, interpolate: bool = False) -> Tensor:
+        """The position table for a grid of patches, [1 + rows * columns, C], class token first.
+
+        Raises:
+            ValueError: without interpolate, the grid is not that of the configuration.
+        """
+        side, position = math.isqrt(self.config.patches), held(self, "position")
         if (rows, columns) == (side, side):
-            return self.position
+            return position
         if not interpolate:
             size, p = self.config.image_size, self.config.patch_size
             raise ValueError(
                 f"CLIPVision: images must be {size}x{size}, got {rows * p}x{columns * p}; "
                 "pass interpolate=True to resize the position table"
             )
-        return resize_positions(self.position, rows, columns)
+        return resize_positions(position, rows, columns)
+
+    def grid(self, patches: int, interpolate: bool | tuple[int, int] = False) -> tuple[int, int]:
+        """Rows and columns of so many patches, of stored tokens.
+
+        Args:
+            interpolate: False: those of the configuration; True: any square; (rows, columns): these.
+
+        Raises:
+            ValueError: the number of patches is another.
+        """
+        side = math.isqrt(patches if interpolate else self.config.patches)
+        rows, columns = (side, side) if isinstance(interpolate, bool) else interpolate
+        if rows * columns != patches:
+            raise ValueError(
+                f"CLIPVision: tokens must be of {1 + rows * columns} rows, class token first, got {1 + patches}; for "
+                "pixels of another size pass interpolate=True, or (rows, columns) of the patches if they are no square"
+            )
+        return rows, columns
 
     def embedding(self, tokens: Tensor) -> Tensor:
         """The image embedding, projection(LN(class token)). Last tokens [..., N, C] -> [..., E], not normalized."""
         if self.norm_post is None:
             raise ValueError("CLIPVision: this tower was built without its head")
         x = self.norm_post(tokens[..., 0, :])
-        return x if self.projection is None else self.projection(x)
+        return x if self.projection is None else dense(x, self.projection)

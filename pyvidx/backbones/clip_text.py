@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from pyvidx.layers.block import Block
-from pyvidx.layers.linear import Linear
+from pyvidx.layers.linear import dense
 from pyvidx.sizes import check
 
 
@@ -49,7 +49,7 @@ class CLIPText(nn.Module):
             Block(c.width, c.heads, c.mlp_width, c.hidden_act, c.eps, causal=True) for _ in range(c.layers)
         )
         self.norm = nn.LayerNorm(c.width, eps=c.eps)
-        self.projection = Linear(c.width, c.embed_dim, bias=False)
+        self.projection = nn.Linear(c.width, c.embed_dim, bias=False)
 
     def forward(self, ids: Tensor) -> Tensor:
         """The text embedding, projection(LN(x at the LARGEST id)), in CLIP's vocabulary the end token.
@@ -73,4 +73,4 @@ class CLIPText(nn.Module):
         for block in self.blocks:
             x = block(x)
         end = x[torch.arange(len(ids), device=ids.device), ids.argmax(dim=1)]
-        return self.projection(self.norm(end))
+        return dense(self.norm(end), self.projection)

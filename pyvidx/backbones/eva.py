@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pyvidx.layers.block import Block
-from pyvidx.layers.patch import patch_rows, resize_positions
+from pyvidx.layers.patch import patch_grid, patch_rows, resize_positions
+from pyvidx.layers.plain import held, plain
 from pyvidx.sizes import check
 
 
@@ -94,13 +95,19 @@ class EVAVision(nn.Module):
     def norm(self, x: Tensor) -> Tensor:
         """ "ln_vision": computed in float32, cast back to the dtype of x."""
         n = self.norm_post
+        if not plain(n):
+            return n(x)
         wide = torch.promote_types(x.dtype, torch.float32)
         return F.layer_norm(x.to(wide), n.normalized_shape, n.weight.to(wide), n.bias.to(wide), n.eps).to(x.dtype)
 
     def embed(self, pixels: Tensor, *, interpolate: bool = False) -> Tensor:
         """[class; patches W + b] + position: the input of block 0. [..., 3, h, w] -> [..., N, C]."""
-        x, rows, columns = patch_rows("EVAVision", pixels, self.patch.weight, self.patch.bias)
-        side, position = math.isqrt(self.config.patches), self.position
+        side, position = math.isqrt(self.config.patches), held(self, "position")
+        if plain(self.patch):
+            x, rows, columns = patch_rows("EVAVision", pixels, self.patch.weight, self.patch.bias)
+        else:
+            rows, columns = patch_grid("EVAVision", pixels, self.config.patch_size)
+            x = self.patch(pixels.to(position.dtype).flatten(0, -4)).flatten(2).transpose(1, 2)
         if (rows, columns) != (side, side):
             if not interpolate:
                 size, (h, w) = self.config.image_size, pixels.shape[-2:]
@@ -109,5 +116,5 @@ class EVAVision(nn.Module):
                     "pass interpolate=True to resize the position table"
                 )
             position = resize_positions(position, rows, columns)
-        x = torch.cat([self.class_token.expand(x.shape[0], 1, -1), x], dim=1) + position
+        x = torch.cat([held(self, "class_token").expand(x.shape[0], 1, -1), x], dim=1) + position
         return x.view(*pixels.shape[:-3], *x.shape[1:])

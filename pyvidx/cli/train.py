@@ -8,10 +8,16 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
+from safetensors import SafetensorError
+
+from pyvidx.files import check_output
 from pyvidx.train import recipe as recipes
-from pyvidx.train.curve import Board, Curve, progress
+from pyvidx.train.checkpoint import CHECKPOINT
+from pyvidx.train.curve import Board, Curve, held_out_row, progress
 from pyvidx.train.distributed import Ranks, ranks
 from pyvidx.train.loop import State, Stepped, train
+from pyvidx.train.outputs import written
 
 # Each module has a Config, build(config, device) -> Task and datasets(config, task, ranks) -> training, held out.
 KINDS = {"malmm": "fine-tune MA-LMM on answers", "btadapter": "pretrain BT-Adapter on captions"}
@@ -29,18 +35,23 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--device", choices=["cuda", "cpu"], help="default: GPUs if there are any")
     p.add_argument("--export", type=Path, help="also write the weights under the public code's names, .safetensors or"
                    " .pth as the public code does")  # fmt: skip
+    p.add_argument("--overwrite", action="store_true", help="write over weights of another run, --export's too")
     return p
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     p = parser()
     options = p.parse_args(argv)
-    if options.export is not None and options.export.suffix not in (".safetensors", ".pth"):
-        p.error(f"--export must end in .safetensors or .pth, got {options.export}")
     kind = importlib.import_module(f"pyvidx.train.{options.what}")
+    try:
+        config = kind.Config.from_dict(recipes.load(options.config))
+        check_outputs(Path(config.out), options.export, options.overwrite)
+        if options.device == "cuda" and not torch.cuda.is_available():
+            raise ValueError("--device cuda needs a GPU that torch can use, and there is none; give --device cpu")
+    except (OSError, ValueError) as error:
+        p.error(str(error))
     with ranks(options.device) as alike:
         try:
-            config = kind.Config.from_dict(recipes.load(options.config))
             task = kind.build(config, alike.device)
             data, held_out = kind.datasets(config, task, alike)
             out = Path(config.out)
@@ -49,23 +60,40 @@ def main(argv: Sequence[str] | None = None) -> int:
                     task, data, config.recipe, alike, out, held_out=held_out,
                     report=shown.step, after_epoch=shown.epoch, started=shown.start,
                 )  # fmt: skip
-        except (FileNotFoundError, ValueError) as error:
+            broken = {name: why for part in alike.gathered(state.broken) for name, why in part.items()}
+            if alike.first:
+                finish(state, broken, out, options.export)
+        except (OSError, ValueError, SafetensorError) as error:
             p.error(str(error))
-        broken = {name: why for part in alike.gathered(state.broken) for name, why in part.items()}
-        if alike.first:
-            finish(state, broken, out, options.export)
     return 0
+
+
+def check_outputs(out: Path, export: Path | None, overwrite: bool) -> None:
+    """Raise before any work is done if what a run writes cannot be written, or would be written over another's.
+
+    Raises:
+        ValueError: `export` has another suffix.
+        FileExistsError: there are weights, and no checkpoint of the run that wrote them.
+        OSError: a folder cannot be written to.
+    """
+    if export is not None and export.suffix not in (".safetensors", ".pth"):
+        raise ValueError(f"--export must end in .safetensors or .pth, got {export}")
+    resumed = (out / CHECKPOINT).exists()
+    check_output(out / CHECKPOINT)
+    check_output(out / "last.safetensors", overwrite=overwrite or resumed)
+    if export is not None:
+        check_output(export, overwrite=overwrite or resumed)
 
 
 def finish(state: State, broken: dict[str, str], out: Path, export: Path | None) -> None:
     """The weights and the list of what could not be read."""
     print(f"wrote {write_model(state, out / 'last.safetensors')} after {state.step} steps")
     if export is not None:
-        export.parent.mkdir(parents=True, exist_ok=True)
         state.task.export(export, state.epoch - 1)
         print(f"wrote {export}")
     listed = out / "broken.jsonl"
-    listed.write_text("".join(json.dumps({"video": v, "error": why}) + "\n" for v, why in sorted(broken.items())))
+    with written(listed) as part:
+        part.write_text("".join(json.dumps({"video": v, "error": why}) + "\n" for v, why in sorted(broken.items())))
     if broken:
         print(f"{len(broken)} videos could not be read, see {listed}", file=sys.stderr)
 
@@ -86,7 +114,8 @@ class Shown(contextlib.AbstractContextManager):
     def start(self, state: State, steps: int) -> None:
         if not self.first:
             return
-        self.curve, self.board = Curve(self.out, state.step), Board(self.out, state.step)
+        self.curve = Curve(self.out, state.step, state.epoch)
+        self.board = Board(self.out, self.curve.kept)
         if state.step:
             print(f"going on after step {state.step}, epoch {state.epoch}", file=sys.stderr)
         self.bar = progress(steps * self.epochs, state.step)
@@ -94,8 +123,7 @@ class Shown(contextlib.AbstractContextManager):
     def step(self, stepped: Stepped) -> None:
         if not self.first:
             return
-        self.curve.add(stepped)
-        self.board.add(stepped)
+        self._note(stepped._asdict())
         if self.bar is not None:
             self.bar.update()
             self.bar.set_postfix(epoch=stepped.epoch, loss=f"{stepped.loss:.4f}", lr=f"{stepped.rate:.2e}")
@@ -104,11 +132,14 @@ class Shown(contextlib.AbstractContextManager):
         if not self.first:
             return
         if loss is not None:
-            self.curve.add_held_out(state.step, state.epoch - 1, loss)
-            self.board.add_held_out(state.step, loss)
+            self._note(held_out_row(state.step, state.epoch - 1, loss))
             if best:
                 write_model(state, self.out / "best.safetensors")
         self.curve.draw()
+
+    def _note(self, row: dict) -> None:
+        self.curve.add(row)
+        self.board.add(row)
 
     def __exit__(self, *exception) -> None:
         for part in (self.bar, self.board):

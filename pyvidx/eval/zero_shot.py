@@ -33,6 +33,7 @@ from pyvidx.preprocess import PRESETS
 from pyvidx.tensor_files import note, opened
 from pyvidx.train.recipe import load as load_values
 from pyvidx.video import sampling
+from pyvidx.video.pool import shared
 
 CONFIGS = Path(__file__).parent / "configs"
 BROKEN = ("fail", "exclude")
@@ -285,6 +286,7 @@ def _encode(
     paths: list[str], results: list[Encoded], config: Config, about: dict, start: float | None, end: float | None
 ) -> tuple[list[Encoded], bool]:
     """results with those of `paths`; written to config.videos on the way, so that an ended run goes on."""
+    shared(config.workers)  # they start while the model is loaded
     device, dtype = config.where
     model = load_model(config.model, **config.model_options)
     random = model.is_random

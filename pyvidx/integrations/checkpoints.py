@@ -28,8 +28,8 @@ from pyvidx.integrations.clip_weights import Told, activation, told_by
 from pyvidx.integrations.keys import Renamed, check_plain, groups, is_official, rename
 from pyvidx.integrations.place import Report, match, place
 from pyvidx.integrations.state import Source as AnySource
+from pyvidx.integrations.state import naming, state_of
 from pyvidx.integrations.state import read as read
-from pyvidx.integrations.state import state_of
 from pyvidx.models import files
 from pyvidx.models.bt_adapter import BTAdapter
 from pyvidx.models.config import BTAdapterConfig
@@ -73,23 +73,23 @@ def load_official(
         FileNotFoundError: a file is not there.
         ValueError: a file cannot be read or does not tell the sizes, or see load_weights.
     """
-    tables = [_table(source) for source in sources]
-    known = next((told for source in reversed(sources) if (told := _told(source)) is not None), None)
-    config = infer_config(tables, part=part, clip=known, **sizes)
-    has_projection = any("backbone.projection.weight" in table.weights for table in tables)
-    tower = tower or ("mma" if has_projection and part == "full" else "llava")
-    if part == "full" and not any(_is_whole(table) for table in tables if "branch.time" in table.weights):
+    with naming(sources):
+        tables = [_table(source) for source in sources]
+        known = next((told for source in reversed(sources) if (told := _told(source)) is not None), None)
+        config = infer_config(tables, part=part, clip=known, **sizes)
+        has_projection = any("backbone.projection.weight" in table.weights for table in tables)
+        tower = tower or ("mma" if has_projection and part == "full" else "llava")
         branch = max(_count(table.weights, "branch.spatial") for table in tables)
-        if branch < config.depth:
+        if part == "full" and branch < config.depth:
             raise ValueError(
-                f"checkpoint: the {branch} layers are of a tuned branch alone, which makes tokens for a language model "
-                'and has no pooled output: pass part="tokens", or depth= if it has all its layers'
+                f"checkpoint: the {branch} layers are a tuned branch, which makes tokens for a language model and no "
+                'video embedding: pass part="tokens", or depth= if these are all there are'
             )
-    assumed = {"branch.gate": HALF} if part != "full" and config.gated else {}
-    with torch.device("meta"):  # nothing is allocated for sizes that the files do not fill
-        match(BTAdapter(config, compat=compat, tower=tower), _shifted(tables, config), allow_missing, assumed)
-    model = BTAdapter(config, compat=compat, tower=tower)
-    return model, place(model, _shifted(tables, config), allow_missing, assumed)
+        assumed = {"branch.gate": HALF} if part != "full" and config.gated else {}
+        with torch.device("meta"):  # nothing is allocated for sizes that the files do not fill
+            match(BTAdapter(config, compat=compat, tower=tower), _shifted(tables, config), allow_missing, assumed)
+        model = BTAdapter(config, compat=compat, tower=tower)
+        return model, place(model, _shifted(tables, config), allow_missing, assumed)
 
 
 def load_model(path: str | Path, *, compat: str | None = None, tower: str | None = None, **options) -> BTAdapter:
@@ -128,7 +128,8 @@ def load_weights(model: BTAdapter, *sources: Source, allow_missing: Sequence[str
     """
     if model.folded:
         raise RuntimeError("checkpoint: a folded copy does not take weights; load the model and fold again")
-    return place(model, _shifted([_table(source) for source in sources], model.config), allow_missing)
+    with naming(sources):
+        return place(model, _shifted([_table(source) for source in sources], model.config), allow_missing)
 
 
 def infer_config(

@@ -33,7 +33,10 @@ def told_by(folder: str | Path) -> Told | None:
     try:
         if (path := Path(folder) / "config.json").is_file():
             values = json.loads(path.read_text(encoding="utf-8"))
-            values = values.get("vision_config", values)
+            kind = values.get("model_type", "clip")
+            if kind not in ("clip", "clip_vision_model"):
+                return None
+            values = values["vision_config"] if kind == "clip" else values
             # transformers leaves out what is as in its own defaults.
             names = {"num_attention_heads": 12, "hidden_act": "quick_gelu", "layer_norm_eps": 1e-5}
             return Told(*(values.get(name, default) for name, default in names.items()))

@@ -19,7 +19,7 @@ from pyvidx.backbones.eva import EVAVisionConfig
 from pyvidx.integrations.keys import Renamed, check_plain, groups
 from pyvidx.integrations.malmm_keys import export, rename
 from pyvidx.integrations.place import Report, match, place
-from pyvidx.integrations.state import Source, state_of
+from pyvidx.integrations.state import Source, naming, state_of
 from pyvidx.layers.patch import resize_positions
 from pyvidx.memory.qformer import QFormerConfig
 from pyvidx.models.malmm import MALMM
@@ -52,12 +52,13 @@ def load_malmm(
         FileNotFoundError: a file is not there.
         ValueError: a file cannot be read or does not tell the sizes, or see load_malmm_weights.
     """
-    tables = [rename(state_of(source)) for source in sources]
-    config = infer_config(tables, **sizes)
-    with torch.device("meta"):  # nothing is allocated for sizes that the files do not fill
-        match(model := MALMM(config, compat=compat), [_resized(table, model) for table in tables], allow_missing)
-    model = MALMM(config, compat=compat)
-    return model, _fill(model, tables, allow_missing)
+    with naming(sources):
+        tables = [rename(state_of(source)) for source in sources]
+        config = infer_config(tables, **sizes)
+        with torch.device("meta"):  # nothing is allocated for sizes that the files do not fill
+            match(model := MALMM(config, compat=compat), [_resized(table, model) for table in tables], allow_missing)
+        model = MALMM(config, compat=compat)
+        return model, _fill(model, tables, allow_missing)
 
 
 def load_malmm_weights(model: MALMM, *sources: Source, allow_missing: Sequence[str] = ()) -> Report:
@@ -74,7 +75,8 @@ def load_malmm_weights(model: MALMM, *sources: Source, allow_missing: Sequence[s
         ValueError: a file cannot be read, a parameter is missing and not allowed to be, a pattern matches no missing
             one, or a shape differs. The model is not changed then.
     """
-    return _fill(model, [rename(state_of(source)) for source in sources], allow_missing)
+    with naming(sources):
+        return _fill(model, [rename(state_of(source)) for source in sources], allow_missing)
 
 
 def export_malmm(model: MALMM, naming: str) -> dict[str, Tensor]:

@@ -5,7 +5,8 @@ import json
 import re
 import warnings
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -74,6 +75,18 @@ def state_of(source: Source, *, entry: str | None = None) -> dict[str, Tensor]:
     return read(source, entry=entry)
 
 
+@contextmanager
+def naming(sources: Sequence) -> Iterator[None]:
+    """A ValueError names the files it is about: those of sources, if it does not already name one."""
+    try:
+        yield
+    except ValueError as error:
+        paths = [str(source) for source in sources if isinstance(source, str | Path)]
+        if not paths or any(path in str(error) for path in paths):
+            raise
+        raise ValueError(f"{error}\nread from {', '.join(paths)}") from error
+
+
 def _content(path: Path):
     try:
         with path.open("rb") as file:
@@ -104,8 +117,8 @@ def _content(path: Path):
         if found := _classes(path, error):
             raise ValueError(
                 f"checkpoint: {path} holds objects of {', '.join(found)} beside its tensors; pickles are only read "
-                "with weights_only=True, as others can run code. If you trust the file, save its tensors alone: "
-                'safetensors.torch.save_file(torch.load(path, weights_only=False)["state_dict"], "weights.safetensors")'
+                "with weights_only=True, as others can run code. If you trust the file, write the state dict in "
+                "torch.load(path, weights_only=False) with safetensors.torch.save_file, and give that"
             ) from error
         raise ValueError(
             f"checkpoint: {path} is not a pickle of plain tensors or is truncated; pickles are only read "

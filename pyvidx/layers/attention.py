@@ -16,7 +16,7 @@ KERNEL = has_kernel("bank_attention", "cpu")  # asked once: the compiler cannot 
 
 def self_attention(
     x: Tensor,
-    layer: nn.Linear,
+    layer: nn.Module,
     heads: int,
     mask: Tensor | None = None,
     causal: bool = False,

@@ -5,24 +5,25 @@ from torch import Tensor, nn
 
 from pyvidx import ops
 from pyvidx.layers.attention import self_attention
-from pyvidx.layers.linear import Linear, add_linear, product, wants_grad
+from pyvidx.layers.linear import add_linear, dense, product, wants_grad
+from pyvidx.layers.plain import plain
 
 
-def _quick_gelu(x: Tensor, layer: nn.Linear) -> Tensor:
+def _quick_gelu(x: Tensor, layer: nn.Module) -> Tensor:
     """The activation adds the layer's bias: a pass less each way. In place where no gradient is wanted."""
-    h, bias = product(x, layer), layer.bias
-    in_place = h.dtype == bias.dtype and not wants_grad(h, bias)
+    h, bias = product(x, layer)
+    in_place = bias is not None and h.dtype == bias.dtype and not wants_grad(h, bias)
     return ops.quick_gelu(h, bias, out=h) if in_place else ops.quick_gelu(h, bias)
 
 
-def _gelu(x: Tensor, layer: nn.Linear) -> Tensor:
-    return F.gelu(layer(x))
+def _gelu(x: Tensor, layer: nn.Module) -> Tensor:
+    return F.gelu(dense(x, layer))
 
 
-def _silu(x: Tensor, layer: nn.Linear) -> Tensor:
+def _silu(x: Tensor, layer: nn.Module) -> Tensor:
     """What quick_gelu becomes when its two factors are folded into the weights beside it. In place as well."""
-    h = layer(x)
-    return F.silu(h, inplace=not wants_grad(h))
+    h = dense(x, layer)
+    return F.silu(h, inplace=plain(layer) and not wants_grad(h))  # a hook may have kept what the layer gave
 
 
 ACTIVATED = {"quick_gelu": _quick_gelu, "gelu": _gelu, "silu": _silu}  # of a linear layer
@@ -55,11 +56,11 @@ class Block(nn.Module):
             raise ValueError(f"Block: width must be a multiple of heads, got {width} and {heads}")
         self.heads, self.hidden_act, self.causal = heads, hidden_act, causal
         self.norm1 = nn.LayerNorm(width, eps=eps)
-        self.qkv = Linear(width, 3 * width)
-        self.out = Linear(width, width)
+        self.qkv = nn.Linear(width, 3 * width)
+        self.out = nn.Linear(width, width)
         self.norm2 = nn.LayerNorm(width, eps=eps)
-        self.fc1 = Linear(width, mlp_width)
-        self.fc2 = Linear(mlp_width, width)
+        self.fc1 = nn.Linear(width, mlp_width)
+        self.fc2 = nn.Linear(mlp_width, width)
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """[..., N, C] -> [..., N, C], attention over N. mask: as in `attend`."""
@@ -70,7 +71,7 @@ class Block(nn.Module):
 
         mask: bool, True = attended to, of a shape that broadcasts to [rows, H, N, N]; not for a causal block.
         """
-        return self.out(self.attention(self.norm1(x), mask))
+        return dense(self.attention(self.norm1(x), mask), self.out)
 
     def attention(self, normed: Tensor, mask: Tensor | None = None, *, biased_values: bool = True) -> Tensor:
         """What `out` projects, of LN x. [..., N, C] -> [..., N, C]. biased_values: see layers.linear.value_bias."""

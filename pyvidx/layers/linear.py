@@ -2,7 +2,7 @@
 
 A product that takes a bias first copies it into all of its output, with MKL; the gradient of three tensors made by one
 product is first packed into one. What is written here does neither. It reads a layer's parameters, so it is for a
-plain linear layer: one with hooks, or an adapter in its place, is called as the module it is.
+plain linear layer: any other, see pyvidx.layers.plain, is called as the module it is.
 """
 
 from collections.abc import Sequence
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from pyvidx.layers import products
+from pyvidx.layers.plain import plain
 
 WIDE = (torch.float32, torch.float64)
 DEVICES = ("cpu", "cuda")  # those of autocast
@@ -24,26 +25,28 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return products.forward(x, weight, bias)
 
 
-class Linear(nn.Linear):
-    """nn.Linear by the same."""
+def dense(x: Tensor, layer: nn.Module) -> Tensor:
+    """layer(x) by the same."""
+    return linear(x, layer.weight, layer.bias) if plain(layer) else layer(x)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return linear(x, self.weight, self.bias)
+
+def dense_rows(x: Tensor, layer: nn.Module, rows: slice) -> Tensor:
+    """layer(x)[..., rows] without the work for the others."""
+    if not plain(layer):
+        return layer(x)[..., rows]
+    return linear(x, layer.weight[rows], None if layer.bias is None else layer.bias[rows])
 
 
 def wants_grad(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
-def plain(layer: nn.Module) -> bool:
-    """Whether its weight and bias are all that there is to it."""
-    hooks = layer._forward_pre_hooks, layer._forward_hooks, layer._backward_pre_hooks, layer._backward_hooks
-    return type(layer) in (Linear, nn.Linear) and not any(hooks)
+def product(x: Tensor, layer: nn.Module) -> tuple[Tensor, Tensor | None]:
+    """layer(x) as a new tensor and a bias, which the caller's next pass adds.
 
-
-def product(x: Tensor, layer: nn.Linear) -> Tensor:
-    """layer(x) without its bias, which the caller's next pass adds."""
-    return linear(x, layer.weight) if plain(layer) else layer(x) - layer.bias
+    Without a bias the tensor is the whole of it, and may be kept by a hook: it must not be written into.
+    """
+    return (linear(x, layer.weight), layer.bias) if plain(layer) else (layer(x), None)
 
 
 def residual(x: Tensor, y: Tensor) -> Tensor:
@@ -54,7 +57,7 @@ def residual(x: Tensor, y: Tensor) -> Tensor:
     return y.add_(x) if y.dtype == x.dtype and not wants_grad(x, y) else x + y
 
 
-def add_linear(x: Tensor, h: Tensor, layer: nn.Linear) -> Tensor:
+def add_linear(x: Tensor, h: Tensor, layer: nn.Module) -> Tensor:
     """x + layer(h), the end of either half of a block. x [..., C], h [..., K]."""
     if not plain(layer):
         return x + layer(h)  # a hook may have kept what the layer gave
@@ -69,7 +72,7 @@ def add_linear(x: Tensor, h: Tensor, layer: nn.Linear) -> Tensor:
     return residual(x, linear(h, *parameters))
 
 
-def value_bias(x: Tensor, qkv: nn.Linear, out: nn.Linear) -> Tensor | None:
+def value_bias(x: Tensor, qkv: nn.Module, out: nn.Module) -> Tensor | None:
     """v's bias [C] where attention over qkv(x) can do without it, else None.
 
     The weights of a softmax sum to 1: attention lacks that bias and nothing else, and `shifted_product` or
@@ -79,6 +82,7 @@ def value_bias(x: Tensor, qkv: nn.Linear, out: nn.Linear) -> Tensor | None:
     waits = (
         _projected_by_hand(x, qkv)
         and plain(out)
+        and out.bias is not None
         and x.shape[:-1].numel() >= x.shape[-1]
         and x.dtype == qkv.weight.dtype == out.weight.dtype
         and x.dtype in WIDE  # 16 bits would round the product of two weights
@@ -88,10 +92,10 @@ def value_bias(x: Tensor, qkv: nn.Linear, out: nn.Linear) -> Tensor | None:
     return qkv.bias[-x.shape[-1] :] if waits else None
 
 
-def shifted_product(x: Tensor, layer: nn.Linear, shift: Tensor | None) -> tuple[Tensor, Tensor]:
-    """layer(x + shift) as a product [..., N] and its bias [N], which the caller's next pass adds. shift [K] or None."""
+def shifted_product(x: Tensor, layer: nn.Module, shift: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """layer(x + shift) as `product` gives it, [..., N] and [N]. shift [K], for a plain layer, or None."""
     if shift is None:
-        return product(x, layer), layer.bias
+        return product(x, layer)
     return _ShiftedProduct.apply(x, layer.weight, layer.bias, shift)
 
 
@@ -102,7 +106,7 @@ def composed_product(x: Tensor, first: nn.Linear, last: nn.Linear, shift: Tensor
 
 
 def project_qkv(
-    x: Tensor, layer: nn.Linear, parts: Sequence[int] = (3,), *, biased_values: bool = True
+    x: Tensor, layer: nn.Module, parts: Sequence[int] = (3,), *, biased_values: bool = True
 ) -> tuple[Tensor, ...]:
     """q, k and v of x [..., C] for an attention over keys, [..., n * C] for each n of parts: views of one tensor.
 
@@ -111,12 +115,13 @@ def project_qkv(
     if _projected_by_hand(x, layer):
         widths = [n * len(layer.bias) // 3 for n in parts]
         return _Projection.apply(x, layer.weight, layer.bias, widths, biased_values)
-    qkv = layer(x)
+    qkv = dense(x, layer)
     return qkv.split([n * qkv.shape[-1] // 3 for n in parts], dim=-1)
 
 
 def _projected_by_hand(x, layer):
-    return plain(layer) and wants_grad(x, layer.weight, layer.bias) and not torch.compiler.is_compiling()
+    by_hand = plain(layer) and layer.bias is not None and wants_grad(x, layer.weight, layer.bias)
+    return by_hand and not torch.compiler.is_compiling()
 
 
 def _sum(rows):

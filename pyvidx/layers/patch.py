@@ -13,17 +13,33 @@ def patch_rows(name: str, pixels: Tensor, weight: Tensor, bias: Tensor | None = 
     """The patch embedding of a ViT, W patch + bias.
 
     Args:
-        name: of the model, for messages.
-        pixels: [..., 3, h, w], floating, normalized; cast to the dtype of weight.
+        name, pixels: as in patch_grid; cast to the dtype of weight.
         weight: [C, 3, p, p], bias [C].
 
     Returns:
         x [images, rows * columns, C], and the patch grid: rows, columns.
 
     Raises:
-        ValueError: pixels do not fit, or h and w are no multiples of p.
+        ValueError: as in patch_grid.
     """
     p = weight.shape[-1]
+    rows, columns = patch_grid(name, pixels, p)
+    # The patch convolution as one GEMM: any dtype on any device, faster than a strided convolution of 3 channels.
+    x = pixels.to(weight.dtype).reshape(-1, 3, rows, p, columns, p)
+    x = x.permute(0, 2, 4, 1, 3, 5).reshape(-1, rows * columns, 3 * p * p)
+    return linear(x, weight.flatten(1), bias), rows, columns
+
+
+def patch_grid(name: str, pixels: Tensor, p: int) -> tuple[int, int]:
+    """Rows and columns of patches of p x p pixels.
+
+    Args:
+        name: of the model, for messages.
+        pixels: [..., 3, h, w], floating, normalized.
+
+    Raises:
+        ValueError: pixels do not fit, or h and w are no multiples of p.
+    """
     if not pixels.is_floating_point() or pixels.dim() < 4 or pixels.shape[-3] != 3:
         raise ValueError(
             f"{name}: pixels must be floating, normalized, [..., 3, h, w], got {tuple(pixels.shape)} {pixels.dtype}"
@@ -31,11 +47,7 @@ def patch_rows(name: str, pixels: Tensor, weight: Tensor, bias: Tensor | None = 
     h, w = pixels.shape[-2:]
     if h % p or w % p:
         raise ValueError(f"{name}: height and width must be multiples of the patch size {p}, got {h}x{w}")
-    rows, columns = h // p, w // p
-    # The patch convolution as one GEMM: any dtype on any device, faster than a strided convolution of 3 channels.
-    x = pixels.to(weight.dtype).reshape(-1, 3, rows, p, columns, p)
-    x = x.permute(0, 2, 4, 1, 3, 5).reshape(-1, rows * columns, 3 * p * p)
-    return linear(x, weight.flatten(1), bias), rows, columns
+    return h // p, w // p
 
 
 def resize_positions(table: Tensor, rows: int, columns: int) -> Tensor:

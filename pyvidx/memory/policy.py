@@ -238,15 +238,14 @@ class Policy:
         N = bank.positions
         fits = frame.dim() == 3 and frame.shape[0] == B and frame.shape[2] == G * W // N
         fits = fits and self._stored_positions(frame.shape[1]) == N and frame.shape[1] >= N
-        require(fits, f"{name}: frame must be [B, N, C] with B = {B}, N = {N}, C = {G * W // N} of the bank", frame)
-        require(
-            len(attached) == len(bank.attached), f"{name}: attached must be {len(bank.attached)}, got {len(attached)}"
-        )
+        text = "{name}: frame must be [B, N, C] with B = {B}, N = {N}, C = {C} of the bank"
+        require(fits, text, frame, name=name, B=B, N=N, C=G * W // N)
+        count = len(bank.attached)
+        require(len(attached) == count, f"{name}: attached must be {count}, got {len(attached)}")
         for i, (new, rows) in enumerate(zip(attached, bank.attached)):
             width = rows.shape[2] * rows.shape[3] // N
-            require(
-                new.shape == (*frame.shape[:2], width), f"{name}: attached[{i}] must be [B, N, {width}]", new, frame
-            )
+            fits, text = new.shape == (*frame.shape[:2], width), "{name}: attached[{i}] must be [B, N, {width}]"
+            require(fits, text, new, frame, name=name, i=i, width=width)
         for what, x in (("frame", frame), *((f"attached[{i}]", x) for i, x in enumerate(attached))):
             fits = x.dtype in FLOATING and x.device == bank.rows.device
             require(fits, f"{name}: {what} must be floating, on the device of the bank", x, bank.rows)

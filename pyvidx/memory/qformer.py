@@ -11,7 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pyvidx.layers.linear import Linear, linear
+from pyvidx.layers.linear import dense, dense_rows
+from pyvidx.layers.plain import held
 from pyvidx.sizes import check
 
 
@@ -91,8 +92,8 @@ class CrossAttention(nn.Module):
 
     def __init__(self, config: QFormerConfig):
         super().__init__()
-        self.query = Linear(config.width, config.width)
-        self.out = Linear(config.width, config.width)
+        self.query = nn.Linear(config.width, config.width)
+        self.out = nn.Linear(config.width, config.width)
         self.norm = nn.LayerNorm(config.width, eps=config.eps)
 
 
@@ -102,12 +103,12 @@ class FeedForward(nn.Module):
     def __init__(self, config: QFormerConfig):
         super().__init__()
         self.dropout = config.dropout
-        self.fc1 = Linear(config.width, config.mlp_width)
-        self.fc2 = Linear(config.mlp_width, config.width)
+        self.fc1 = nn.Linear(config.width, config.mlp_width)
+        self.fc2 = nn.Linear(config.mlp_width, config.width)
         self.norm = nn.LayerNorm(config.width, eps=config.eps)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.norm(x + F.dropout(self.fc2(F.gelu(self.fc1(x))), self.dropout, self.training))
+        return self.norm(x + F.dropout(dense(F.gelu(dense(x, self.fc1)), self.fc2), self.dropout, self.training))
 
 
 class QFormerLayer(nn.Module):
@@ -116,8 +117,8 @@ class QFormerLayer(nn.Module):
     def __init__(self, config: QFormerConfig, index: int):
         super().__init__()
         self.index, self.queries, self.dropout = index, config.queries, config.dropout
-        self.qkv = Linear(config.width, 3 * config.width)
-        self.out = Linear(config.width, config.width)
+        self.qkv = nn.Linear(config.width, 3 * config.width)
+        self.out = nn.Linear(config.width, config.width)
         self.norm = nn.LayerNorm(config.width, eps=config.eps)
         self.cross = CrossAttention(config) if index in config.cross_layers else None
         self.feed_query = FeedForward(config)
@@ -132,13 +133,13 @@ class QFormerLayer(nn.Module):
 
     def attend(self, x: Tensor, source: Source) -> Tensor:
         """The self-attention half. [R, t, N, D] -> [R, t, N, D]."""
-        return self.norm(x + self._drop(self.out(source.self_attention(self.index, x, self.qkv(x)))))
+        return self.norm(x + self._drop(dense(source.self_attention(self.index, x, dense(x, self.qkv)), self.out)))
 
     def query_rows(self, x: Tensor, source: Source, probe: Tensor | None = None) -> Tensor:
         """What follows it for the query rows [R, t, Q, D]. probe: cross.query(x), where it is known."""
         if self.cross is not None:
-            q = self.cross.query(x) if probe is None else probe
-            x = self.cross.norm(x + self._drop(self.cross.out(source.cross_attention(self.index, q))))
+            q = dense(x, self.cross.query) if probe is None else probe
+            x = self.cross.norm(x + self._drop(dense(source.cross_attention(self.index, q), self.cross.out)))
         return self.feed_query(x)
 
     def _drop(self, x: Tensor) -> Tensor:
@@ -159,14 +160,15 @@ class QFormer(nn.Module):
         self.norm = nn.LayerNorm(D, eps=config.eps)
         self.layers = nn.ModuleList(QFormerLayer(config, i) for i in range(config.layers))
         # Rows: layer, then key or value, then heads. One GEMM projects a frame for all layers.
-        self.keys_values = Linear(config.encoder_width, len(config.cross_layers) * 2 * D)
+        self.keys_values = nn.Linear(config.encoder_width, len(config.cross_layers) * 2 * D)
 
     def embed(self, text_ids: Tensor | None, batch: int) -> Tensor:
         """LN([query tokens; words + positions]) of text_ids [R, L] or of no text -> [R or batch, N, D]."""
+        queries = held(self, "query_tokens")
         if text_ids is None:
-            return self.norm(self.query_tokens).expand(batch, -1, -1)
-        text = F.embedding(text_ids, self.word) + self.position[: text_ids.shape[1]]
-        return self.norm(torch.cat([self.query_tokens.expand(text.shape[0], -1, -1), text], dim=1))
+            return self.norm(queries).expand(batch, -1, -1)
+        text = F.embedding(text_ids, held(self, "word")) + held(self, "position")[: text_ids.shape[1]]
+        return self.norm(torch.cat([queries.expand(text.shape[0], -1, -1), text], dim=1))
 
     def prompt(self, text_ids: Tensor | None = None, text_mask: Tensor | None = None, batch: int = 1) -> Prompt:
         """Embed the instructions of a batch.
@@ -189,13 +191,13 @@ class QFormer(nn.Module):
         if self.dropping:
             return prompt
         first = self.layers[0]
-        qkv, D = first.qkv(rows), self.config.width
+        qkv, D = dense(rows, first.qkv), self.config.width
         y = attention(qkv[..., :D], qkv[..., D:], self.config.heads, mask)
-        attended = first.norm(rows + first.out(y))
+        attended = first.norm(rows + dense(y, first.out))
         query, text = attended.split([self.config.queries, rows.shape[1] - self.config.queries], dim=1)
         return prompt._replace(
             attended=attended,
-            probe=first.cross.query(query),
+            probe=dense(query, first.cross.query),
             text=first.feed_text(text) if text.shape[1] else text,
         )
 
@@ -236,8 +238,8 @@ class QFormer(nn.Module):
         if layer.index == 0 and prompt.attended is not None:
             return self._first(prompt, 1, source, with_text=False)[:, 0]
         x = x[:, : self.config.queries]
-        y = source.remembered(layer.index, linear(x, layer.qkv.weight[:D], layer.qkv.bias[:D]))
-        x = layer.norm(x + F.dropout(layer.out(y), self.config.dropout, self.training))
+        y = source.remembered(layer.index, dense_rows(x, layer.qkv, slice(D)))
+        x = layer.norm(x + F.dropout(dense(y, layer.out), self.config.dropout, self.training))
         return layer.query_rows(x[:, None], source)[:, 0]
 
     def _first(self, prompt: Prompt, t: int, source: Source, with_text: bool) -> Tensor:
@@ -246,11 +248,10 @@ class QFormer(nn.Module):
         x = self.layers[0].query_rows(over_time(attended), source, over_time(prompt.probe))
         return torch.cat([x, over_time(prompt.text)], dim=2) if with_text else x
 
-    def cross_weights(self, i: int) -> tuple[Tensor, Tensor]:
-        """Rows of keys_values of layer i: weight [2D, C] and bias [2D]."""
+    def cross_keys_values(self, i: int, rows: Tensor) -> Tensor:
+        """Keys and values of layer i's cross-attention. rows [..., C], cast to the model's dtype -> [..., 2D]."""
         j, D = self.config.cross_layers.index(i), self.config.width
-        rows = slice(j * 2 * D, (j + 1) * 2 * D)
-        return self.keys_values.weight[rows], self.keys_values.bias[rows]
+        return dense_rows(rows.to(self.query_tokens.dtype), self.keys_values, slice(j * 2 * D, (j + 1) * 2 * D))
 
     def _check_text(self, ids: Tensor | None, mask: Tensor | None) -> int | None:
         """G, or None where the text has no axis for it."""

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pyvidx.layers.linear import linear
+from pyvidx.layers.linear import dense, dense_rows
 from pyvidx.memory.qformer import Prompt, QFormer, attention
 from pyvidx.ops.bank_attention import bank_attention
 from pyvidx.ops.memory_merge import MemoryState, memory_merge_, rows_in_order
@@ -90,7 +90,7 @@ class FrameSource:
 
     def cross_attention(self, i: int, q: Tensor) -> Tensor:
         q = self.by_video(q)
-        y = self.attend(q.flatten(0, 1), self.project(i, self.frames).flatten(0, 1))
+        y = self.attend(q.flatten(0, 1), self.qformer.cross_keys_values(i, self.frames).flatten(0, 1))
         return self.by_question(y.view(q.shape))
 
     def attend(self, q: Tensor, keys_values: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -100,11 +100,6 @@ class FrameSource:
         """q [R, any, D] over keys_values [R, n * N, 2D], n entries of N rows each, padding rows left out."""
         mask, n = self.prompt.mask, keys_values.shape[1] // N
         return self.attend(q, keys_values, None if mask is None else mask.repeat(1, n))
-
-    def project(self, i: int, rows: Tensor) -> Tensor:
-        """Keys and values of layer i's cross-attention. [..., C] -> [..., 2D]."""
-        weight, bias = self.qformer.cross_weights(i)
-        return linear(rows.to(weight.dtype), weight, bias)
 
     def by_video(self, q: Tensor) -> Tensor:
         """[R, t, Q, D] -> [B, t, G * Q, D]: the questions about a video read the same frames."""
@@ -135,7 +130,7 @@ class PushSource(FrameSource):
             self.plan = memory_scan_(*visual[:5], rows, weighted=weighted)  # the bank depends on the frames alone
             return
         if visual.attached:
-            kv = qformer.keys_values(frames[:, 0].to(qformer.keys_values.weight.dtype))
+            kv = dense(frames[:, 0].to(qformer.query_tokens.dtype), qformer.keys_values)
             kv = kv.to(visual.attached[0].dtype).chunk(len(visual.attached), dim=2)
         memory_merge_(*visual[:5], rows[:, 0], visual.attached, kv, weighted=weighted)
 
@@ -168,7 +163,7 @@ class PushSource(FrameSource):
         kept = visual.attached[self.qformer.config.cross_layers.index(i)]
         if self.frames.shape[1] == 1:
             return kept, None
-        kv = self.project(i, self.frames).to(kept.dtype)
+        kv = self.qformer.cross_keys_values(i, self.frames).to(kept.dtype)
         return self._replay(kept, kv, self.plan, visual.order), self.plan.table
 
     def remember_last(self, x: Tensor) -> Tensor:
@@ -177,8 +172,7 @@ class PushSource(FrameSource):
         if self.memories.visual is not None and i in self.qformer.config.cross_layers:
             self.replayed(i)
         if self.memories.query[i] is not None:
-            qkv = self.qformer.layers[i].qkv
-            self.remember(i, x, linear(x, qkv.weight[D:], qkv.bias[D:]))
+            self.remember(i, x, dense_rows(x, self.qformer.layers[i].qkv, slice(D, None)))
         return x
 
     def read(self, q: Tensor, rows: Tensor, table: Tensor | None, mask: Tensor | None = None) -> Tensor:
@@ -195,6 +189,8 @@ class PushSource(FrameSource):
         return torch.stack(steps, dim=1)
 
     def _replay(self, kept: Tensor, kv: Tensor, plan: MergePlan, order: Tensor) -> Tensor:
+        if torch.compiler.is_compiling():  # it plans its memory, and a size that is a key is a size fixed
+            return memory_replay_(kept, kv, plan, order, weighted=self.weighted)
         # One list for all layers of a shape: they are read in turn, and new memory costs a page fault per 4 KB.
         B, slots, *rows = kept.shape
         shape = (B, slots + 2 * kv.shape[1], *rows)
@@ -225,7 +221,7 @@ class ReadSource(FrameSource):
         if visual.attached:
             kv = slots(visual.attached[self.qformer.config.cross_layers.index(i)], stored)
         else:
-            kv = self.project(i, slots(visual.bank, stored))
+            kv = self.qformer.cross_keys_values(i, slots(visual.bank, stored))
         return self.by_question(self.attend(self.by_video(q)[:, 0], kv)[:, None])
 
 
@@ -253,11 +249,10 @@ class LastSource(FrameSource):
             entries = x.detach().expand(-1, min(memories.seen, memories.length), -1, -1)
         else:
             entries = entries_before(memory, memories.stored, self.weighted).to(x.dtype)
-        layer = self.qformer.layers[i].qkv
-        stored = linear(entries.flatten(1, 2), layer.weight[D:], layer.bias[D:])
+        stored = dense_rows(entries.flatten(1, 2), self.qformer.layers[i].qkv, slice(D, None))
         qkv = qkv[:, 0]
         return self.attend_entries(qkv[..., :D], torch.cat([stored, qkv[..., D:]], dim=1), x.shape[2])[:, None]
 
     def cross_attention(self, i: int, q: Tensor) -> Tensor:
-        y = self.attend(self.by_video(q)[:, 0], self.project(i, self.visual))
+        y = self.attend(self.by_video(q)[:, 0], self.qformer.cross_keys_values(i, self.visual))
         return self.by_question(y[:, None])

@@ -9,6 +9,8 @@ from torch import Tensor, nn
 
 from pyvidx.backbones.clip import CLIPVision
 from pyvidx.encoding import Encoding
+from pyvidx.layers.patch import patch_grid
+from pyvidx.layers.plain import held
 from pyvidx.models import files
 from pyvidx.models.config import BTAdapterConfig
 from pyvidx.models.fold import fold
@@ -64,6 +66,7 @@ class BTAdapter(nn.Module):
         times: Tensor | None = None,
         mask: Tensor | None = None,
         frame_mask: Tensor | None = None,
+        interpolate: bool = False,
     ) -> Encoding:
         """Encode videos.
 
@@ -80,17 +83,23 @@ class BTAdapter(nn.Module):
                 outputs=("pooled",).
             frame_mask: bool [B, T], True = a real frame: the others, of padded clips, have no influence, whatever they
                 hold. For clips of at most config.time_length frames, and not for the official llava tower.
+            interpolate: take pixels of another size than config.vision.image_size, multiples of the patch size, with
+                the position table resized (bicubic); otherwise they are an error.
 
         Raises:
             ValueError: the input, the frame count, a mask or the outputs do not fit.
         """
         if self.config.part == "features":
-            return self.encode_features(pixels, outputs=outputs, times=times, frame_mask=frame_mask)
+            stored = {"times": times, "frame_mask": frame_mask, "interpolate": interpolate}
+            return self.encode_features(pixels, outputs=outputs, **stored)
         wanted, pixels = self._wanted(outputs), self.read_pixels(pixels)
         real = check_frame_mask("BTAdapter", frame_mask, *pixels.shape[:2], pixels.device)
-        group = self._group(pixels.shape[1], mask, pixels.device, wanted, real)  # refuses what does not fit first
-        xs = on_real_frames(lambda x: self.backbone(x, self._branch_inputs(wanted)), pixels, real)
-        return self._encode(xs, group, wanted, times)
+        position = self._position_of(pixels, interpolate)
+        # Refuses what does not fit before the work.
+        group = self._group(pixels.shape[1], len(position) - 1, mask, pixels.device, wanted, real)
+        layers = self._branch_inputs(wanted)
+        xs = on_real_frames(lambda x: self.backbone(x, layers, interpolate=interpolate), pixels, real)
+        return self._encode(xs, position, group, wanted, times)
 
     def encode_features(
         self,
@@ -99,21 +108,25 @@ class BTAdapter(nn.Module):
         outputs: Sequence[str] | None = None,
         times: Tensor | None = None,
         frame_mask: Tensor | None = None,
+        interpolate: bool | tuple[int, int] = False,
     ) -> Encoding:
         """The same from stored backbone tokens: the input of backbone layer L - d, for any part of the model.
 
         Args:
             features: [B, T, 1+P, C]; cast to the model's dtype. The official llava tower also takes [T, 1+P, C] as one
                 video, and fails on [B, 3, 1+P, C], which it takes for pixels.
+            interpolate: True for features of pixels of another size; (rows, columns) of their patches where these are
+                no square.
         """
         wanted, x, xs = self._wanted(outputs), self._read_features(features), []
         real = check_frame_mask("BTAdapter", frame_mask, *x.shape[:2], x.device)
-        group = self.grouping(x, frame_mask=real)  # refuses a wrong shape or frame count before the work
+        # Refuses a wrong shape or frame count before the work.
+        group = self.grouping(x, frame_mask=real, interpolate=interpolate)
         x = real_only(x, real)
         for i in self._branch_inputs(wanted):
             x = self.backbone.blocks[str(i)](x)
             xs.append(x)
-        return self._encode(xs, group, wanted, times)
+        return self._encode(xs, self._table(x, interpolate), group, wanted, times)
 
     def encode_layers(
         self,
@@ -123,11 +136,13 @@ class BTAdapter(nn.Module):
         times: Tensor | None = None,
         mask: Tensor | None = None,
         frame_mask: Tensor | None = None,
+        interpolate: bool | tuple[int, int] = False,
     ) -> Encoding:
         """The branch and the heads on backbone outputs, which may be cached: the branch never feeds the backbone.
 
         Args:
             xs: [B, T, 1+P, C] of backbone layers L-d, L-d+1, ...: d of them, or d - 1 for outputs=("tokens",).
+            interpolate: as in `encode_features`.
         """
         wanted = self._wanted(outputs)
         if len(xs) != len(self._branch_inputs(wanted)):
@@ -136,23 +151,33 @@ class BTAdapter(nn.Module):
                 f"{list(self._branch_inputs(wanted))}, got {len(xs)} tensors"
             )
         real = check_frame_mask("BTAdapter", frame_mask, *xs[0].shape[:2], xs[0].device)
-        group = self.grouping(xs[0], mask, wanted, real)
-        return self._encode([real_only(x, real) for x in xs], group, wanted, times)
+        group = self.grouping(xs[0], mask, wanted, real, interpolate)
+        table = self._table(xs[0], interpolate)
+        return self._encode([real_only(x, real) for x in xs], table, group, wanted, times)
 
-    def _encode(self, xs: Sequence[Tensor], group: Grouping, wanted: Sequence[str], times: Tensor | None) -> Encoding:
-        gate = {"gate": self.output_gate, "gate_scale": self.config.output_gate_scale}
-        return replace(encode_branch(self.branch, xs, self.backbone, group, wanted, **gate), times=times)
+    def _encode(
+        self,
+        xs: Sequence[Tensor],
+        position: Tensor,
+        group: Grouping,
+        wanted: Sequence[str],
+        times: Tensor | None,
+    ) -> Encoding:
+        gate = {"gate": held(self, "output_gate"), "gate_scale": self.config.output_gate_scale}
+        return replace(encode_branch(self.branch, xs, self.backbone, position, group, wanted, **gate), times=times)
 
-    def encode_frames(self, pixels: Tensor) -> Tensor:
-        """One vector per frame, whose mean, projected, is "pooled". pixels as in `forward` -> [B, T, C]."""
-        xs = self.backbone(self.read_pixels(pixels), self._branch_inputs(self._wanted(("pooled",))))
-        _, mixed = until_last(self.branch, xs, self.backbone.position, self.grouping(xs[0]))
+    def encode_frames(self, pixels: Tensor, *, interpolate: bool = False) -> Tensor:
+        """One vector per frame, whose mean, projected, is "pooled". Arguments as in `forward` -> [B, T, C]."""
+        layers, pixels = self._branch_inputs(self._wanted(("pooled",))), self.read_pixels(pixels)
+        position = self._position_of(pixels, interpolate)
+        xs = self.backbone(pixels, layers, interpolate=interpolate)
+        _, mixed = until_last(self.branch, xs, position, self.grouping(xs[0], interpolate=interpolate))
         return self.frame_vectors(xs[-1], self.branch.spatial[-1].class_token(mixed))
 
     def frame_vectors(self, x: Tensor, cls: Tensor) -> Tensor:
         """LN((1 - w) cls + w X_cls) of every frame, see pyvidx.temporal.branch. x [B, T, 1+P, C] of the last backbone
         layer, cls [B, C] of the last branch layer -> [B, T, C]."""
-        return frame_vectors(x, cls, self.backbone, self.output_gate, self.config.output_gate_scale)
+        return frame_vectors(x, cls, self.backbone, held(self, "output_gate"), self.config.output_gate_scale)
 
     def grouping(
         self,
@@ -160,20 +185,39 @@ class BTAdapter(nn.Module):
         mask: Tensor | None = None,
         wanted: Sequence[str] = (),
         frame_mask: Tensor | None = None,
+        interpolate: bool | tuple[int, int] = False,
     ) -> Grouping:
         """The arrangement of the branch tokens of backbone tokens x [B, T, 1+P, C]."""
         P, C = self.config.vision.patches, self.config.vision.width
-        if x.dim() != 4 or x.shape[2] != 1 + P or x.shape[3] != C:
-            raise ValueError(f"BTAdapter: backbone tokens must be [B, T, {1 + P}, {C}], got {tuple(x.shape)}")
-        return self._group(x.shape[1], mask, x.device, wanted, frame_mask)
+        if x.dim() != 4 or x.shape[3] != C or (x.shape[2] != 1 + P and not interpolate):
+            raise ValueError(
+                f"BTAdapter: backbone tokens must be [B, T, {1 + P}, {C}], got {tuple(x.shape)}; those of pixels of "
+                "another size need interpolate=True"
+            )
+        return self._group(x.shape[1], x.shape[2] - 1, mask, x.device, wanted, frame_mask)
+
+    def _position_of(self, pixels: Tensor, interpolate: bool) -> Tensor:
+        rows, columns = patch_grid("BTAdapter", pixels, self.config.vision.patch_size)
+        return self.backbone.positions(rows, columns, interpolate=interpolate)
+
+    def _table(self, x: Tensor, interpolate: bool | tuple[int, int]) -> Tensor:
+        """The position table of stored tokens."""
+        rows, columns = self.backbone.grid(x.shape[2] - 1, interpolate)
+        return self.backbone.positions(rows, columns, interpolate=bool(interpolate))
 
     def _group(
-        self, T: int, mask: Tensor | None, device: torch.device, wanted: Sequence[str], frame_mask: Tensor | None
+        self,
+        T: int,
+        P: int,
+        mask: Tensor | None,
+        device: torch.device,
+        wanted: Sequence[str],
+        frame_mask: Tensor | None,
     ) -> Grouping:
         if mask is not None and "tokens" in wanted:
             raise ValueError("BTAdapter: tokens need all patches; with a mask ask for outputs=('pooled',)")
         modes = {"compat": self.compat, "tower": self.tower, "time_length": self.config.time_length}
-        return grouping(T, self.config.vision.patches, mask=mask, frame_mask=frame_mask, device=device, **modes)
+        return grouping(T, P, mask=mask, frame_mask=frame_mask, device=device, **modes)
 
     def read_pixels(self, pixels: Tensor) -> Tensor:
         """The forms `forward` takes -> [B, T, 3, h, w]."""

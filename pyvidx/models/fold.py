@@ -12,6 +12,8 @@ import copy
 import torch
 from torch import nn
 
+from pyvidx.layers.plain import BIASES, unhooked
+
 
 def fold(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
     """An inference copy of a BTAdapter; the model itself is not changed.
@@ -25,9 +27,15 @@ def fold(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
 
     Returns:
         a BTAdapter in eval mode whose parameters ask for no gradient. It refuses to be trained, saved or loaded into.
+
+    Raises:
+        RuntimeError: the model is folded.
+        ValueError: a layer is not as pyvidx made it: an adapter, a hook, a quantized weight.
     """
     if model.folded:
         raise RuntimeError("BTAdapter: this is a folded copy already")
+    for name, module in model.named_modules():
+        _check_own(name, module)
     shared = {
         id(p): nn.Parameter(p.detach() if dtype is None else p.detach().to(dtype), requires_grad=False)
         for p in model.parameters()
@@ -46,6 +54,24 @@ def fold(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
         layer.fc = None
     folded.folded = True
     return folded.eval()
+
+
+def _check_own(name: str, module: nn.Module) -> None:
+    """Raise for a module that folding would tear out of somebody's hands, or make wrong without a word."""
+    kind = type(module)
+    what = None
+    if name and not kind.__module__.startswith(("pyvidx.", "torch.nn.modules.")):
+        what = f"a {kind.__module__}.{kind.__qualname__}"
+    elif not unhooked(module):
+        what = "one with hooks or another forward"
+    else:
+        others = [type(p) for p in module._parameters.values() if type(p) not in BIASES]
+        what = f"one with a {others[0].__qualname__}" if others else None
+    if what is not None:
+        raise ValueError(
+            f"fold: every layer must be as pyvidx made it, got {what} at {name or 'the model itself'}; merge adapters, "
+            "take hooks and parametrizations off, and quantize the folded copy"
+        )
 
 
 def _set(linear: nn.Linear, weight, bias) -> None:

@@ -8,7 +8,8 @@ from torch import Tensor, nn
 
 from pyvidx.backbones.eva import EVAVision
 from pyvidx.integrations.language import Language
-from pyvidx.layers.linear import Linear
+from pyvidx.layers.linear import dense
+from pyvidx.layers.plain import held
 from pyvidx.memory.qformer import Prompt, QFormer
 from pyvidx.memory.sources import FrameSource, LastSource, Memories, PushSource, ReadSource
 from pyvidx.models import files
@@ -52,7 +53,7 @@ class MALMM(nn.Module):
         self.vision = EVAVision(config.vision)
         self.time = nn.Parameter(torch.zeros(config.time_length, config.vision.width)) if config.time_length else None
         self.qformer = QFormer(config.qformer)
-        self.projection = None if config.llm_width is None else Linear(config.qformer.width, config.llm_width)
+        self.projection = None if config.llm_width is None else nn.Linear(config.qformer.width, config.llm_width)
 
     def forward(
         self,
@@ -152,7 +153,7 @@ class MALMM(nn.Module):
         """The Q-Former's tokens in the language model's width. [..., D] -> [..., llm_width]."""
         if self.projection is None:
             raise ValueError("MALMM: this model was built without a projection (llm_width=None)")
-        return self.projection(tokens)
+        return dense(tokens, self.projection)
 
     def start(
         self,
@@ -183,7 +184,7 @@ class MALMM(nn.Module):
         if length < 1:
             raise ValueError(f"MALMM: the memories' length must be at least 1, got {length}; `encode` takes 0")
         B, P, C = batch if prompt is None else prompt.batch, 1 + self.config.vision.patches, self.config.vision.width
-        q, weight = self.config.qformer, self.qformer.keys_values.weight
+        q, weight = self.config.qformer, held(self.qformer, "query_tokens")
 
         def bank(rows: int, N: int, width: int, attached: int) -> MemoryState:
             kept = bank_dtype or torch.promote_types(weight.dtype, torch.float32)
@@ -307,7 +308,7 @@ class MALMM(nn.Module):
         """features + temporal embedding: it is added before attention and before storing."""
         if self.time is None:
             return frames
-        t, table = frames.shape[1], self.time
+        t, table = frames.shape[1], held(self, "time")
         if positions is None and seen + t > len(table):
             raise ValueError(
                 f"MALMM: the temporal table has {len(table)} rows, got frame {seen + t}; pass positions, or use "

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from pyvidx.backbones.clip_text import CLIPText
-from pyvidx.layers.linear import Linear
+from pyvidx.layers.linear import dense
+from pyvidx.layers.plain import held
 from pyvidx.losses import GRADIENTS, alignment, contrastive, gather
 from pyvidx.models.bt_adapter import BTAdapter
 from pyvidx.ops import token_gather
@@ -93,7 +94,7 @@ class Pretraining(nn.Module):
         self.model, self.text = model, text.requires_grad_(False)
         self.model.backbone.requires_grad_(False)
         self.model.branch.checkpointing = checkpointing
-        self.head = nn.Sequential(Linear(v.width, v.embed_dim), nn.LayerNorm(v.embed_dim))
+        self.head = nn.Sequential(nn.Linear(v.width, v.embed_dim), nn.LayerNorm(v.embed_dim))
         self.mask_rate, self.mask_order, self.gradient = mask_rate, mask_order, gradient
         self.weights, self.scale, self.drop_path, self.micro_batch = weights, scale, drop_path, micro_batch
 
@@ -169,10 +170,10 @@ class Pretraining(nn.Module):
     def embed(self, xs: Sequence[Tensor], group: Grouping, drops: Drops | None) -> tuple[Tensor, Tensor, Tensor]:
         """Of each video two embeddings [B, E], of its class token and of its kept tokens, and the token loss of all."""
         z, cls, mean = split_rows(self.rows(xs, group, drops)[-1], mean=True)  # [B, S, K, C], [B, C] twice
-        project = self.model.backbone.projection
-        video = project(self.model.frame_vectors(xs[-1], cls).mean(dim=1))
+        project, (first, norm) = self.model.backbone.projection, self.head
+        video = dense(self.model.frame_vectors(xs[-1], cls).mean(dim=1), project)
         # The projection has no bias: the mean of the tokens' projections is the projection of their mean.
-        return video, project(mean), alignment(self.head(z), self.teacher(xs[-1], group))
+        return video, dense(mean, project), alignment(norm(dense(z, first)), self.teacher(xs[-1], group))
 
     def _in_parts(self, xs, group, drops):
         """embed, of micro_batch videos at a time."""
@@ -200,7 +201,7 @@ class Pretraining(nn.Module):
 
     def rows(self, xs: Sequence[Tensor], group: Grouping, drops: Drops | None) -> list[Tensor]:
         """Every branch layer's tokens [B, S, 1 + K, C], as BTAdapterBranch.rows gives them."""
-        return self.model.branch.rows(xs, self.model.backbone.position, group, drops)
+        return self.model.branch.rows(xs, held(self.model.backbone, "position"), group, drops)
 
     def grouping(self, x: Tensor, mask: Tensor | None, generator: torch.Generator | None = None) -> Grouping:
         """Of the tokens that the branch keeps of backbone tokens x [B, T, 1+P, C]."""
@@ -226,7 +227,7 @@ class Pretraining(nn.Module):
         if self.mask_order == "official":  # the patch-major index of the kept token, read as a frame-major one
             keep = keep % P * T + keep // P
         tokens = token_gather(x[:, :, 1:], keep)
-        return self.model.backbone.projection(self.model.backbone.norm_post(tokens))
+        return dense(self.model.backbone.norm_post(tokens), self.model.backbone.projection)
 
     @property
     def _layers(self) -> range:

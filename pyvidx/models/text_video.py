@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from pyvidx.backbones.clip_text import CLIPText, CLIPTextConfig
 from pyvidx.data.words import Words
+from pyvidx.layers.plain import held
 from pyvidx.models import files
 from pyvidx.models.bt_adapter import BTAdapter
 from pyvidx.models.config import BTAdapterConfig, known
@@ -39,7 +40,7 @@ class TextVideo:
     @torch.inference_mode()
     def similarity(self, pooled: Tensor, captions: Sequence[str]) -> Tensor:
         """Cosines of video embeddings [B, E] with captions -> float32 [B, captions]. ValueError: an unknown word."""
-        ids = self.words(captions).to(self.text.position.device)
+        ids = self.words(captions).to(held(self.text, "position").device)
         text = F.normalize(self.text(ids).float(), dim=-1)
         return F.normalize(pooled.to(text), dim=-1) @ text.T
 

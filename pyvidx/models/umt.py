@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from pyvidx.backbones.clip import CLIPVision
 from pyvidx.encoding import Encoding
 from pyvidx.layers.block import Block
-from pyvidx.layers.linear import Linear
+from pyvidx.layers.linear import dense
 from pyvidx.layers.patch import patch_rows
 from pyvidx.layers.sincos import sincos_table
 from pyvidx.losses import alignment
@@ -163,7 +163,9 @@ class UnmaskedTeacher(nn.Module):
         self.student, self.teacher, self.mask_ratio = student, teacher, mask_ratio
         self.teacher.requires_grad_(False)
         E = t.width if teacher.projection is None else t.embed_dim
-        self.heads = nn.ModuleList(nn.Sequential(Linear(s.width, E), nn.LayerNorm(E, eps=s.eps)) for _ in range(taps))
+        self.heads = nn.ModuleList(
+            nn.Sequential(nn.Linear(s.width, E), nn.LayerNorm(E, eps=s.eps)) for _ in range(taps)
+        )
 
     def forward(
         self, pixels: Tensor, *, visible: Tensor | None = None, generator: torch.Generator | None = None
@@ -189,12 +191,14 @@ class UnmaskedTeacher(nn.Module):
         positions = token_gather(
             self.student.positions(pixels.shape[1], found[0]).expand(len(pixels), -1, -1, -1), visible
         )
-        return torch.stack([head(self.student.norm(x) + positions) for head, x in zip(self.heads, found)])
+        return torch.stack(
+            [norm(dense(self.student.norm(x) + positions, first)) for (first, norm), x in zip(self.heads, found)]
+        )
 
     def targets(self, xs: list[Tensor], visible: Tensor) -> Tensor:
         """projection(LN(tokens)) of the visible patches of teacher layers [B, T, 1+P, C] -> [K, B, T, V, E]."""
         tokens = torch.stack([self.teacher.norm_post(token_gather(x[:, :, 1:], visible)) for x in xs])
-        return tokens if self.teacher.projection is None else self.teacher.projection(tokens)
+        return tokens if self.teacher.projection is None else dense(tokens, self.teacher.projection)
 
     def draw(self, attention: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """Visible tokens, drawn without replacement in proportion to the attention they get.
@@ -214,6 +218,7 @@ def class_attention(tower: CLIPVision, x: Tensor) -> Tensor:
     """
     block = tower.blocks[str(tower.layers[-1])]
     C = x.shape[-1]
-    q, k, _ = block.qkv(block.norm1(x)).unflatten(-1, (3, block.heads, C // block.heads)).unbind(-3)  # [..., 1+P, H, D]
+    qkv = dense(block.norm1(x), block.qkv).unflatten(-1, (3, block.heads, C // block.heads))
+    q, k, _ = qkv.unbind(-3)  # [..., 1+P, H, D]
     scores = torch.einsum("...hd,...nhd->...hn", q[..., 0, :, :], k) / math.sqrt(q.shape[-1])
     return scores.softmax(dim=-1)[..., 1:].mean(dim=-2)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from pyvidx import temporal
 from pyvidx.backbones.clip import CLIPVision, CLIPVisionConfig
 from pyvidx.encoding import Encoding
+from pyvidx.layers.patch import patch_grid
 from pyvidx.models import files
 from pyvidx.models.config import BTAdapterConfig, known
 from pyvidx.temporal.frames import check_frame_mask, on_real_frames, real_only
@@ -52,6 +53,7 @@ class VideoEncoder(nn.Module):
         frame_mask: Tensor | None = None,
         outputs: Sequence[str] | None = None,
         times: Tensor | None = None,
+        interpolate: bool = False,
     ) -> Encoding:
         """Encode videos.
 
@@ -61,6 +63,8 @@ class VideoEncoder(nn.Module):
                 hold. Default: all are real.
             outputs: any of "tokens", "pooled"; default both. What is not asked for is not computed.
             times: [B, T] seconds, passed through.
+            interpolate: take pixels of another size than the tower's image_size, multiples of its patch size, with the
+                position table resized (bicubic); otherwise they are an error.
 
         Raises:
             ValueError: pixels, frame_mask, the frame count or outputs do not fit.
@@ -68,14 +72,17 @@ class VideoEncoder(nn.Module):
         pixels, real, wanted = self._read(pixels), self._real(frame_mask, pixels), self._wanted(outputs)
         reads = self.temporal.reads
         reads = reads if "pooled" in wanted else reads[:-1]
+        grid = _grid_option(patch_grid("VideoEncoder", pixels, self.tower.config.patch_size), interpolate)
         if self.temporal.reads_only:
-            xs = self._run_tower(pixels, real, reads)
+            xs = self._run_tower(pixels, real, reads, interpolate)
         else:
-            xs = self._run_inside(real_only(pixels, real), real, reads)
+            xs = self._run_inside(real_only(pixels, real), real, reads, grid)
         xs = xs if "pooled" in wanted else (*xs, None)
-        return dataclasses.replace(self.temporal.encode(xs, self.tower, real, wanted), times=times)
+        return dataclasses.replace(self.temporal.encode(xs, self.tower, real, wanted, **grid), times=times)
 
-    def layers(self, pixels: Tensor, *, frame_mask: Tensor | None = None) -> tuple[Tensor, ...]:
+    def layers(
+        self, pixels: Tensor, *, frame_mask: Tensor | None = None, interpolate: bool = False
+    ) -> tuple[Tensor, ...]:
         """What `from_layers` takes, to be stored: the tower's outputs for a module that only reads them.
 
         Returns:
@@ -83,7 +90,7 @@ class VideoEncoder(nn.Module):
         """
         self._need_reads_only()
         pixels = self._read(pixels)
-        return self._run_tower(pixels, self._real(frame_mask, pixels), self.temporal.reads)
+        return self._run_tower(pixels, self._real(frame_mask, pixels), self.temporal.reads, interpolate)
 
     def from_layers(
         self,
@@ -92,27 +99,34 @@ class VideoEncoder(nn.Module):
         frame_mask: Tensor | None = None,
         outputs: Sequence[str] | None = None,
         times: Tensor | None = None,
+        interpolate: bool | tuple[int, int] = False,
     ) -> Encoding:
-        """The same as `forward` from what `layers` gave."""
+        """The same as `forward` from what `layers` gave.
+
+        Args:
+            interpolate: True for layers of pixels of another size; (rows, columns) of their patches where these are no
+                square.
+        """
         self._need_reads_only()
-        wanted, N, C = self._wanted(outputs), 1 + self.tower.config.patches, self.tower.config.width
+        wanted, C = self._wanted(outputs), self.tower.config.width
+        N = xs[0].shape[2] if interpolate and xs and xs[0].dim() == 4 else 1 + self.tower.config.patches
         if len(xs) != len(self.temporal.reads) or any(x.dim() != 4 or x.shape[2:] != (N, C) for x in xs):
             raise ValueError(
                 f"VideoEncoder: xs must be [B, T, {N}, {C}] of backbone layers {list(self.temporal.reads)}, "
                 f"got {[tuple(x.shape) for x in xs]}"
             )
         real = self._real(frame_mask, xs[0])
-        xs = [real_only(x, real) for x in xs]
-        return dataclasses.replace(self.temporal.encode(xs, self.tower, real, wanted), times=times)
+        xs, grid = [real_only(x, real) for x in xs], _grid_option(self.tower.grid(N - 1, interpolate), interpolate)
+        return dataclasses.replace(self.temporal.encode(xs, self.tower, real, wanted, **grid), times=times)
 
-    def _run_tower(self, pixels: Tensor, real: Tensor | None, reads: range) -> tuple[Tensor, ...]:
-        return on_real_frames(lambda x: self.tower(x, reads), pixels, real)
+    def _run_tower(self, pixels: Tensor, real: Tensor | None, reads: range, interpolate: bool) -> tuple[Tensor, ...]:
+        return on_real_frames(lambda x: self.tower(x, reads, interpolate=interpolate), pixels, real)
 
-    def _run_inside(self, pixels: Tensor, real: Tensor | None, reads: range) -> tuple[Tensor, ...]:
-        found = []
-        x = self.tower.norm_pre(self.temporal.embed(self.tower.tokens(pixels), self.tower, real))
+    def _run_inside(self, pixels: Tensor, real: Tensor | None, reads: range, grid: dict) -> tuple[Tensor, ...]:
+        found, tokens = [], self.tower.tokens(pixels, interpolate=bool(grid))
+        x = self.tower.norm_pre(self.temporal.embed(tokens, self.tower, real, **grid))
         for i in range(reads.stop):
-            x = self.temporal.block(i, self.tower.blocks[str(i)], x, real)
+            x = self.temporal.block(i, self.tower.blocks[str(i)], x, real, **grid)
             if i in reads:
                 found.append(x)
         return tuple(found)
@@ -169,3 +183,8 @@ class VideoEncoder(nn.Module):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             return cls(CLIPVision(vision), temporal.create(name, vision, **options)).eval()
+
+
+def _grid_option(grid: tuple[int, int], interpolate: bool | tuple[int, int]) -> dict:
+    """What a temporal module is told of the grid: nothing where it must be the tower's own."""
+    return {"grid": grid} if interpolate else {}

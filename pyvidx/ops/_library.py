@@ -87,9 +87,13 @@ def _device(args: Sequence) -> str:
     return "cpu"
 
 
-def require(ok: bool, message: str, *tensors: Tensor | None) -> None:
-    """Raise ValueError("op: what must hold, got ...") unless ok."""
+def require(ok: bool, message: str, *tensors: Tensor | None, **values) -> None:
+    """Raise ValueError("op: what must hold, got ...") unless ok.
+
+    values: for {names} in the message. Sizes go there: a compiler that traces symbolic ones cannot write them out.
+    """
     if not ok:
+        message = message.format(**values) if values else message
         got = ", ".join(
             "None" if t is None else f"{tuple(t.shape)} {str(t.dtype).removeprefix('torch.')} on {t.device}"
             for t in tensors
@@ -113,7 +117,8 @@ def require_floating(op: str, **tensors: Tensor | None) -> None:
 def require_out(op: str, out: Tensor, shape: Sequence[int], like: Tensor, *inputs: Tensor | None) -> None:
     """`out=` takes a tensor of the right shape that no gradient is asked through."""
     fits = tuple(out.shape) == tuple(shape) and out.dtype == like.dtype and out.device == like.device
-    require(fits, f"{op}: out must be {tuple(shape)} with the dtype and device of the input", out, like)
+    text = "{op}: out must be {shape} with the dtype and device of the input"
+    require(fits, text, out, like, op=op, shape=tuple(shape))
     require(out.stride(-1) == 1 or out.shape[-1] <= 1, f"{op}: the last stride of out must be 1", out)
     for t in inputs:  # autocast does not reach an op that is given its output
         require(t is None or t.dtype == out.dtype, f"{op}: with out= all tensors must have one dtype", t, out)

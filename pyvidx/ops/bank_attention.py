@@ -69,7 +69,10 @@ def _check(q, rows, table, heads, sizes, mask):
     width = D // heads if heads > 0 and D % heads == 0 else 0
     require(
         width > 0 and width % 8 == 0 and width <= MAX_WIDTH,
-        f"bank_attention: D must be heads * d, d a multiple of 8 up to {MAX_WIDTH}, got D = {D}, heads = {heads}",
+        "bank_attention: D must be heads * d, d a multiple of 8 up to {most}, got D = {D}, heads = {heads}",
+        most=MAX_WIDTH,
+        D=D,
+        heads=heads,
     )
     S, N = rows.shape[1:3]
     for name, x in (("table", table), ("sizes", sizes)):
@@ -82,7 +85,7 @@ def _check(q, rows, table, heads, sizes, mask):
             rows,
         )
     L = S if table is None else table.shape[3]
-    require(sizes is None or sizes.shape[3] == L, f"bank_attention: sizes must be [B, t, N, {L}]", sizes)
+    require(sizes is None or sizes.shape[3] == L, "bank_attention: sizes must be [B, t, N, {L}]", sizes, L=L)
     require(
         mask is None or (mask.dtype == torch.bool and mask.device == q.device and mask.shape == (B, N)),
         "bank_attention: mask must be bool [B, N] on q's device",

@@ -108,7 +108,7 @@ def gated_fusion(
     weight, bias, eps = check_norm(op, norm, C)
     require_floating(op, x=x, z=z, cls=cls, gate=gate, weight=weight, bias=bias)
     shape = (B, S, K + (cls is None), C)
-    require(tuple(z.shape) == shape, f"{op}: z must be {shape}", z)
+    require(tuple(z.shape) == shape, "{op}: z must be {shape}", z, op=op, shape=shape)
     require(cls is None or tuple(cls.shape) == (B, C), f"{op}: cls must be [B, C] of x", cls, x)
     _check_gate(op, gate, C)
     return _run(op, x, z, cls, gate, None, None, keep, weight, bias, scale, eps, pair, out=out)
@@ -170,7 +170,7 @@ def _check_tokens(op, x, keep, pair):
 
 
 def _check_gate(op, gate, C):
-    require(gate is None or tuple(gate.shape) == (C,), f"{op}: gate must be [C], C = {C}", gate)
+    require(gate is None or tuple(gate.shape) == (C,), "{op}: gate must be [C], C = {C}", gate, op=op, C=C)
 
 
 def check_norm(op, norm, C):
@@ -180,7 +180,7 @@ def check_norm(op, norm, C):
     require(len(norm) in (2, 3), f"{op}: norm must be (weight, bias) or (weight, bias, eps), got {len(norm)} entries")
     weight, bias, eps = norm if len(norm) == 3 else (*norm, 1e-5)
     affine = all(isinstance(t, Tensor) and tuple(t.shape) == (C,) for t in (weight, bias))
-    require(affine, f"{op}: weight and bias of norm must be [C], C = {C}", weight, bias)
+    require(affine, "{op}: weight and bias of norm must be [C], C = {C}", weight, bias, op=op, C=C)
     return weight, bias, float(eps)
 
 

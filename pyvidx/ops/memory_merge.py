@@ -39,7 +39,8 @@ def new_state(
 
     Keep the bank in float32: the similarities of 16-bit rows choose other pairs. The attached may be 16-bit.
     """
-    require(min(B, M, N, C) >= 1, f"new_state: B, M, N and C must be at least 1, got {B}, {M}, {N}, {C}")
+    sizes = (B, M, N, C)
+    require(min(sizes) >= 1, "new_state: B, M, N and C must be at least 1, got {sizes}", sizes=sizes)
     slots = torch.arange(M + 1, dtype=torch.int32, device=device)
     return MemoryState(
         bank=torch.zeros(B, M + 1, N, C, dtype=dtype, device=device),
@@ -160,7 +161,8 @@ def check_state(name, bank, sizes, order, similarity, length, active):
 
     def state(what, tensor, shape, dtype):
         fits = tensor.shape == shape and tensor.dtype == dtype and tensor.device == bank.device
-        require(fits, f"{name}: {what} must be {dtype} {shape} on the device of bank", tensor, bank)
+        text = "{name}: {what} must be {dtype} {shape} on the device of bank"
+        require(fits, text, tensor, bank, name=name, what=what, dtype=dtype, shape=shape)
 
     state("sizes", sizes, (B, N, slots), torch.int32)
     state("order", order, (B, N, slots), torch.int32)

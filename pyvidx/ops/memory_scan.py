@@ -105,7 +105,8 @@ def memory_replay_(
     shapes = {"plan.table": (B, t, N, slots), "plan.sources": pairs, "plan.counts": pairs, "order": last}
     for (what, shape), x in zip(shapes.items(), (*plan, order)):
         fits = x.shape == shape and x.dtype == torch.int32 and x.device == rows.device
-        require(fits, f"{name}: {what} must be torch.int32 {list(shape)} on the device of rows", x, frames)
+        text = "{name}: {what} must be torch.int32 {shape} on the device of rows"
+        require(fits, text, x, frames, name=name, what=what, shape=list(shape))
     _require_no_gradient(name, rows, frames)
     shape = (B, slots + 2 * t, N, W)
     if out is None:

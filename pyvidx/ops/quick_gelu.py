@@ -34,7 +34,7 @@ def quick_gelu(x: Tensor, bias: Tensor | None = None, *, out: Tensor | None = No
     if out is None:
         return _op(x, bias)
     require_out("quick_gelu", out, x.shape, x, x, bias)
-    require(out.is_contiguous(), f"quick_gelu: out must be contiguous, got strides {out.stride()}")
+    require(out.is_contiguous(), "quick_gelu: out must be contiguous, got strides {strides}", strides=out.stride())
     _op_out(x, bias, out)
     return out
 

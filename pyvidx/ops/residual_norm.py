@@ -71,10 +71,12 @@ def residual_norm(
     )
     for name, t, shape in own:
         fits = t is None or (tuple(t.shape) == shape and t.dtype == x.dtype and t.device == x.device)
-        require(fits, f"{op}: {name} must be {shape} with the dtype and device of x", t, x)
+        text = "{op}: {name} must be {shape} with the dtype and device of x"
+        require(fits, text, t, x, op=op, name=name, shape=shape)
     for name, t, shapes in (("factor", factor, [(B, S), (B, S, K)]), ("share", share, [(B, S)])):
         fits = t is None or (tuple(t.shape) in shapes and t.is_floating_point() and not t.requires_grad)
-        require(fits, f"{op}: {name} must be floating {' or '.join(map(str, shapes))} and ask for no gradient", t)
+        text = "{op}: {name} must be floating and one of {shapes}, and ask for no gradient"
+        require(fits, text, t, op=op, name=name, shapes=shapes)
     per_row = factor is not None and factor.dim() == 3
     alone = share is None or (cls is None and constant is None and not per_row)
     require(alone, f"{op}: share excludes cls, constant and a factor per row")

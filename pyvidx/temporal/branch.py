@@ -7,11 +7,14 @@ from torch import Tensor, nn
 
 from pyvidx.backbones.clip import CLIPVision, CLIPVisionConfig
 from pyvidx.encoding import Encoding
+from pyvidx.layers.linear import dense
+from pyvidx.layers.norm import foldable
+from pyvidx.layers.plain import held
 from pyvidx.ops import output_gate
 from pyvidx.temporal.bt_adapter import BTAdapterBranch, Mixed, split_rows
 from pyvidx.temporal.frames import frame_mean, real_only
 from pyvidx.temporal.grouping import Grouping, grouping
-from pyvidx.temporal.module import OUTPUTS, TemporalModule
+from pyvidx.temporal.module import OUTPUTS, Grid, TemporalModule
 from pyvidx.temporal.registry import register
 
 
@@ -77,17 +80,19 @@ class Branch(TemporalModule):
         tower: CLIPVision,
         frame_mask: Tensor | None = None,
         outputs: Sequence[str] = OUTPUTS,
+        grid: Grid | None = None,
     ) -> Encoding:
         """tokens: backbone and branch after the last layer but one, averaged over time and with each other."""
-        wanted = list(xs if "pooled" in outputs else xs[:-1])
-        return encode_branch(self.branch, wanted, tower, self._group(xs[0], frame_mask), outputs, **self._heads(tower))
+        wanted, group = list(xs if "pooled" in outputs else xs[:-1]), self._group(xs[0], frame_mask)
+        position = held(tower, "position") if grid is None else tower.positions(*grid, interpolate=True)
+        return encode_branch(self.branch, wanted, tower, position, group, outputs, **self._heads(tower))
 
     def _group(self, x: Tensor, frame_mask: Tensor | None) -> Grouping:
-        T, P, rows = x.shape[1], self.vision.patches, len(self.branch.time)
+        T, P, rows = x.shape[1], x.shape[2] - 1, len(self.branch.time)
         return grouping(T, P, time_length=rows, frame_mask=frame_mask, device=x.device)
 
     def _heads(self, tower: CLIPVision) -> dict:
-        return {"gate": self.output_gate, "gate_scale": self.output_gate_scale}
+        return {"gate": held(self, "output_gate"), "gate_scale": self.output_gate_scale}
 
 
 @register("bt_adapter")
@@ -112,6 +117,7 @@ def encode_branch(
     branch: BTAdapterBranch,
     xs: Sequence[Tensor],
     tower: CLIPVision,
+    position: Tensor,
     group: Grouping,
     outputs: Sequence[str],
     *,
@@ -124,12 +130,13 @@ def encode_branch(
 
     Args:
         xs: [B, T, 1+P, C] of backbone layers L-d, L-d+1, ..., to the last one or, without "pooled", the last but one.
+        position: [1+P, C], the tower's table, of the grid that the patches are on.
         gate, gate_scale: of the output, see frame_vectors.
         seed: [C], in place of the branch's own.
         per_frame: pooled is [B, T, E], zero where a frame is not real.
     """
     last, real = len(xs) - 1, group.frame_mask
-    layers, mixed = until_last(branch, xs, tower.position, group, seed)
+    layers, mixed = until_last(branch, xs, position, group, seed)
     if "pooled" not in outputs:
         patches, cls = branch.spatial[last].mean_tokens(mixed, group)
         return Encoding(fused_tokens(xs[last], patches, cls, real))
@@ -140,7 +147,7 @@ def encode_branch(
     frames = frame_vectors(xs[last], branch.spatial[last].class_token(mixed, real), tower, gate, gate_scale)
     # The projection has no bias: the mean of the frames' projections is the projection of their mean.
     frames = real_only(frames, real) if per_frame else frame_mean(frames, real)
-    return Encoding(tokens, frames if tower.projection is None else tower.projection(frames))
+    return Encoding(tokens, frames if tower.projection is None else dense(frames, tower.projection))
 
 
 def until_last(
@@ -156,8 +163,9 @@ def frame_vectors(x: Tensor, cls: Tensor, tower: CLIPVision, gate: Tensor | None
 
     x [B, T, 1+P, C] of the last backbone layer, cls [B, C] of the last branch layer -> [B, T, C].
     """
-    norm = (tower.norm_post.weight, tower.norm_post.bias, tower.norm_post.eps)
-    return output_gate(x[:, :, 0], cls, gate, scale=gate_scale, norm=norm)
+    norm = foldable(tower.norm_post, x)
+    frames = output_gate(x[:, :, 0], cls, gate, scale=gate_scale, norm=norm)
+    return tower.norm_post(frames) if norm is None else frames
 
 
 def fused_tokens(x: Tensor, patches: Tensor, cls: Tensor, frame_mask: Tensor | None = None) -> Tensor:

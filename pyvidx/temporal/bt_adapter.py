@@ -19,17 +19,19 @@ from torch.utils.checkpoint import checkpoint
 
 from pyvidx.layers.block import Block
 from pyvidx.layers.linear import (
-    Linear,
     add_linear,
     composed_product,
+    dense,
     linear,
-    plain,
     product,
     project_qkv,
+    residual,
     shifted_product,
     value_bias,
     wants_grad,
 )
+from pyvidx.layers.norm import foldable
+from pyvidx.layers.plain import held, plain, untouched
 from pyvidx.ops import fusion_input, gated_fusion, residual_norm
 from pyvidx.ops.gated_fusion_reference import mix
 from pyvidx.temporal.frames import attend_over_frames, frame_mean
@@ -42,20 +44,26 @@ class Added(NamedTuple):
 
     Attributes:
         y: [B, S, K, C].
-        constant: [C].
+        constant: [C] or None.
         bias: [C] or None.
         factor: [B, S, K], DropPath, or None.
     """
 
     y: Tensor
-    constant: Tensor
+    constant: Tensor | None = None
     bias: Tensor | None = None
     factor: Tensor | None = None
 
     def total(self) -> Tensor:
         """[B, S, K, C]."""
         y = self.y if self.bias is None else self.y + self.bias
-        return (y if self.factor is None else y * self.factor[..., None]) + self.constant
+        y = y if self.factor is None else y * self.factor[..., None]
+        return y if self.constant is None else y + self.constant
+
+    def onto(self, x: Tensor) -> Tensor:
+        """x and what is added to it, [B, S, K, C]."""
+        y = self.total()
+        return x + y if y is self.y else residual(x, y)
 
 
 class Mixed(NamedTuple):
@@ -75,7 +83,17 @@ class Mixed(NamedTuple):
         """[cls; z + added] of every slot, [B, S, 1 + K, C], and its LayerNorm."""
         y, constant, bias, factor = self.added
         options = {"constant": constant, "bias": bias, "factor": factor, "cls": self.cls}
-        return residual_norm(self.z, y, (norm.weight, norm.bias, norm.eps), **options)
+        return _residual_norm(self.z, y, norm, **options)
+
+
+def _residual_norm(x: Tensor, y: Tensor, norm: nn.Module, **options) -> tuple[Tensor, Tensor]:
+    """residual_norm with a LayerNorm that may have to be called."""
+    known = foldable(norm, x)
+    if known is not None:
+        return residual_norm(x, y, known, **options)
+    ones = x.new_ones(x.shape[-1])
+    rows, _ = residual_norm(x, y, (ones, torch.zeros_like(ones)), **options)
+    return rows, norm(rows)
 
 
 class TemporalLayer(nn.Module):
@@ -86,9 +104,9 @@ class TemporalLayer(nn.Module):
         super().__init__()
         self.heads = heads
         self.norm = nn.LayerNorm(width, eps=eps)
-        self.qkv = Linear(width, 3 * width)
-        self.out = Linear(width, width)
-        self.fc = Linear(width, width) if fc else None
+        self.qkv = nn.Linear(width, 3 * width)
+        self.out = nn.Linear(width, width)
+        self.fc = nn.Linear(width, width) if fc else None
         if fc:
             nn.init.zeros_(self.fc.weight)
             nn.init.zeros_(self.fc.bias)
@@ -105,18 +123,18 @@ class TemporalLayer(nn.Module):
             return Added(*shifted_product(y, self.out, shift))
         # drop comes before fc: a dropped group still gets its bias
         if shift is None:
-            y = self.out(y) if drop is None else _dropped(y, self.out, drop[:, None, :, None])
-            return Added(product(y, self.fc), self.fc.bias)
+            y = dense(y, self.out) if drop is None else _dropped(y, self.out, drop[:, None, :, None])
+            return Added(*product(y, self.fc))
         # As many rows as channels: one product with the product of two weights is less work than both.
         y, bias = composed_product(y, self.out, self.fc, shift)
         return Added(y, self.fc.bias, bias, None if drop is None else drop[:, None].expand(y.shape[:-1]))
 
 
-def _dropped(x: Tensor, layer: nn.Linear, drop: Tensor) -> Tensor:
+def _dropped(x: Tensor, layer: nn.Module, drop: Tensor) -> Tensor:
     """drop * layer(x). x [B, S, K, C], drop [B, 1, K, 1]. The bias, dropped by itself, joins in the same pass."""
-    y = product(x, layer)
+    y, bias = product(x, layer)
     drop = drop.to(y.dtype)
-    return torch.addcmul(layer.bias.to(y.dtype) * drop, y, drop)
+    return y * drop if bias is None else torch.addcmul(bias.to(y.dtype) * drop, y, drop)
 
 
 class SpatialLayer(Block):
@@ -143,17 +161,21 @@ class SpatialLayer(Block):
         shift = value_bias(normed, self.qkv, self.out)
         y, bias = shifted_product(self.attention(normed, biased_values=shift is None), self.out, shift)
         share = _share(drop, frame_mask, y)
-        norm = (self.norm2.weight, self.norm2.bias, self.norm2.eps)
-        in_place = x.dtype == y.dtype and not wants_grad(x, y, bias, *self.norm2.parameters())
-        out = (y, normed) if in_place else None  # what was in them has been read
-        return residual_norm(x, y, norm, bias=bias, factor=drop, share=share, out=out)
+        # What is in y and normed has been read, and no hook of the modules that made them can have kept it.
+        fresh = bias is not None and plain(self.norm1) and plain(self.norm2) and x.dtype == y.dtype == normed.dtype
+        in_place = fresh and not wants_grad(x, y, bias, *self.norm2.parameters())
+        out = (y, normed) if in_place else None
+        return _residual_norm(x, y, self.norm2, bias=bias, factor=drop, share=share, out=out)
 
     def mean_tokens(self, mixed: Mixed, group: Grouping) -> tuple[Tensor, Tensor]:
         """Frame means of forward's z, [B, P, C], and cls. The MLP's second layer, being linear, runs on the means."""
+        if not (untouched(self) and plain(self.fc2)):
+            z, cls = split_rows(self(mixed, frame_mask=group.frame_mask))
+            return group.patch_mean(z), cls
         x, normed = self.space(mixed, frame_mask=group.frame_mask)
         h = self.hidden(normed)
-        patches = group.patch_mean(x[:, :, 1:]) + self.fc2(group.patch_mean(h[:, :, 1:]))
-        return patches, x[:, 0, 0] + self.fc2(h[:, 0, 0])
+        patches = group.patch_mean(x[:, :, 1:]) + dense(group.patch_mean(h[:, :, 1:]), self.fc2)
+        return patches, x[:, 0, 0] + dense(h[:, 0, 0], self.fc2)
 
     def class_token(self, mixed: Mixed, frame_mask: Tensor | None = None) -> Tensor:
         """forward's cls [B, C] alone: one query per slot, and no projection of the patches.
@@ -161,7 +183,7 @@ class SpatialLayer(Block):
         With q = Wq n_cls + bq the scores are n . (Wk^T q) up to a constant, and the values' sum is Wv (sum p n) + bv:
         the per-token work is two products with H vectors instead of two with C.
         """
-        if not plain(self.qkv):
+        if not (untouched(self) and plain(self.qkv) and self.qkv.bias is not None):
             return self(mixed, frame_mask=frame_mask)[:, 0, 0]
         B, S, K, C = mixed.z.shape
         H, D = self.heads, C // self.heads
@@ -315,21 +337,21 @@ class BTAdapterBranch(nn.Module):
     ) -> Mixed:
         """Fusion and time attention of layer j. rows: what the method of that name gives for layer j - 1."""
         layer = self.temporal[j]
-        norm = (layer.norm.weight, layer.norm.bias, layer.norm.eps)
-        where = {"keep": group.keep, "pair": group.pair, "norm": norm}
+        where = {"keep": group.keep, "pair": group.pair, "norm": foldable(layer.norm, x)}
         real = group.frame_mask
         if rows is None:
-            seed = self.seed if seed is None else seed
-            z, cls, normed = fusion_input(x, position, self.time, seed, **where)
+            seed = held(self, "seed") if seed is None else seed
+            z, cls, *normed = fusion_input(x, position, held(self, "time"), seed, **where)
             if real is not None:  # the op averages all class tokens
                 cls = (frame_mean(x[:, :, 0], real) + seed + position[0]) / 2
         elif self.interact:
-            z, cls, normed = gated_fusion(x, rows, None, self.gate, scale=self.gate_scale, **where)
+            gate = held(self, "gate")
+            z, cls, *normed = gated_fusion(x, rows, None, gate, scale=self.gate_scale, **where)
             if real is not None:
-                cls = mix(rows[:, 0, 0], frame_mean(x[:, :, 0], real), self.gate, self.gate_scale)
+                cls = mix(rows[:, 0, 0], frame_mean(x[:, :, 0], real), gate, self.gate_scale)
         else:
-            z, cls = split_rows(rows)
-            normed = layer.norm(z)
+            (z, cls), normed = split_rows(rows), []
+        normed = normed[0] if normed else layer.norm(z)
         return Mixed(z, cls, self._run(layer, normed, drop, real))
 
     def _run(self, layer: nn.Module, *inputs: Mixed | Tensor | None):

@@ -1,5 +1,6 @@
 """CLIP-ViP (arXiv:2209.06430): a few proxy tokens of the clip see all frames, and every frame sees them."""
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -9,11 +10,12 @@ from torch import Tensor, nn
 from pyvidx.backbones.clip import CLIPVision, CLIPVisionConfig
 from pyvidx.encoding import Encoding
 from pyvidx.layers.block import Block
-from pyvidx.layers.linear import residual
+from pyvidx.layers.linear import add_linear, dense
+from pyvidx.layers.plain import held
 from pyvidx.ops import bank_attention
 from pyvidx.ops.bank_attention import MAX_WIDTH
 from pyvidx.temporal.frames import frame_mean, token_mask
-from pyvidx.temporal.module import OUTPUTS, TemporalModule
+from pyvidx.temporal.module import OUTPUTS, Grid, TemporalModule
 from pyvidx.temporal.registry import register
 
 
@@ -78,32 +80,33 @@ class CLIPViP(TemporalModule):
         self.added = nn.Parameter(torch.randn(proxies - 1, C) * C**-0.5) if proxies > 1 else None
         self.time = nn.Parameter(torch.zeros(time_length, C))
 
-    def embed(self, x: Tensor, tower: CLIPVision, frame_mask: Tensor | None = None) -> Tensor:
+    def embed(self, x: Tensor, tower: CLIPVision, frame_mask: Tensor | None = None, grid: Grid | None = None) -> Tensor:
         B, T, _, C = x.shape
         if frame_mask is None:
             frame_mask = torch.ones(1, T, dtype=torch.bool, device=x.device)
         patches = x[:, :, 1:] + self.times(frame_mask)[:, :, None]
-        added = [] if self.added is None else [(self.added + tower.position[0]).expand(B, -1, C)]
+        added = [] if self.added is None else [(held(self, "added") + held(tower, "position")[0]).expand(B, -1, C)]
         return torch.cat([x[:, 0, :1], *added, patches.flatten(1, 2)], dim=1)
 
     def times(self, frame_mask: Tensor) -> Tensor:
         """Rows of the time table, resized for the n real frames of each clip. [B, T] -> [B, T, C]."""
-        rows, n = len(self.time), frame_mask.sum(dim=1, keepdim=True).double()
+        table, rows, n = held(self, "time"), len(self.time), frame_mask.sum(dim=1, keepdim=True).double()
         place = frame_mask.cumsum(dim=1).double() - 1  # among the real frames
         at = ((place + 0.5) * (rows / n) - 0.5).clamp(0, rows - 1)
         low = at.long()
-        return torch.lerp(self.time[low], self.time[(low + 1).clamp_max(rows - 1)], (at - low)[..., None].to(self.time))
+        return torch.lerp(table[low], table[(low + 1).clamp_max(rows - 1)], (at - low)[..., None].to(table))
 
-    def block(self, i: int, block: Block, x: Tensor, frame_mask: Tensor | None = None) -> Tensor:
-        x = residual(x, self.attend(block, x, frame_mask))
-        return block.feed_forward(x)
+    def block(
+        self, i: int, block: Block, x: Tensor, frame_mask: Tensor | None = None, grid: Grid | None = None
+    ) -> Tensor:
+        return block.feed_forward(add_linear(x, self.attention(block, x, frame_mask, grid), block.out))
 
-    def attend(self, block: Block, x: Tensor, frame_mask: Tensor | None = None) -> Tensor:
-        """The block's attention of LN x [B, M + T*P, C], blocked by frame, without the residual."""
+    def attention(self, block: Block, x: Tensor, frame_mask: Tensor | None = None, grid: Grid | None = None) -> Tensor:
+        """What the block's `out` projects: its attention of LN x [B, M + T*P, C], blocked by frame."""
         B, L, C = x.shape
-        M, P = self.proxies, self.vision.patches
-        qkv = block.qkv(block.norm1(x)).view(B, L, 3, block.heads, C // block.heads)
-        return block.out(proxy_attention(qkv, M, (L - M) // P, frame_mask))
+        M, P = self.proxies, self._count(grid)
+        qkv = dense(block.norm1(x), block.qkv).view(B, L, 3, block.heads, C // block.heads)
+        return proxy_attention(qkv, M, (L - M) // P, frame_mask)
 
     def encode(
         self,
@@ -111,10 +114,14 @@ class CLIPViP(TemporalModule):
         tower: CLIPVision,
         frame_mask: Tensor | None = None,
         outputs: Sequence[str] = OUTPUTS,
+        grid: Grid | None = None,
     ) -> Encoding:
         tokens = None
         if "tokens" in outputs:
             x = xs[-2]
-            patches = x[:, self.proxies :].unflatten(1, (-1, self.vision.patches))
+            patches = x[:, self.proxies :].unflatten(1, (-1, self._count(grid)))
             tokens = torch.cat([frame_mean(patches, frame_mask), x[:, :1]], dim=1)
         return Encoding(tokens, tower.embedding(xs[-1]) if "pooled" in outputs else None)
+
+    def _count(self, grid: Grid | None) -> int:  # P
+        return self.vision.patches if grid is None else math.prod(grid)

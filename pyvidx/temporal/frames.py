@@ -23,7 +23,8 @@ def check_frame_mask(op: str, frame_mask: Tensor | None, B: int, T: int, device:
     if frame_mask is None:
         return None
     fits = frame_mask.dtype == torch.bool and tuple(frame_mask.shape) == (B, T)
-    require(fits, f"{op}: frame_mask must be bool [B, T] = [{B}, {T}], True = a real frame", frame_mask)
+    text = "{op}: frame_mask must be bool [B, T] = [{B}, {T}], True = a real frame"
+    require(fits, text, frame_mask, op=op, B=B, T=T)
     require(bool(frame_mask.any(dim=1).all()), f"{op}: frame_mask must leave every clip a frame", frame_mask)
     return None if bool(frame_mask.all()) else frame_mask.to(device)
 

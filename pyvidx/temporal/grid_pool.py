@@ -8,27 +8,30 @@ from torch import Tensor
 
 from pyvidx.backbones.clip import CLIPVisionConfig
 from pyvidx.temporal.frames import real_only
-from pyvidx.temporal.module import TemporalModule
+from pyvidx.temporal.module import Grid, TemporalModule
 from pyvidx.temporal.registry import register
 
 MODES = ("average", "max", "bilinear")
 
 
-def grid_pool(x: Tensor, mode: str = "average", stride: int = 2) -> Tensor:
+def grid_pool(x: Tensor, mode: str = "average", stride: int = 2, grid: Grid | None = None) -> Tensor:
     """The patch grid of every frame, smaller by `stride`.
 
-    [..., P, C], a square grid -> [..., side * side, C]; side is floor(sqrt(P) / stride) for "average" and "max", which
-    drop what is left over, and ceil for "bilinear" (align_corners=False).
+    [..., P, C] of a grid (rows, columns), by default a square -> [..., fewer, C]; a side becomes floor(side / stride)
+    for "average" and "max", which drop what is left over, and ceil for "bilinear" (align_corners=False).
     """
-    side = math.isqrt(x.shape[-2])
-    if mode not in MODES or not 1 <= stride <= side:
-        raise ValueError(f"grid_pool: mode must be one of {MODES} and stride in [1, {side}], got {mode!r} and {stride}")
-    grid = x.reshape(-1, side, side, x.shape[-1]).permute(0, 3, 1, 2)
+    sides = grid or (math.isqrt(x.shape[-2]),) * 2
+    if mode not in MODES or not 1 <= stride <= min(sides):
+        raise ValueError(
+            f"grid_pool: mode must be one of {MODES} and stride in [1, {min(sides)}], got {mode!r} and {stride}"
+        )
+    patches = x.reshape(-1, *sides, x.shape[-1]).permute(0, 3, 1, 2)
     if mode == "bilinear":
-        grid = F.interpolate(grid, size=(-(-side // stride),) * 2, mode="bilinear", align_corners=False)
+        size = [-(-side // stride) for side in sides]
+        patches = F.interpolate(patches, size=size, mode="bilinear", align_corners=False)
     else:
-        grid = (F.avg_pool2d if mode == "average" else F.max_pool2d)(grid, stride)
-    return grid.flatten(2).transpose(1, 2).reshape(*x.shape[:-2], -1, x.shape[-1])
+        patches = (F.avg_pool2d if mode == "average" else F.max_pool2d)(patches, stride)
+    return patches.flatten(2).transpose(1, 2).reshape(*x.shape[:-2], -1, x.shape[-1])
 
 
 def with_newlines(x: Tensor, newline: Tensor, every: str = "frame") -> Tensor:
@@ -57,6 +60,6 @@ class GridPool(TemporalModule):
         grid_pool(torch.zeros(vision.patches, 1, device="meta"), mode, stride)  # refuses what does not fit
         self.mode, self.stride = mode, stride
 
-    def pool(self, x: Tensor, frame_mask: Tensor | None = None) -> Tensor:
-        pooled = grid_pool(x[:, :, 1:], self.mode, self.stride)  # [B, T, side * side, C]
+    def pool(self, x: Tensor, frame_mask: Tensor | None = None, grid: Grid | None = None) -> Tensor:
+        pooled = grid_pool(x[:, :, 1:], self.mode, self.stride, grid)  # [B, T, side * side, C]
         return real_only(pooled, frame_mask).flatten(1, 2)

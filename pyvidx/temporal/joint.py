@@ -1,5 +1,6 @@
 """Joint space-time attention: all tokens of a clip in one sequence, as in UMT (arXiv:2303.16058)."""
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -8,9 +9,10 @@ from torch import Tensor, nn
 from pyvidx.backbones.clip import CLIPVision, CLIPVisionConfig
 from pyvidx.encoding import Encoding
 from pyvidx.layers.block import Block
+from pyvidx.layers.plain import held
 from pyvidx.layers.sincos import sincos_table
 from pyvidx.temporal.frames import frame_mean, token_mask
-from pyvidx.temporal.module import OUTPUTS, TemporalModule
+from pyvidx.temporal.module import OUTPUTS, Grid, TemporalModule
 from pyvidx.temporal.registry import register
 
 
@@ -42,7 +44,7 @@ class Joint(TemporalModule):
         self.before = int(class_token)
         self.time = None if sincos else nn.Parameter(torch.zeros(time_length, vision.width))
 
-    def embed(self, x: Tensor, tower: CLIPVision, frame_mask: Tensor | None = None) -> Tensor:
+    def embed(self, x: Tensor, tower: CLIPVision, frame_mask: Tensor | None = None, grid: Grid | None = None) -> Tensor:
         B, T, N, C = x.shape
         patches = x[:, :, 1:]
         if self.time is None:
@@ -50,12 +52,14 @@ class Joint(TemporalModule):
         else:
             if T > len(self.time):
                 raise ValueError(f"Joint: T must be at most {len(self.time)}, the rows of the time table, got {T}")
-            patches = patches + self.time[:T, None]
+            patches = patches + held(self, "time")[:T, None]
         # The class rows of all frames are the same here.
         return torch.cat([x[:, 0, : self.before], patches.flatten(1, 2)], dim=1)
 
-    def block(self, i: int, block: Block, x: Tensor, frame_mask: Tensor | None = None) -> Tensor:
-        return block(x, token_mask(frame_mask, self.before, self.vision.patches))
+    def block(
+        self, i: int, block: Block, x: Tensor, frame_mask: Tensor | None = None, grid: Grid | None = None
+    ) -> Tensor:
+        return block(x, token_mask(frame_mask, self.before, self._count(grid)))
 
     def encode(
         self,
@@ -63,16 +67,20 @@ class Joint(TemporalModule):
         tower: CLIPVision,
         frame_mask: Tensor | None = None,
         outputs: Sequence[str] = OUTPUTS,
+        grid: Grid | None = None,
     ) -> Encoding:
         tokens = pooled = None
         if "tokens" in outputs:
-            tokens = torch.cat([frame_mean(self._patches(xs[-2]), frame_mask), xs[-2][:, : self.before]], dim=1)
+            tokens = torch.cat([frame_mean(self._patches(xs[-2], grid), frame_mask), xs[-2][:, : self.before]], dim=1)
         if "pooled" in outputs:
             x = xs[-1]
             if not self.before:
-                x = frame_mean(self._patches(x), frame_mask).mean(dim=1, keepdim=True)
+                x = frame_mean(self._patches(x, grid), frame_mask).mean(dim=1, keepdim=True)
             pooled = tower.embedding(x)
         return Encoding(tokens, pooled)
 
-    def _patches(self, x: Tensor) -> Tensor:  # [B, M + T*P, C] -> [B, T, P, C]
-        return x[:, self.before :].unflatten(1, (-1, self.vision.patches))
+    def _patches(self, x: Tensor, grid: Grid | None) -> Tensor:  # [B, M + T*P, C] -> [B, T, P, C]
+        return x[:, self.before :].unflatten(1, (-1, self._count(grid)))
+
+    def _count(self, grid: Grid | None) -> int:  # P
+        return self.vision.patches if grid is None else math.prod(grid)

@@ -18,6 +18,7 @@ from pyvidx.layers.block import Block
 from pyvidx.temporal.frames import frame_mean
 
 OUTPUTS = ("tokens", "pooled")
+Grid = tuple[int, int]
 
 
 class TemporalModule(nn.Module):
@@ -25,6 +26,9 @@ class TemporalModule(nn.Module):
 
     Frame masks: frame_mask is bool [B, T], True = a real frame, or None where all are. The caller has put zeros (or
     what a tower makes of them) where frames are not real; a module leaves them out of every mean and softmax over time.
+
+    Grids: grid is (rows, columns) of the patches where the pixels are of another size than the tower was made for, or
+    None, and then left out of the call.
 
     Attributes:
         reads: original indices of the backbone layers whose outputs `encode` wants.
@@ -45,12 +49,14 @@ class TemporalModule(nn.Module):
     def reads(self) -> range:
         return range(self.vision.layers - 2, self.vision.layers)
 
-    def embed(self, x: Tensor, tower: CLIPVision, frame_mask: Tensor | None = None) -> Tensor:
+    def embed(self, x: Tensor, tower: CLIPVision, frame_mask: Tensor | None = None, grid: Grid | None = None) -> Tensor:
         """The tokens before the tower's first LayerNorm, positions added: [B, T, N, C] -> the same, or the module's own
         layout [B, ..., L, C], which its `block` and `encode` then take."""
         return x
 
-    def block(self, i: int, block: Block, x: Tensor, frame_mask: Tensor | None = None) -> Tensor:
+    def block(
+        self, i: int, block: Block, x: Tensor, frame_mask: Tensor | None = None, grid: Grid | None = None
+    ) -> Tensor:
         """Backbone layer i with whatever the module does around it. x as `embed` left it."""
         return block(x)
 
@@ -60,17 +66,18 @@ class TemporalModule(nn.Module):
         tower: CLIPVision,
         frame_mask: Tensor | None = None,
         outputs: Sequence[str] = OUTPUTS,
+        grid: Grid | None = None,
     ) -> Encoding:
         """From the outputs of the layers in `reads` to the video. Without "pooled" the last of them may be None.
 
         tokens: `pool` of the last layer but one, as video language models take it. pooled [B, E]: the mean of the
         frames' image embeddings. What is not in outputs is None.
         """
-        tokens = self.pool(xs[-2], frame_mask) if "tokens" in outputs else None
+        tokens = self.pool(xs[-2], frame_mask, grid) if "tokens" in outputs else None
         pooled = frame_mean(tower.embedding(xs[-1]), frame_mask) if "pooled" in outputs else None
         return Encoding(tokens, pooled)
 
-    def pool(self, x: Tensor, frame_mask: Tensor | None = None) -> Tensor:
+    def pool(self, x: Tensor, frame_mask: Tensor | None = None, grid: Grid | None = None) -> Tensor:
         """x [B, T, 1+P, C] -> tokens [B, 1+P, C]: the mean over the frames; patches first, class token last."""
         return class_last(frame_mean(x, frame_mask))
 

@@ -6,9 +6,10 @@ from torch import Tensor, nn
 from pyvidx.backbones.clip import CLIPVisionConfig
 from pyvidx.layers.block import Block
 from pyvidx.layers.linear import residual
+from pyvidx.layers.plain import held, plain
 from pyvidx.temporal.bt_adapter import TemporalLayer
 from pyvidx.temporal.frames import frame_mean
-from pyvidx.temporal.module import TemporalModule
+from pyvidx.temporal.module import Grid, TemporalModule
 from pyvidx.temporal.registry import register
 
 CLASS_TOKENS = ("frame", "clip")
@@ -52,24 +53,26 @@ class Separate(TemporalModule):
         sizes = (vision.width, vision.heads, vision.eps)
         self.temporal = nn.ModuleList(TemporalLayer(*sizes, fc=fc) for _ in range(layers))
 
-    def block(self, i: int, block: Block, x: Tensor, frame_mask: Tensor | None = None) -> Tensor:
+    def block(
+        self, i: int, block: Block, x: Tensor, frame_mask: Tensor | None = None, grid: Grid | None = None
+    ) -> Tensor:
         j, T, rows = i - self.first, x.shape[1], self.time.shape[1]
         if j < 0:
             return block(x)
         if T > rows:
             raise ValueError(f"Separate: T must be at most {rows}, the rows of the time table, got {T}")
-        time = self.time[j, :T, None] if j < len(self.time) else None
+        time = held(self, "time")[j, :T, None] if j < len(self.time) else None
         layer = self.temporal[j]
         if self.class_token == "frame":
             x = x if time is None else x + time
-            return block(residual(x, layer(layer.norm(x), frame_mask=frame_mask).total()))
+            return block(layer(layer.norm(x), frame_mask=frame_mask).onto(x))
         cls, z = x[:, :, :1], x[:, :, 1:]
         if j == 0:
             cls = frame_mean(cls, frame_mask)[:, None].expand_as(cls)
         z = z if time is None else z + time
-        z = residual(z, layer(layer.norm(z), frame_mask=frame_mask).total())
+        z = layer(layer.norm(z), frame_mask=frame_mask).onto(z)
         x = torch.cat([cls, z], dim=2)
         y = block.attend(x)
+        y = y if plain(block.out) else y.clone()  # a hook may have kept what the layer gave
         y[:, :, 0] = frame_mean(y[:, :, 0], frame_mask)[:, None]
-        x = residual(x, y)
-        return block.feed_forward(x)
+        return block.feed_forward(residual(x, y))

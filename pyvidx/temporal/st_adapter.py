@@ -10,10 +10,10 @@ from torch import Tensor, nn
 from pyvidx.backbones.clip import CLIPVision, CLIPVisionConfig
 from pyvidx.encoding import Encoding
 from pyvidx.layers.block import Block
-from pyvidx.layers.linear import Linear, add_linear, residual
+from pyvidx.layers.linear import add_linear, dense
 from pyvidx.ops import temporal_scale
 from pyvidx.temporal.frames import frame_mean, real_only
-from pyvidx.temporal.module import OUTPUTS, TemporalModule, class_last
+from pyvidx.temporal.module import OUTPUTS, Grid, TemporalModule, class_last
 from pyvidx.temporal.registry import register
 
 PLACES = ("both", "attention", "mlp")
@@ -27,27 +27,27 @@ class Adapter(nn.Module):
 
     def __init__(self, width: int, hidden: int, kernel: tuple[int, int, int]):
         super().__init__()
-        self.down = Linear(width, hidden)
+        self.down = nn.Linear(width, hidden)
         self.weight = nn.Parameter(torch.zeros(hidden, *kernel))
         self.bias = nn.Parameter(torch.zeros(hidden))
-        self.up = Linear(hidden, width)
+        self.up = nn.Linear(hidden, width)
         nn.init.zeros_(self.down.bias)
         nn.init.zeros_(self.up.bias)
 
-    def forward(self, x: Tensor, frame_mask: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, frame_mask: Tensor | None = None, grid: Grid | None = None) -> Tensor:
         """x [B, T, 1+P, C], class token first -> x + what the adapter makes of its patches."""
         patches = x[:, :, 1:]
-        y = residual(patches, self.up(self._conv(self.down(patches), frame_mask)))
+        y = add_linear(patches, self._conv(dense(patches, self.down), frame_mask, grid), self.up)
         return torch.cat([x[:, :, :1], y], dim=2)
 
-    def _conv(self, y: Tensor, frame_mask: Tensor | None) -> Tensor:  # [B, T, P, A] -> the same
+    def _conv(self, y: Tensor, frame_mask: Tensor | None, grid: Grid | None) -> Tensor:  # [B, T, P, A] -> the same
         # Padding is to the convolution what lies beyond the ends: zero after `down`, whose bias is not.
         A, *kernel = self.weight.shape
         if kernel[1:] == [1, 1]:
             return temporal_scale(y, self.weight.view(A, -1), self.bias, mask=frame_mask)
-        side = math.isqrt(y.shape[2])
-        grid = real_only(y, frame_mask).unflatten(2, (side, side)).permute(0, 4, 1, 2, 3)  # [B, A, T, side, side]
-        z = F.conv3d(grid, self.weight[:, None], self.bias, padding=[k // 2 for k in kernel], groups=A)
+        sides = grid or (math.isqrt(y.shape[2]),) * 2
+        patches = real_only(y, frame_mask).unflatten(2, sides).permute(0, 4, 1, 2, 3)  # [B, A, T, rows, columns]
+        z = F.conv3d(patches, self.weight[:, None], self.bias, padding=[k // 2 for k in kernel], groups=A)
         return z.permute(0, 2, 3, 4, 1).flatten(2, 3)
 
 
@@ -93,15 +93,17 @@ class STAdapter(TemporalModule):
 
         self.attention, self.mlp = adapters("attention"), adapters("mlp")
 
-    def block(self, i: int, block: Block, x: Tensor, frame_mask: Tensor | None = None) -> Tensor:
+    def block(
+        self, i: int, block: Block, x: Tensor, frame_mask: Tensor | None = None, grid: Grid | None = None
+    ) -> Tensor:
         j = i - self.first
         if j < 0:
             return block(x)
         if self.attention is not None:
-            x = self.attention[j](x, frame_mask)
+            x = self.attention[j](x, frame_mask, grid)
         x = add_linear(x, block.attention(block.norm1(x)), block.out)
         if self.mlp is not None:
-            x = self.mlp[j](x, frame_mask)
+            x = self.mlp[j](x, frame_mask, grid)
         return block.feed_forward(x)
 
     def encode(
@@ -110,6 +112,7 @@ class STAdapter(TemporalModule):
         tower: CLIPVision,
         frame_mask: Tensor | None = None,
         outputs: Sequence[str] = OUTPUTS,
+        grid: Grid | None = None,
     ) -> Encoding:
         tokens = class_last(frame_mean(xs[-2], frame_mask)) if "tokens" in outputs else None
         pooled = tower.embedding(frame_mean(xs[-1][:, :, :1], frame_mask)) if "pooled" in outputs else None

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from pyvidx.backbones.clip import CLIPVisionConfig
 from pyvidx.ops import st_pool
-from pyvidx.temporal.module import TemporalModule
+from pyvidx.temporal.module import Grid, TemporalModule
 from pyvidx.temporal.registry import register
 
 
@@ -40,5 +40,5 @@ class STPool(TemporalModule):
         super().__init__(vision)
         self.rows = rows
 
-    def pool(self, x: Tensor, frame_mask: Tensor | None = None) -> Tensor:
+    def pool(self, x: Tensor, frame_mask: Tensor | None = None, grid: Grid | None = None) -> Tensor:
         return space_time_means(x[:, :, 1:], frame_mask, self.rows)

@@ -3,6 +3,7 @@
 from torch import Tensor
 
 from pyvidx.backbones.clip import CLIPVision, CLIPVisionConfig
+from pyvidx.layers.plain import held
 from pyvidx.temporal.branch import Branch
 from pyvidx.temporal.registry import register
 
@@ -24,4 +25,4 @@ class STAN(Branch):
         self.per_frame = per_frame
 
     def _heads(self, tower: CLIPVision) -> dict[str, Tensor | bool]:
-        return {"seed": tower.class_token, "per_frame": self.per_frame}
+        return {"seed": held(tower, "class_token"), "per_frame": self.per_frame}

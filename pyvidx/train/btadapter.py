@@ -5,33 +5,47 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from pyvidx.backbones.clip import CLIPVision
 from pyvidx.backbones.clip_text import CLIPText
-from pyvidx.data.captions import captioned
+from pyvidx.data.captions import KINDS, captioned
 from pyvidx.integrations.checkpoints import load_official, state_of
 from pyvidx.integrations.clip_text_weights import clip_text
 from pyvidx.integrations.clip_weights import clip_vision
 from pyvidx.integrations.hosts import importing
 from pyvidx.integrations.mma_export import export_mma, load_head
+from pyvidx.losses import GRADIENTS
+from pyvidx.models import files
 from pyvidx.models.bt_adapter import BTAdapter
-from pyvidx.models.config import BTAdapterConfig, known
-from pyvidx.models.files import FILE_NAME
+from pyvidx.models.config import BTAdapterConfig
 from pyvidx.models.pretraining import Pretraining
+from pyvidx.preprocess import PRESETS
+from pyvidx.temporal.grouping import MASK_ORDERS
 from pyvidx.temporal.masking import Drops, drop_path_draws, random_mask, tube_mask
-from pyvidx.train.data import Take, generator, sized
+from pyvidx.train.data import READERS, Take, generator, sized
 from pyvidx.train.distributed import Ranks
 from pyvidx.train.features import Features, StoredPairs, digest, store
-from pyvidx.train.loop import Task, autocast
+from pyvidx.train.fields import BELOW_ONE, FRAMES, MANY, SMALLEST, arguments, check_choices, check_ranges, fields
+from pyvidx.train.loop import autocast
+from pyvidx.train.outputs import written
 from pyvidx.train.pairs import Pairs, PairVideos
 from pyvidx.train.recipe import Recipe
-from pyvidx.train.tokens import Tokenize, tokenizer
+from pyvidx.train.task import Task
+from pyvidx.train.tokens import CONTEXT, ENDS, Tokenize, tokenizer, vocabulary
 
 MASKS = ("tube", "random")
+CHOICES = {
+    "mask": MASKS, "mask_order": MASK_ORDERS, "gradient": GRADIENTS, "text_end": ENDS, "preset": PRESETS,
+    "reader": READERS, "hidden_act": ("quick_gelu", "gelu"),
+}  # fmt: skip
+RANGES = {
+    "heads": (1, MANY), "depth": (1, MANY), "time_length": (1, FRAMES), "text_length": (2, CONTEXT),
+    "frames": (1, FRAMES), "shorter": (1, 2**14), "area": (SMALLEST, 1.0), "mask_rate": (0.0, BELOW_ONE),
+    "loss_weights": (0.0, 1e9), "drop_path": (0.0, BELOW_ONE), "micro_batch": (1, MANY),
+}  # fmt: skip
 # The fields of Config that decide what the towers see.
 SEEN = ("text_length", "text_end", "frames", "shorter", "area", "preset")
 
@@ -47,7 +61,7 @@ class Config:
             folder of transformers' CLIP, a CLIP's state dict (transformers, open_clip), or
             {"open_clip": NAME, "pretrained": FILE}.
         text: the text tower's, one of the last four; None: `weights` holds it.
-        hidden_act: of a CLIP from a state dict, see CLIPVisionConfig.
+        hidden_act: of a CLIP from a state dict, see CLIPVisionConfig; None: OpenAI's, with a warning.
         heads: of such a CLIP and of its text tower; None: width / 64.
         depth, time_length, gated: of a branch that starts from a CLIP, see BTAdapterConfig.
         tokenizer: folder of transformers; None: open_clip's.
@@ -66,7 +80,7 @@ class Config:
     weights: str | dict
     held_out: dict | None = None
     text: str | dict | None = None
-    hidden_act: str = "quick_gelu"
+    hidden_act: str | None = None
     heads: tuple[int, int] | None = None
     depth: int = 4
     time_length: int = 64
@@ -91,26 +105,25 @@ class Config:
     recipe: Recipe = field(default_factory=Recipe)
 
     def __post_init__(self):
-        if self.mask not in MASKS:
-            raise ValueError(f"Config: mask must be one of {', '.join(MASKS)}, got {self.mask!r}")
+        check_choices(self, CHOICES)
+        check_ranges(self, RANGES)
         for name in ("weights", "text"):
             value = getattr(self, name)
             if isinstance(value, dict) and set(value) != {"open_clip", "pretrained"}:
                 raise ValueError(f'Config: {name} must be a path or {{"open_clip", "pretrained"}}, got {value}')
-        if len(self.area) != 2 or not 0 < self.area[0] <= self.area[1] <= 1:
+        if self.area[0] > self.area[1]:
             raise ValueError(f"Config: area must be two shares in (0, 1], ascending, got {self.area}")
+        for name in ("train", "held_out"):
+            source = dict(getattr(self, name) or {})
+            if source and source.get("kind") not in tuple(KINDS):
+                raise ValueError(f"Config: {name} must have a kind, one of {', '.join(KINDS)}, got {source}")
+            if source:
+                arguments(KINDS[source.pop("kind")], source, f"Config: {name}")
 
     @classmethod
     def from_dict(cls, values: dict) -> "Config":
-        """Raises ValueError for fields that are unknown or missing."""
-        values = known(cls, dict(values))
-        missing = {"out", "train", "weights"} - values.keys()
-        if missing:
-            raise ValueError(f"Config: {', '.join(sorted(missing))} must be given")
-        if values.get("features") is not None:
-            values["features"] = Features.from_dict(values["features"])
-        lists = {name: tuple(value) for name, value in values.items() if isinstance(value, list)}
-        return cls(**(values | lists | {"recipe": Recipe.from_dict(values.get("recipe", {}))}))
+        """Raises ValueError for fields that are unknown, missing or not of their types."""
+        return cls(**fields(cls, values, ("out", "train", "weights")))
 
     @property
     def about(self) -> dict:
@@ -188,10 +201,11 @@ class BTAdapterTask(Task):
     def export(self, path: Path, epoch: int) -> None:
         """All weights under the official names: .safetensors, or .pth as the public code writes it."""
         weights = {name: value.cpu().contiguous() for name, value in export_mma(self.step).items()}
-        if path.suffix == ".safetensors":
-            save_file(weights, path)
-        else:
-            torch.save({"meta": {"epoch": epoch}, "state_dict": weights}, path)
+        with written(path) as part:
+            if path.suffix == ".safetensors":
+                save_file(weights, part)
+            else:
+                torch.save({"meta": {"epoch": epoch}, "state_dict": weights}, part)
 
 
 def build(config: Config, device: torch.device) -> BTAdapterTask:
@@ -217,7 +231,7 @@ def build(config: Config, device: torch.device) -> BTAdapterTask:
         mask=config.mask,
         seed=config.recipe.seed,
     )
-    task.about = config.about
+    task.about = config.about | {"tokenizer": vocabulary(config.tokenizer)}
     return task
 
 
@@ -246,7 +260,9 @@ def datasets(config: Config, task: BTAdapterTask, ranks: Ranks) -> tuple[Dataset
         with autocast(recipe, ranks):
             return task.frozen(batch)
 
-    store(config.features, data, frozen, about, ranks, recipe.batch, recipe.workers)
+    model = task.model.config
+    shape = (model.depth, config.frames, 1 + model.vision.patches, model.vision.width, model.vision.embed_dim)
+    store(config.features, data, frozen, about, ranks, recipe.batch, recipe.workers, shape=shape)
     return StoredPairs(config.features, about), held_out
 
 
@@ -254,14 +270,15 @@ def _model(config: Config) -> tuple[BTAdapter, CLIPText | None, dict[str, Tensor
     """The model, the text tower if it is with it, and the state dict it is from, if it is."""
     # Both codes give the same numbers here but where the public one takes 3 frames for 3 channels.
     modes = {"compat": "paper", "tower": "mma"}
-    if isinstance(config.weights, str) and _is_ours(Path(config.weights)):
+    if isinstance(config.weights, str) and files.is_ours(config.weights):
         return BTAdapter.from_pretrained(config.weights, **modes), None, {}
     state = {} if isinstance(config.weights, dict) or Path(config.weights).is_dir() else state_of(config.weights)
     if any("btadapter" in key or "timesFPN" in key for key in state):
         heads, text_heads = config.heads or (None, None)
         model, _ = load_official(state, heads=heads, hidden_act=config.hidden_act, **modes)
         text = {key: value for key, value in state.items() if "text_" in key}
-        return model, clip_text(text, heads=text_heads, hidden_act=config.hidden_act) if text else None, state
+        options = {"heads": text_heads, "hidden_act": model.config.vision.hidden_act}
+        return model, clip_text(text, **options) if text else None, state
     vision, text = _clip(config, state or config.weights)
     if vision is None:
         raise ValueError(f"Config: {config.weights} holds no image tower")
@@ -284,7 +301,8 @@ def _clip(config: Config, weights: str | dict, *, image: bool = True) -> tuple[C
     has_vision = image and any("class_embedding" in key for key in state)
     vision = clip_vision(state, heads=heads, hidden_act=config.hidden_act) if has_vision else None
     has_text = any("token_embedding" in key for key in state)
-    return vision, clip_text(state, heads=text_heads, hidden_act=config.hidden_act) if has_text else None
+    hidden_act = config.hidden_act or (vision and vision.config.hidden_act)
+    return vision, clip_text(state, heads=text_heads, hidden_act=hidden_act) if has_text else None
 
 
 def _transformers(folder: str) -> tuple[CLIPVision, CLIPText]:
@@ -310,12 +328,3 @@ def _open_clip(open_clip: str, pretrained: str) -> tuple[CLIPVision, CLIPText]:
     state = {key: value for key, value in model.state_dict().items() if not key.startswith("visual.")}
     heads = getattr(model, "text", model).transformer.resblocks[0].attn.num_heads
     return vision, clip_text(state, heads=heads, hidden_act=vision.config.hidden_act)
-
-
-def _is_ours(path: Path) -> bool:
-    """Written by BTAdapter.save."""
-    file = path if path.suffix == ".safetensors" else path / FILE_NAME
-    if not file.is_file():
-        return False
-    with safe_open(file, "pt") as opened:
-        return "pyvidx" in (opened.metadata() or {})

@@ -19,6 +19,9 @@ from pyvidx.train.distributed import Ranks
 from pyvidx.train.recipe import Recipe
 from pyvidx.video.pool import shared
 
+# Names for pyvidx.video.read.
+READERS = ("auto", "decord", "pyav", "torchcodec")
+
 
 @dataclass(frozen=True)
 class Row:
@@ -166,6 +169,13 @@ class Videos(Dataset):
             return row, self.take(self.root / row.video, draws, start=row.start, end=row.end)
         except Exception as error:  # whatever a damaged file makes a decoder raise
             return row, f"{type(error).__name__}: {error}"
+
+    def digest(self) -> str:
+        """A hash of the rows: whether two are the same."""
+        found = hashlib.sha256()
+        for row in self.rows:
+            found.update(repr(row).encode(errors="surrogatepass"))
+        return found.hexdigest()
 
     @staticmethod
     def collate(samples: Sequence[tuple[Row, Tensor | str]]) -> Batch:

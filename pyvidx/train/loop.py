@@ -1,11 +1,9 @@
 """The training loop, for any Task: its state is a value that is saved at once and goes on to the same bits."""
 
 import math
-import os
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
-from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,43 +12,11 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset
 
+from pyvidx.train.checkpoint import CHECKPOINT, identity, restore, save
 from pyvidx.train.data import plan
 from pyvidx.train.distributed import Ranks
 from pyvidx.train.recipe import Recipe, groups, learning_rate
-
-CHECKPOINT = "checkpoint.pt"
-# What may differ between a run and the one that goes on with it.
-FREE = ("save_every", "workers")
-
-
-class Task(nn.Module):
-    """What is trained, as the loop sees it: parameters, a loss per batch, and the loss' weight.
-
-    forward(batch) gives the mean loss of a batch, a scalar; where whole_batch is set, it may be named parts that
-    add up to it. What is frozen may be held outside of the module's parameters; what requires no gradient is not saved.
-
-    Attributes:
-        some_unused: parameters that require gradients may get none from a batch, but never the last one; costs a
-            search per step.
-        whole_batch: the loss compares the samples of a batch with each other, across all processes (a contrastive
-            loss): it is not a mean of what micro-batches give, so there is no accumulation; forward gathers from all
-            processes and gives the loss of all their samples, for which every batch has to be full: the data put
-            another row in the place of one that cannot be read.
-        model: what is trained, with a `save(path)` of its own; for the command.
-        about: what else, beside the recipe, is the same in a run and the one that goes on with it.
-    """
-
-    some_unused = False
-    whole_batch = False
-    about: dict = {}
-
-    def count(self, batch) -> int:
-        """What the mean is over: answer tokens, or samples. 0: nothing to learn from."""
-        raise NotImplementedError
-
-    def export(self, path: Path, epoch: int) -> None:
-        """Write what was trained under the names of the public code; epoch: the last one, from 0."""
-        raise NotImplementedError
+from pyvidx.train.task import State, Task, trained
 
 
 class Stepped(NamedTuple):
@@ -74,27 +40,6 @@ class Stepped(NamedTuple):
     parts: dict[str, float]
 
 
-@dataclass
-class State:
-    """All that a run is, between two optimizer steps, but the generators' states, which torch keeps.
-
-    Attributes:
-        step: optimizer steps done.
-        epoch, position: the epoch, and micro-batches of it that were taken.
-        broken: samples that could not be read, and why, of this process or the file.
-        best: lowest loss on held-out rows, or None.
-    """
-
-    task: Task
-    optimizer: torch.optim.Optimizer
-    scaler: torch.amp.GradScaler
-    step: int = 0
-    epoch: int = 0
-    position: int = 0
-    broken: dict[str, str] = field(default_factory=dict)
-    best: float | None = None
-
-
 def begin(task: Task, recipe: Recipe, ranks: Ranks) -> State:
     """A new run: AdamW over what requires gradients, and the generators seeded with seed + rank.
 
@@ -109,56 +54,6 @@ def begin(task: Task, recipe: Recipe, ranks: Ranks) -> State:
     torch.manual_seed(recipe.seed + ranks.rank)
     optimizer = torch.optim.AdamW(groups(task, recipe), lr=recipe.start_lr, betas=recipe.betas, eps=recipe.eps)
     return State(task, optimizer, torch.amp.GradScaler(ranks.device.type, enabled=recipe.amp == "float16"))
-
-
-def trained(task: nn.Module) -> dict[str, nn.Parameter]:
-    return {name: p for name, p in task.named_parameters() if p.requires_grad}
-
-
-def save(state: State, path: Path, recipe: Recipe, ranks: Ranks, rows: int) -> None:
-    """Write a checkpoint; all processes call it. A kill leaves the one before or this one, never a part."""
-    merged = {name: why for part in ranks.gathered(state.broken) for name, why in part.items()}
-    generators = ranks.gathered(_generators(ranks))
-    if ranks.first:
-        whole = {
-            "step": state.step, "epoch": state.epoch, "position": state.position, "broken": merged, "best": state.best,
-            "model": {name: p.detach() for name, p in trained(state.task).items()},
-            "optimizer": state.optimizer.state_dict(), "scaler": state.scaler.state_dict(),
-            "generators": generators, "run": _run(state.task, recipe, ranks, rows),
-        }  # fmt: skip
-        written = path.with_name(path.name + ".part")
-        with written.open("wb") as file:
-            torch.save(whole, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(written, path)
-    ranks.total(0)  # nobody goes on before it is there
-
-
-def restore(state: State, path: Path, recipe: Recipe, ranks: Ranks, rows: int) -> State:
-    """The state of a checkpoint, in the modules of `state`.
-
-    Raises:
-        ValueError: it is of another recipe, number of processes, number of rows or model.
-    """
-    saved = torch.load(path, map_location="cpu", weights_only=True)
-    run = _run(state.task, recipe, ranks, rows)
-    other = [f"{k} {saved['run'].get(k)} (now {v})" for k, v in run.items() if saved["run"].get(k) != v]
-    if other:
-        raise ValueError(f"train: {path} is of another run: {', '.join(other)}")
-    own = trained(state.task)
-    if {n: p.shape for n, p in own.items()} != {n: p.shape for n, p in saved["model"].items()}:
-        raise ValueError(f"train: {path} is of a model with other trained parameters")
-    with torch.no_grad():
-        for name, p in own.items():
-            p.copy_(saved["model"][name])
-    state.optimizer.load_state_dict(saved["optimizer"])
-    state.scaler.load_state_dict(saved["scaler"])
-    generator = saved["generators"][ranks.rank]
-    torch.set_rng_state(generator["cpu"])
-    if ranks.device.type == "cuda":
-        torch.cuda.set_rng_state(generator["cuda"], ranks.device)
-    return replace(state, **{k: saved[k] for k in ("step", "epoch", "position", "broken", "best")})
 
 
 def train(
@@ -177,26 +72,33 @@ def train(
 
     Args:
         task: on its device, the same in every process.
-        data: indexed by (epoch, row), with a `collate` whose batches have a length and `broken`.
+        data: indexed by (epoch, row), with a `collate` whose batches have a length and `broken`; where it has a
+            `digest()` of what its rows are, a run does not go on with others.
         out: folder for the checkpoint.
         held_out: the same, for a loss after every epoch.
         report: called after every step, in every process.
         after_epoch: called with the state, the held-out loss and whether it is the lowest so far (without held-out
             rows, the latest is the best), in every process.
         started: called once with the state and the steps of an epoch.
+
+    Raises:
+        ValueError: recipe, task and rows do not go together, or the checkpoint is damaged or of another run.
+        RuntimeError: a loss is not finite, or nothing of the held-out rows can be read.
+        OSError: a file cannot be read or written.
     """
     rows, path = len(data), out / CHECKPOINT
+    count = len(plan(rows, recipe, ranks, 0))
     state = begin(task, recipe, ranks)
     if ranks.first:
         out.mkdir(parents=True, exist_ok=True)
+    run = identity(task, recipe, ranks, data, held_out)
     wrapped = _Shared(task)
     if ranks.world > 1:
         on = [ranks.device] if ranks.device.type == "cuda" else None
         wrapped = DistributedDataParallel(wrapped, device_ids=on, find_unused_parameters=task.some_unused)
     # After the wrapping, which draws nothing but sends rank 0's weights to all.
     if all(ranks.gathered(path.exists())):
-        state = restore(state, path, recipe, ranks, rows)
-    count = len(plan(rows, recipe, ranks, 0))
+        state = restore(state, path, run, recipe, ranks, count)
     started(state, -(-count // recipe.accumulation))
     while state.epoch < recipe.epochs:
         task.train()
@@ -206,16 +108,17 @@ def train(
             if stepped is not None:
                 report(stepped)
                 if state.step % recipe.save_every == 0:
-                    save(state, path, recipe, ranks, rows)
+                    save(state, path, run, ranks)
         loss = None
         if held_out is not None:
             loss, unread = evaluate(task, held_out, recipe, ranks)
             state.broken |= unread
-        best = loss is None or state.best is None or loss < state.best
+        # Not a number is no best one; without held-out rows the latest weights are.
+        best = loss is None or math.isfinite(loss) and (state.best is None or loss < state.best)
         state.best = loss if best else state.best
         state.epoch, state.position = state.epoch + 1, 0
         after_epoch(state, loss, best)
-        save(state, path, recipe, ranks, rows)
+        save(state, path, run, ranks)
     return state
 
 
@@ -341,15 +244,3 @@ def autocast(recipe: Recipe, ranks: Ranks):
     if recipe.amp == "none":
         return nullcontext()
     return torch.autocast(ranks.device.type, getattr(torch, recipe.amp))
-
-
-def _generators(ranks: Ranks) -> dict[str, Tensor]:
-    states = {"cpu": torch.get_rng_state()}
-    if ranks.device.type == "cuda":
-        states["cuda"] = torch.cuda.get_rng_state(ranks.device)
-    return states
-
-
-def _run(task: Task, recipe: Recipe, ranks: Ranks, rows: int) -> dict:
-    fixed = {name: value for name, value in recipe.to_dict().items() if name not in FREE}
-    return fixed | task.about | {"processes": ranks.world, "rows": rows}

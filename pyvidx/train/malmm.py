@@ -10,14 +10,27 @@ from torch import Tensor
 from pyvidx.integrations.hosts import importing
 from pyvidx.integrations.language import Language
 from pyvidx.integrations.malmm_checkpoints import export_malmm, load_malmm
-from pyvidx.models.config import known
 from pyvidx.models.malmm import MALMM
-from pyvidx.train.data import Batch, Videos, rows
+from pyvidx.preprocess import PRESETS
+from pyvidx.train.data import READERS, Batch, Videos, rows
 from pyvidx.train.distributed import Ranks
-from pyvidx.train.loop import Task
+from pyvidx.train.fields import FRAMES, MANY, check_choices, check_ranges, fields
+from pyvidx.train.outputs import written
 from pyvidx.train.recipe import Recipe
+from pyvidx.train.task import Task
+from pyvidx.train.tokens import vocabulary
 
 DTYPES = ("float32", "float16", "bfloat16")
+
+
+@dataclass(frozen=True)
+class Memory:
+    """What a configuration may give of MALMM.encode's arguments."""
+
+    length: int = 20
+    visual: bool = True
+    query: bool = True
+    chunk: int = 32
 
 
 @dataclass(frozen=True)
@@ -61,8 +74,10 @@ class Config:
     recipe: Recipe = field(default_factory=Recipe)
 
     def __post_init__(self):
-        if self.language_dtype not in DTYPES:
-            raise ValueError(f"Config: language_dtype must be one of {', '.join(DTYPES)}, got {self.language_dtype!r}")
+        check_choices(self, {"language_dtype": DTYPES, "preset": PRESETS, "reader": READERS})
+        counts = ("time_length", "max_text", "max_answer")
+        check_ranges(self, {"frames": (1, FRAMES), **dict.fromkeys(counts, (1, MANY))})
+        check_ranges(Memory(**fields(Memory, self.memory)), {"length": (0, MANY), "chunk": (1, MANY)})
         if self.recipe.amp in DTYPES[1:] and self.language_dtype not in ("float32", self.recipe.amp):
             raise ValueError(  # autocast does not mix the two 16-bit dtypes
                 f"Config: language_dtype must be float32 or amp's {self.recipe.amp}, got {self.language_dtype}"
@@ -70,12 +85,14 @@ class Config:
 
     @classmethod
     def from_dict(cls, values: dict) -> "Config":
-        """Raises ValueError for fields that are unknown or missing."""
-        values = known(cls, dict(values))
-        missing = {"out", "train", "weights", "language"} - values.keys()
-        if missing:
-            raise ValueError(f"Config: {', '.join(sorted(missing))} must be given")
-        return cls(**(values | {"recipe": Recipe.from_dict(values.get("recipe", {}))}))
+        """Raises ValueError for fields that are unknown, missing or not of their types."""
+        return cls(**fields(cls, values, ("out", "train", "weights", "language")))
+
+    @property
+    def about(self) -> dict:
+        """What of it makes another run, beside the recipe."""
+        names = ("language_dtype", "frames", "memory", "bos", "max_text", "max_answer", "preset")
+        return {name: getattr(self, name) for name in names}
 
 
 class MALMMTask(Task):
@@ -110,13 +127,17 @@ class MALMMTask(Task):
         pixels = batch.pixels.to(self.model.projection.weight.device)
         return self.model.loss(pixels, batch.prompts, batch.answers, self.language, memory=self.memory)
 
+    def outside(self) -> dict[str, Tensor]:
+        return self.language.causal_lm.state_dict()
+
     def export(self, path: Path, epoch: int) -> None:
         """What was trained, as in the public code's fine-tuned file: .safetensors, or .pth as it writes."""
         weights = {n: w.cpu() for n, w in export_malmm(self.model, "lavis").items() if not n.startswith("visual_")}
-        if path.suffix == ".safetensors":
-            save_file(weights, path)
-        else:
-            torch.save({"model": weights, "epoch": epoch}, path)
+        with written(path) as part:
+            if path.suffix == ".safetensors":
+                save_file(weights, part)
+            else:
+                torch.save({"model": weights, "epoch": epoch}, part)
 
 
 def build(config: Config, device: torch.device) -> MALMMTask:
@@ -145,7 +166,12 @@ def build(config: Config, device: torch.device) -> MALMMTask:
     text = config.text_tokenizer and transformers.AutoTokenizer.from_pretrained(config.text_tokenizer)
     language = Language(lm, tokenizer, text, bos=config.bos, max_text=config.max_text, max_answer=config.max_answer)
     # Trained weights have to be float32, whatever the file has; autocast makes the rest.
-    return MALMMTask(model.float().to(device), language.to(device), config.memory)
+    task = MALMMTask(model.float().to(device), language.to(device), config.memory)
+    task.about = config.about | {
+        "tokenizer": vocabulary(config.tokenizer or config.language),
+        "text_tokenizer": vocabulary(config.text_tokenizer),
+    }
+    return task
 
 
 def datasets(config: Config, task: MALMMTask, ranks: Ranks) -> tuple[Videos, Videos | None]:

@@ -70,6 +70,10 @@ class PairVideos(Dataset):
     def __len__(self) -> int:
         return len(self.source)
 
+    def digest(self) -> str:
+        """A hash of names and captions: whether two are the same."""
+        return self.source.digest()
+
     def __getitem__(self, at: tuple[int, int]) -> Pair:
         """Raises RuntimeError where 100 rows on end, or all, cannot be read."""
         epoch, first = at

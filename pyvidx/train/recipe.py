@@ -9,12 +9,20 @@ from pathlib import Path
 
 from torch import nn
 
-from pyvidx.models.config import known
+from pyvidx.train.fields import BELOW_ONE, MANY, SMALLEST, check_choices, check_ranges, fields
 
+# Bytes of a configuration.
+LARGEST = 2**20
 AMP = ("float16", "bfloat16", "none")
 REDUCTIONS = ("tokens", "ranks")
 SCHEDULES = ("epochs", "steps")
 DECAYS = ("matrices", "all")
+RANGES = {
+    **dict.fromkeys(("epochs", "batch", "accumulation", "save_every"), (1, MANY)),
+    **dict.fromkeys(("peak_lr", "start_lr", "min_lr", "eps", "weight_decay", "warmup_epochs"), (0.0, 1e9)),
+    "warmup": (0, MANY), "cosine_epochs": (SMALLEST, 1e9), "betas": (0.0, BELOW_ONE), "clip": (SMALLEST, 1e9),
+    "seed": (0, 2**62), "workers": (0, 1024),
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -65,23 +73,16 @@ class Recipe:
     workers: int = 0
 
     def __post_init__(self):
-        for name in ("epochs", "batch", "accumulation", "save_every"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"Recipe: {name} must be at least 1, got {getattr(self, name)}")
-        choices = (("amp", AMP), ("reduction", REDUCTIONS), ("schedule", SCHEDULES), ("decay", DECAYS))
-        for name, allowed in choices:
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"Recipe: {name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
-        if self.warmup_epochs < 0 or self.cosine_epochs <= 0:
-            raise ValueError(
-                "Recipe: warmup_epochs must be at least 0 and cosine_epochs more, "
-                f"got {self.warmup_epochs} and {self.cosine_epochs}"
-            )
+        check_ranges(self, RANGES)
+        check_choices(self, {"amp": AMP, "reduction": REDUCTIONS, "schedule": SCHEDULES, "decay": DECAYS})
+        if min(self.multipliers.values(), default=0.0) < 0:
+            raise ValueError(f"Recipe: multipliers must be at least 0, got {self.multipliers}")
         object.__setattr__(self, "betas", tuple(self.betas))
 
     @classmethod
     def from_dict(cls, values: dict) -> "Recipe":
-        return cls(**known(cls, values))
+        """Raises ValueError for fields that are unknown or not of their types."""
+        return cls(**fields(cls, values))
 
     def to_dict(self) -> dict:
         return dataclasses.asdict(self) | {"betas": list(self.betas)}
@@ -141,16 +142,23 @@ def load(path: str | Path, who: str = "train") -> dict:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: another suffix, or a file that does not parse.
+        OSError: it cannot be read.
+        ValueError: another suffix, or a file that does not parse or is no object.
     """
     path = Path(path)
     if path.suffix not in (".json", ".toml"):
         raise ValueError(f"{who}: a configuration must be .json or .toml, got {path}")
+    with path.open("rb") as file:
+        content = file.read(LARGEST + 1)
+    if len(content) > LARGEST:
+        raise ValueError(f"{who}: a configuration must have at most {LARGEST} bytes, {path} has more")
     try:
-        if path.suffix == ".json":
-            return json.loads(path.read_text())
-        return importlib.import_module("tomllib").loads(path.read_text())  # Python 3.11 on
+        parse = json.loads if path.suffix == ".json" else importlib.import_module("tomllib").loads  # Python 3.11 on
+        values = parse(content.decode("utf-8-sig"))
     except ModuleNotFoundError as error:
         raise ValueError(f"{who}: {path} needs Python 3.11 (tomllib); write it as .json") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{who}: {path} does not parse: {error}") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{who}: {path} must hold an object, got {type(values).__name__}")
+    return values

@@ -1,5 +1,6 @@
 """Captions to CLIP's token ids."""
 
+import hashlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -9,6 +10,8 @@ from pyvidx.integrations.hosts import importing
 
 ENDS = ("official", "kept")
 CONTEXT = 77
+# Of a folder of transformers, what a tokenizer is read from.
+FILES = ("tokenizer*", "vocab*", "merges*", "added_tokens*", "special_tokens*", "spiece*", "sentencepiece*")
 
 Tokenize = Callable[[Sequence[str]], Tensor]
 
@@ -46,3 +49,13 @@ def tokenizer(folder: str | None = None, length: int = CONTEXT, end: str = "offi
     encode = AutoTokenizer.from_pretrained(folder)
     options = {"padding": "max_length", "truncation": True, "max_length": whole, "return_tensors": "pt"}
     return lambda texts: encode(list(texts), **options)["input_ids"][:, :length]
+
+
+def vocabulary(folder: str | None) -> str | None:
+    """A hash of a transformers tokenizer's files: whether two are the same. None: of no folder."""
+    if folder is None:
+        return None
+    found = hashlib.sha256()
+    for path in sorted({path for pattern in FILES for path in Path(folder).glob(pattern) if path.is_file()}):
+        found.update(f"{path.name} {path.stat().st_size}\n".encode() + path.read_bytes())
+    return found.hexdigest()[:16]

@@ -37,7 +37,7 @@ class Decoded(NamedTuple):
 
 
 class Decoders:
-    """Processes that read videos. Their frames are handed over in memory that both can see, and not copied.
+    """Processes that read videos. Their frames come back through memory that both have mapped.
 
     The processes start at once and take some two seconds to import torch, which the caller may use otherwise. One that
     dies, or is ended for its `timeout`, is replaced. They end with `close`, and with the process that opened them.
@@ -294,7 +294,8 @@ def _clip(reply: Reply, pixels: Tensor | None) -> Clip:
         warnings.warn(text, category, stacklevel=3)
     if reply.error is not None:
         raise reply.error
-    return Clip(**reply.clip | {"frames": pixels})
+    arrays = {name: torch.from_numpy(reply.clip[name]) for name in ("seconds", "indices")}
+    return Clip(**reply.clip | arrays | {"frames": pixels})
 
 
 def _decoded(source: Source, future: Future) -> Decoded:

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import math
-import mmap
 import os
 import signal
 import socket
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import BinaryIO
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from .worker import Reply, Request, nameless_file, receive, send
+from .worker import KEPT, Reply, Request, mapped, nameless_file, receive, send
 
 # Seconds. Importing torch takes two; on a machine that swaps, many more.
 _START = 300.0
@@ -45,7 +46,7 @@ class Worker:
             raise Lost(False, f"no decoding process can be started: {error}") from error
 
     def _start(self, memory: int | None) -> None:
-        self.printed = nameless_file()
+        self.printed, self.room = nameless_file(), None
         self.connection, theirs = socket.socketpair()
         numbers = (theirs.fileno(), os.getpid(), memory or 0)
         # A copy of sys.path: the worker must find what this process finds, by the same names.
@@ -83,13 +84,27 @@ class Worker:
         if reply.clip is None:
             return reply, None
         try:
-            return reply, _mapped(file, reply.clip["frames"])
-        except OSError as error:
+            return reply, self._taken(file, reply.clip["frames"])
+        except (OSError, RuntimeError) as error:
             raise Lost(True, f"its frames cannot be taken over: {error}") from error
+
+    def _taken(self, file: BinaryIO | None, shape: tuple[int, ...]) -> Tensor:
+        count = math.prod(shape)
+        if file is not None:
+            with file:
+                self.room = mapped(file, os.fstat(file.fileno()).st_size)
+        if self.room is None or len(self.room) < count:
+            raise OSError("there are too many open files")  # the system drops what it cannot open
+        # Not by torch, which would start threads for it beside those of the model.
+        pixels = np.frombuffer(self.room, np.uint8, count).copy()
+        if len(self.room) > KEPT:
+            self.room = None
+        return torch.from_numpy(pixels).view(shape)
 
     def close(self) -> None:
         self.process.kill()
-        self.process.wait()
+        with suppress(subprocess.TimeoutExpired):  # where it waits for a disk that is gone, not even that ends it
+            self.process.wait(5)
         self.connection.close()
         self.printed.close()
 
@@ -106,15 +121,3 @@ class Worker:
         lines = self.printed.read().decode(errors="replace").split("\n")
         last = "; ".join(line.strip() for line in lines[-4:] if line.strip())
         return f"{how}; its last words: {last}" if last else how
-
-
-def _mapped(file: BinaryIO | None, shape: tuple[int, ...]) -> Tensor:
-    """uint8 of this shape that is the file's memory, until the tensor is dropped."""
-    if file is None:
-        raise OSError("there are too many open files")  # the system drops what it cannot open
-    # Before Python 3.13 a mapping keeps a descriptor.
-    keep = {"trackfd": False} if sys.version_info >= (3, 13) else {}
-    with file:
-        flags = mmap.MAP_SHARED | getattr(mmap, "MAP_POPULATE", 0)  # at once: faults page by page cost more
-        memory = mmap.mmap(file.fileno(), math.prod(shape), flags, **keep)
-    return torch.frombuffer(memory, dtype=torch.uint8).view(shape)

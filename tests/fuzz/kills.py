@@ -1,0 +1,274 @@
+"""kill -9 at random moments of training runs that are then resumed: the same bits as runs that nobody disturbed.
+
+    python -m tests.fuzz.kills --kills 50 --seed 0 --out tests/fuzz/results/kills-DATE.json
+
+Every run is the real command on clips of pyvidx.data.motion, in a session of its own. A moment is a sign in the run's
+files (a row, a checkpoint that is being written, ...) and some milliseconds more. After a kill nothing of the session
+may live on, and at the end weights, checkpoint, losses, exported weights and the list of broken videos are compared.
+"""
+
+import argparse
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from pyvidx.data import motion
+from pyvidx.files import write_json
+from pyvidx.integrations.mma_export import export_mma
+from pyvidx.models import MALMM
+from pyvidx.video import write
+from tests.torchvision_shim import mend_torchvision
+
+VIDEOS = 8
+PATIENCE = 300  # seconds that a run may take on a machine that does other things too
+ORPHANS = 30  # seconds that the children of a killed run may live; torch's workers look for their parent every 5
+
+# python -m pyvidx, where the torchvision of PyPI may be beside a torch for CPUs.
+COMMAND = """
+import sys
+from pyvidx.__main__ import main
+from tests.torchvision_shim import mend_torchvision
+mend_torchvision()
+sys.exit(main())
+"""
+
+# What a run is seen doing, in its folder `out` or that of the features: a glob, and how many files of it.
+SIGNS = {
+    "start": None,
+    "step": ("out", "loss.jsonl"),
+    "checkpoint": ("out", ".checkpoint.*.part.pt"),
+    "best weights": ("out", ".best.*.part.safetensors"),
+    "end of an epoch": ("out", ".loss.*.part.png"),
+    "last weights": ("out", ".last.*.part.safetensors"),
+    "export": ("out", ".tuned.*.part.*"),
+    "features": ("stored", "*.part.safetensors"),
+    "index of features": ("stored", ".index.*.part.json"),
+}
+# name -> kind of training, changes of its configuration and recipe, suffix of --export, and signs of it alone.
+RUNS = {
+    "btadapter": ("btadapter", {}, {}, ".pth", ()),
+    "btadapter from stored features": ("btadapter", {"features": True}, {"save_every": 2}, ".safetensors",
+                                       ("features", "index of features")),
+    "malmm": ("malmm", {}, {"save_every": 2}, ".pth", ()),
+    "btadapter with workers": ("btadapter", {}, {"workers": 2, "save_every": 2}, ".safetensors", ()),
+}  # fmt: skip
+
+
+def main(argv: list[str] | None = None) -> dict:
+    p = argparse.ArgumentParser(prog="python -m tests.fuzz.kills", description=__doc__.splitlines()[0])
+    p.add_argument("--kills", type=int, default=50)
+    p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--runs", nargs="+", choices=list(RUNS), default=list(RUNS))
+    p.add_argument("--folder", type=Path, help="where to run, an empty one that is kept; default: one that is not")
+    p.add_argument("--out", type=Path)
+    options = p.parse_args(argv)
+    draws, kills, completed = random.Random(options.seed), [], 0
+    with tempfile.TemporaryDirectory() as temporary:
+        world = World(options.folder or Path(temporary))
+        wanted = {name: world.run(name, f"undisturbed {name}", lambda: None)[0] for name in options.runs}
+        while len(kills) < options.kills:
+            name = options.runs[completed % len(options.runs)]
+            left = min(options.kills - len(kills), draws.randint(3, 7))
+            out, done = world.run(name, f"killed-{completed}", lambda name=name: moment(name, draws), left)
+            kills += done
+            same(wanted[name], out)
+            completed += 1
+    result = {
+        "kills": len(kills), "runs": completed, "seed": options.seed, "torch": torch.__version__,
+        "moments": {m: sum(k["moment"] == m for k in kills) for m in SIGNS},
+        "longest life of a child, seconds": max((k["orphans"] for k in kills), default=0.0),
+        "different": 0, "list": kills,
+    }  # fmt: skip
+    if options.out:
+        write_json(options.out, result, indent=1)
+    print({k: v for k, v in result.items() if k != "list"})
+    return result
+
+
+class Moment:
+    """When to kill: `delay` seconds after the sign was seen for the `times`th time."""
+
+    def __init__(self, name: str, delay: float, times: int):
+        self.name, self.delay, self.times = name, delay, times
+
+
+def moment(run: str, draws: random.Random) -> Moment:
+    own = [name for name in SIGNS if name not in ("features", "index of features") or name in RUNS[run][4]]
+    name = draws.choice(own)
+    if name == "start":
+        return Moment(name, draws.uniform(0, 8), 0)
+    return Moment(name, draws.choice([0, draws.uniform(0, 0.003), draws.uniform(0, 0.05)]), draws.randint(1, 3))
+
+
+class World:
+    """Videos, weights and configurations in a folder, and runs of them."""
+
+    def __init__(self, folder: Path):
+        mend_torchvision()
+        from tests.test_language import causal_lm, tokenizer
+        from tests.test_train_btadapter import step
+
+        self.folder = folder
+        scenes = motion.random_scenes(VIDEOS, seed=5)
+        (folder / "videos").mkdir()
+        for i, scene in enumerate(scenes):
+            path = folder / f"videos/{i}.mp4"
+            write(path, motion.render(scene, 8, 32))
+            path.with_suffix(".txt").write_text(motion.caption(scene))
+        (folder / "videos/3.mp4").write_bytes(b"this is not a video" * 100)
+        first = step()
+        first.model.save(folder / "bt.safetensors")
+        save_file({n: v for n, v in export_mma(first).items() if n.startswith("text_")}, folder / "text.safetensors")
+        causal_lm().save_pretrained(folder / "lm")
+        tokenizer().save_pretrained(folder / "lm")
+        tokenizer(bos=False).save_pretrained(folder / "words")
+        padded = tokenizer()
+        padded.pad_token = "</s>"
+        padded.save_pretrained(folder / "captions")
+        MALMM.default().save(folder / "ma.safetensors")
+        answers = ["red", "blue", "running", "eggs"] * 2
+        rows = [{"video": f"{i}.mp4", "prompt": "what is the color ?", "answer": a} for i, a in enumerate(answers)]
+        (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    def config(self, name: str, out: Path) -> tuple[str, Path, Path]:
+        """The kind of a run, its configuration's file, and that of --export."""
+        kind, changes, recipe, suffix, _ = RUNS[name]
+        own = {"epochs": 3, "batch": 4, "peak_lr": 1e-3, "start_lr": 1e-4, "amp": "bfloat16", "save_every": 1}
+        values = {"out": str(out / "out"), "frames": 4, "recipe": own | recipe} | changes
+        if kind == "btadapter":
+            videos = {"kind": "folder", "root": str(self.folder / "videos")}
+            values |= {"train": videos, "held_out": videos, "weights": str(self.folder / "bt.safetensors"),
+                       "text": str(self.folder / "text.safetensors"), "heads": [2, 2], "drop_path": 0.5,
+                       "tokenizer": str(self.folder / "captions")}  # fmt: skip
+        else:
+            rows = str(self.folder / "rows.jsonl")
+            values |= {"train": rows, "held_out": rows, "root": str(self.folder / "videos"), "memory": {"length": 2},
+                       "weights": str(self.folder / "ma.safetensors"), "language": str(self.folder / "lm"),
+                       "text_tokenizer": str(self.folder / "words"), "language_dtype": "float32"}  # fmt: skip
+        if "features" in values:
+            values["features"] = {"folder": str(out / "stored"), "shard": 2, "variants": 2}
+        out.mkdir(exist_ok=True)
+        path = out / "run.json"
+        path.write_text(json.dumps(values))
+        return kind, path, out / f"out/tuned{suffix}"
+
+    def run(self, name: str, out: str, when: Callable[[], Moment | None], kills: int = 0) -> tuple[Path, list[dict]]:
+        """Start a run again until it ends by itself, killing it `kills` times at most."""
+        out = self.folder / out
+        kind, config, export = self.config(name, out)
+        command = [sys.executable, "-c", COMMAND, "train", kind, "--config", str(config), "--device", "cpu",
+                   "--export", str(export)]  # fmt: skip
+        done = []
+        while True:
+            with (out / "log.txt").open("a") as log:
+                process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
+                at = when() if len(done) < kills else None
+                parts = _kill(process, at, out) if at is not None else None
+                code = process.wait(PATIENCE)
+            if parts is None:
+                if code:
+                    raise AssertionError(f"{name} ended with {code}: {(out / 'log.txt').read_text()[-3000:]}")
+                return out, done
+            done.append({"run": name, "moment": at.name, "after": round(at.delay, 4), "sign": at.times,
+                         "steps": _steps(out), "parts": parts, "orphans": _wait_for_orphans(process.pid)})  # fmt: skip
+
+
+def same(wanted: Path, out: Path) -> None:
+    """Raise AssertionError unless what two runs wrote is the same to the bit, but for times and places."""
+    assert {p.name for p in (wanted / "out").iterdir()} == {p.name for p in (out / "out").iterdir()}
+    for path in (wanted / "out").iterdir():
+        if path.suffix not in (".png", ""):  # pictures and TensorBoard's folder
+            assert _content(path) == _content(out / "out" / path.name), path.name
+    left = [path.name for path in out.rglob("*.part*")]
+    assert not left, f"parts of files are left: {left}"
+
+
+def _content(path: Path):
+    """What is the same whenever a run is."""
+    if path.suffix == ".safetensors":
+        with safe_open(path, "pt") as file:  # which writes its metadata in any order
+            return file.metadata(), _bits({name: file.get_tensor(name) for name in file.keys()})
+    if path.suffix in (".pt", ".pth"):
+        return _bits(torch.load(path, weights_only=True))
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    return [{name: value for name, value in row.items() if name != "seconds"} for row in rows]
+
+
+def _bits(value):
+    """Tensors as their dtypes and bytes."""
+    if isinstance(value, dict):
+        return {name: _bits(part) for name, part in value.items()}
+    if isinstance(value, torch.Tensor):
+        return value.dtype, value.shape, value.contiguous().view(-1).view(torch.uint8).numpy().tobytes()
+    return [_bits(part) for part in value] if isinstance(value, (list, tuple)) else value
+
+
+def _kill(process: subprocess.Popen, at: Moment, out: Path) -> list[str] | None:
+    """Kill at the moment; the files that were being written then, or None if the process had ended by itself."""
+    start, times = time.perf_counter(), 0
+    before = _signs(out, at.name)
+    while times < at.times and process.poll() is None and time.perf_counter() - start < PATIENCE:
+        now = _signs(out, at.name)
+        times += bool(now - before)
+        before = now
+        time.sleep(0.0005)  # a part of a file is there for some milliseconds
+    time.sleep(at.delay)
+    process.send_signal(signal.SIGKILL)
+    killed = process.wait() == -signal.SIGKILL
+    return [path.name.split(".")[1] for path in out.rglob(".*.part.*")] if killed else None
+
+
+def _signs(out: Path, name: str) -> set:
+    """What is there of a sign now; something new whenever it shows again."""
+    if SIGNS[name] is None:
+        return set()
+    folder, pattern = SIGNS[name]
+    try:
+        found = list((out / folder).glob(pattern))
+        return {path.stat().st_size for path in found} if name == "step" else {path.name for path in found}
+    except FileNotFoundError:  # gone meanwhile
+        return set()
+
+
+def _wait_for_orphans(session: int) -> float:
+    """Seconds until no process of a session is left."""
+    start = time.perf_counter()
+    while living := _session(session):
+        if time.perf_counter() - start > ORPHANS:
+            for pid in living:
+                os.kill(pid, signal.SIGKILL)
+            raise AssertionError(f"children outlive a killed run by {ORPHANS} s: {living}")
+        time.sleep(0.05)
+    return round(time.perf_counter() - start, 2)
+
+
+def _session(number: int) -> list[int]:
+    found = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            state, _, _, session = stat.read_text().rpartition(")")[2].split()[:4]
+        except (FileNotFoundError, ProcessLookupError):
+            continue
+        if int(session) == number and state != "Z":
+            found.append(int(stat.parent.name))
+    return found
+
+
+def _steps(out: Path) -> int:
+    path = out / "out/loss.jsonl"
+    return path.read_bytes().count(b'"loss"') if path.exists() else 0
+
+
+if __name__ == "__main__":
+    main()
