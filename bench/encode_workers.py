@@ -8,7 +8,6 @@ The rounds of all are interleaved. Each is warm: its first clip, for which its p
 """
 
 import argparse
-import json
 import os
 import platform
 import statistics
@@ -20,6 +19,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
+
+from pyvidx.files import write_json
 
 ROOT = Path(__file__).parents[1]
 
@@ -119,7 +120,7 @@ def main() -> None:
     if options.out:
         about = {"machine": platform.processor() or platform.machine(), "cores": os.cpu_count()}
         about |= {"torch": torch.__version__, "load": os.getloadavg(), "clips": options.clips, "of_s": options.seconds}
-        options.out.write_text(json.dumps({"about": about, "results": found}, indent=1) + "\n")
+        write_json(options.out, {"about": about, "results": found}, indent=1)
 
 
 if __name__ == "__main__":

@@ -31,6 +31,8 @@ WRITERS = {"write_text", "write_bytes", "savefig", "save_file", "savez", "savez_
 APART = {
     "pyvidx/files.py": "it is the place itself",
     "pyvidx/eval/files.py": "open_to_append: a log",
+    "pyvidx/train/curve.py": "a log",
+    "pyvidx/video/worker.py": "memory and /proc, no files",
     "bench/gpu_check.py": "stands alone: it runs before pyvidx is built",
 }
 
