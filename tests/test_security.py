@@ -17,7 +17,7 @@ from pyvidx.cli.encode import main as encode
 from pyvidx.cli.eval import main as evaluate
 from pyvidx.data.captions import shards
 from pyvidx.eval.annotations import parse
-from pyvidx.eval.files import read_tensors
+from pyvidx.eval.files import Named, read_tensors
 from pyvidx.eval.judge import ChatJudge, Request
 from pyvidx.integrations.checkpoints import load_model, load_official
 from pyvidx.integrations.hosts import LOCAL
@@ -134,6 +134,16 @@ def test_no_checkpoint_runs_code(tmp_path):
     with pytest.raises(pickle.UnpicklingError, match="[Ww]eights.only"):
         checkpoint._content(tmp_path / "checkpoint.pt")
     assert not mark.exists()
+
+
+def test_annotated_names_are_searched_for_below_the_root_alone(tmp_path):
+    (tmp_path / "in").mkdir()
+    for name in ("out.mp4", "in/a.mp4"):
+        (tmp_path / name).write_bytes(b"v")
+    files = Named.under(tmp_path / "in")
+    assert files.find("a") == str(tmp_path / "in/a.mp4")
+    for name in ("../out.mp4", "../out", str(tmp_path / "out.mp4"), "/etc/passwd", "../../../etc/passwd", "", ".."):
+        assert files.find(name) is None
 
 
 def calls():
