@@ -11,7 +11,6 @@ and threads together, which says more than the wall time where the machine has o
 """
 
 import argparse
-import json
 import os
 import platform
 import statistics
@@ -24,6 +23,8 @@ from contextlib import suppress
 from pathlib import Path
 
 import torch
+
+from pyvidx.files import write_json
 
 ROOT = Path(__file__).parents[1]
 
@@ -153,7 +154,7 @@ def main() -> None:
     if options.out:
         about = {"machine": platform.processor() or platform.machine(), "cores": os.cpu_count()}
         about |= {"torch": torch.__version__, "load": os.getloadavg(), "clips": options.clips, "of_s": options.seconds}
-        options.out.write_text(json.dumps({"about": about, "results": found}, indent=1) + "\n")
+        write_json(options.out, {"about": about, "results": found}, indent=1)
 
 
 if __name__ == "__main__":

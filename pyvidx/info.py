@@ -1,5 +1,9 @@
 """python -m pyvidx.info [--json]: what this installation is, and for every op and device whether a kernel or the
-reference will run, and why. The first lines of any bug report."""
+reference will run, and why. The first lines of any bug report.
+
+What the environment decides is shown, too: PYVIDX_STRICT=1 makes a missing kernel an error, PYVIDX_ISA and
+PYVIDX_PRODUCTS choose instructions and who multiplies, and PYVIDX_OPS_LIBRARY names another file to load the kernels
+from: that is code, so whoever sets it is trusted with all that this process may do."""
 
 import importlib.metadata
 import json

@@ -18,7 +18,9 @@ from pyvidx.cli.encode import find
 from pyvidx.cli.encode import main as encode
 from pyvidx.cli.eval import main as evaluate
 from pyvidx.cli.flops import main as flops
+from pyvidx.cli.memory import main as memory
 from pyvidx.cli.plan import main as plan
+from pyvidx.cli.train import main as train
 from pyvidx.device import usable
 from pyvidx.models import BTAdapter
 
@@ -80,20 +82,31 @@ def test_encode(there, given, message, capsys):
 
 @pytest.mark.parametrize("command, given, message", [
     (demo, "--frames 0", "at least 1"),
-    (demo, "b.mp4", "there is no b.mp4"),
+    (demo, "b.mp4", "no such file: b.mp4"),
     (demo, "https://host/a.mp4", "download"),
     (flops, "--frames 8 0", "at least 1"),
     (flops, "--json taken.json", "exists"),
     (flops, "--plot x.mp3", "must end in"),
     (flops, "--json new.png --plot new.png", "files must differ"),
+    (memory, "b.mp4", "no such file: b.mp4"),
+    (memory, "https://host/a.mp4", "download"),
+    (memory, "a.mp4 --out taken.png", "exists"),
+    (memory, "a.mp4 --out x.mp3", "must end in"),
+    (memory, "a.mp4 --save x.pt", "must end in .safetensors"),
+    (memory, "a.mp4 --capacity 0", "capacity"),
+    (memory, "a.mp4 --fps nan", "--fps must be above 0"),
+    (memory, "a.mp4 --device foo", "must be cpu"),
+    (memory, "a.mp4 --features model --model x.pth", "there is no x.pth"),
+    (train, "malmm --config no.json", "no.json"),
+    (train, "malmm", "required: --config"),
     (plan, "pretrain --cards 0", "at least 1"),
     (plan, "pretrain --videos nan", "at least 1"),
     (plan, "pretrain --decode-seconds -1", "must be seconds"),
-    (plan, "pretrain --decode-video b.mp4", "there is no b.mp4"),
+    (plan, "pretrain --decode-video b.mp4", "no such file: b.mp4"),
     (bench, ["report", "b.json"], "No such file"),
     (bench, ["report", "a.mp4"], "must be JSON"),
     (evaluate, "retrieval e.safetensors --json taken.json", "exists"),
-    (evaluate, "retrieval e.safetensors", "there is no e.safetensors"),
+    (evaluate, "retrieval e.safetensors", "there is no file e.safetensors"),
     (evaluate, "retrieval a.mp4", "is no safetensors file"),
     (evaluate, "retrieval --config c.json", "c.json"),
     (evaluate, "retrieval e.safetensors --plot p.txt.gzip", "must end in"),

@@ -108,7 +108,7 @@ def existing(text: str) -> Path:
     if path.is_dir():
         raise argparse.ArgumentTypeError(f"must be a file, {path} is a folder")
     if not path.exists():
-        raise argparse.ArgumentTypeError(f"there is no {path}")
+        raise argparse.ArgumentTypeError(f"no such file: {path}")
     return path
 
 

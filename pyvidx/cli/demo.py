@@ -1,5 +1,6 @@
 """python -m pyvidx demo [VIDEO]: one video through the whole library, with a picture and a speed test."""
 
+import importlib.util
 import statistics
 import sys
 import time
@@ -51,7 +52,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = p.parse_args(argv)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     video, backwards = options.video or options.out / "clip.mp4", options.out / "backwards.mp4"
-    drawn = arguments.picture(str(options.out / "similarity.png"))
+    drawn = options.out / "similarity.png"
+    if importlib.util.find_spec("matplotlib") is None:
+        p.error("the plot needs matplotlib: pip install 'pyvidx[cli]'")
     arguments.check_outputs(p, options.overwrite, drawn, *(() if options.video else (video, backwards)))
     if options.video is None:
         ranking(video, backwards, device)

@@ -127,9 +127,8 @@ def find(given: Sequence[Path]) -> tuple[list[str], str]:
     kinds = Counter(p.suffix.lower() or "without suffix" for p in others)
     kinds = ", ".join(f"{n} {kind}" for kind, n in kinds.items())
     names = ", ".join(printable(p) for p in others[:5]) + (", ..." if len(others) > 5 else "")
-    return list(
-        map(str, videos)
-    ), f"left out {len(others)} files that are no videos ({kinds}): {names}" if others else ""
+    said = f"left out {len(others)} files that are no videos ({kinds}): {names}" if others else ""
+    return list(map(str, videos)), said
 
 
 def load_model(path: Path | None, device: str, dtype: str | None, compat: str | None = None) -> BTAdapter:

@@ -1,6 +1,7 @@
 """python -m pyvidx memory VIDEO --out slots.png"""
 
 import argparse
+import math
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from pyvidx import memory
 from pyvidx.cli import arguments
+from pyvidx.files import printable
 from pyvidx.video import stream
 
 GRID, CELL = 4, 8  # "colors": a frame is 4 x 4 positions of 8 x 8 mean colors
@@ -23,7 +25,8 @@ def parser() -> argparse.ArgumentParser:
         "keep everything), and draw which frames each slot holds.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    p.add_argument("video", help="a video file, or a folder of frames, whose rate is --fps")
+    p.add_argument("video", type=arguments.existing,
+                   help="a video file, or a folder of frames, whose rate is --fps")  # fmt: skip
     p.add_argument("--policy", default="merge", choices=memory.names())
     p.add_argument("--capacity", type=int, help="entries kept, anchors included; default: the policy's own")
     p.add_argument("--anchors", type=int, default=0, help="keep the first frames as they are")
@@ -34,12 +37,12 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--features", default="colors", choices=["colors", "model"],
                    help="what is remembered: colors, 4 x 4 positions of 8 x 8 mean colors (no model involved); model, "
                    "the patch tokens of a BT-Adapter model's last backbone layer")  # fmt: skip
-    p.add_argument("--model", type=arguments.weights, help="weights written by BTAdapter.save, for --features model")
+    p.add_argument("--model", type=arguments.weights, help="weights, for --features model")
     p.add_argument("--position", type=int, default=0, help="position whose slots are drawn over time")
     p.add_argument("--out", type=arguments.picture, default="slots.png", help="the picture")
     p.add_argument("--save", type=Path, help="write the bank as well, as .safetensors")
-    arguments.add_overwrite(p)
     p.add_argument("--device", type=arguments.device, default="cuda" if torch.cuda.is_available() else "cpu")
+    arguments.add_overwrite(p)
     return p
 
 
@@ -48,6 +51,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = p.parse_args(argv)
     if options.save is not None and options.save.suffix != ".safetensors":
         p.error(f"--save must end in .safetensors, got {options.save}")
+    if options.fps is not None and not 0 < options.fps < math.inf:
+        p.error(f"--fps must be above 0, got {options.fps}")
     arguments.check_outputs(p, options.overwrite, options.out, options.save)
     try:
         policy = policy_of(options)
@@ -56,11 +61,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (FileNotFoundError, ValueError) as error:
         p.error(str(error))
     except RuntimeError as error:
-        print(f"FAILED {options.video}: {error}", file=sys.stderr)
+        print(f"FAILED {printable(options.video)}: {printable(str(error))}", file=sys.stderr)
         return 1
     what = ", ".join(f"{k} {v}" for k, v in policy.spec().items() if k != "name" and v)
     what = f"policy {policy.name} ({what}), features: {options.features}"
-    title = f"{Path(options.video).name}: {int(bank.frames)} frames, {what}"
+    title = f"{printable(options.video.name)}: {int(bank.frames)} frames, {what}"
     memory.plot(history, options.out, title=title, thumbnails=thumbnails)
     print(title)
     print(table(bank, options.position))
@@ -110,10 +115,11 @@ def colors(frames: Tensor) -> Tensor:
 
 def model_features(path: Path | None, device: str) -> Callable[[Tensor], Tensor]:
     """Frames uint8 [T, H, W, 3] -> patch tokens [T, P, C] of the last backbone layer, float32."""
+    from pyvidx.integrations.checkpoints import load_model
     from pyvidx.models import BTAdapter
     from pyvidx.preprocess import clip_preprocess
 
-    model = BTAdapter.default() if path is None else BTAdapter.from_pretrained(path)
+    model = BTAdapter.default() if path is None else load_model(path)
     if path is None or model.is_random:
         what = "knows moving shapes only" if path is None else "was never trained"
         print(

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 
+from pyvidx.cli.arguments import Parser
 from pyvidx.files import check_output
 from pyvidx.train import recipe as recipes
 from pyvidx.train.checkpoint import CHECKPOINT
@@ -24,7 +25,7 @@ KINDS = {"malmm": "fine-tune MA-LMM on answers", "btadapter": "pretrain BT-Adapt
 
 
 def parser() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser(
+    p = Parser(
         prog="python -m pyvidx train",
         description="Train a model; on several devices with torchrun --nproc-per-node N -m pyvidx train ... . A run "
         "that was ended goes on where its last checkpoint was written, with the same command.",

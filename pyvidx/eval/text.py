@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from pyvidx.backbones.clip_text import CLIPText
-from pyvidx.integrations.hosts import importing
+from pyvidx.integrations.hosts import LOCAL, importing
 
 CUTS = ("end", "official")
 CONTEXT = 77  # of CLIP's own tokenizer
@@ -40,7 +40,7 @@ def load_tokenizer(name: str | Path) -> Tokenizer:
         raise FileNotFoundError(f"tokenizer: there is no folder {name}; or 'open_clip'")
     with importing("tokenizer", "transformers"):
         from transformers import CLIPTokenizer
-    theirs = CLIPTokenizer.from_pretrained(name, local_files_only=True)
+    theirs = CLIPTokenizer.from_pretrained(name, **LOCAL)
     encode = lambda text: theirs(text, add_special_tokens=False)["input_ids"]  # noqa: E731
     return Tokenizer(encode, theirs.bos_token_id, theirs.eos_token_id)
 

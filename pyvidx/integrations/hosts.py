@@ -6,6 +6,9 @@ from importlib.metadata import PackageNotFoundError, version
 
 import torch
 
+# For from_pretrained: nothing is downloaded, and no code runs that a folder brings.
+LOCAL = {"local_files_only": True, "trust_remote_code": False}
+
 
 @contextmanager
 def importing(what: str, library: str, extra: str = "hosts") -> Iterator[None]:

@@ -7,7 +7,7 @@ from torch import nn
 from pyvidx.backbones.clip import CLIPVision, CLIPVisionConfig
 from pyvidx.backbones.eva import EVAVision, EVAVisionConfig
 from pyvidx.integrations.clip_weights import fill
-from pyvidx.integrations.hosts import importing
+from pyvidx.integrations.hosts import LOCAL, importing
 from pyvidx.integrations.malmm_keys import rename
 from pyvidx.integrations.place import place
 from pyvidx.memory.qformer import QFormerConfig
@@ -21,7 +21,8 @@ def clip_vision(model: nn.Module | str, **kwargs) -> CLIPVision:
     """CLIPVision with the weights of a CLIPModel, CLIPVisionModel or CLIPVisionModelWithProjection.
 
     Args:
-        model: the transformers model (4.x or 5.x), or a name or folder for CLIPModel.from_pretrained(model, **kwargs).
+        model: the transformers model (4.x or 5.x), or a folder, or a name for CLIPModel.from_pretrained(model,
+            **kwargs), which is taken from transformers' cache; with local_files_only=False it is downloaded.
 
     Returns:
         the tower in eval mode, with the dtype of the model, its weights copied.
@@ -33,7 +34,7 @@ def clip_vision(model: nn.Module | str, **kwargs) -> CLIPVision:
     if isinstance(model, str):
         with importing("huggingface: loading by name", "transformers"):
             from transformers import CLIPModel
-        model = CLIPModel.from_pretrained(model, **kwargs)
+        model = CLIPModel.from_pretrained(model, **{**LOCAL, **kwargs})
     config = getattr(model, "config", None)
     vision = getattr(config, "vision_config", config)
     if getattr(vision, "model_type", None) != "clip_vision_model":

@@ -15,7 +15,7 @@ from pyvidx.data.captions import KINDS, captioned
 from pyvidx.integrations.checkpoints import load_official, state_of
 from pyvidx.integrations.clip_text_weights import clip_text
 from pyvidx.integrations.clip_weights import clip_vision
-from pyvidx.integrations.hosts import importing
+from pyvidx.integrations.hosts import LOCAL, importing
 from pyvidx.integrations.mma_export import export_mma, load_head
 from pyvidx.losses import GRADIENTS
 from pyvidx.models import files
@@ -310,7 +310,7 @@ def _transformers(folder: str) -> tuple[CLIPVision, CLIPText]:
 
     with importing("train: a folder of transformers", "transformers"):
         from transformers import CLIPModel
-    model = CLIPModel.from_pretrained(folder, local_files_only=True)
+    model = CLIPModel.from_pretrained(folder, **LOCAL)
     c = model.config.text_config
     options = {"heads": c.num_attention_heads, "hidden_act": c.hidden_act, "eps": c.layer_norm_eps}
     return huggingface.clip_vision(model), clip_text(model.state_dict(), **options)

@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from pyvidx.integrations.hosts import importing
+from pyvidx.integrations.hosts import LOCAL, importing
 from pyvidx.integrations.language import Language
 from pyvidx.integrations.malmm_checkpoints import export_malmm, load_malmm
 from pyvidx.models.malmm import MALMM
@@ -160,10 +160,10 @@ def build(config: Config, device: torch.device) -> MALMMTask:
         raise ValueError(f"Config: frames must be at most {len(model.time)}, the temporal table's, got {config.frames}")
     with importing("train: a language model", "transformers"):  # which imports its parts when they are used
         lm = transformers.AutoModelForCausalLM.from_pretrained(
-            config.language, dtype=getattr(torch, config.language_dtype)
+            config.language, dtype=getattr(torch, config.language_dtype), **LOCAL
         )
-    tokenizer = transformers.AutoTokenizer.from_pretrained(config.tokenizer or config.language)
-    text = config.text_tokenizer and transformers.AutoTokenizer.from_pretrained(config.text_tokenizer)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(config.tokenizer or config.language, **LOCAL)
+    text = config.text_tokenizer and transformers.AutoTokenizer.from_pretrained(config.text_tokenizer, **LOCAL)
     language = Language(lm, tokenizer, text, bos=config.bos, max_text=config.max_text, max_answer=config.max_answer)
     # Trained weights have to be float32, whatever the file has; autocast makes the rest.
     task = MALMMTask(model.float().to(device), language.to(device), config.memory)

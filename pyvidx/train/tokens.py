@@ -6,7 +6,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from pyvidx.integrations.hosts import importing
+from pyvidx.integrations.hosts import LOCAL, importing
 
 ENDS = ("official", "kept")
 CONTEXT = 77
@@ -46,7 +46,7 @@ def tokenizer(folder: str | None = None, length: int = CONTEXT, end: str = "offi
     if folder is None:
         encode = SimpleTokenizer(context_length=whole)
         return lambda texts: encode(list(texts))[:, :length]
-    encode = AutoTokenizer.from_pretrained(folder)
+    encode = AutoTokenizer.from_pretrained(folder, **LOCAL)
     options = {"padding": "max_length", "truncation": True, "max_length": whole, "return_tensors": "pt"}
     return lambda texts: encode(list(texts), **options)["input_ids"][:, :length]
 

@@ -8,6 +8,7 @@ from pyvidx.eval import lvu as windows_of
 from pyvidx.eval.annotations.sample import Sample, checked, entries, lines, load, need, number, seconds, table
 
 LVU_LABELS = ("director", "genre", "relationship", "scene", "way_speaking", "writer", "year")
+LVU_LONGEST = 1e6  # seconds of a video
 LVU_REGRESSIONS = ("like_ratio", "view_count")
 # Named in MA-LMM's loaders: their videos could not be read there.
 BREAKFAST_BROKEN = ("P28-cam01-P28_cereals", "P27-stereo-P27_milk_ch0", "P28-cam02-P28_cereals")
@@ -27,6 +28,8 @@ def lvu(path: str | Path, *, task: str, history: int = 100, stride: int = 20) ->
         if task not in row:
             continue
         length = number(row, "duration", where)
+        if not 0 < length <= LVU_LONGEST:
+            raise ValueError(f"annotations: {where} must have seconds as duration, got {row['duration']!r}")
         for start, last in windows_of.windows(length, history=history, stride=stride):
             made.append(Sample(f"{video}_{start}", video, answer=str(row[task]), start=start, end=last + 0.1))
     return checked(made, path)

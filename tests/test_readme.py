@@ -1,0 +1,109 @@
+"""README's snippets run, each alone and one after another; its commands parse; the files it names are there."""
+
+import importlib
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import torch
+
+from pyvidx.__main__ import COMMANDS
+from pyvidx.data import motion
+from pyvidx.models import MALMM
+from tests.torchvision_shim import mend_torchvision
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+
+
+def blocks(language: str) -> list[tuple[int, str]]:
+    """(line, text) of the code blocks of a language."""
+    found = re.finditer(rf"^```{language}\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+    return [(README.count("\n", 0, m.start()) + 2, m[1]) for m in found]
+
+
+SNIPPETS = blocks("python")
+
+
+def commands() -> list[str]:
+    """Lines of the sh blocks, and commands in the text."""
+    lines = [line.split("#")[0].strip() for _, block in blocks("sh") for line in block.splitlines()]
+    return [line for line in lines if line] + re.findall(r"`((?:python -m|make|pytest) [^`]+)`", README)
+
+
+@pytest.fixture(scope="module")
+def given(tmp_path_factory):
+    """What is the reader's own: a video, a language model and its tokenizers."""
+    pytest.importorskip("av", reason="README reads a video: pip install 'pyvidx[video]'")
+    mend_torchvision()
+    pytest.importorskip("transformers", reason="README has a language model: pip install 'pyvidx[hosts]'")
+    import transformers
+
+    from tests.test_language import tokenizer
+
+    folder = tmp_path_factory.mktemp("readme")
+    motion.write_clip(folder / "video.mp4", motion.random_scenes(1, seed=0)[0])
+    width = MALMM.default().projection.out_features
+    config = transformers.LlamaConfig(vocab_size=32, hidden_size=width, intermediate_size=32, num_hidden_layers=1,
+                                      num_attention_heads=2, bos_token_id=1, eos_token_id=2)  # fmt: skip
+    names = {"causal_lm": transformers.LlamaForCausalLM(config), "tokenizer": tokenizer()}
+    return folder, names | {"bert_tokenizer": tokenizer(bos=False)}
+
+
+@pytest.fixture(autouse=True)
+def gradients_as_they_were():
+    yield
+    torch.set_grad_enabled(True)
+
+
+@pytest.mark.parametrize("line, text", SNIPPETS, ids=[f"line {line}" for line, _ in SNIPPETS])
+def test_a_snippet_alone(line, text, given, monkeypatch):
+    folder, names = given
+    monkeypatch.chdir(folder)
+    exec(compile("\n" * (line - 1) + text, "README.md", "exec"), dict(names))
+
+
+def test_the_snippets_one_after_another(given, monkeypatch):
+    folder, names = given
+    monkeypatch.chdir(folder)
+    together = dict(names)
+    for line, text in SNIPPETS:
+        exec(compile("\n" * (line - 1) + text, "README.md", "exec"), together)
+
+
+def test_there_are_snippets_and_commands():
+    assert len(SNIPPETS) >= 5 and len(commands()) >= 20
+
+
+@pytest.mark.parametrize("line", commands())
+def test_a_command_parses(line, capsys, monkeypatch):
+    """With the parser of its command; what other programs take is only known to be there."""
+    monkeypatch.chdir(ROOT)
+    words = shlex.split(line)
+    while re.fullmatch(r"\w+=\S+", words[0]):
+        words = words[1:]
+    if words[0] == "make":
+        assert re.search(rf"^{re.escape(words[1])}:", (ROOT / "Makefile").read_text(), re.MULTILINE), line
+    elif words[:2] == ["pip", "install"]:
+        extras = re.findall(r"\[(.*?)\]", line)
+        known = (ROOT / "pyproject.toml").read_text()
+        assert all(re.search(rf"^{name} = ", known, re.MULTILINE) for e in extras for name in e.split(",")), line
+    elif words[0] == "pytest":
+        assert (ROOT / words[1]).exists(), line
+    elif words[:2] == ["python", "-m"] and words[2] == "pyvidx":
+        assert words[3] in COMMANDS, line
+        module = importlib.import_module("pyvidx.info" if words[3] == "info" else f"pyvidx.cli.{words[3]}")
+        given = [word for word in words[4:] if word != "..."]
+        if hasattr(module, "parser"):
+            module.parser().parse_args(given)
+        else:
+            with pytest.raises(SystemExit) as stop:
+                module.main([*given, "--help"])
+            assert stop.value.code == 0
+            assert all(word in capsys.readouterr().out for word in given if word.startswith("--"))
+    elif words[:2] == ["python", "-m"]:
+        path = ROOT / words[2].replace(".", "/")
+        assert path.with_suffix(".py").exists() or path.is_dir() or words[2] == "pytest", line
+    else:
+        assert words[0] in ("cmake",), line
