@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pyvidx.ops import temporal_attention
-from pyvidx.ops._library import require
+from pyvidx.ops._library import require, require_tensors
 
 
 def check_frame_mask(op: str, frame_mask: Tensor | None, B: int, T: int, device: torch.device) -> Tensor | None:
@@ -22,6 +22,7 @@ def check_frame_mask(op: str, frame_mask: Tensor | None, B: int, T: int, device:
     """
     if frame_mask is None:
         return None
+    require_tensors(op, frame_mask=frame_mask)
     fits = frame_mask.dtype == torch.bool and tuple(frame_mask.shape) == (B, T)
     text = "{op}: frame_mask must be bool [B, T] = [{B}, {T}], True = a real frame"
     require(fits, text, frame_mask, op=op, B=B, T=T)
