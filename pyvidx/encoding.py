@@ -27,9 +27,11 @@ class Encoding(Mapping):
 
     def __post_init__(self) -> None:
         if isinstance(self.tokens, dict):  # Encoding({"pooled": ...}), as those who go through a mapping make a new one
-            given = {**dict.fromkeys(NAMES), **self.tokens}
-            for name, value in given.items():
-                object.__setattr__(self, name, value)
+            given = self.tokens
+            if unknown := given.keys() - set(NAMES):
+                raise ValueError(f"Encoding: names must be of {NAMES}, got the unknown {sorted(unknown)}")
+            for name in NAMES:
+                object.__setattr__(self, name, given.get(name))
 
     def __getitem__(self, name: str) -> Tensor:
         if name not in NAMES or getattr(self, name) is None:

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from pyvidx.layers.block import Block
 from pyvidx.layers.linear import dense
+from pyvidx.ops._library import require, require_tensors
 from pyvidx.sizes import check
 
 
@@ -37,6 +38,15 @@ class CLIPTextConfig:
             raise ValueError(f"CLIPTextConfig: width must be a multiple of heads, got {self.width} and {self.heads}")
 
 
+def check_ids(op: str, name: str, ids: Tensor, vocab: int) -> None:
+    """Raise unless all ids are in the vocabulary: on the CPU, where asking stalls nothing, and not in compiled code, which
+    cannot ask. A GPU stops its embedding kernel."""
+    if not ids.is_cpu or torch.compiler.is_compiling() or not ids.numel():
+        return
+    low, high = (int(n) for n in torch.aminmax(ids))
+    require(low >= 0 and high < vocab, f"{op}: {name} must be in [0, {vocab}), the vocabulary, got {low} to {high}")
+
+
 class CLIPText(nn.Module):
     """CLIP's text tower. Weights: pyvidx.integrations.clip_text_weights."""
 
@@ -62,13 +72,15 @@ class CLIPText(nn.Module):
             [B, E], not normalized.
 
         Raises:
-            ValueError: ids are not int64 [B, L].
+            ValueError: ids are not int64 [B, L], or beyond the vocabulary.
         """
+        require_tensors("CLIPText", ids=ids)
         if ids.dim() != 2 or ids.dtype != torch.int64 or not 0 < ids.shape[1] <= self.config.context:
             raise ValueError(
                 f"CLIPText: ids must be int64 [B, L], L in [1, {self.config.context}], "
                 f"got {tuple(ids.shape)} {ids.dtype}"
             )
+        check_ids("CLIPText", "ids", ids, self.config.vocab)
         x = self.token(ids) + self.position[: ids.shape[1]]
         for block in self.blocks:
             x = block(x)

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pyvidx.layers.linear import linear
+from pyvidx.ops._library import require_tensors
 
 
 def patch_rows(name: str, pixels: Tensor, weight: Tensor, bias: Tensor | None = None) -> tuple[Tensor, int, int]:
@@ -40,6 +41,7 @@ def patch_grid(name: str, pixels: Tensor, p: int) -> tuple[int, int]:
     Raises:
         ValueError: pixels do not fit, or h and w are no multiples of p.
     """
+    require_tensors(name, pixels=pixels)
     if not pixels.is_floating_point() or pixels.dim() < 4 or pixels.shape[-3] != 3:
         raise ValueError(
             f"{name}: pixels must be floating, normalized, [..., 3, h, w], got {tuple(pixels.shape)} {pixels.dtype}"

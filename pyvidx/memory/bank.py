@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pyvidx.ops._library import require
+from pyvidx.ops._library import require, require_tensors
 
 _TENSORS = ("rows", "sizes", "order", "length", "seen", "first", "last", "similarity")
 _OPTIONAL = ("first", "last", "similarity")
@@ -133,14 +133,22 @@ class Bank:
 
         Args:
             index: int64 [B'], each in [0, B), in any order, repeats allowed.
+
+        Raises:
+            ValueError: the index is not that; on a GPU one out of range stops the kernel.
         """
         self.check_live()
-        index = torch.as_tensor(index, device=self.rows.device)
+        index = torch.as_tensor(index)
         require(
             index.dim() == 1 and index.dtype == torch.int64,
             "Bank.select: index must be int64 [B'], one number each",
             index,
         )
+        if index.is_cpu and index.numel() and not torch.compiler.is_compiling():
+            low, high = (int(n) for n in torch.aminmax(index))
+            fits = low >= 0 and high < len(self)
+            require(fits, f"Bank.select: index must be in [0, {len(self)}), got {low} to {high}")
+        index = index.to(self.rows.device)
         return self._map(lambda x: x.index_select(0, index))
 
     def reset(self, videos: Tensor | None = None) -> Bank:
@@ -149,6 +157,7 @@ class Bank:
         Args:
             videos: bool [B], the ones to empty; the others stay as they are. None: all.
         """
+        require_tensors("Bank.reset", videos=videos)
         fits = videos is None or (videos.dtype == torch.bool and videos.shape == (len(self),))
         require(fits, "Bank.reset: videos must be bool [B]", videos)
         return self.give_up()._reset(videos)

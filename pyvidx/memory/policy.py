@@ -14,7 +14,7 @@ from torch import Tensor
 from pyvidx.memory.bank import Bank
 from pyvidx.memory.layout import new_bank
 from pyvidx.memory.slots import put_
-from pyvidx.ops._library import FLOATING, require
+from pyvidx.ops._library import FLOATING, require, require_tensors
 
 
 @dataclass(frozen=True)
@@ -160,6 +160,7 @@ class Policy:
         attached: Sequence[Tensor] = (),
     ) -> Bank:
         """Push T frames one after another: [B, T, N, C], seconds [B, T], active [B, T], attached [B, T, N, Ci]."""
+        require_tensors(f"{self.name}.extend", frames=frames, seconds=seconds, active=active)
         require(frames.dim() == 4, f"{self.name}.extend: frames must be [B, T, N, C]", frames)
         for t in range(frames.shape[1]):
             at = [None if x is None else x[:, t] for x in (seconds, active)]
@@ -234,6 +235,7 @@ class Policy:
 
     def _check_frame(self, bank, frame, seconds, active, attached) -> None:
         name = f"{self.name}.append"
+        require_tensors(name, frame=frame, seconds=seconds, **{f"attached[{i}]": x for i, x in enumerate(attached)})
         B, (G, W) = len(bank), bank.rows.shape[2:]
         N = bank.positions
         fits = frame.dim() == 3 and frame.shape[0] == B and frame.shape[2] == G * W // N
@@ -259,6 +261,7 @@ class Policy:
         self._check_active(bank, active)
 
     def _check_active(self, bank: Bank, active: Tensor | None) -> None:
+        require_tensors(self.name, active=active)
         fits = active is None or (active.shape == (len(bank),) and active.dtype == torch.bool)
         fits = fits and (active is None or active.device == bank.rows.device)
         require(fits, f"{self.name}: active must be bool [B], on the device of the bank", active, bank.rows)

@@ -11,8 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pyvidx.backbones.clip_text import check_ids
 from pyvidx.layers.linear import dense, dense_rows
 from pyvidx.layers.plain import held
+from pyvidx.ops._library import require_tensors
 from pyvidx.sizes import check
 
 
@@ -261,6 +263,7 @@ class QFormer(nn.Module):
             return None
         if self.config.vocab is None:
             raise ValueError("QFormer: these weights have no text embedding (BLIP-2); give no text_ids")
+        require_tensors("QFormer", text_ids=ids, text_mask=mask)
         if ids.dim() not in (2, 3) or ids.is_floating_point() or not 1 <= ids.shape[-1] <= self.config.text_length:
             raise ValueError(
                 f"QFormer: text_ids must be int [B, L] or [B, G, L], L from 1 to {self.config.text_length}, "
@@ -268,6 +271,7 @@ class QFormer(nn.Module):
             )
         if mask is not None and mask.shape != ids.shape:
             raise ValueError(f"QFormer: text_mask must be like text_ids {tuple(ids.shape)}, got {tuple(mask.shape)}")
+        check_ids("QFormer", "text_ids", ids, self.config.vocab)
         return ids.shape[1] if ids.dim() == 3 else None
 
 

@@ -14,6 +14,7 @@ from pyvidx.layers.plain import held
 from pyvidx.models import files
 from pyvidx.models.config import BTAdapterConfig
 from pyvidx.models.fold import fold
+from pyvidx.ops._library import require_tensors
 from pyvidx.temporal.branch import encode_branch, frame_vectors, until_last
 from pyvidx.temporal.bt_adapter import BTAdapterBranch
 from pyvidx.temporal.frames import check_frame_mask, on_real_frames, real_only
@@ -150,6 +151,7 @@ class BTAdapter(nn.Module):
                 f"BTAdapter: {' and '.join(wanted)} need the outputs of backbone layers "
                 f"{list(self._branch_inputs(wanted))}, got {len(xs)} tensors"
             )
+        require_tensors("BTAdapter", **{f"xs[{i}]": x for i, x in enumerate(xs)})
         real = check_frame_mask("BTAdapter", frame_mask, *xs[0].shape[:2], xs[0].device)
         group = self.grouping(xs[0], mask, wanted, real, interpolate)
         table = self._table(xs[0], interpolate)
@@ -221,6 +223,7 @@ class BTAdapter(nn.Module):
 
     def read_pixels(self, pixels: Tensor) -> Tensor:
         """The forms `forward` takes -> [B, T, 3, h, w]."""
+        require_tensors("BTAdapter", pixels=pixels)
         shape, axes = tuple(pixels.shape), pixels.dim()
         if self.compat == "official":
             if axes == 5 and shape[1] == 3:
@@ -235,6 +238,7 @@ class BTAdapter(nn.Module):
         return pixels
 
     def _read_features(self, features: Tensor) -> Tensor:
+        require_tensors("BTAdapter", features=features)
         shape = tuple(features.shape)
         if self.compat == "official" and self.tower == "llava":
             if len(shape) == 4 and shape[1] == 3:

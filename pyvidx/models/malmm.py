@@ -14,6 +14,7 @@ from pyvidx.memory.qformer import Prompt, QFormer
 from pyvidx.memory.sources import FrameSource, LastSource, Memories, PushSource, ReadSource
 from pyvidx.models import files
 from pyvidx.models.malmm_config import MALMMConfig
+from pyvidx.ops._library import require_tensors
 from pyvidx.ops.memory_merge import MemoryState, new_state
 from pyvidx.temporal.table import rows_at
 
@@ -81,6 +82,7 @@ class MALMM(nn.Module):
         Returns:
             [B, Q, llm_width], or [B, G, Q, llm_width] of G questions; length = 0: T * Q tokens instead of Q.
         """
+        require_tensors("MALMM", pixels=pixels)
         if pixels.dim() != 5 or pixels.shape[1] == 0:
             raise ValueError(f"MALMM: pixels must be [B, T, 3, h, w] with T >= 1, got {tuple(pixels.shape)}")
         if frames is not None:
@@ -212,6 +214,7 @@ class MALMM(nn.Module):
                 number in the stream.
             chunk: frames worked on at once; a matter of speed and memory, not of the result.
         """
+        require_tensors("MALMM", features=features)
         frames = features[:, None] if features.dim() == 3 else features
         self._check(frames, memories)
         frames = self._timed(frames, memories.seen, positions)
@@ -265,6 +268,7 @@ class MALMM(nn.Module):
         Returns:
             [B, Q, D], or [B, G, Q, D] of G questions; length = 0: [..., T * Q, D], frame by frame.
         """
+        require_tensors("MALMM", features=features)
         prompt = self.prompt(batch=features.shape[0]) if prompt is None else prompt
         return self._encode((features,), prompt, length, visual, query, chunk)
 

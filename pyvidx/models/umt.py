@@ -25,6 +25,7 @@ from pyvidx.losses import alignment
 from pyvidx.models import files
 from pyvidx.models.config import known
 from pyvidx.ops import token_gather
+from pyvidx.ops._library import require_tensors
 from pyvidx.sizes import check
 from pyvidx.temporal.frames import check_frame_mask, frame_mean, real_only, token_mask
 
@@ -88,6 +89,7 @@ class UMTStudent(nn.Module):
         Returns:
             tokens [B, T*P, C], frame after frame, zero where a frame is not real; pooled [B, C], LN of their mean.
         """
+        require_tensors("UMTStudent", pixels=pixels)
         real = check_frame_mask("UMTStudent", frame_mask, *pixels.shape[:2], pixels.device)
         (x,) = self.run(real_only(pixels, real), frame_mask=real)
         x = real_only(self.norm(x), real)  # [B, T, P, C]
@@ -103,6 +105,7 @@ class UMTStudent(nn.Module):
         visible: as token_gather takes it, int64 [B, T, V], which tokens are seen (flat indices t * P + p); None: all.
         Returns [B, T, V, C] each.
         """
+        require_tensors("UMTStudent", pixels=pixels)
         if pixels.dim() != 5 or pixels.shape[-1] != self.config.image_size or pixels.shape[-2] != pixels.shape[-1]:
             size = self.config.image_size
             raise ValueError(f"UMTStudent: pixels must be [B, T, 3, {size}, {size}], got {tuple(pixels.shape)}")

@@ -13,6 +13,7 @@ from pyvidx.encoding import Encoding
 from pyvidx.layers.patch import patch_grid
 from pyvidx.models import files
 from pyvidx.models.config import BTAdapterConfig, known
+from pyvidx.ops._library import require_tensors
 from pyvidx.temporal.frames import check_frame_mask, on_real_frames, real_only
 from pyvidx.temporal.module import OUTPUTS, TemporalModule
 
@@ -108,6 +109,7 @@ class VideoEncoder(nn.Module):
                 square.
         """
         self._need_reads_only()
+        require_tensors("VideoEncoder", **{f"xs[{i}]": x for i, x in enumerate(xs)})
         wanted, C = self._wanted(outputs), self.tower.config.width
         N = xs[0].shape[2] if interpolate and xs and xs[0].dim() == 4 else 1 + self.tower.config.patches
         if len(xs) != len(self.temporal.reads) or any(x.dim() != 4 or x.shape[2:] != (N, C) for x in xs):
@@ -139,6 +141,7 @@ class VideoEncoder(nn.Module):
 
     @staticmethod
     def _read(pixels: Tensor) -> Tensor:
+        require_tensors("VideoEncoder", pixels=pixels)
         if pixels.dim() != 5 or pixels.shape[2] != 3 or not pixels.shape[1]:
             raise ValueError(f"VideoEncoder: pixels must be [B, T, 3, h, w], T > 0, got {tuple(pixels.shape)}")
         return pixels

@@ -101,6 +101,14 @@ def require(ok: bool, message: str, *tensors: Tensor | None, **values) -> None:
         raise ValueError(f"{message}, got {got}" if tensors else message)
 
 
+def require_tensors(op: str, **values) -> None:
+    """Raise ValueError unless every value is a tensor or None."""
+    for name, value in values.items():
+        if not isinstance(value, Tensor | None):
+            kind = f"{type(value).__module__}.{type(value).__qualname__}"
+            raise ValueError(f"{op}: {name} must be a tensor, got {kind}; torch.as_tensor makes one of an array")
+
+
 FLOATING = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 

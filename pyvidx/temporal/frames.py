@@ -11,20 +11,23 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pyvidx.ops import temporal_attention
-from pyvidx.ops._library import require
+from pyvidx.ops._library import require, require_tensors
 
 
 def check_frame_mask(op: str, frame_mask: Tensor | None, B: int, T: int, device: torch.device) -> Tensor | None:
     """The mask on this device, or None where every frame is real: then the faster path without a mask is exact.
 
     Raises:
-        ValueError: it is not bool [B, T], or a clip has no frame.
+        ValueError: it is not bool [B, T], or a clip has no frame (compiled code does not look).
     """
     if frame_mask is None:
         return None
+    require_tensors(op, frame_mask=frame_mask)
     fits = frame_mask.dtype == torch.bool and tuple(frame_mask.shape) == (B, T)
     text = "{op}: frame_mask must be bool [B, T] = [{B}, {T}], True = a real frame"
     require(fits, text, frame_mask, op=op, B=B, T=T)
+    if torch.compiler.is_compiling():  # it cannot ask what is in a mask
+        return frame_mask.to(device)
     require(bool(frame_mask.any(dim=1).all()), f"{op}: frame_mask must leave every clip a frame", frame_mask)
     return None if bool(frame_mask.all()) else frame_mask.to(device)
 
@@ -46,6 +49,8 @@ def on_real_frames(
     """
     if frame_mask is None:
         return encode(frames)
+    if torch.compiler.is_compiling():  # the number of real frames would be the size of a tensor
+        return tuple(real_only(x, frame_mask) for x in encode(real_only(frames, frame_mask)))
     xs = encode(frames[frame_mask])
     return tuple(x.new_zeros(*frame_mask.shape, *x.shape[1:]).index_put((frame_mask,), x) for x in xs)
 

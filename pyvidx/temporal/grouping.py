@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from pyvidx.ops._library import require_tensors
 from pyvidx.temporal.frames import frame_mean
 
 COMPATS = ("paper", "official")
@@ -100,6 +101,7 @@ def _grouping(T, P, *, compat, tower, time_length, mask, mask_order, device) -> 
     mask_order = mask_order or ("official" if compat == "official" else "tube")
     if mask_order not in MASK_ORDERS:
         raise ValueError(f"BT-Adapter: mask_order must be one of {MASK_ORDERS}, got {mask_order!r}")
+    require_tensors("BT-Adapter", mask=mask)
     if mask is not None:
         mask = mask.bool()
     if compat == "official" and tower == "mma":
