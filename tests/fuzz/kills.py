@@ -2,12 +2,14 @@
 
     python -m tests.fuzz.kills --kills 50 --seed 0 --out tests/fuzz/results/kills-DATE.json
 
-Every run is the real command on clips of pyvidx.data.motion, in a session of its own. A moment is a sign in the run's
-files (a row, a checkpoint that is being written, ...) and some milliseconds more. After a kill nothing of the session
-may live on, and at the end weights, checkpoint, losses, exported weights and the list of broken videos are compared.
+Every run is the command on clips of pyvidx.data.motion, in a session of its own: forked from here, where torch is
+imported already, or, one of ten, as a new interpreter. A moment is the n-th sign in the run's files (a row, a
+checkpoint that is being written, ...) and some milliseconds more. After a kill nothing of the session may live on, and
+at the end weights, checkpoint, losses, exported weights and the list of broken videos are compared.
 """
 
 import argparse
+import importlib
 import json
 import os
 import random
@@ -16,13 +18,16 @@ import subprocess
 import sys
 import tempfile
 import time
+import traceback
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple, TextIO
 
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from pyvidx.__main__ import main as pyvidx_main
 from pyvidx.data import motion
 from pyvidx.files import write_json
 from pyvidx.integrations.mma_export import export_mma
@@ -43,26 +48,25 @@ mend_torchvision()
 sys.exit(main())
 """
 
-# What a run is seen doing, in its folder `out` or that of the features: a glob, and how many files of it.
+# What a run is seen doing: a folder of it and a pattern of files; of loss.jsonl every size is a sign.
 SIGNS = {
-    "start": None,
     "step": ("out", "loss.jsonl"),
     "checkpoint": ("out", ".checkpoint.*.part.pt"),
     "best weights": ("out", ".best.*.part.safetensors"),
     "end of an epoch": ("out", ".loss.*.part.png"),
     "last weights": ("out", ".last.*.part.safetensors"),
     "export": ("out", ".tuned.*.part.*"),
-    "features": ("stored", "*.part.safetensors"),
+    "features": ("stored", ".0*.part.safetensors"),
     "index of features": ("stored", ".index.*.part.json"),
 }
-# name -> kind of training, changes of its configuration and recipe, suffix of --export, and signs of it alone.
+# name -> kind of training, changes of its configuration and of its recipe, and suffix of --export.
 RUNS = {
-    "btadapter": ("btadapter", {}, {}, ".pth", ()),
-    "btadapter from stored features": ("btadapter", {"features": True}, {"save_every": 2}, ".safetensors",
-                                       ("features", "index of features")),
-    "malmm": ("malmm", {}, {"save_every": 2}, ".pth", ()),
-    "btadapter with workers": ("btadapter", {}, {"workers": 2, "save_every": 2}, ".safetensors", ()),
-}  # fmt: skip
+    "btadapter": ("btadapter", {}, {}, ".pth"),
+    "malmm": ("malmm", {}, {"save_every": 2}, ".pth"),
+    "btadapter from stored features": ("btadapter", {"features": True}, {"save_every": 2}, ".safetensors"),
+    "malmm, float16": ("malmm", {}, {"amp": "float16"}, ".safetensors"),
+    "btadapter with a worker": ("btadapter", {}, {"workers": 1, "save_every": 2}, ".safetensors"),
+}
 
 
 def main(argv: list[str] | None = None) -> dict:
@@ -79,14 +83,14 @@ def main(argv: list[str] | None = None) -> dict:
         wanted = {name: world.run(name, f"undisturbed {name}", lambda: None)[0] for name in options.runs}
         while len(kills) < options.kills:
             name = options.runs[completed % len(options.runs)]
-            left = min(options.kills - len(kills), draws.randint(3, 7))
-            out, done = world.run(name, f"killed-{completed}", lambda name=name: moment(name, draws), left)
+            left = min(options.kills - len(kills), draws.randint(3, 8))
+            out, done = world.run(name, f"killed-{completed}", lambda: Moment.drawn(draws), left)
             kills += done
             same(wanted[name], out)
             completed += 1
     result = {
         "kills": len(kills), "runs": completed, "seed": options.seed, "torch": torch.__version__,
-        "moments": {m: sum(k["moment"] == m for k in kills) for m in SIGNS},
+        "moments": {m: sum(k["moment"] == m for k in kills) for m in ("start", *SIGNS)},
         "longest life of a child, seconds": max((k["orphans"] for k in kills), default=0.0),
         "different": 0, "list": kills,
     }  # fmt: skip
@@ -96,19 +100,19 @@ def main(argv: list[str] | None = None) -> dict:
     return result
 
 
-class Moment:
-    """When to kill: `delay` seconds after the sign was seen for the `times`th time."""
+class Moment(NamedTuple):
+    """When to kill: `delay` seconds after the `sign`-th sign; cold: of a new interpreter."""
 
-    def __init__(self, name: str, delay: float, times: int):
-        self.name, self.delay, self.times = name, delay, times
+    sign: int
+    delay: float
+    cold: bool
 
-
-def moment(run: str, draws: random.Random) -> Moment:
-    own = [name for name in SIGNS if name not in ("features", "index of features") or name in RUNS[run][4]]
-    name = draws.choice(own)
-    if name == "start":
-        return Moment(name, draws.uniform(0, 8), 0)
-    return Moment(name, draws.choice([0, draws.uniform(0, 0.003), draws.uniform(0, 0.05)]), draws.randint(1, 3))
+    @classmethod
+    def drawn(cls, draws: random.Random) -> "Moment":
+        cold, sign = draws.random() < 0.1, draws.choice([0, 1, 2, 3, 5, 8, 12])
+        if sign == 0:
+            return cls(0, draws.uniform(0, 8 if cold else 1), cold)
+        return cls(sign, draws.choice([0, draws.uniform(0, 0.003), draws.uniform(0, 0.05)]), cold)
 
 
 class World:
@@ -116,8 +120,12 @@ class World:
 
     def __init__(self, folder: Path):
         mend_torchvision()
+        torch.set_num_threads(1)  # a fork has no other threads
         from tests.test_language import causal_lm, tokenizer
         from tests.test_train_btadapter import step
+
+        for module in ("matplotlib.figure", "torch.utils.tensorboard", "pyvidx.train.btadapter", "pyvidx.train.malmm"):
+            importlib.import_module(module)  # once for all forks
 
         self.folder = folder
         scenes = motion.random_scenes(VIDEOS, seed=5)
@@ -143,7 +151,7 @@ class World:
 
     def config(self, name: str, out: Path) -> tuple[str, Path, Path]:
         """The kind of a run, its configuration's file, and that of --export."""
-        kind, changes, recipe, suffix, _ = RUNS[name]
+        kind, changes, recipe, suffix = RUNS[name]
         own = {"epochs": 3, "batch": 4, "peak_lr": 1e-3, "start_lr": 1e-4, "amp": "bfloat16", "save_every": 1}
         values = {"out": str(out / "out"), "frames": 4, "recipe": own | recipe} | changes
         if kind == "btadapter":
@@ -167,21 +175,60 @@ class World:
         """Start a run again until it ends by itself, killing it `kills` times at most."""
         out = self.folder / out
         kind, config, export = self.config(name, out)
-        command = [sys.executable, "-c", COMMAND, "train", kind, "--config", str(config), "--device", "cpu",
-                   "--export", str(export)]  # fmt: skip
+        words = ["train", kind, "--config", str(config), "--device", "cpu", "--export", str(export)]
         done = []
         while True:
+            at = when() if len(done) < kills else None
+            before = _signs(out)
             with (out / "log.txt").open("a") as log:
-                process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
-                at = when() if len(done) < kills else None
-                parts = _kill(process, at, out) if at is not None else None
-                code = process.wait(PATIENCE)
-            if parts is None:
-                if code:
-                    raise AssertionError(f"{name} ended with {code}: {(out / 'log.txt').read_text()[-3000:]}")
+                child = Child(words, log, at is not None and at.cold)
+            moment = at and _kill(child, at, out, before)
+            child.wait()
+            if moment is None or child.code != -signal.SIGKILL:
+                if child.code:
+                    raise AssertionError(f"{name} ended with {child.code}: {(out / 'log.txt').read_text()[-3000:]}")
                 return out, done
-            done.append({"run": name, "moment": at.name, "after": round(at.delay, 4), "sign": at.times,
-                         "steps": _steps(out), "parts": parts, "orphans": _wait_for_orphans(process.pid)})  # fmt: skip
+            parts = [path.name.split(".")[1] for path in out.rglob(".*.part.*")]
+            done.append({"run": name, "moment": moment, "sign": at.sign, "after": round(at.delay, 4), "cold": at.cold,
+                         "steps": _steps(out), "parts": parts, "orphans": _wait_for_orphans(child.pid)})  # fmt: skip
+
+
+class Child:
+    """A command in a session of its own. code: as of subprocess, None while it runs."""
+
+    def __init__(self, words: list[str], log: TextIO, cold: bool):
+        self.code = None
+        if cold:
+            command = [sys.executable, "-c", COMMAND, *words]
+            self.process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
+            self.pid = self.process.pid
+            return
+        self.process, self.pid = None, os.fork()
+        if self.pid == 0:
+            code = 70
+            try:
+                os.setsid()
+                os.dup2(log.fileno(), 1), os.dup2(log.fileno(), 2)
+                sys.argv = ["pyvidx", *words]
+                code = pyvidx_main()
+            except SystemExit as ended:
+                code = ended.code
+            except BaseException:
+                traceback.print_exc()
+            finally:
+                sys.stdout.flush(), sys.stderr.flush()
+                os._exit(code or 0)
+
+    def ended(self, block: bool = False) -> bool:
+        if self.code is None and self.process is not None:
+            self.code = self.process.wait(PATIENCE) if block else self.process.poll()
+        elif self.code is None:
+            pid, status = os.waitpid(self.pid, 0 if block else os.WNOHANG)
+            self.code = os.waitstatus_to_exitcode(status) if pid else None
+        return self.code is not None
+
+    def wait(self) -> None:
+        self.ended(block=True)
 
 
 def same(wanted: Path, out: Path) -> None:
@@ -214,31 +261,32 @@ def _bits(value):
     return [_bits(part) for part in value] if isinstance(value, (list, tuple)) else value
 
 
-def _kill(process: subprocess.Popen, at: Moment, out: Path) -> list[str] | None:
-    """Kill at the moment; the files that were being written then, or None if the process had ended by itself."""
-    start, times = time.perf_counter(), 0
-    before = _signs(out, at.name)
-    while times < at.times and process.poll() is None and time.perf_counter() - start < PATIENCE:
-        now = _signs(out, at.name)
-        times += bool(now - before)
-        before = now
+def _kill(child: Child, at: Moment, out: Path, before: set) -> str | None:
+    """Kill at the moment; the name of its sign, or None if the run had ended by itself."""
+    start, count, name = time.perf_counter(), 0, "start"
+    while count < at.sign and not child.ended() and time.perf_counter() - start < PATIENCE:
+        now = _signs(out)
+        new = sorted(now - before)
+        count, name = count + len(new), new[-1][0] if new else name
+        before |= now
         time.sleep(0.0005)  # a part of a file is there for some milliseconds
     time.sleep(at.delay)
-    process.send_signal(signal.SIGKILL)
-    killed = process.wait() == -signal.SIGKILL
-    return [path.name.split(".")[1] for path in out.rglob(".*.part.*")] if killed else None
+    if child.ended():
+        return None
+    os.kill(child.pid, signal.SIGKILL)
+    return name
 
 
-def _signs(out: Path, name: str) -> set:
-    """What is there of a sign now; something new whenever it shows again."""
-    if SIGNS[name] is None:
-        return set()
-    folder, pattern = SIGNS[name]
-    try:
-        found = list((out / folder).glob(pattern))
-        return {path.stat().st_size for path in found} if name == "step" else {path.name for path in found}
-    except FileNotFoundError:  # gone meanwhile
-        return set()
+def _signs(out: Path) -> set[tuple[str, str]]:
+    """(name, what is new of it) of the signs there are now."""
+    found = set()
+    for name, (folder, pattern) in SIGNS.items():
+        try:
+            for path in (out / folder).glob(pattern):
+                found.add((name, str(path.stat().st_size) if name == "step" else path.name))
+        except FileNotFoundError:  # gone meanwhile
+            pass
+    return found
 
 
 def _wait_for_orphans(session: int) -> float:
