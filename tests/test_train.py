@@ -316,6 +316,32 @@ def test_the_command(run, monkeypatch, capsys):
     assert (out / "best.safetensors").exists()
 
 
+def test_other_rows_and_language_models_are_another_run(run, capsys):
+    from tests.test_language import causal_lm, tokenizer
+
+    folder, values = run
+    values["recipe"] |= {"epochs": 1}
+    values["held_out"] = None
+
+    def command(**changes) -> str:
+        (folder / "run.json").write_text(json.dumps(values | changes))
+        with pytest.raises(SystemExit):
+            train_command(["malmm", "--config", str(folder / "run.json"), "--device", "cpu"])
+        return capsys.readouterr().err
+
+    (folder / "run.json").write_text(json.dumps(values))
+    train_command(["malmm", "--config", str(folder / "run.json"), "--device", "cpu"])
+    causal_lm(seed=5).save_pretrained(folder / "other")
+    tokenizer(bos=False).save_pretrained(folder / "other")
+    other = folder / "other.jsonl"
+    other.write_text((folder / "train.jsonl").read_text().replace('"blue"', '"cup"'))
+    assert "of another run: frozen weights" in command(language=str(folder / "other"), tokenizer=str(folder / "lm"))
+    assert "of another run: tokenizer" in command(tokenizer=str(folder / "other"))
+    assert "of another run: content of rows" in command(train=str(other))
+    assert "of another run: frames 4 (now 3)" in command(frames=3)
+    assert "of another run: memory {'length': 2} (now {'length': 3})" in command(memory={"length": 3})
+
+
 def test_the_command_refuses(run):
     folder, values = run
     (folder / "bad.json").write_text(json.dumps(values | {"frames": 99}))

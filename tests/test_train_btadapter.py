@@ -407,6 +407,33 @@ def test_another_mask_is_another_run(run, capsys):
     assert "of another run: mask_rate 0.7 (now 0.5)" in capsys.readouterr().err
 
 
+def test_other_captions_and_weights_are_another_run(run, capsys):
+    folder, values = run
+    held_out = {"kind": "folder", "root": str(folder / "videos")}
+    recipe = {"epochs": 1}
+    command(folder, values, held_out=held_out, recipe=recipe)
+    before = (folder / "out" / CHECKPOINT).read_bytes()
+    other = step(seed=2)
+    other.model.save(folder / "other.safetensors")
+    text = {name: value for name, value in export_mma(other).items() if name.startswith("text_")}
+    save_file(text, folder / "text-other.safetensors")
+    changes = {
+        "start weights": {"weights": str(folder / "other.safetensors")},
+        "frozen weights": {"text": str(folder / "text-other.safetensors")},
+        "content of held-out rows": {"held_out": None},
+        "text_end": {"text_end": "kept"},
+    }
+    for name, change in changes.items():
+        with pytest.raises(SystemExit):
+            command(folder, values, **{"held_out": held_out, "recipe": recipe} | change)
+        assert f"of another run: {name}" in capsys.readouterr().err
+    (folder / "videos/6.txt").write_text("another caption")
+    with pytest.raises(SystemExit):
+        command(folder, values, held_out=held_out, recipe=recipe)
+    assert "of another run: content of rows" in capsys.readouterr().err
+    assert (folder / "out" / CHECKPOINT).read_bytes() == before
+
+
 def test_held_out_batches_are_full(run):
     folder, values = run
     config = Config.from_dict(values)

@@ -121,6 +121,15 @@ def test_files_of_configurations(tmp_path, capsys, content, text):
     assert "No such file" in refused("btadapter", tmp_path / "run.json", capsys)
 
 
+def test_a_device_that_is_not_there(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    (tmp_path / "run.json").write_text(json.dumps({"out": "out", **BTADAPTER}))
+    with pytest.raises(SystemExit):
+        train_command(["btadapter", "--config", str(tmp_path / "run.json"), "--device", "cuda"])
+    assert "--device cuda needs a GPU" in capsys.readouterr().err
+    (tmp_path / "out").rmdir()
+
+
 def test_types_are_those_of_the_fields(tmp_path):
     """A whole number does for any other, and lists become tuples."""
     recipe = Recipe.from_dict({"peak_lr": 1, "betas": [0, 0.5], "clip": None, "multipliers": {"branch": 10}})

@@ -1,7 +1,7 @@
 """What a run goes on from: its own whole checkpoint, weights and rows and nothing else; and what its files hold after
 kills, cuts and full disks."""
 
-import errno
+import contextlib
 import json
 import os
 import random
@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from pyvidx.cli.train import check_outputs
 from pyvidx.train import Ranks, Recipe, State, train
@@ -18,7 +19,7 @@ from pyvidx.train.curve import Board, Curve, held_out_row
 from pyvidx.train.data import Row, Videos
 from pyvidx.train.loop import begin
 from pyvidx.train.outputs import written
-from tests.test_train import PLAIN, Regression, Toy, toy
+from tests.test_train import PLAIN, Regression, Toy
 
 RECIPE = Recipe(**PLAIN | {"epochs": 2, "amp": "float16"})
 
@@ -71,6 +72,20 @@ def test_rows_are_what_they_say():
               Row("\udcff.mp4", "p", "b", 1.0)]  # fmt: skip
     digests = {Videos([row], ".", frames=2).digest() for row in [first, *others]}
     assert len(digests) == 5 and Videos([first], "elsewhere", frames=9, train=False).digest() in digests
+
+
+class Unread(Named):
+    """Rows of which some cannot be read, by names of any bytes."""
+
+    def collate(self, samples):
+        good = super().collate(samples)
+        return Rows(good.x, good.counts, {os.fsdecode(b"caf\xe9.mp4"): "why \udcff", "b": "why"})
+
+
+def test_names_that_are_not_utf_8_do_not_cost_the_run(tmp_path):
+    first = run(tmp_path, Unread(12, "rows"))
+    again = run(tmp_path, Unread(12, "rows"))
+    assert again.broken == first.broken == {os.fsdecode(b"caf\xe9.mp4"): "why \udcff", "b": "why"}
 
 
 # --- damaged checkpoints
@@ -164,6 +179,8 @@ HOSTILE = [
     (("optimizer", "state", 1, "step"), torch.tensor(float("nan"))),
     (("optimizer", "state", 1, "step"), torch.tensor(1e9)), (("optimizer", "state", 1, "step"), torch.tensor(-1.0)),
     (("optimizer", "state", 1, "step"), torch.ones(3)), (("optimizer", "state", 1, "step"), 1),
+    (("optimizer", "param_groups"), []), (("optimizer", "param_groups"), None), (("optimizer", "param_groups", 0), 1),
+    (("optimizer", "param_groups", 1, "lr"), torch.ones(2)), (("optimizer", "param_groups", 0, "lr"), float("inf")),
     (("scaler",), {}), (("scaler",), None), (("scaler", "scale"), -1.0), (("scaler", "scale"), float("nan")),
     (("scaler", "growth_interval"), 0), (("scaler", "_growth_tracker"), 10**9), (("scaler", "scale"), "big"),
     (("generators",), []), (("generators",), None), (("generators",), lambda g: g * 2), (("generators", 0), {}),
@@ -280,33 +297,58 @@ def test_tensorboard_has_no_step_twice(tmp_path):
 # --- outputs
 
 
-def test_a_full_disk_leaves_the_checkpoint_before(tmp_path, monkeypatch):
-    run(tmp_path)
-    before = (tmp_path / CHECKPOINT).read_bytes()
+@pytest.fixture
+def full_disk():
+    """No file of this process grows beyond 2 KB, which ends writes as a full disk does."""
+    resource = pytest.importorskip("resource", reason="limits of files are POSIX's")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
 
-    def full(content, path):
-        Path(path).write_bytes(b"half")
-        raise RuntimeError("PytorchStreamWriter failed writing file data/1: file write failed")
+    @contextlib.contextmanager
+    def full():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (2048, hard))
+        try:
+            yield
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
-    with monkeypatch.context() as patched:
-        patched.setattr(torch, "save", full)
-        with pytest.raises(OSError, match="checkpoint.pt could not be written, and is as it was before"):
-            toy(tmp_path / "new", RECIPE)
-        (tmp_path / "new").rmdir()
-        patched.setattr("pyvidx.train.loop.restore", lambda state, *_: state)
-        with pytest.raises(OSError, match="as it was before"):
-            run(tmp_path)
-    assert (tmp_path / CHECKPOINT).read_bytes() == before and not list(tmp_path.rglob("*.part*"))
+    return full
 
 
-@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), RuntimeError("file write failed")])
-def test_written_or_as_before(tmp_path, error):
-    path = tmp_path / "a.pth"
-    path.write_text("before")
-    with pytest.raises(OSError, match="a.pth could not be written"), written(path) as part:
-        part.write_text("half of it")
-        raise error
-    assert path.read_text() == "before" and os.listdir(tmp_path) == ["a.pth"]
+def figure(path):
+    from matplotlib.figure import Figure
+
+    Figure().savefig(path)
+
+
+WRITERS = {
+    "checkpoint.pt": lambda path: torch.save(torch.zeros(10**5), path),
+    "tuned.safetensors": lambda path: save_file({"a": torch.zeros(10**5)}, path),
+    "broken.jsonl": lambda path: path.write_text("x" * 10**5),
+    "loss.png": figure,
+}
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_a_full_disk_leaves_what_was_there(tmp_path, full_disk, name):
+    path = tmp_path / name
+    WRITERS[name](path)
+    before = path.read_bytes()
+    with pytest.raises(OSError, match=f"{name} could not be written, and is as it was before"), full_disk():
+        with written(path) as part:
+            WRITERS[name](part)
+    assert path.read_bytes() == before and os.listdir(tmp_path) == [name]
+    with written(path) as part:
+        WRITERS[name](part)
+
+
+def test_a_run_whose_disk_was_full_goes_on(tmp_path, full_disk):
+    want = run(tmp_path / "whole")
+    with pytest.raises(OSError, match="checkpoint.pt could not be written"), full_disk():
+        run(tmp_path / "full")
+    assert os.listdir(tmp_path / "full") == []
+    got = run(tmp_path / "full")
+    for p, q in zip(got.task.parameters(), want.task.parameters()):
+        assert torch.equal(p, q)
 
 
 def test_outputs_are_checked_before_any_work(tmp_path):

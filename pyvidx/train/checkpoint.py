@@ -98,9 +98,11 @@ def restore(state: State, path: Path, run: dict, recipe: Recipe, ranks: Ranks, b
     with torch.no_grad():
         for name, p in trained(state.task).items():
             p.copy_(saved["model"][name])
-    # Copies: the file is mapped. The groups are those of the recipe, which is the same.
+    # Copies: the file is mapped. But for the rate, the groups are those of the recipe, which is the same.
     moments = {i: {k: v.clone() for k, v in of.items()} for i, of in saved["optimizer"]["state"].items()}
     state.optimizer.load_state_dict({**state.optimizer.state_dict(), "state": moments})
+    for group, of in zip(state.optimizer.param_groups, saved["optimizer"]["param_groups"]):
+        group["lr"] = of["lr"]
     state.scaler.load_state_dict(saved["scaler"])
     generator = saved["generators"][ranks.rank]
     torch.set_rng_state(generator["cpu"].clone())
@@ -191,7 +193,7 @@ def _check_progress(saved: dict, recipe: Recipe, batches: int) -> None:
         f"there is no step {step} at batch {position} of {batches} in epoch {epoch} of {recipe.epochs}",
     )
     best, broken = saved.get("best", ""), saved.get("broken")
-    _need(best is None or isinstance(best, float) and math.isfinite(best), f"its best loss is {_shown(best)}")
+    _need(best is None or _is_finite(best), f"its best loss is {_shown(best)}")
     texts = isinstance(broken, dict) and all(isinstance(text, str) for item in broken.items() for text in item)
     _need(texts, "what could not be read must be named by texts")
 
@@ -200,6 +202,9 @@ def _check_moments(saved: object, optimizer: torch.optim.Optimizer, steps: int) 
     """AdamW's, of the parameters that have had a gradient."""
     moments = saved.get("state") if isinstance(saved, dict) else None
     _need(isinstance(moments, dict), "it has no state of the optimizer")
+    groups, own = saved.get("param_groups"), optimizer.param_groups
+    rates = [of.get("lr") if isinstance(of, dict) else None for of in groups] if isinstance(groups, list) else []
+    _need(len(rates) == len(own) and all(map(_is_finite, rates)), f"it must have learning rates of {len(own)} groups")
     numbered = dict(enumerate(p for group in optimizer.param_groups for p in group["params"]))
     for i, of in moments.items():
         _need(type(i) is int and i in numbered, f"the optimizer has no parameter {_shown(i)}")
@@ -213,13 +218,17 @@ def _check_moments(saved: object, optimizer: torch.optim.Optimizer, steps: int) 
 def _check_scaler(saved: object, own: dict) -> None:
     _need(isinstance(saved, dict) and saved.keys() == own.keys(), f"the scaler must have {', '.join(own) or 'nothing'}")
     for name, value in saved.items():
-        _need(type(value) in (int, float) and math.isfinite(value), f"the scaler's {name} is {_shown(value)}")
+        _need(_is_finite(value), f"the scaler's {name} is {_shown(value)}")
         if name == "scale":
             _need(value > 0, f"the scaler's scale is {value}")
         elif name == "_growth_tracker":
             _need(type(value) is int and 0 <= value < own["growth_interval"], f"the scaler's {name} is {value}")
         else:
             _need(value == own[name], f"the scaler's {name} is {value} (now {own[name]})")
+
+
+def _is_finite(value: object) -> bool:
+    return type(value) in (int, float) and abs(value) < math.inf
 
 
 def _like(value: object, want: Tensor) -> bool:
