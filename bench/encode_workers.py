@@ -11,6 +11,7 @@ and threads together, which says more than the wall time where the machine has o
 """
 
 import argparse
+import json
 import os
 import platform
 import statistics

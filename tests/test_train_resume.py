@@ -19,7 +19,7 @@ from pyvidx.train.curve import Board, Curve, held_out_row
 from pyvidx.train.data import Row, Videos
 from pyvidx.train.loop import begin
 from pyvidx.train.outputs import written
-from tests.test_train import PLAIN, Regression, Toy
+from tests.test_train import PLAIN, Regression, Rows, Toy
 
 RECIPE = Recipe(**PLAIN | {"epochs": 2, "amp": "float16"})
 

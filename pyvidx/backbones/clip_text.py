@@ -39,8 +39,8 @@ class CLIPTextConfig:
 
 
 def check_ids(op: str, name: str, ids: Tensor, vocab: int) -> None:
-    """Raise unless all ids are in the vocabulary: on the CPU, where asking stalls nothing, and not in compiled code, which
-    cannot ask. A GPU stops its embedding kernel."""
+    """Raise unless all ids are in the vocabulary: on the CPU, where asking stalls nothing, and not in compiled code,
+    which cannot ask. A GPU stops its embedding kernel."""
     if not ids.is_cpu or torch.compiler.is_compiling() or not ids.numel():
         return
     low, high = (int(n) for n in torch.aminmax(ids))
