@@ -8,10 +8,10 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from safetensors import SafetensorError
-from safetensors.torch import save_file
-from torch import Tensor
+if TYPE_CHECKING:  # a command takes Ctrl-C from its first moment on, and torch's import lasts seconds
+    from torch import Tensor
 
 
 @contextmanager
@@ -54,12 +54,15 @@ def write_json(path: str | os.PathLike[str], value, **options) -> Path:
     return write_text(path, json.dumps(value, **options) + "\n")
 
 
-def write_tensors(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], about: Mapping[str, str]) -> Path:
+def write_tensors(path: str | os.PathLike[str], tensors: "Mapping[str, Tensor]", about: Mapping[str, str]) -> Path:
     """Write a .safetensors file with `about` in its header, whole or not at all.
 
     Raises:
         OSError: the disk is full, or the folder cannot be written to.
     """
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
     with whole(path) as part:
         try:
             save_file(dict(tensors), part, {"format": "pt", **about})

