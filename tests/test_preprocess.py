@@ -180,3 +180,19 @@ def test_same_pixels_on_a_gpu(name):
     levels_apart = (levels(on_cpu) - levels(on_gpu.cpu())).abs()
     # float32 interpolation may fall on the other side of a rounding; the Pillow and nearest filters may not.
     assert levels_apart.max() < (1e-3 if PRESETS[name].filter in ("pillow", "nearest") else 1.3)
+
+
+@pytest.mark.parametrize("mode", ["nearest", "bilinear", "bicubic"])
+@pytest.mark.parametrize("shape", [(41, 530), (530, 41), (3, 500)])
+def test_only_what_survives_the_crop_of_a_huge_frame_is_made(monkeypatch, mode, shape):
+    frames, preset = noise(2, *shape, 3), Preset(224, crop=200, filter=mode)
+    expected = levels(preprocess(frames, preset))
+    monkeypatch.setattr("pyvidx.preprocess._MOST_PIXELS", 200 * 200)
+    # The same products, summed in another order: now and then across a rounding.
+    difference = (levels(preprocess(frames, preset)) - expected).abs()
+    assert difference.max() < 1.001 and (difference > 0.5).double().mean() < 5e-3
+
+
+def test_a_resized_frame_that_no_crop_bounds_is_refused():
+    with pytest.raises(ValueError, match="must have at most 16777216 pixels, got 224 x 14679840"):
+        clip_preprocess(torch.zeros(1, 1, 65535, 3, dtype=torch.uint8), crop=False)

@@ -326,11 +326,13 @@ def test_real_clips_read_alike_in_all_readers(name, count, size):
 
 
 @pytest.mark.parametrize("reader", READERS)
-def test_ten_bits_and_odd_420_agree_closely(tmp_path, reader):
-    # No tolerance of 0 here: reducing 10 bits, or doubling color planes of odd height, goes through the general scaler
-    # of each reader's own FFmpeg, with its own filter. On this smooth color that was up to 13 levels at odd height.
+def test_ten_bits_and_420_of_odd_height_or_interlaced_agree_closely(tmp_path, reader):
+    # No tolerance of 0 here: reducing 10 bits, or doubling color planes of odd height or of two fields, goes through
+    # the general scaler of each reader's own FFmpeg, with its own filter. On this smooth color that was up to 13 levels
+    # at odd height, 16 where interlaced.
     write(tmp_path / "ten.mkv", frames_with_number(), pixel_format="yuv420p10le")
     encode(tmp_path / "odd.mkv", [40 * i for i in range(N)], codec="mpeg4", odd=1, qmax="2")
-    for name in ("ten.mkv", "odd.mkv"):
+    write(tmp_path / "fields.mkv", frames_with_number(), options={"x264-params": "tff=1:interlaced=1"})
+    for name in ("ten.mkv", "odd.mkv", "fields.mkv"):
         a, b = (read(tmp_path / name, reader=r).frames.short() for r in ("pyav", reader))
-        assert (a - b).abs()[:, 20:].max() <= 16 and (a - b).abs()[:, 20:].float().mean() <= 4
+        assert (a - b).abs()[:, 20:].max() <= 20 and (a - b).abs()[:, 20:].float().mean() <= 4

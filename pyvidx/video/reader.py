@@ -118,6 +118,9 @@ def stream(
 ) -> Iterator[Clip]:
     """Go through a whole video in order, holding one chunk of frames at a time.
 
+    Damage is skipped and told as in `read`, except what a decoder with threads writes to FFmpeg's log only; of that,
+    read(..., strict=True) tells.
+
     Args:
         source: as in `read`.
         chunk: frames per Clip; the last one may be shorter.

@@ -14,19 +14,8 @@ from .structure import cut
 
 # Their decoders keep their errors to the log, whatever they are told.
 _SAY_NOTHING = {
-    "gif",
-    "mjpeg",
-    "wmv1",
-    "wmv2",
-    "msmpeg4",
-    "msmpeg4v2",
-    "msmpeg4v3",
-    "h261",
-    "h263",
-    "flv",
-    "rv10",
-    "rv20",
-}
+    "gif", "mjpeg", "wmv1", "wmv2", "msmpeg4", "msmpeg4v2", "msmpeg4v3", "h261", "h263", "flv", "rv10", "rv20",
+}  # fmt: skip
 
 
 class Suspect(Exception):
@@ -50,7 +39,8 @@ class Shown:
         self.container, self.stream, complaint = opened
         self.damage = Damage()
         self.number = 0
-        self.listed, self.packets = 0, 0  # packets met, and those of them that should show something
+        self.listed = 0  # packets met
+        self._promised = self._given = None  # presentation times: the latest of a packet, that of the newest frame
         self._first: int | None = None
         self._shift, self._second = 0.0, -1.0
         self._sign: int | None = None  # presentation time of the packet that gave the first sign
@@ -66,15 +56,14 @@ class Shown:
 
     def __iter__(self) -> Iterator[tuple[int, float, Any]]:
         for frame in self.frames():
-            second = self._time(frame)
+            second, self._given = self._time(frame), frame.pts
             self._place(frame.pts, second)
             yield self.number, second, frame
             self.number += 1
         if reason := self._short():
             self._note(None, reason, cut=True)
-        if not self.careful and self.number < self.packets and self.stream.codec_context.name != "vp8":
-            # Either packets that show nothing, or an error that came while the threads were emptied and was not told.
-            raise Suspect(f"{self.packets} packets show {self.number} frames")
+        if not self.careful and self._ends_early():
+            raise Suspect("the last frames are missing")
         self._place(None, self._second + 1 / float(self.stream.average_rate or 1) if self.number else 0.0)
 
     def frames(self) -> Iterator[Any]:
@@ -88,7 +77,6 @@ class Shown:
                     packet = next(packets, None)
             except av.FFmpegError as error:
                 self._note(None, f"reading stops: {error.strerror}", cut=True)
-                packet, packets = None, iter(())
                 yield from self._decoded(None)
                 return
             if heard:
@@ -96,7 +84,8 @@ class Shown:
             if packet is None:
                 return
             self.listed += packet.size > 0 or packet.dts is not None  # the last one only empties the decoder
-            self.packets += packet.size > 0 and not packet.is_discard
+            if packet.size and packet.pts is not None and not packet.is_discard:
+                self._promised = max(packet.pts, packet.pts if self._promised is None else self._promised)
             if packet.is_corrupt:
                 self._note(packet.pts, "a packet is marked as damaged by its container")
             yield from self._decoded(packet)
@@ -137,6 +126,13 @@ class Shown:
         """The first sign of damage gets the number of the first frame shown at or after it."""
         if self.damage and self.damage.frame is None and (None in (pts, self._sign) or pts >= self._sign):
             self.damage = replace(self.damage, frame=self.number, second=second)
+
+    def _ends_early(self) -> bool:
+        # An error that comes while the threads are emptied at the end takes the frames behind it along, untold. Less
+        # than a frame is the second field of an interlaced one.
+        if None in (self._promised, self._given) or not self.stream.average_rate:
+            return False
+        return (self._promised - self._given) * self.stream.time_base * self.stream.average_rate > 0.75
 
     def _short(self) -> str:
         promised = len(self.stream.index_entries)

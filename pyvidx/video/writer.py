@@ -32,7 +32,8 @@ def write(
         codec, pixel_format, options: passed to FFmpeg ("libx264", "libvpx-vp9", "libsvtav1", ...; {"crf": "18"}).
 
     Raises:
-        ValueError: no frame, a frame that is not uint8 [H, W, 3] or differs in size, or an odd size with yuv420p.
+        ValueError: no frame, a frame that is not uint8 [H, W, 3] or differs in size, an odd size with yuv420p, a rate
+            that is no positive number, or a name whose end stands for no container.
     """
     av = import_av()
     rate = Fraction(fps).limit_denominator(65535)
@@ -41,7 +42,7 @@ def write(
         stream = container.add_stream(codec, rate=rate, options=options or {})
         stream.pix_fmt = pixel_format
         size = None
-        for number, frame in enumerate(frames):
+        for count, frame in enumerate(frames):
             if frame.dtype != torch.uint8 or frame.dim() != 3 or frame.shape[2] != 3:
                 raise ValueError(f"write: frames must be uint8 [H, W, 3], got {frame.dtype} {tuple(frame.shape)}")
             if size is None:
@@ -52,7 +53,7 @@ def write(
             if frame.shape != size:
                 raise ValueError(f"write: frames must have one size, got {tuple(size)} and {tuple(frame.shape)}")
             picture = av.VideoFrame.from_ndarray(frame.contiguous().numpy(), format="rgb24")
-            picture.pts, picture.time_base = number, 1 / rate
+            picture.pts, picture.time_base = count, 1 / rate
             container.mux(stream.encode(picture))
         if size is None:
             raise ValueError("write: frames must hold at least one frame")

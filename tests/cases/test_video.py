@@ -152,6 +152,11 @@ def test_a_name_is_a_name(video, tmp_path, monkeypatch, name):
     shutil.copy(video, name)
     expected = read(video, 4)
     assert torch.equal(read(name, 4).frames, expected.frames) and len(parts(name)) == 30
+    write(name, expected.frames)
+    assert len(read(name, 9, "arange")) == 4 and os.listdir() == [name]
+    with pytest.raises(ValueError, match="at least one frame"):
+        write(name, [])
+    assert len(read(name, 9, "arange")) == 4  # what was there is kept
 
 
 PLAYLISTS = {
