@@ -16,7 +16,7 @@ from pyvidx.cli.train import main as train_command
 from pyvidx.integrations.malmm_checkpoints import export_malmm, load_malmm_weights
 from pyvidx.models import MALMM
 from pyvidx.train import Ranks, Recipe, State, Task, train
-from pyvidx.train.data import plan, random_box, rows
+from pyvidx.train.data import Row, plan, random_box, rows
 from pyvidx.train.loop import CHECKPOINT
 from pyvidx.train.malmm import Config
 from pyvidx.train.recipe import decays, groups, learning_rate, load
@@ -231,6 +231,15 @@ def test_rows(tmp_path):
     (tmp_path / "b.csv").write_text("video,prompt\na.mp4,p\n")
     with pytest.raises(ValueError, match="row 1 of .*b.csv must have video, prompt and answer"):
         rows(tmp_path / "b.csv")
+
+
+@pytest.mark.parametrize("start, end", [(-1, 2), ("nan", 2), (float("nan"), 2), (0, "inf"), (3, 2), (2, 2), (True, 2),
+                                        ("one", 2), ([1], 2), (0, -1), ("1e400", None)])  # fmt: skip
+def test_times_that_mean_nothing_are_named(tmp_path, start, end):
+    good = {"video": "a.mp4", "prompt": "p", "answer": "b", "start": "1.5", "end": ""}
+    (tmp_path / "a.jsonl").write_text(json.dumps(good) + "\n\n" + json.dumps(good | {"start": start, "end": end}))
+    with pytest.warns(UserWarning, match=r"row 2 of .*a.jsonl .*\(line 3\)"):
+        assert rows(tmp_path / "a.jsonl") == [Row("a.mp4", "p", "b", 1.5)]
 
 
 # --- MA-LMM, and the command

@@ -385,7 +385,7 @@ def test_a_loss_over_the_batch_does_not_accumulate(run, capsys):
         ({"weights": {"open_clip": "ViT-L-14"}}, "weights must be a path or"),
         ({"mask_order": "frames"}, "mask_order"),
         ({"preset": "none"}, "preset must be one of"),
-        ({"weights": "nowhere.pth"}, "no file nowhere.pth"),
+        ({"weights": "nowhere.pth"}, "no file or folder nowhere.pth"),
         ({"train": {"kind": "folder", "root": "nowhere"}}, "no folder nowhere"),
         ({"recipe": {"batch": 9}}, "needs 9 rows, got 8"),
     ],

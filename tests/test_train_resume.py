@@ -18,7 +18,7 @@ from pyvidx.train.checkpoint import CHECKPOINT, identity, restore
 from pyvidx.train.curve import Board, Curve, held_out_row
 from pyvidx.train.data import Row, Videos
 from pyvidx.train.loop import begin
-from pyvidx.train.outputs import written
+from pyvidx.train.outputs import sweep, written
 from tests.test_train import PLAIN, Regression, Rows, Toy
 
 RECIPE = Recipe(**PLAIN | {"epochs": 2, "amp": "float16"})
@@ -339,6 +339,15 @@ def test_a_full_disk_leaves_what_was_there(tmp_path, full_disk, name):
     assert path.read_bytes() == before and os.listdir(tmp_path) == [name]
     with written(path) as part:
         WRITERS[name](part)
+
+
+def test_what_a_killed_safetensors_left_is_removed(tmp_path):
+    for name in (".tmpAb12Xy", ".tmp", "a.tmpAb12Xy"):
+        (tmp_path / name).write_text("left")
+    sweep(tmp_path, age=60)
+    assert (tmp_path / ".tmpAb12Xy").exists()
+    run(tmp_path)
+    assert sorted(os.listdir(tmp_path)) == [".tmp", "a.tmpAb12Xy", CHECKPOINT]
 
 
 def test_a_run_whose_disk_was_full_goes_on(tmp_path, full_disk):

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 
-from pyvidx.cli.arguments import Parser
+from pyvidx.cli import arguments
 from pyvidx.files import check_output
 from pyvidx.train import recipe as recipes
 from pyvidx.train.checkpoint import CHECKPOINT
@@ -25,7 +25,7 @@ KINDS = {"malmm": "fine-tune MA-LMM on answers", "btadapter": "pretrain BT-Adapt
 
 
 def parser() -> argparse.ArgumentParser:
-    p = Parser(
+    p = arguments.Parser(
         prog="python -m pyvidx train",
         description="Train a model; on several devices with torchrun --nproc-per-node N -m pyvidx train ... . A run "
         "that was ended goes on where its last checkpoint was written, with the same command.",
@@ -36,7 +36,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--device", choices=["cuda", "cpu"], help="default: GPUs if there are any")
     p.add_argument("--export", type=Path, help="also write the weights under the public code's names, .safetensors or"
                    " .pth as the public code does")  # fmt: skip
-    p.add_argument("--overwrite", action="store_true", help="write over weights of another run, --export's too")
+    arguments.add_overwrite(p)
     return p
 
 

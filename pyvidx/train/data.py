@@ -3,6 +3,7 @@ read it and a resumed run reads the same."""
 
 import hashlib
 import math
+import reprlib
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -65,10 +66,11 @@ def rows(path: str | Path, *, outside: bool = False) -> list[Row]:
         try:
             texts = [value.get(name) for name in ("video", "prompt", "answer")]
             if not all(isinstance(text, str) and text and not tables.flaw(text) for text in texts):
-                raise ValueError(f"must have video, prompt and answer, got {value}")
+                raise ValueError(f"must have video, prompt and answer, got {reprlib.repr(value)}")
             times = {k: float(value[k]) for k in ("start", "end") if value.get(k) not in (None, "")}
-            if not all(map(math.isfinite, times.values())):
-                raise ValueError(f"must have start and end in seconds, got {times}")
+            start, end = times.get("start", 0.0), times.get("end", math.inf)
+            if not 0 <= start < end or math.inf in times.values() or any(isinstance(value[k], bool) for k in times):
+                raise ValueError(f"must have start and end in seconds, 0 <= start < end, got {times}")
             found.append(Row(texts[0] if outside else tables.inside(texts[0]), *texts[1:], **times))
         except (TypeError, ValueError) as error:
             left.add(f"row {number} of {path} {error} (line {line})")

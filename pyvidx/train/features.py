@@ -25,13 +25,14 @@ from pyvidx.train.checkpoint import differences
 from pyvidx.train.curve import progress
 from pyvidx.train.distributed import Ranks
 from pyvidx.train.fields import MANY, check_choices, check_ranges, fields
-from pyvidx.train.outputs import written
+from pyvidx.train.outputs import sweep, written
 from pyvidx.train.pairs import Pair, Pairs, collate
 
 DTYPES = ("float16", "bfloat16", "float32")
 # Names that safetensors has for them.
 _DTYPES = {"F16": "float16", "BF16": "bfloat16", "F32": "float32", "I64": "int64"}
 INDEX = "index.json"
+STALE = 3600  # seconds; another run may store in the same folder
 
 Frozen = Callable[[Pairs], tuple[tuple[Tensor, ...], Tensor]]
 
@@ -106,6 +107,7 @@ def store(
     if ranks.first:
         _refuse_others(folder, _index(folder), about)
         folder.mkdir(parents=True, exist_ok=True)
+        sweep(folder, STALE)
         found = {n: _found(p, about, (len(shards[n]), *shape), features.dtype) for n, p in enumerate(paths)}
     found = ranks.gathered(found)[0]
     mine = [number for number, broken in found.items() if broken is None][ranks.rank :: ranks.world]

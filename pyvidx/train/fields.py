@@ -67,10 +67,10 @@ def check_ranges(config, ranges: Mapping[str, tuple[float, float]]) -> None:
 
 
 def check_choices(config, choices: Mapping[str, Collection[str]]) -> None:
-    """Raise ValueError where a text of a dataclass is none of those that it may be."""
+    """Raise ValueError where a text of a dataclass is none of those that it may be; None is in all."""
     for name, allowed in choices.items():
         value = getattr(config, name)
-        if value not in allowed:
+        if value is not None and value not in allowed:
             raise ValueError(
                 f"{type(config).__name__}: {name} must be one of {', '.join(allowed)}, got {reprlib.repr(value)}"
             )

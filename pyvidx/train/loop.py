@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader, Dataset
 from pyvidx.train.checkpoint import CHECKPOINT, identity, restore, save
 from pyvidx.train.data import plan
 from pyvidx.train.distributed import Ranks
+from pyvidx.train.outputs import sweep
 from pyvidx.train.recipe import Recipe, groups, learning_rate
 from pyvidx.train.task import State, Task, trained
 
@@ -91,6 +92,7 @@ def train(
     state = begin(task, recipe, ranks)
     if ranks.first:
         out.mkdir(parents=True, exist_ok=True)
+        sweep(out)
     run = identity(task, recipe, ranks, data, held_out)
     wrapped = _Shared(task)
     if ranks.world > 1:
