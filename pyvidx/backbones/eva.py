@@ -34,7 +34,7 @@ class EVAVisionConfig:
     norm_eps: float = 1e-5
 
     def __post_init__(self):
-        check(self)
+        check(self, zero=("layers",))
         if self.width % self.heads:
             raise ValueError(f"EVAVisionConfig: width must be a multiple of heads, got {self.width} and {self.heads}")
         if self.image_size % self.patch_size:
