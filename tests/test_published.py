@@ -56,16 +56,23 @@ def test_pretraining_file_as_a_chat_tower(tmp_path):
     close(model(file.tensors["out.T4.hidden.3"]).tokens, file.tensors["out.T4.llm_tokens"])
 
 
+def chat_files(folder, file):
+    """A folder of transformers' CLIP, the tuned branch, and the projector, whose weights are returned."""
+    clip = folder / "clip-vit-large-patch14"
+    clip.mkdir()
+    torch.save(file.part("clip."), clip / "pytorch_model.bin")
+    (clip / "config.json").write_text('{"vision_config": {"num_attention_heads": 2, "hidden_act": "quick_gelu"}}')
+    torch.save(file.part("sft."), folder / "sft_btadapter_weight.bin")
+    published = {"model.mm_projector.weight": torch.randn(48, 32), "model.mm_projector.bias": torch.randn(48)}
+    torch.save(published | {"model.embed_tokens.weight": torch.zeros(4, 48)}, folder / "sft_mm_projector.bin")
+    return published
+
+
 def test_tuned_files(tmp_path):
     """The chat model's vision side from a folder of transformers, the tuned branch and the projector."""
     file = vectors("bt_adapter/llava_sft")
+    published = chat_files(tmp_path, file)
     folder = tmp_path / "clip-vit-large-patch14"
-    folder.mkdir()
-    torch.save(file.part("clip."), folder / "pytorch_model.bin")
-    (folder / "config.json").write_text('{"vision_config": {"num_attention_heads": 2, "hidden_act": "quick_gelu"}}')
-    torch.save(file.part("sft."), tmp_path / "sft_btadapter_weight.bin")
-    published = {"model.mm_projector.weight": torch.randn(48, 32), "model.mm_projector.bias": torch.randn(48)}
-    torch.save(published | {"model.embed_tokens.weight": torch.zeros(4, 48)}, tmp_path / "sft_mm_projector.bin")
 
     model, report = load_official(folder, tmp_path / "sft_btadapter_weight.bin", part="tokens")
     projector = load_projector(tmp_path / "sft_mm_projector.bin")

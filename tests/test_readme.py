@@ -11,6 +11,7 @@ import torch
 from pyvidx.__main__ import COMMANDS
 from pyvidx.data import motion
 from pyvidx.models import MALMM
+from tests.test_published import chat_files, pretraining_file, vectors
 from tests.torchvision_shim import mend_torchvision
 
 ROOT = Path(__file__).parents[1]
@@ -34,7 +35,7 @@ def commands() -> list[str]:
 
 @pytest.fixture(scope="module")
 def given(tmp_path_factory):
-    """What is the reader's own: a video, a language model and its tokenizers."""
+    """What is the reader's own: a video, published weights, a language model and its tokenizers."""
     pytest.importorskip("av", reason="README reads a video: pip install 'pyvidx[video]'")
     mend_torchvision()
     pytest.importorskip("transformers", reason="README has a language model: pip install 'pyvidx[hosts]'")
@@ -44,6 +45,8 @@ def given(tmp_path_factory):
 
     folder = tmp_path_factory.mktemp("readme")
     motion.write_clip(folder / "video.mp4", motion.random_scenes(1, seed=0)[0])
+    chat_files(folder, vectors("bt_adapter/llava_sft"))
+    pretraining_file(folder / "pretrain_btadapter_weight.pth", vectors("bt_adapter/mma_eval").part("weights."))
     width = MALMM.default().projection.out_features
     config = transformers.LlamaConfig(vocab_size=32, hidden_size=width, intermediate_size=32, num_hidden_layers=1,
                                       num_attention_heads=2, bos_token_id=1, eos_token_id=2)  # fmt: skip
