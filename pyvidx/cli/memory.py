@@ -25,8 +25,7 @@ def parser() -> argparse.ArgumentParser:
         "keep everything), and draw which frames each slot holds.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    p.add_argument("video", type=arguments.existing,
-                   help="a video file, or a folder of frames, whose rate is --fps")  # fmt: skip
+    p.add_argument("video", type=arguments.file, help="a video file, or a folder of frames, whose rate is --fps")
     p.add_argument("--policy", default="merge", choices=memory.names())
     p.add_argument("--capacity", type=int, help="entries kept, anchors included; default: the policy's own")
     p.add_argument("--anchors", type=int, default=0, help="keep the first frames as they are")
