@@ -1,11 +1,12 @@
-"""Frames through decord: only when asked for. It is about as fast as PyAV (0.9 to 1.1 of its time for 8 frames of 360p to
-1080p; faster on tiny frames), and it shows what its decoder made up of damage without a word.
+"""Frames through decord: only when asked for. It is about as fast as PyAV (0.9 to 1.1 of its time for 8 frames of 360p
+to 1080p; faster on tiny frames), and it shows what its decoder made up of damage without a word.
 
-Three more of its faults shape this file. A damaged sample table ends the process with std::bad_alloc; so it is given only
-files that the scan found nothing wrong with. An idle reader goes on decoding into memory without a bound (52 to 833 MB in
-ten seconds, on a 60 s 360p clip); so it is opened for one batch, sent back to the start, which stops its worker, and
-dropped. And it takes the n-th packet for the n-th frame and any keyframe for a clean start, without a check: it returns
-wrong frames of open GOPs (x265's default), AVI, MPEG streams and lossless cuts; so those are refused.
+Three more of its faults shape this file. A damaged sample table ends the process with std::bad_alloc; so it is given
+only files that the scan found nothing wrong with. An idle reader goes on decoding into memory without a bound (52 to
+833 MB in ten seconds, on a 60 s 360p clip); so it is opened for one batch, sent back to the start, which stops its
+worker, and dropped. And it takes the n-th packet for the n-th frame and any keyframe for a clean start, without a
+check: it returns wrong frames of open GOPs (x265's default), AVI, MPEG streams and lossless cuts; so those are
+refused.
 """
 
 from __future__ import annotations
