@@ -50,7 +50,7 @@ def test_models(backend, name):
 def test_gradients(backend):
     subject = model("BTAdapter")
     compiled = torch.compile(subject, fullgraph=True, backend=backend)
-    for size in SIZES[:3]:
+    for size in SIZES[:2]:
         pixels, found = clips(*size), []
         for run in (subject, compiled):
             out = run(pixels)
@@ -59,10 +59,10 @@ def test_gradients(backend):
         assert differ(*found) < 1e-3
 
 
-@pytest.mark.parametrize("options", [None, {"dynamic": True}], ids=["as it is", "dynamic"])
-def test_frame_masks(options):
+@pytest.mark.parametrize("dynamic", [None, pytest.param(True, marks=slow)])
+def test_frame_masks(dynamic):
     subject = model("bt_adapter")
-    compiled = torch.compile(subject, fullgraph=True, backend="eager", **(options or {}))
+    compiled = torch.compile(subject, fullgraph=True, backend="eager", dynamic=dynamic)
     with torch.no_grad():
         for B, T in SIZES[:3]:
             pixels, mask = clips(B, T), torch.arange(T) < torch.randint(1, T + 1, (B, 1))

@@ -13,7 +13,7 @@ import numpy as np
 
 from .clip import Damage
 from .ffmpeg import import_av
-from .shown import Shown, Suspect
+from .shown import UNANNOUNCED, Shown, Suspect
 from .source import Source, source_of
 from .structure import cut
 
@@ -95,6 +95,8 @@ def scan(source: Any) -> FrameIndex:
                         packets.append((packet.pts, packet.is_keyframe))
             except av.FFmpegError as error:
                 raise Suspect(f"reading stops: {error.strerror}") from error
+            except IndexError as error:
+                raise Suspect(UNANNOUNCED) from error
             if count < len(stream.index_entries):
                 raise Suspect("packets are missing")
     if complaint:
@@ -162,7 +164,7 @@ def stored_times(source: Source) -> list[float] | None:
             for packet in container.demux(stream):
                 if packet.size and packet.dts is not None:
                     ticks.add(packet.dts)
-        except av.FFmpegError:
+        except (av.FFmpegError, IndexError):
             pass  # whoever decodes it will meet the same error
         first = min(ticks, default=0)
         return [(tick - first) * float(stream.time_base) for tick in sorted(ticks)]

@@ -17,6 +17,9 @@ _SAY_NOTHING = {
     "gif", "mjpeg", "wmv1", "wmv2", "msmpeg4", "msmpeg4v2", "msmpeg4v3", "h261", "h263", "flv", "rv10", "rv20",
 }  # fmt: skip
 
+# PyAV answers such a packet with an IndexError.
+UNANNOUNCED = "a packet is of a stream that the header does not announce"
+
 
 class Suspect(Exception):
     """A first sign of damage. In several threads an error is not told of the packet it belongs to: begin again."""
@@ -79,6 +82,10 @@ class Shown:
                 self._note(None, f"reading stops: {error.strerror}", cut=True)
                 yield from self._decoded(None)
                 return
+            except IndexError:
+                self._note(None, UNANNOUNCED, skipped=1)
+                packets = self.container.demux(self.stream)  # from where it is
+                continue
             if heard:
                 self._note(None, heard[0][1])
             if packet is None:

@@ -21,7 +21,8 @@ from pyvidx.video import Clip, Damage, find_videos, read, stream, write
 av = pytest.importorskip("av", reason="needs PyAV (pyvidx[video])")
 
 CASES = Path(__file__).parent / "video"
-DAMAGED = {"damaged_middle.mp4": (51, 9), "faststart_cut.mp4": (16, 14)}  # frames shown, first sign at frame
+# Frames shown, first sign at frame.
+DAMAGED = {"damaged_middle.mp4": (51, 9), "faststart_cut.mp4": (16, 14), "unannounced_stream.ts": (34, 0)}
 
 
 def parts(source, **options) -> Clip:
