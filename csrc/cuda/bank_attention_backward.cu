@@ -180,24 +180,24 @@ void bank_attention_backward_cuda(const BankAttentionBackwardArgs& args, cudaStr
       args.grad_rows ? (args.rows.size[1] * args.rows.size[2] + kRowsPerBlock - 1) / kRowsPerBlock : 0;
   visit_dtype<float, double, __half, __nv_bfloat16>("bank_attention_backward", args.q.dtype, [&](auto t) {
     using T = typename decltype(t)::type;
-    const unsigned slabs = unsigned((d + 8 * kColumns<T> - 1) / (8 * kColumns<T>));
-    const auto blocks_for = [](int64_t n) { return unsigned((n + kMergeThreads - 1) / kMergeThreads); };
+    const int64_t slabs = ceil_div(d, 8 * kColumns<T>);
     const auto walks = [&](auto width) {
       constexpr int kD = decltype(width)::value;
       if (elements > 0) {
         const unsigned threads = unsigned(32 * (warps < 4 ? warps : 4));
-        const dim3 blocks(unsigned(args.partial.size[0] * args.partial.size[1]), unsigned((warps + 3) / 4), slabs);
+        const Grid blocks(args.partial.size[0] * args.partial.size[1], ceil_div(warps, 4), slabs);
         PYVIDX_LAUNCH((bank_attention_queries_kernel<T, kD>), blocks, threads, 0, stream, args);
         check_launch("bank_attention_queries_kernel");
       }
       if (groups > 0) {
-        const dim3 blocks(unsigned(args.rows.size[0] * args.heads * groups), slabs);
+        const Grid blocks(args.rows.size[0] * args.heads * groups, slabs);
         PYVIDX_LAUNCH((bank_attention_rows_kernel<T, kD>), blocks, kBankThreads, 0, stream, args);
         check_launch("bank_attention_rows_kernel");
       }
     };
     if (elements > 0) {
-      PYVIDX_LAUNCH((bank_attention_delta_kernel<T>), blocks_for(elements / d), kMergeThreads, 0, stream, args);
+      PYVIDX_LAUNCH((bank_attention_delta_kernel<T>), ceil_div(elements / d, kMergeThreads), kMergeThreads, 0, stream,
+                    args);
       check_launch("bank_attention_delta_kernel");
     }
     const bool vectorized = sizeof(T) <= 4 && vectorizable<T>(args.q) && vectorizable<T>(args.rows) &&
@@ -211,7 +211,8 @@ void bank_attention_backward_cuda(const BankAttentionBackwardArgs& args, cudaStr
     }
     if (!vectorized) walks(std::integral_constant<int, kRagged>{});
     if (elements > 0) {
-      PYVIDX_LAUNCH((bank_attention_queries_merge_kernel<T>), blocks_for(elements), kMergeThreads, 0, stream, args);
+      PYVIDX_LAUNCH((bank_attention_queries_merge_kernel<T>), ceil_div(elements, kMergeThreads), kMergeThreads, 0,
+                    stream, args);
       check_launch("bank_attention_queries_merge_kernel");
     }
   });
