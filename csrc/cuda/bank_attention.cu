@@ -23,7 +23,9 @@ struct Partial {
 template <typename T, int kD, int kSlabs>
 __global__ __launch_bounds__(kBankThreads, 1) void bank_attention_kernel(BankAttentionArgs a) {
   using A = Acc<T>;
-  constexpr int kTiles = kBankTiles<T>, kKeys = 8 * kTiles;
+  // Heads wider than 64 keep twice the sums: with more tiles float then spills, where its products are added one by
+  // one.
+  constexpr int kTiles = sizeof(T) == 4 && kSlabs > 1 ? 1 : kBankTiles<T>, kKeys = 8 * kTiles;
   __shared__ const T* row[kKeys];
   __shared__ A bias[kKeys];
   const BankTask task(a, a.partial.size[1]);

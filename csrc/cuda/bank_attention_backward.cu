@@ -8,9 +8,11 @@
 
 namespace pyvidx::cuda {
 
-// Half of the forward kernel's: with w and dw of more the compiler spills on sm_90.
+// With w and dw of more the compiler spills: of keys on sm_90, of queries on sm_120.
 template <typename T>
-constexpr int kBackwardTiles = (kBankTiles<T> + 1) / 2;
+constexpr int kKeyTiles = sizeof(T) == 2 ? 4 : 1;
+template <typename T>
+constexpr int kQueryTiles = (kBankTiles<T> + 1) / 2;
 constexpr int kRowsPerBlock = kBankThreads / 2;
 
 // A thread per query of a head.
@@ -33,7 +35,7 @@ __global__ __launch_bounds__(kMergeThreads) void bank_attention_delta_kernel(Ban
 template <typename T, int kD>
 __global__ __launch_bounds__(kBankThreads, 1) void bank_attention_queries_kernel(BankAttentionBackwardArgs a) {
   using A = Acc<T>;
-  constexpr int kTiles = kBackwardTiles<T>, kKeys = 8 * kTiles;
+  constexpr int kTiles = kKeyTiles<T>, kKeys = 8 * kTiles;
   __shared__ const T* row[kKeys];
   __shared__ A bias[kKeys];
   const BankTask task(a, a.partial.size[1]);
@@ -76,7 +78,7 @@ __global__ __launch_bounds__(kBankThreads, 1) void bank_attention_queries_kernel
 template <typename T, int kD>
 __global__ __launch_bounds__(kBankThreads, 1) void bank_attention_rows_kernel(BankAttentionBackwardArgs a) {
   using A = Acc<T>;
-  constexpr int kTiles = kBackwardTiles<T>;
+  constexpr int kTiles = kQueryTiles<T>;
   __shared__ const T* row[kRowsPerBlock];
   __shared__ T* grad_row[kRowsPerBlock];
   __shared__ A biases[kRowsPerBlock];

@@ -225,14 +225,17 @@ template <int kD, int kTiles>
 struct Sizes {};
 
 // f(Sizes): enough tiles of 8 rows for the frames, and the best that can be said of D.
-template <typename T, typename F>
+template <typename T, bool kBackward, typename F>
 void with_sizes(int64_t frames, int64_t D, bool vectorized, F&& f) {
-  if constexpr (sizeof(T) <= 4) {  // double is for checking gradients
+  constexpr bool kSpills = kBackward && sizeof(T) == 4;  // with the scores of 64 frames and any width
+  if constexpr (sizeof(T) <= 4) {                        // double is for checking gradients
     if (vectorized && D == 64 && frames <= 8) return f(Sizes<64, 1>{});
     if (vectorized && D == 64 && frames <= 16) return f(Sizes<64, 2>{});
     if (vectorized && D == 64 && frames <= 64) return f(Sizes<64, 8>{});
     if (vectorized && frames <= 16) return f(Sizes<kWhole, 2>{});
-    if (vectorized && frames <= 64) return f(Sizes<kWhole, 8>{});
+    if constexpr (!kSpills) {
+      if (vectorized && frames <= 64) return f(Sizes<kWhole, 8>{});
+    }
     if (vectorized) return f(Sizes<kWhole, kByParts>{});
   }
   f(Sizes<kRagged, kByParts>{});
@@ -264,8 +267,8 @@ void launch_temporal_attention(const TemporalAttentionArgs& args, cudaStream_t s
   const int64_t frames = args.qkv.size[1], D = args.qkv.size[5];
   const int64_t warps = args.qkv.size[0] * args.qkv.size[2] * args.qkv.size[4] * ceil_div(frames, 16);
   const bool vectorized = D % kChunk<T> == 0 && vectorizable<T>(args.qkv) && vectorizable<T>(args.out);
-  with_sizes<T>(frames, D, vectorized,
-                [&](auto sizes) { launch<T>(args, ceil_div(warps, kAttentionWarps), stream, sizes); });
+  with_sizes<T, false>(frames, D, vectorized,
+                       [&](auto sizes) { launch<T>(args, ceil_div(warps, kAttentionWarps), stream, sizes); });
 }
 
 template <typename T>
@@ -275,7 +278,7 @@ void launch_temporal_attention_backward(const TemporalAttentionBackwardArgs& arg
   const int64_t groups = ceil_div(frames, 16), per_block = groups < 4 ? 4 / groups : 1;
   const bool vectorized = D % kChunk<T> == 0 && vectorizable<T>(args.qkv) && vectorizable<T>(args.grad_out) &&
                           vectorizable<T>(args.grad_qkv);
-  with_sizes<T>(frames, D, vectorized, [&](auto sizes) {
+  with_sizes<T, true>(frames, D, vectorized, [&](auto sizes) {
     launch<T>(args, ceil_div(heads, per_block), unsigned(32 * groups * per_block), stream, sizes);
   });
 }
