@@ -15,6 +15,8 @@ from bench.harness import Case, nbytes
 from pyvidx.ops.bank_attention import bank_attention, reference_backward
 
 QUERIES, POSITIONS, HEADS, WIDTH = 32, 257, 12, 768
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+NAME = lambda d: str(d).removeprefix("torch.")  # noqa: E731
 
 
 def attend(q, rows, heads=HEADS):
@@ -92,23 +94,21 @@ def self_case(rows, N, backward, dtype, device):
     )
 
 
-@pytest.mark.parametrize(
-    "dtype", [torch.float32, torch.bfloat16, torch.float16], ids=lambda d: str(d).removeprefix("torch.")
-)
+@pytest.mark.parametrize("dtype", DTYPES, ids=NAME)
 @pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
 @pytest.mark.parametrize("rows, N", [(32, 78), (8, 257), (8, 577), (1, 2049)])
 def test_self_attention(rows, N, backward, dtype, device, measure):
     measure(self_case(rows, N, backward, dtype, device))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=lambda d: str(d).removeprefix("torch."))
+@pytest.mark.parametrize("dtype", DTYPES, ids=NAME)
 @pytest.mark.parametrize("M", [10, 20, 40])
 @pytest.mark.parametrize("path", ["slots", "table"])
 def test_bank_attention(path, M, dtype, device, measure):
     measure(case(path, M, dtype, device))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=lambda d: str(d).removeprefix("torch."))
+@pytest.mark.parametrize("dtype", DTYPES, ids=NAME)
 @pytest.mark.parametrize("M", [10, 20, 40])
 @pytest.mark.parametrize("path", ["slots", "table"])
 def test_bank_attention_backward(path, M, dtype, device, measure):

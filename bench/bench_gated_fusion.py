@@ -9,7 +9,7 @@ from pyvidx.ops import gated_fusion_reference as plain
 
 CLIP = {"b16": (196, 768), "l14": (256, 1024)}  # patches, width
 SIZES = [(1, 8), (1, 16), (1, 32), (1, 64), (8, 8)]
-DTYPES = [torch.float32, torch.bfloat16]
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
 def case(form, norm, model, B, T, dtype, device, keep=None):

@@ -84,6 +84,7 @@ def case(path: str, size: str, M: int, device: str) -> Case:
         bytes=weights + nbytes(model.qformer.keys_values.weight) + t * (attached + nbytes(frames[0])),
         flops=t * flops,
         compiled=False,  # the memories change in place, and their lengths are numbers of the host
+        graph=False,
         eager_calls=t,
     )
 

@@ -12,7 +12,7 @@ from bench.harness import Case, nbytes
 from pyvidx.ops.memory_merge import memory_merge, memory_merge_, new_state, reference
 
 N, C, KV = 257, 1408, 768
-DTYPES = [torch.float32, torch.bfloat16]
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
 def official_step(bank, sizes, frame, attached, attached_frame):

@@ -13,7 +13,7 @@ from pyvidx.ops.memory_merge import memory_merge_, new_state
 from pyvidx.ops.memory_scan import memory_replay_, memory_scan_
 
 T, N, C, KV = 16, 257, 1408, 1536
-DTYPES = [torch.float32, torch.bfloat16]
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
 def inputs(M, width, dtype, device):

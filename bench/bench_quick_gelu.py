@@ -10,7 +10,7 @@ from bench.harness import Case, nbytes
 from pyvidx.ops.quick_gelu import quick_gelu, reference, reference_backward
 
 ROWS = {"l14": (8 * 257, 4096), "b16": (8 * 197, 3072)}
-DTYPES = [torch.float32, torch.bfloat16]
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
 def case(model, dtype, with_bias, device):

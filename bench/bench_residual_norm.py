@@ -11,7 +11,7 @@ from bench.harness import Case, nbytes
 from pyvidx.ops.residual_norm import reference, reference_backward, residual_norm
 
 SIZES = {"l14-masked": (8, 78, 1024), "l14": (8, 257, 1024), "b16": (8, 197, 768)}  # slots, rows, channels
-DTYPES = [torch.float32, torch.bfloat16]
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
 def tensors(model, dtype, device, B=4):

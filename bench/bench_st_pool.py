@@ -10,7 +10,7 @@ from bench.harness import Case, nbytes
 from pyvidx.ops.st_pool import reference, reference_backward, st_pool
 
 CLIP = {"b16": (196, 768), "l14": (256, 1024)}  # patches, width
-DTYPES = [torch.float32, torch.bfloat16]
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 SIZES = [(1, 8), (1, 16), (1, 64), (1, 100), (8, 8)]
 parametrize = pytest.mark.parametrize
 names = {"ids": lambda d: str(d).removeprefix("torch.")}

@@ -13,7 +13,7 @@ from pyvidx.ops.temporal_attention import reference, reference_backward, tempora
 
 CLIP = {"b16": (196, 12), "l14": (256, 16)}  # patches, heads of width 64
 D = 64
-DTYPES = [torch.float32, torch.bfloat16]
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 SIZES = [(1, 8), (1, 16), (1, 32), (1, 64), (8, 8)]
 parametrize = pytest.mark.parametrize
 names = {"ids": lambda d: str(d).removeprefix("torch.")}

@@ -14,7 +14,7 @@ from pyvidx.ops.temporal_scale import reference, reference_backward, temporal_sc
 
 PATCHES = {"b16": 196, "l14": 256}
 C, K = 384, 3
-DTYPES = [torch.float32, torch.bfloat16]
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 SIZES = [(1, 8), (1, 16), (1, 64), (8, 8)]
 parametrize = pytest.mark.parametrize
 names = {"ids": lambda d: str(d).removeprefix("torch.")}

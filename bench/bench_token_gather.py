@@ -7,7 +7,7 @@ from bench.harness import Case, nbytes
 from pyvidx.ops.token_gather import reference, token_gather
 
 CLIP = {"b16": (196, 768), "l14": (256, 1024)}  # patches, width
-DTYPES = [torch.float32, torch.bfloat16]
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
 def case(model, B, T, dtype, device):

@@ -1,5 +1,8 @@
 """Options and the `measure` fixture of the benches: python -m pytest bench --benchmark-json=out.json"""
 
+import json
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -20,6 +23,8 @@ def pytest_addoption(parser):
         "--smallest", action="store_true", help="only the first case of every bench, once: does it still run?"
     )
     group.addoption("--no-compile", action="store_true", help="leave torch.compile out")
+    group.addoption("--graphs", action="store_true", help="on a GPU also time a replayed CUDA graph of each case")
+    group.addoption("--lines", type=Path, metavar="FILE", help="append each case to this JSON-lines file once measured")
 
 
 def pytest_collection_modifyitems(config, items):
@@ -45,8 +50,15 @@ def measure(request, benchmark, device):
         torch.set_num_threads(option("--threads"))
         with torch.no_grad():
             info = compare(
-                case, device, 0.0 if smallest else option("--seconds"), not (smallest or option("--no-compile"))
+                case,
+                device,
+                0.0 if smallest else option("--seconds"),
+                with_compile=not (smallest or option("--no-compile")),
+                with_graph=option("--graphs") and device == "cuda",
             )
+            if option("--lines") is not None:
+                with option("--lines").open("a") as file:
+                    file.write(json.dumps({"case": request.node.nodeid, **info}) + "\n")
             timer = Timer(device)
             benchmark.pedantic(timer, args=(case.run,), rounds=1 if smallest else 10, warmup_rounds=1)
         benchmark.group = case.op

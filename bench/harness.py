@@ -21,6 +21,7 @@ class Case:
         is given, unless `compiled` is False (an op that plain torch cannot be compiled for says why in its bench).
     bytes: what must cross memory: each input read once, each output written once.
     flops: operations, where those may bind instead; 0 if they never do.
+    graph: one run can be captured in a CUDA graph: its shapes are fixed, and nothing it needs comes from the host.
     eager_calls: calls of eager that do the work of one run; its time is given times this.
     footprint: bytes that successive calls go through, where each call touches another part of a larger state. The copy
         then goes through as much: one that stays in the cache is no floor for what cannot.
@@ -35,6 +36,7 @@ class Case:
     flops: int = 0
     footprint: int = 0
     compiled: bool = True
+    graph: bool = True
     eager_calls: int = 1
     extra: dict = field(default_factory=dict)
 
@@ -94,12 +96,24 @@ def copy_of(bytes_moved: int, device: str, footprint: int = 0) -> Callable[[], o
     return copy
 
 
-def compare(case: Case, device: str, seconds: float, with_compile: bool) -> dict:
-    """The extra_info of a case: medians, bandwidths and ratios, all from the same rounds."""
+def graph_of(function: Callable[[], object]) -> Callable[[], object]:
+    """A call that replays what one call launched, without the launching."""
+    function()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        function()
+    return graph.replay
+
+
+def compare(case: Case, device: str, seconds: float, *, with_compile: bool = False, with_graph: bool = False) -> dict:
+    """The extra_info of a case: medians, bandwidths and ratios, all from the same rounds. with_graph: CUDA only."""
     contenders = {"pyvidx": case.run, "copy": copy_of(case.bytes, device, case.footprint), "eager": case.eager}
     if with_compile and case.compiled:
         torch._dynamo.reset()
         contenders["compile"] = torch.compile(case.eager, dynamic=False)
+    if with_graph and case.graph:
+        contenders["graph"] = graph_of(case.run)
     times = interleaved(contenders, device, seconds)
     ms = {name: statistics.median(t) * 1e3 for name, t in times.items()}
     ms["eager"] *= case.eager_calls
@@ -113,7 +127,7 @@ def compare(case: Case, device: str, seconds: float, with_compile: bool) -> dict
     }  # fmt: skip
     if case.flops:
         info["gflops"] = case.flops / ms["pyvidx"] / 1e6
-    info["compile_ms"] = ms.get("compile")
+    info["compile_ms"], info["graph_ms"] = ms.get("compile"), ms.get("graph")
     info["vs_compile"] = ms["compile"] / ms["pyvidx"] if "compile" in ms else None
     return info | case.extra
 

@@ -161,9 +161,14 @@ def cuda_objects(build: Build, nvcc: str, archs: list[str]) -> list[Path]:
 
 
 def cuda_link_flags(nvcc: str) -> list[str]:
-    """The static runtime: the same library then also loads where no CUDA is installed."""
+    """The static runtime: the same library then also loads where no CUDA is installed. nvcc itself is asked where that
+    is, since it may be a script that calls the compiler of another folder."""
+    plan = subprocess.run([nvcc, "--dryrun", "-o", "a.out", "a.o"], text=True, capture_output=True).stderr
+    libraries = re.search(r"^#\$ LIBRARIES=(.*)$", plan, re.MULTILINE)
+    found = re.findall(r'"?-L([^"\s]+)"?', libraries.group(1)) if libraries else []
     home = Path(os.path.realpath(nvcc)).parents[1]
-    return [f"-L{home}/lib64", f"-L{home}/lib", "-lcudart_static", "-ldl", "-lrt", "-lpthread"]
+    folders = [*found, f"{home}/lib64", f"{home}/lib"]
+    return [*(f"-L{folder}" for folder in folders), "-lcudart_static", "-ldl", "-lrt", "-lpthread"]
 
 
 def ops_library(build: Build, out: Path, nvcc: str | None, archs: list[str]) -> Path:

@@ -16,7 +16,8 @@ ROOT = Path(__file__).parents[1]
 @pytest.fixture(scope="module")
 def results(tmp_path_factory) -> Path:
     file = tmp_path_factory.mktemp("bench") / "out.json"
-    command = [sys.executable, "-m", "pytest", "bench", "--smallest", "-q", f"--benchmark-json={file}"]
+    command = [sys.executable, "-m", "pytest", "bench", "--device=cpu", "--smallest", "-q"]
+    command.append(f"--benchmark-json={file}")
     run = subprocess.run(command, cwd=ROOT, env=os.environ, text=True, capture_output=True)
     assert run.returncode == 0, run.stdout[-4000:]
     return file

@@ -45,6 +45,9 @@ FAULTS = {  # the kernel's correct result, for every thread or per thread
     "shared_memory_not_asked_for": 1,
     "more_shared_memory_than_there_is": -1,
     "launch_not_checked": 1,
+    "other_stream": 1,
+    "too_many_blocks": 1,
+    "tile_sums": 0,
 }
 ORDERS = ["forward", "reverse", "random:3"]
 
@@ -74,9 +77,9 @@ def call(name: str, bug: bool) -> tuple[list[float], str]:
     return list(out), message.value.decode()
 
 
-def call_sanitized(variant: str, bug: bool, *names: str, order: str = "forward") -> run.Result:
+def call_sanitized(variant: str, bug: bool, *names: str, **environment: str) -> run.Result:
     command = [sys.executable, "-c", CALL, str(build.faults_library(variant)), str(int(bug)), *names]
-    return run.run_process(variant, command, {"PYVIDX_EMU_ORDER": order})
+    return run.run_process(variant, command, environment)
 
 
 def expected(name: str) -> list[float]:
@@ -109,6 +112,8 @@ def test_correct_kernels_give_no_report(variant):
         ("too_many_threads", "partial_barrier_kernel: invalid configuration argument"),
         ("shared_memory_not_asked_for", "uninitialized_dynamic_kernel: invalid argument"),
         ("more_shared_memory_than_there_is", "set_max_dynamic_smem: invalid argument"),
+        ("other_stream", "partial_barrier_kernel.* is launched on another stream than it was given"),
+        ("too_many_blocks", r"partial_barrier_kernel.*at most .* blocks, got \(4294967297, 1, 1\)"),
         ("launch_not_checked", "launch of partial_barrier_kernel.* is not followed by check_launch"),
     ],
 )
@@ -158,6 +163,41 @@ def test_sanitizers_name_the_line(variant, name, report):
     assert re.search(report, result.reports + result.output), result.reports + result.output
 
 
+def test_tensor_cores_truncate():
+    """What a running sum of tiles loses on them, and ours does not."""
+    results = [call_sanitized("plain", bug, "tile_sums", PYVIDX_EMU_MMA="tensor_cores") for bug in (True, False)]
+    sums = [json.loads(r.output)[1] for r in results]
+    assert sums == [[0.0] * THREADS, [64.0] * THREADS]
+
+
+# ---- the ops' launchers ----
+
+
+def limits() -> tuple[ctypes.CDLL, list[str]]:
+    library = ctypes.CDLL(str(build.ops_library("plain")))
+    library.pyvidx_limits.restype = ctypes.c_char_p
+    return library, library.pyvidx_limits().decode().split("\n")
+
+
+def test_launchers_refuse_what_a_launch_cannot_have():
+    """Captured, so that nothing runs: what is wrongly taken would be a launch of the wrong size."""
+    library, names = limits()
+    launchers = re.findall(r"void (\w+)_cuda\(", "".join(p.read_text() for p in (ROOT / "csrc/cuda").glob("*.cu")))
+    assert {name.split(" of ")[0].split(" with ")[0] for name in names} == set(launchers)
+    for name in names:
+        message = ctypes.create_string_buffer(500)
+        library.cuemu_begin_capture()
+        refused = library.pyvidx_exceed(name.encode(), message, ctypes.c_size_t(500))
+        library.cuemu_end_capture()
+        text = message.value.decode()
+        assert refused and re.search(r"at most|must be below", text), f"{name}: {text or 'taken'}"
+
+
+def test_graphs_of_ops_do_all_their_work():
+    result = run.run_tests("plain", "forward", ["tests/test_cuda_streams.py"])
+    assert result.returncode == 0 and " passed" in result.output, result.output
+
+
 # ---- the ops' own tests ----
 
 NO_KERNEL = "not registration and not compiled and not rejects and not autocast"  # tests that are about Python
@@ -178,6 +218,17 @@ def test_ops_run_every_kernel(tmp_path):
     kernels = set(re.findall(r"__global__[^;{]*?(\w+_kernel)\(", sources))
     launched = set(re.findall(r"(\w+_kernel)", log.read_text()))
     assert kernels and launched == kernels
+
+
+MMA_OPS = ["temporal_attention", "bank_attention"]
+
+
+@pytest.mark.parametrize("sample", ["8", pytest.param("1000000", marks=pytest.mark.slow)])
+def test_ops_on_tensor_cores_that_truncate(sample):
+    tests = [f"tests/ops/test_{op}.py" for op in MMA_OPS]
+    arguments = [*tests, "-m", "not slow", "-k", NO_KERNEL, f"--sample={sample}"]
+    result = run.run_tests("plain", "forward", arguments, {"PYVIDX_EMU_MMA": "tensor_cores"})
+    assert result.returncode == 0 and " passed" in result.output, result.output
 
 
 @pytest.mark.parametrize("variant, order", [("asan", "forward"), ("tsan", "reverse")])

@@ -22,6 +22,17 @@ print(missing, token_gather(torch.ones(1, 1, 2, 3), torch.tensor([[1]])).sum().i
 
 
 @pytest.mark.skipif(native_build.installed_nvcc() is None, reason="no nvcc")
+def test_the_runtime_is_found_behind_a_script(tmp_path):
+    """As module systems and ccache install nvcc: its own folder has no lib64 beside it."""
+    script = tmp_path / "bin/nvcc"
+    script.parent.mkdir()
+    script.write_text(f'#!/bin/sh\nexec "{native_build.installed_nvcc()}" "$@"\n')
+    script.chmod(0o755)
+    folders = [Path(f[2:]) for f in native_build.cuda_link_flags(str(script)) if f.startswith("-L")]
+    assert any((folder / "libcudart_static.a").exists() for folder in folders), folders
+
+
+@pytest.mark.skipif(native_build.installed_nvcc() is None, reason="no nvcc")
 def test_one_binary_with_cuda():
     """One architecture, to be quick; cmake/cuda_check.py compiles for all."""
     out = ROOT / "build/cuda-link"

@@ -23,7 +23,9 @@ struct Partial {
 template <typename T, int kD, int kSlabs>
 __global__ __launch_bounds__(kBankThreads, 1) void bank_attention_kernel(BankAttentionArgs a) {
   using A = Acc<T>;
-  constexpr int kTiles = kBankTiles<T>, kKeys = 8 * kTiles;
+  // Heads wider than 64 keep twice the sums: with more tiles float then spills, where its products are added one by
+  // one.
+  constexpr int kTiles = sizeof(T) == 4 && kSlabs > 1 ? 1 : kBankTiles<T>, kKeys = 8 * kTiles;
   __shared__ const T* row[kKeys];
   __shared__ A bias[kKeys];
   const BankTask task(a, a.partial.size[1]);
@@ -120,7 +122,7 @@ void bank_attention_cuda(const BankAttentionArgs& args, cudaStream_t stream) {
     throw std::invalid_argument("bank_attention: a head's width must be a multiple of 8 up to 128");
   }
   const unsigned threads = unsigned(32 * (warps < 4 ? warps : 4));
-  const dim3 blocks(unsigned(args.partial.size[0] * args.partial.size[1]), unsigned((warps + 3) / 4));
+  const Grid blocks(args.partial.size[0] * args.partial.size[1], ceil_div(warps, 4));
   visit_dtype<float, double, __half, __nv_bfloat16>("bank_attention", args.q.dtype, [&](auto t) {
     using T = typename decltype(t)::type;
     constexpr int kSlabs = int(kBankAttentionMaxWidth) / (8 * kColumns<T>);
@@ -136,8 +138,7 @@ void bank_attention_cuda(const BankAttentionArgs& args, cudaStream_t stream) {
       PYVIDX_LAUNCH((bank_attention_kernel<T, kRagged, kSlabs>), blocks, threads, 0, stream, args);
     }
     check_launch("bank_attention_kernel");
-    const unsigned merge_blocks = unsigned((elements + kMergeThreads - 1) / kMergeThreads);
-    PYVIDX_LAUNCH((bank_attention_merge_kernel<T>), merge_blocks, kMergeThreads, 0, stream, args);
+    PYVIDX_LAUNCH((bank_attention_merge_kernel<T>), ceil_div(elements, kMergeThreads), kMergeThreads, 0, stream, args);
     check_launch("bank_attention_merge_kernel");
   });
 }

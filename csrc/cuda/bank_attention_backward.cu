@@ -8,9 +8,11 @@
 
 namespace pyvidx::cuda {
 
-// Half of the forward kernel's: with w and dw of more the compiler spills on sm_90.
+// With w and dw of more the compiler spills: of keys on sm_90, of queries on sm_120.
 template <typename T>
-constexpr int kBackwardTiles = (kBankTiles<T> + 1) / 2;
+constexpr int kKeyTiles = sizeof(T) == 2 ? 4 : 1;
+template <typename T>
+constexpr int kQueryTiles = (kBankTiles<T> + 1) / 2;
 constexpr int kRowsPerBlock = kBankThreads / 2;
 
 // A thread per query of a head.
@@ -33,7 +35,7 @@ __global__ __launch_bounds__(kMergeThreads) void bank_attention_delta_kernel(Ban
 template <typename T, int kD>
 __global__ __launch_bounds__(kBankThreads, 1) void bank_attention_queries_kernel(BankAttentionBackwardArgs a) {
   using A = Acc<T>;
-  constexpr int kTiles = kBackwardTiles<T>, kKeys = 8 * kTiles;
+  constexpr int kTiles = kKeyTiles<T>, kKeys = 8 * kTiles;
   __shared__ const T* row[kKeys];
   __shared__ A bias[kKeys];
   const BankTask task(a, a.partial.size[1]);
@@ -76,7 +78,7 @@ __global__ __launch_bounds__(kBankThreads, 1) void bank_attention_queries_kernel
 template <typename T, int kD>
 __global__ __launch_bounds__(kBankThreads, 1) void bank_attention_rows_kernel(BankAttentionBackwardArgs a) {
   using A = Acc<T>;
-  constexpr int kTiles = kBackwardTiles<T>;
+  constexpr int kTiles = kQueryTiles<T>;
   __shared__ const T* row[kRowsPerBlock];
   __shared__ T* grad_row[kRowsPerBlock];
   __shared__ A biases[kRowsPerBlock];
@@ -180,24 +182,24 @@ void bank_attention_backward_cuda(const BankAttentionBackwardArgs& args, cudaStr
       args.grad_rows ? (args.rows.size[1] * args.rows.size[2] + kRowsPerBlock - 1) / kRowsPerBlock : 0;
   visit_dtype<float, double, __half, __nv_bfloat16>("bank_attention_backward", args.q.dtype, [&](auto t) {
     using T = typename decltype(t)::type;
-    const unsigned slabs = unsigned((d + 8 * kColumns<T> - 1) / (8 * kColumns<T>));
-    const auto blocks_for = [](int64_t n) { return unsigned((n + kMergeThreads - 1) / kMergeThreads); };
+    const int64_t slabs = ceil_div(d, 8 * kColumns<T>);
     const auto walks = [&](auto width) {
       constexpr int kD = decltype(width)::value;
       if (elements > 0) {
         const unsigned threads = unsigned(32 * (warps < 4 ? warps : 4));
-        const dim3 blocks(unsigned(args.partial.size[0] * args.partial.size[1]), unsigned((warps + 3) / 4), slabs);
+        const Grid blocks(args.partial.size[0] * args.partial.size[1], ceil_div(warps, 4), slabs);
         PYVIDX_LAUNCH((bank_attention_queries_kernel<T, kD>), blocks, threads, 0, stream, args);
         check_launch("bank_attention_queries_kernel");
       }
       if (groups > 0) {
-        const dim3 blocks(unsigned(args.rows.size[0] * args.heads * groups), slabs);
+        const Grid blocks(args.rows.size[0] * args.heads * groups, slabs);
         PYVIDX_LAUNCH((bank_attention_rows_kernel<T, kD>), blocks, kBankThreads, 0, stream, args);
         check_launch("bank_attention_rows_kernel");
       }
     };
     if (elements > 0) {
-      PYVIDX_LAUNCH((bank_attention_delta_kernel<T>), blocks_for(elements / d), kMergeThreads, 0, stream, args);
+      PYVIDX_LAUNCH((bank_attention_delta_kernel<T>), ceil_div(elements / d, kMergeThreads), kMergeThreads, 0, stream,
+                    args);
       check_launch("bank_attention_delta_kernel");
     }
     const bool vectorized = sizeof(T) <= 4 && vectorizable<T>(args.q) && vectorizable<T>(args.rows) &&
@@ -211,7 +213,8 @@ void bank_attention_backward_cuda(const BankAttentionBackwardArgs& args, cudaStr
     }
     if (!vectorized) walks(std::integral_constant<int, kRagged>{});
     if (elements > 0) {
-      PYVIDX_LAUNCH((bank_attention_queries_merge_kernel<T>), blocks_for(elements), kMergeThreads, 0, stream, args);
+      PYVIDX_LAUNCH((bank_attention_queries_merge_kernel<T>), ceil_div(elements, kMergeThreads), kMergeThreads, 0,
+                    stream, args);
       check_launch("bank_attention_queries_merge_kernel");
     }
   });

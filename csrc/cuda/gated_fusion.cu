@@ -220,22 +220,23 @@ template <typename T, Fusion kForm>
 void launch(const GatedFusionArgs& a, cudaStream_t stream) {
   const View<4>& shape = a.rows();
   const int64_t frames = shape.size[0] * shape.size[1], K = shape.size[2], C = a.x.size[3];
-  const unsigned class_rows = a.out_cls ? unsigned(a.out_cls.size[0]) : 0;
+  const int64_t class_rows = a.out_cls ? a.out_cls.size[0] : 0;
   // Small enough that one video fills a GPU, large enough that reading w and the norm's parameters does not count.
   const int64_t wanted = frames * K < 16384 ? 8 : 16, chunk = wanted < K || K == 0 ? wanted : K;
   const int64_t chunks = (K + chunk - 1) / chunk;
-  const unsigned blocks = checked_blocks(class_rows + frames * chunks, a.x.size[1] * a.x.size[2]);
+  const int64_t blocks = class_rows + frames * chunks;
+  narrow(a.x.size[1] * a.x.size[2], "gated_fusion: the tokens of a clip");  // source_of divides in 32 bits
   if (blocks == 0 || C == 0) return;
   if constexpr (!std::is_same_v<T, double>) {  // float64 is for checking gradients
     if (whole_rows<T>(a)) {
       const unsigned threads = unsigned((C / kVec<T> + 31) / 32 * 32);
-      PYVIDX_LAUNCH((gated_fusion_kernel<T, kForm>), blocks, threads, 0, stream, a, class_rows, unsigned(chunk),
-                    unsigned(chunks));
+      PYVIDX_LAUNCH((gated_fusion_kernel<T, kForm>), blocks, threads, 0, stream, a, unsigned(class_rows),
+                    unsigned(chunk), unsigned(chunks));
       return check_launch("gated_fusion_kernel");
     }
   }
   if (kForm == Fusion::gate) launch_mix<T>(a.gate, a.mix, a.scale, stream);
-  PYVIDX_LAUNCH((gated_fusion_loop_kernel<T, kForm>), blocks, kFusionLoopThreads, 0, stream, a, class_rows,
+  PYVIDX_LAUNCH((gated_fusion_loop_kernel<T, kForm>), blocks, kFusionLoopThreads, 0, stream, a, unsigned(class_rows),
                 unsigned(chunk), unsigned(chunks));
   check_launch("gated_fusion_loop_kernel");
 }

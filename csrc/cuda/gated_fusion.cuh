@@ -75,14 +75,9 @@ __global__ __launch_bounds__(kFusionLoopThreads) void fusion_mix_kernel(View<1> 
 #ifndef __CUDACC_RTC__
 template <typename T>
 void launch_mix(const View<1>& gate, const View<1>& mix, double scale, cudaStream_t stream) {
-  const unsigned blocks = unsigned((gate.size[0] + kFusionLoopThreads - 1) / kFusionLoopThreads);
-  PYVIDX_LAUNCH(fusion_mix_kernel<T>, blocks, kFusionLoopThreads, 0, stream, gate, mix, scale);
+  PYVIDX_LAUNCH(fusion_mix_kernel<T>, ceil_div(gate.size[0], kFusionLoopThreads), kFusionLoopThreads, 0, stream, gate,
+                mix, scale);
   check_launch("fusion_mix_kernel");
-}
-
-inline unsigned checked_blocks(int64_t blocks, int64_t tokens) {
-  if (blocks > 0x7fffffff || tokens > 0xffffffffll) throw std::runtime_error("gated_fusion: too many tokens");
-  return unsigned(blocks);
 }
 #endif
 

@@ -318,14 +318,16 @@ void launch(const GatedFusionBackwardArgs& a, cudaStream_t stream) {
   const View<4>& shape = a.rows();
   const int64_t frames = shape.size[0] * shape.size[1], K = shape.size[2], C = shape.size[3];
   FusionBackwardPlan plan;
-  plan.class_rows = a.grad_out_cls ? unsigned(shape.size[0]) : 0;
+  const int64_t class_rows = a.grad_out_cls ? shape.size[0] : 0;
+  plan.class_rows = unsigned(class_rows);
   plan.chunk = unsigned(row_chunk(frames, K));
   plan.chunks = unsigned((K + plan.chunk - 1) / plan.chunk);
   const bool any_rows = a.grad_x || a.grad_z || a.grad_gate || kNorm;
   const int64_t zeros = a.grad_x && a.source ? a.source.size[0] * a.source.size[1] * a.source.size[2] : 0;
   const int64_t parts = any_rows ? a.parts : 0, zero_blocks = (zeros + kZeroRows - 1) / kZeroRows;
   const View<4>& x = a.grad_x ? a.grad_x : a.x;
-  const unsigned blocks = checked_blocks(plan.class_rows + parts + zero_blocks, x.size[1] * x.size[2]);
+  const int64_t blocks = class_rows + parts + zero_blocks;
+  narrow(x.size[1] * x.size[2], "gated_fusion_backward: the tokens of a clip");
   plan.parts = unsigned(parts);
   if (C == 0) return;
   bool done = blocks == 0;
@@ -343,7 +345,7 @@ void launch(const GatedFusionBackwardArgs& a, cudaStream_t stream) {
     check_launch("gated_fusion_backward_loop_kernel");
   }
   if (!a.grad_gate && !kNorm) return;
-  PYVIDX_LAUNCH(gated_fusion_add_up_kernel<T>, dim3(add_up_blocks(C), 3), kAddUpThreads, 0, stream, a, plan.class_rows);
+  PYVIDX_LAUNCH(gated_fusion_add_up_kernel<T>, Grid(add_up_blocks(C), 3), kAddUpThreads, 0, stream, a, plan.class_rows);
   check_launch("gated_fusion_add_up_kernel");
 }
 

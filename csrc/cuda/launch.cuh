@@ -32,13 +32,14 @@
 #endif
 
 // PYVIDX_LAUNCH((some_kernel<T, 4>), grid, block, shared_bytes, stream, args...); parentheses where the name has a
-// comma.
+// comma. grid: a number of blocks or a Grid, which checked_grid has to accept.
 #if defined(PYVIDX_EMU)
-#define PYVIDX_LAUNCH(kernel, grid, block, smem, stream, ...) \
-  cuemu::launch(#kernel, kernel, dim3(grid), dim3(block), size_t(smem), (stream), __VA_ARGS__)
+#define PYVIDX_LAUNCH(kernel, grid, block, smem, stream, ...)                                                      \
+  cuemu::launch(#kernel, kernel, ::pyvidx::cuda::checked_grid(#kernel, grid), dim3(block), size_t(smem), (stream), \
+                __VA_ARGS__)
 #elif !defined(__CUDACC_RTC__)
 #define PYVIDX_LAUNCH(kernel, grid, block, smem, stream, ...) \
-  (kernel)<<<dim3(grid), dim3(block), size_t(smem), (stream)>>>(__VA_ARGS__)
+  (kernel)<<<::pyvidx::cuda::checked_grid(#kernel, grid), dim3(block), size_t(smem), (stream)>>>(__VA_ARGS__)
 #endif
 
 // PYVIDX_SHARED(T, name): the dynamic shared memory of the launch as `T* name`, 16-byte aligned.
@@ -129,10 +130,28 @@ inline void check_launch(const char* kernel) { check_cuda(cudaGetLastError(), ke
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// The blocks of a launch along x, the only axis that has 2^31 of them.
-inline unsigned checked_grid(int64_t blocks) {
-  if (blocks > 0x7fffffff) throw std::runtime_error("a launch has at most 2^31 - 1 blocks: too many tokens at once");
-  return unsigned(blocks);
+// The blocks of a launch, counted in 64 bits.
+struct Grid {
+  int64_t x, y, z;
+  Grid(int64_t x, int64_t y = 1, int64_t z = 1) : x(x), y(y), z(z) {}
+};
+
+// As a launch takes it. More than CUDA's limits is refused here, before a conversion makes a small number of it.
+inline dim3 checked_grid(const char* kernel, Grid grid) {
+  if (grid.x > 0x7fffffff || grid.y > 65535 || grid.z > 65535) {
+    throw std::runtime_error(std::string(kernel) + ": a launch has at most (2147483647, 65535, 65535) blocks, got (" +
+                             std::to_string(grid.x) + ", " + std::to_string(grid.y) + ", " + std::to_string(grid.z) +
+                             "): split the batch");
+  }
+  return dim3(unsigned(grid.x), unsigned(grid.y), unsigned(grid.z));
+}
+
+// A number that a kernel counts in 32 bits.
+inline unsigned narrow(int64_t n, const char* what) {
+  if (n < 0 || n > 0xffffffffll) {
+    throw std::runtime_error(std::string(what) + " must be below 2^32, got " + std::to_string(n));
+  }
+  return unsigned(n);
 }
 
 // An attribute of the current device, e.g. cudaDevAttrMultiProcessorCount.

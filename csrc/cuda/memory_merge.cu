@@ -181,7 +181,7 @@ void launch_attached(const MemoryStepArgs& args, cudaStream_t stream) {
       chunk.item[count] = item[count];
       ++count;
     }
-    const dim3 grid((rows + kMemoryWarps - 1) / kMemoryWarps, unsigned(count));
+    const Grid grid(ceil_div(rows, kMemoryWarps), count);
     visit_floating("memory_merge_", item->rows.dtype, [&](auto t) {
       using T = typename decltype(t)::type;
       if (vectorized) {
@@ -211,8 +211,7 @@ void memory_step_cuda(const MemoryStepArgs& args, cudaStream_t stream) {
     }
   });
   check_launch("memory_step_kernel");
-  PYVIDX_LAUNCH(memory_length_kernel, unsigned((B + kMemoryThreads - 1) / kMemoryThreads), kMemoryThreads, 0, stream,
-                args);
+  PYVIDX_LAUNCH(memory_length_kernel, ceil_div(B, kMemoryThreads), kMemoryThreads, 0, stream, args);
   check_launch("memory_length_kernel");
 }
 
@@ -233,7 +232,7 @@ void memory_merge_cuda(const MemoryMergeArgs& args, cudaStream_t stream) {
 void memory_merge_backward_cuda(const MemoryMergeBackwardArgs& args, cudaStream_t stream) {
   const unsigned rows = checked_rows(args.grad_bank.size[0] * args.grad_bank.size[1] * args.grad_bank.size[2]);
   if (rows == 0 || args.grad_bank.size[3] == 0) return;
-  const unsigned blocks = (rows + kMemoryWarps - 1) / kMemoryWarps;
+  const int64_t blocks = ceil_div(rows, kMemoryWarps);
   visit_floating("memory_merge_backward", args.grad_bank.dtype, [&](auto t) {
     using T = typename decltype(t)::type;
     if (vectorizable<T>(args.grad_out) && vectorizable<T>(args.grad_bank)) {

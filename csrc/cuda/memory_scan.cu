@@ -154,8 +154,7 @@ void memory_scan_cuda(const MemoryScanArgs& args, cudaStream_t stream) {
     }
   });
   check_launch("memory_scan_kernel");
-  PYVIDX_LAUNCH(memory_scan_length_kernel, unsigned((B + kMemoryThreads - 1) / kMemoryThreads), kMemoryThreads, 0,
-                stream, args);
+  PYVIDX_LAUNCH(memory_scan_length_kernel, ceil_div(B, kMemoryThreads), kMemoryThreads, 0, stream, args);
   check_launch("memory_scan_length_kernel");
 }
 
@@ -168,7 +167,7 @@ void memory_replay_cuda(const MemoryReplayArgs& args, cudaStream_t stream) {
     const bool vectorized =
         vectorizable<T>(args.rows) && vectorizable<T>(args.frames) && vectorizable<T>(args.extended);
     const int64_t columns = kReplayThreads * (vectorized ? kVec<T> : 1);
-    const dim3 grid(rows, unsigned((W + columns - 1) / columns));
+    const Grid grid(rows, ceil_div(W, columns));
     if (vectorized) {
       PYVIDX_LAUNCH((memory_replay_kernel<T, true>), grid, kReplayThreads, 0, stream, args);
     } else {

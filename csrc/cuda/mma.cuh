@@ -1,5 +1,6 @@
 // mma: the product of a 16 x k and a k x 8 tile held by a warp, added to a 16 x 8 tile, for every floating type: on
-// tensor cores where the GPU has fitting ones, otherwise with shuffles (the emulator, sm_70, double).
+// tensor cores where the GPU has fitting ones, otherwise with shuffles (sm_70, float before sm_80, double; the emulator
+// does either, see tests/cuda_emu/tensor_cores.h).
 //
 // With g = lane / 4 and c = lane % 4, a lane holds, of the left tile, registers {0, 2} of row g and {1, 3} of row g +
 // 8; of the right tile, two registers of column g; of the sums, columns 2c and 2c + 1 of rows g and g + 8. A register
@@ -9,6 +10,9 @@
 #pragma once
 
 #include "block.cuh"
+#if defined(PYVIDX_EMU)
+#include "tensor_cores.h"
+#endif
 
 namespace pyvidx::cuda {
 
@@ -104,57 +108,49 @@ __device__ __attribute__((noinline)) Sums<T> mma_with_shuffles(Tiles<T> t) {
   return {{t.sum[0], t.sum[1], t.sum[2], t.sum[3]}};
 }
 
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
-// x as the sum of two tf32 numbers (10 bits each): what is lost is below 2^-21 of x.
-__device__ __forceinline__ void split_tf32(float x, unsigned& high, unsigned& low) {
-  asm("cvt.rna.tf32.f32 %0, %1;\n" : "=r"(high) : "f"(x));
-  asm("cvt.rna.tf32.f32 %0, %1;\n" : "=r"(low) : "f"(x - __uint_as_float(high)));
-}
-__device__ __forceinline__ void mma_tf32(float (&sum)[4], const unsigned (&a)[4], const unsigned (&b)[2]) {
-  asm volatile(
-      "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};\n"
-      : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
-}
-#endif
+// ---- tensor cores: which types have one instruction for the product, and that instruction. float stands for tf32,
+// whose numbers are floats with 10 bits behind the point. ----
 
-// All lanes of the warp take part.
+#if defined(PYVIDX_EMU)
 template <typename T>
-__device__ __forceinline__ void mma(Acc<T> (&sum)[4], const Register<T> (&a)[4], const Register<T> (&b)[2]) {
-  const Sums<T> out = mma_with_shuffles<T>({{sum[0], sum[1], sum[2], sum[3]}, {a[0], a[1], a[2], a[3]}, {b[0], b[1]}});
-#pragma unroll
-  for (int i = 0; i < 4; ++i) sum[i] = out.sum[i];
+constexpr bool kTensorCores = sizeof(T) <= 4;
+__device__ inline bool tensor_cores() { return cuemu::tensor_cores(); }
+__device__ inline unsigned to_tf32(float x) { return cuemu::to_tf32(x); }
+template <typename T>
+__device__ inline void tensor_mma(float (&sum)[4], const unsigned (&a)[4], const unsigned (&b)[2]) {
+  cuemu::tensor_mma<T>(sum, a, b);
 }
+#else
+__device__ __forceinline__ constexpr bool tensor_cores() { return true; }
+__device__ unsigned to_tf32(float x);
+template <typename T>
+__device__ void tensor_mma(float (&sum)[4], const unsigned (&a)[4], const unsigned (&b)[2]);
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
-template <>
-__device__ __forceinline__ void mma<__half>(float (&sum)[4], const unsigned (&a)[4], const unsigned (&b)[2]) {
-  asm volatile(
-      "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};\n"
-      : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+template <typename T>
+constexpr bool kTensorCores = sizeof(T) <= 4;
+__device__ __forceinline__ unsigned to_tf32(float x) {
+  unsigned bits;
+  asm("cvt.rna.tf32.f32 %0, %1;\n" : "=r"(bits) : "f"(x));
+  return bits;
 }
-template <>
-__device__ __forceinline__ void mma<__nv_bfloat16>(float (&sum)[4], const unsigned (&a)[4], const unsigned (&b)[2]) {
-  asm volatile(
-      "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};\n"
-      : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
-}
-// Float at nearly full precision from three products of tf32 halves; the fourth is below a float's rounding.
-template <>
-__device__ __forceinline__ void mma<float>(float (&sum)[4], const float (&a)[4], const float (&b)[2]) {
-  unsigned a_high[4], a_low[4], b_high[2], b_low[2];
-#pragma unroll
-  for (int i = 0; i < 4; ++i) split_tf32(a[i], a_high[i], a_low[i]);
-#pragma unroll
-  for (int i = 0; i < 2; ++i) split_tf32(b[i], b_high[i], b_low[i]);
-  mma_tf32(sum, a_low, b_high);
-  mma_tf32(sum, a_high, b_low);
-  mma_tf32(sum, a_high, b_high);
-}
+#define PYVIDX_TENSOR_MMA(T, instruction)                                                                          \
+  template <>                                                                                                      \
+  __device__ __forceinline__ void tensor_mma<T>(float (&sum)[4], const unsigned (&a)[4], const unsigned (&b)[2]) { \
+    asm volatile(instruction " {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};\n"                            \
+                 : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])                                          \
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));                              \
+  }
+PYVIDX_TENSOR_MMA(__half, "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32")
+PYVIDX_TENSOR_MMA(__nv_bfloat16, "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32")
+PYVIDX_TENSOR_MMA(float, "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32")
+#undef PYVIDX_TENSOR_MMA
 #elif defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 750
+template <typename T>
+constexpr bool kTensorCores = false;
 template <>
-__device__ __forceinline__ void mma<__half>(float (&sum)[4], const unsigned (&a)[4], const unsigned (&b)[2]) {
+inline constexpr bool kTensorCores<__half> = true;
+template <>
+__device__ __forceinline__ void tensor_mma<__half>(float (&sum)[4], const unsigned (&a)[4], const unsigned (&b)[2]) {
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
     asm volatile("mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5}, {%6}, {%0,%1,%2,%3};\n"
@@ -162,6 +158,47 @@ __device__ __forceinline__ void mma<__half>(float (&sum)[4], const unsigned (&a)
                  : "r"(a[2 * i]), "r"(a[2 * i + 1]), "r"(b[i]));
   }
 }
+#else
+template <typename T>
+constexpr bool kTensorCores = false;
 #endif
+#endif
+
+// Float at nearly full precision: with each number as the sum of two of tf32 (what is lost is below 2^-21 of it), three
+// products; the fourth is below a float's rounding. Tensor cores truncate what they add up, always toward zero, so the
+// products go into a tile of their own, and it is added to the sum as floats are, to nearest: a sum of many tiles would
+// otherwise drift by a truncation of the whole sum per tile.
+template <typename T>
+__device__ __forceinline__ void mma_of_halves(float (&sum)[4], const T (&a)[4], const T (&b)[2]) {
+  unsigned a_high[4], a_low[4], b_high[2], b_low[2];
+#pragma unroll
+  for (int i = 0; i < 4; ++i) a_high[i] = to_tf32(a[i]), a_low[i] = to_tf32(a[i] - __uint_as_float(a_high[i]));
+#pragma unroll
+  for (int i = 0; i < 2; ++i) b_high[i] = to_tf32(b[i]), b_low[i] = to_tf32(b[i] - __uint_as_float(b_high[i]));
+  float part[4] = {};
+  tensor_mma<T>(part, a_low, b_high);
+  tensor_mma<T>(part, a_high, b_low);
+  tensor_mma<T>(part, a_high, b_high);
+#pragma unroll
+  for (int i = 0; i < 4; ++i) sum[i] += part[i];
+}
+
+// All lanes of the warp take part.
+template <typename T>
+__device__ __forceinline__ void mma(Acc<T> (&sum)[4], const Register<T> (&a)[4], const Register<T> (&b)[2]) {
+  if constexpr (kTensorCores<T>) {
+    if (tensor_cores()) {
+      if constexpr (sizeof(T) == 4) {
+        mma_of_halves<T>(sum, a, b);
+      } else {
+        tensor_mma<T>(sum, a, b);
+      }
+      return;
+    }
+  }
+  const Sums<T> out = mma_with_shuffles<T>({{sum[0], sum[1], sum[2], sum[3]}, {a[0], a[1], a[2], a[3]}, {b[0], b[1]}});
+#pragma unroll
+  for (int i = 0; i < 4; ++i) sum[i] = out.sum[i];
+}
 
 }  // namespace pyvidx::cuda

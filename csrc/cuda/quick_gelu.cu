@@ -141,14 +141,12 @@ using namespace cuda;
 
 namespace {
 
-unsigned activation_blocks(int64_t n, int size) {
-  return checked_grid(ceil_div(n, int64_t(kActivationThreads) * size));
-}
+int64_t activation_blocks(int64_t n, int size) { return ceil_div(n, int64_t(kActivationThreads) * size); }
 
 RowPlan plan_of(int64_t n, int64_t C, int size, int64_t chunk) { return {n / C, C, C / size, chunk}; }
 
-unsigned plan_blocks(const RowPlan& plan) {
-  return checked_grid(ceil_div(ceil_div(plan.rows, plan.chunk) * plan.packs, kActivationThreads));
+int64_t plan_blocks(const RowPlan& plan) {
+  return ceil_div(ceil_div(plan.rows, plan.chunk) * plan.packs, kActivationThreads);
 }
 
 // f(std::integral_constant<int, channels of a thread>)

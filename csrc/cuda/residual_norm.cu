@@ -107,7 +107,7 @@ bool aligned(const ResidualNormArgs& a) {
 template <typename X, typename Y, int kSize, bool kOnce>
 void launch(const ResidualNormArgs& a, cudaStream_t stream) {
   const int64_t rows = a.x.size[0] * a.x.size[1] * a.x.size[2], C = a.x.size[3], videos = a.cls ? a.x.size[0] : 0;
-  const unsigned blocks = checked_grid(videos + ceil_div(rows, kNormRows));
+  const int64_t blocks = videos + ceil_div(rows, kNormRows);
   if (blocks == 0 || C == 0) return;
   PYVIDX_LAUNCH((residual_norm_kernel<X, Y, kSize, kOnce>), blocks, norm_threads(C, kSize), 0, stream, a,
                 unsigned(videos));

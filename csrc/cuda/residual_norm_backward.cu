@@ -168,18 +168,20 @@ template <typename X, typename Y, int kSize, bool kOnce>
 void launch(const ResidualNormBackwardArgs& a, cudaStream_t stream) {
   const int64_t frames = a.value.size[0] * a.value.size[1], K = a.value.size[2], C = a.value.size[3];
   NormBackwardPlan plan;
-  plan.class_rows = a.grad_cls ? unsigned(a.value.size[0]) : 0;
+  const int64_t class_rows = a.grad_cls ? a.value.size[0] : 0, parts = row_parts(frames, K);
+  plan.class_rows = unsigned(class_rows);
   plan.chunk = unsigned(row_chunk(frames, K));
   plan.chunks = K > 0 ? unsigned(ceil_div(K, plan.chunk)) : 1;
-  plan.parts = checked_grid(row_parts(frames, K));
-  const unsigned blocks = checked_grid(int64_t(plan.class_rows) + plan.parts);
+  plan.parts = unsigned(parts);
+  const int64_t blocks = class_rows + parts;
   if (C == 0) return;
   if (blocks > 0) {
     PYVIDX_LAUNCH((residual_norm_backward_kernel<X, Y, kSize, kOnce>), blocks, norm_threads(C, kSize), 0, stream, a,
                   plan);
     check_launch("residual_norm_backward_kernel");
   }
-  PYVIDX_LAUNCH(residual_norm_add_up_kernel<X>, dim3(add_up_blocks(C), 4), kAddUpThreads, 0, stream, a, blocks);
+  PYVIDX_LAUNCH(residual_norm_add_up_kernel<X>, Grid(add_up_blocks(C), 4), kAddUpThreads, 0, stream, a,
+                unsigned(blocks));
   check_launch("residual_norm_add_up_kernel");
 }
 

@@ -136,13 +136,12 @@ void launch_forward(const StPoolArgs& a, cudaStream_t stream) {
   const int64_t B = a.x.size[0], T_ = a.x.size[1], P = a.x.size[2], C = a.x.size[3];
   if (B * C == 0) return;
   const int64_t spans = ceil_div(T_, a.frames), tiles = ceil_div(C, kPoolLanes * kSize);
-  const int64_t parts = B * spans * a.frame_sums.size[1] * tiles;
-  PYVIDX_LAUNCH((st_pool_kernel<T, kSize>), checked_grid(ceil_div(parts, kPoolThreads / 32)), kPoolThreads, 0, stream,
-                a, unsigned(spans), unsigned(tiles), parts);
+  const int64_t parts = B * spans * narrow(a.frame_sums.size[1], "st_pool: the chunks of a frame") * tiles;
+  PYVIDX_LAUNCH((st_pool_kernel<T, kSize>), ceil_div(parts, kPoolThreads / 32), kPoolThreads, 0, stream, a,
+                unsigned(spans), unsigned(tiles), parts);
   check_launch("st_pool_kernel");
   const int64_t rows = B * (T_ + (spans > 1 ? P : 0)), add_up_tiles = ceil_div(C, kAddUpThreads);
-  PYVIDX_LAUNCH(st_pool_add_up_kernel<T>, checked_grid(rows * add_up_tiles), kAddUpThreads, 0, stream, a,
-                unsigned(add_up_tiles));
+  PYVIDX_LAUNCH(st_pool_add_up_kernel<T>, rows * add_up_tiles, kAddUpThreads, 0, stream, a, unsigned(add_up_tiles));
   check_launch("st_pool_add_up_kernel");
 }
 
@@ -151,8 +150,8 @@ void launch_backward(const StPoolBackwardArgs& a, cudaStream_t stream) {
   const int64_t B = a.grad_x.size[0], T_ = a.grad_x.size[1], P = a.grad_x.size[2], C = a.grad_x.size[3];
   if (B * C == 0) return;
   const int64_t spans = ceil_div(T_, kSpreadFrames), blocks = ceil_div(P * (C / kSize), kSpreadThreads);
-  PYVIDX_LAUNCH((st_pool_backward_kernel<T, kSize>), checked_grid(B * spans * blocks), kSpreadThreads, 0, stream, a,
-                unsigned(spans), unsigned(blocks));
+  PYVIDX_LAUNCH((st_pool_backward_kernel<T, kSize>), B * spans * blocks, kSpreadThreads, 0, stream, a, unsigned(spans),
+                unsigned(blocks));
   check_launch("st_pool_backward_kernel");
 }
 

@@ -253,16 +253,16 @@ template <typename T>
 void launch_forward(const TemporalScaleArgs& a, cudaStream_t stream) {
   const int64_t B = a.x.size[0], T_ = a.x.size[1], N = a.x.size[2], C = a.x.size[3];
   if (B * T_ * N * C == 0) return;
+  narrow(C, "temporal_scale: the channels");
   if (whole_taps<T>(a.weight) && vectorizable<T>(a.x) && vectorizable<T>(a.out) && vectorizable<T>(a.bias) &&
       vectorizable<T>(a.residual)) {
     const int64_t blocks = ceil_div(N * C / kVec<T>, kScaleThreads), spans = ceil_div(T_, kForwardFrames);
-    PYVIDX_LAUNCH(temporal_scale_kernel<T>, checked_grid(B * spans * blocks), kScaleThreads, 0, stream, a,
-                  unsigned(blocks), unsigned(spans));
+    PYVIDX_LAUNCH(temporal_scale_kernel<T>, B * spans * blocks, kScaleThreads, 0, stream, a, unsigned(blocks),
+                  unsigned(spans));
     return check_launch("temporal_scale_kernel");
   }
   const int64_t tiles = ceil_div(C, kAnyThreads);
-  PYVIDX_LAUNCH(temporal_scale_any_kernel<T>, checked_grid(B * T_ * N * tiles), kAnyThreads, 0, stream, a,
-                unsigned(tiles));
+  PYVIDX_LAUNCH(temporal_scale_any_kernel<T>, B * T_ * N * tiles, kAnyThreads, 0, stream, a, unsigned(tiles));
   check_launch("temporal_scale_any_kernel");
 }
 
@@ -275,21 +275,20 @@ void launch_backward(const TemporalScaleBackwardArgs& a, cudaStream_t stream) {
       vectorizable<T>(a.grad_x)) {
     const int64_t tiles = ceil_div(C, 32 * kVec<T>);
     if (a.grad_bias) {
-      PYVIDX_LAUNCH((temporal_scale_backward_kernel<T, true>), checked_grid(parts * tiles), kBackwardThreads, 0, stream,
-                    a, unsigned(tiles));
+      PYVIDX_LAUNCH((temporal_scale_backward_kernel<T, true>), parts * tiles, kBackwardThreads, 0, stream, a,
+                    unsigned(tiles));
     } else {
-      PYVIDX_LAUNCH((temporal_scale_backward_kernel<T, false>), checked_grid(parts * tiles), kBackwardThreads, 0,
-                    stream, a, unsigned(tiles));
+      PYVIDX_LAUNCH((temporal_scale_backward_kernel<T, false>), parts * tiles, kBackwardThreads, 0, stream, a,
+                    unsigned(tiles));
     }
     check_launch("temporal_scale_backward_kernel");
   } else if (parts > 0) {
     const int64_t tiles = ceil_div(C, kAnyThreads);
-    PYVIDX_LAUNCH(temporal_scale_backward_any_kernel<T>, checked_grid(parts * tiles), kAnyThreads, 0, stream, a,
-                  unsigned(tiles));
+    PYVIDX_LAUNCH(temporal_scale_backward_any_kernel<T>, parts * tiles, kAnyThreads, 0, stream, a, unsigned(tiles));
     check_launch("temporal_scale_backward_any_kernel");
   }
   if (!a.grad_bias) return;
-  const dim3 grid(unsigned(ceil_div(C, 32)), unsigned(a.weight.size[1] + 1));
+  const Grid grid(ceil_div(C, 32), a.weight.size[1] + 1);
   PYVIDX_LAUNCH(temporal_scale_add_up_kernel<T>, grid, kScaleThreads, 0, stream, a);
   check_launch("temporal_scale_add_up_kernel");
 }

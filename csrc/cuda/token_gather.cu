@@ -73,7 +73,7 @@ using namespace cuda;
 void token_gather_cuda(const TokenGatherArgs& args, cudaStream_t stream) {
   const int64_t rows = args.out.size[0] * args.out.size[1] * args.out.size[2];
   if (rows == 0 || args.x.size[3] == 0) return;
-  const unsigned blocks = unsigned((rows + kGatherWarps - 1) / kGatherWarps);
+  const int64_t blocks = ceil_div(rows, kGatherWarps);
   visit_dtype<float, double, __half, __nv_bfloat16>("token_gather", args.x.dtype, [&](auto t) {
     using T = typename decltype(t)::type;
     const bool vectorized = vectorizable<T>(args.x) && vectorizable<T>(args.out) &&
@@ -91,7 +91,7 @@ void token_gather_cuda(const TokenGatherArgs& args, cudaStream_t stream) {
 void token_gather_backward_cuda(const TokenGatherBackwardArgs& args, cudaStream_t stream) {
   const int64_t rows = args.grad_x.size[0] * args.grad_x.size[1] * args.grad_x.size[2];
   if (rows == 0 || args.grad_x.size[3] == 0) return;
-  const unsigned blocks = unsigned((rows + kGatherWarps - 1) / kGatherWarps);
+  const int64_t blocks = ceil_div(rows, kGatherWarps);
   visit_dtype<float, double, __half, __nv_bfloat16>("token_gather_backward", args.grad_x.dtype, [&](auto t) {
     using T = typename decltype(t)::type;
     if (vectorizable<T>(args.grad_out) && vectorizable<T>(args.grad_x)) {

@@ -33,6 +33,11 @@ Executor torch_executor() {
   return executor;
 }
 
+#if defined(PYVIDX_EMU)
+extern "C" CUstream_st* cuemu_current_stream();  // tests/cuda_emu/graphs.cpp
+
+CUstream_st* current_stream(const Tensor&) { return cuemu_current_stream(); }
+#else
 CUstream_st* current_stream(const Tensor& on) {
   void* stream = nullptr;
   STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream != nullptr, "pyvidx: this torch has no CUDA");
@@ -40,5 +45,6 @@ CUstream_st* current_stream(const Tensor& on) {
                   "pyvidx: torch gave no current CUDA stream");
   return static_cast<CUstream_st*>(stream);
 }
+#endif
 
 }  // namespace pyvidx

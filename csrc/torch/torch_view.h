@@ -109,7 +109,7 @@ template <typename Args>
 void run(const Tensor& on, const Args& args, typename Entry<Args>::Cpu cpu, typename Entry<Args>::Cuda cuda) {
   if (cpu != nullptr && on.is_cpu()) return cpu(args, torch_executor());
   STD_TORCH_CHECK(cuda != nullptr, "pyvidx: this build has no CUDA kernels");
-  if (on.is_cpu()) return cuda(args, nullptr);  // the emulator
+  if (on.is_cpu()) return cuda(args, current_stream(on));  // the emulator
   torch::stable::accelerator::DeviceGuard guard(on.get_device_index());
   cuda(args, current_stream(on));
 }

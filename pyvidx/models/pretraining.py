@@ -211,14 +211,18 @@ class Pretraining(nn.Module):
             raise ValueError(
                 f"Pretraining: T must be at most {self.model.config.time_length}, the rows of the time table, got {T}"
             )
+        kept = None
         if mask is None:
-            mask = tube_mask(B, P, self.mask_rate, device=x.device, generator=generator)
+            mask, kept = (
+                tube_mask(B, P, self.mask_rate, device=x.device, generator=generator),
+                P - int(self.mask_rate * P),
+            )
         if mask.dim() != 2 or mask.shape[0] != B:
             raise ValueError(f"Pretraining: mask must be [B, P] or [B, T*P] with B = {B}, got {tuple(mask.shape)}")
         if self.mask_order == "official" and mask.shape[1] == P:
-            mask = mask.repeat(1, T)  # frame-major, as it is drawn there
+            mask, kept = mask.repeat(1, T), kept and kept * T  # frame-major, as it is drawn there
         modes = {"compat": self.model.compat, "tower": self.model.tower, "time_length": self.model.config.time_length}
-        return grouping(T, P, mask=mask, mask_order=self.mask_order, device=x.device, **modes)
+        return grouping(T, P, mask=mask, mask_order=self.mask_order, kept=kept, device=x.device, **modes)
 
     @torch.no_grad()
     def teacher(self, x: Tensor, group: Grouping) -> Tensor:

@@ -62,6 +62,7 @@ def grouping(
     mask: Tensor | None = None,
     mask_order: str | None = None,
     frame_mask: Tensor | None = None,
+    kept: int | None = None,
     device: torch.device | None = None,
 ) -> Grouping:
     """The grouping of a clip.
@@ -76,13 +77,14 @@ def grouping(
             "official": the row [B, T*P] is laid on the patch-major tokens as it is. Default: that of `compat`.
         frame_mask: bool [B, T], True = a real frame, checked by check_frame_mask. Only where slots are frames: not for
             clips averaged in pairs, nor for the official groups and masks that mix frames.
+        kept: how many False each row of the mask is known to have; then nothing waits for the mask's device.
         device: of the index table.
 
     Raises:
         ValueError: the frame count or a mask does not fit.
     """
     modes = {"compat": compat, "tower": tower, "time_length": time_length}
-    group = _grouping(T, P, mask=mask, mask_order=mask_order, device=device, **modes)
+    group = _grouping(T, P, mask=mask, mask_order=mask_order, kept=kept, device=device, **modes)
     if frame_mask is None:
         return group
     if group.pair or (group.keep is not None and group.keep.dim() == 3):
@@ -93,7 +95,7 @@ def grouping(
     return replace(group, frame_mask=frame_mask)
 
 
-def _grouping(T, P, *, compat, tower, time_length, mask, mask_order, device) -> Grouping:
+def _grouping(T, P, *, compat, tower, time_length, mask, mask_order, kept, device) -> Grouping:
     if compat not in COMPATS or tower not in TOWERS:
         raise ValueError(
             f"BT-Adapter: compat must be one of {COMPATS} and tower of {TOWERS}, got {compat!r}, {tower!r}"
@@ -107,7 +109,7 @@ def _grouping(T, P, *, compat, tower, time_length, mask, mask_order, device) -> 
     if compat == "official" and tower == "mma":
         if not 1 <= T <= time_length:
             raise ValueError(f"BT-Adapter (official mma tower): T must be in [1, {time_length}], got {T}")
-        return Grouping(T, P, keep=_kept_table(mask, T, P, mask_order, device), masked=mask is not None)
+        return Grouping(T, P, keep=_kept_table(mask, T, P, mask_order, kept, device), masked=mask is not None)
     least = 2 if compat == "official" else 1
     pair = T > time_length
     if T < least or (pair and (T % 2 or T > 2 * time_length)):
@@ -117,18 +119,18 @@ def _grouping(T, P, *, compat, tower, time_length, mask, mask_order, device) -> 
         )
     if compat == "paper":
         slots = T // 2 if pair else T
-        return Grouping(T, P, pair, _kept_table(mask, slots, P, mask_order, device), masked=mask is not None)
+        return Grouping(T, P, pair, _kept_table(mask, slots, P, mask_order, kept, device), masked=mask is not None)
     if mask is not None:
         raise ValueError("BT-Adapter (official llava tower): there is no mask")
     return Grouping(T, P, pair, None if pair else _halved(T, P, device))
 
 
-def _kept_table(mask, T, P, order, device):
+def _kept_table(mask, T, P, order, kept, device):
     """A tube [P] or [B, P] -> [1 or B, K]; [B, T*P] -> [B, S = T, K]."""
     if mask is None:
         return None
     if order == "tube" and mask.shape[-1] == P and mask.dim() in (1, 2):
-        return _kept_indices(mask[None] if mask.dim() == 1 else mask).to(device)
+        return _kept_indices(mask[None] if mask.dim() == 1 else mask, kept).to(device)
     if mask.dim() != 2 or mask.shape[1] != T * P:
         tubes = f"[P] or [B, P] with P = {P} or " if order == "tube" else ""
         raise ValueError(
@@ -136,10 +138,10 @@ def _kept_table(mask, T, P, order, device):
         )
     if order == "tube":
         mask = mask.view(-1, T, P).transpose(1, 2).flatten(1)  # to the order of the tokens
-    kept = _kept_indices(mask).to(device)
-    if kept.shape[1] % T:
-        raise ValueError(f"BT-Adapter: the number of kept tokens must be a multiple of T = {T}, got {kept.shape[1]}")
-    return _source(kept.view(mask.shape[0], -1, T).transpose(1, 2), T, P)
+    index = _kept_indices(mask, kept).to(device)
+    if index.shape[1] % T:
+        raise ValueError(f"BT-Adapter: the number of kept tokens must be a multiple of T = {T}, got {index.shape[1]}")
+    return _source(index.view(mask.shape[0], -1, T).transpose(1, 2), T, P)
 
 
 def _halved(T, P, device):  # -> [1, S = T // 2, K = P * T / S]
@@ -154,8 +156,10 @@ def _source(n: Tensor, T: int, P: int) -> Tensor:
     return (n % T * P + n // T).contiguous()
 
 
-def _kept_indices(mask: Tensor) -> Tensor:
+def _kept_indices(mask: Tensor, kept: int | None) -> Tensor:
     """bool [B, n], True = removed -> the indices of the others, ascending, int64 [B, kept]."""
+    if kept is not None:
+        return mask.to(torch.uint8).argsort(dim=1, stable=True)[:, :kept]
     counts = (~mask).sum(dim=1)
     if not bool((counts == counts[0]).all()) or int(counts[0]) == 0:
         raise ValueError(

@@ -66,7 +66,7 @@ def drop_path_draws(
     def factors(keep, n):
         return (_uniform(B, n, device, generator) < keep).float() / keep
 
-    rates = torch.linspace(0, rate, depth, dtype=torch.float64).tolist()
+    rates = [rate * layer / max(depth - 1, 1) for layer in range(depth)]
     return [None if r == 0 else (factors(1 - r, K), factors(1 - r, S)) for r in rates]
 
 

@@ -30,7 +30,7 @@ VARIANTS = {
     ),
     "tsan": (["-O1", "-fno-omit-frame-pointer", "-fsanitize=thread"], ["-O2", "-DCUEMU_TSAN"], ["-fsanitize=thread"]),
 }
-ENGINE = ["engine", "threads", "runtime", "shared_memory"]
+ENGINE = ["engine", "threads", "runtime", "graphs", "shared_memory"]
 
 
 def _flags() -> list[str]:
@@ -56,6 +56,7 @@ def _library(name: str, variant: str, kernels: list[Path], torch: bool) -> Path:
         bindings = [ROOT / f"csrc/torch/{name}.cpp" for name in ["binding", *ops()]]
         objects += [build.compile(s, [*flags, "-O1", *native.torch_flags()]) for s in bindings]
         objects += [build.compile(s, [*flags, "-O1"]) for s in native.sources("common")]
+        objects.append(build.compile(ROOT / "tests/cuda_emu/limits.cpp", [*flags, "-O1"]))
         link += native.torch_link_flags()
     # Last, so that no small variable fills the red zone behind a kernel's shared memory.
     objects += [build.compile(s, ["-x c++", *flags, *kernel], tag=variant) for s in kernels]

@@ -4,10 +4,11 @@
 // random, random:<seed>) and switch only where they wait for each other. The same source builds plain, with
 // -fsanitize=address,undefined and with -fsanitize=thread, where every CUDA thread is a thread for the race detector.
 //
-// Checked: barriers that not all threads reach, lanes missing from a mask, cp.async that is never waited for or reads
-// out of bounds, launches the GPU would refuse, launches without check_launch, shared memory read before it is
-// written (it starts as NaN). Under ThreadSanitizer: missing barriers; blocks are not checked against each other.
-// Not shown: speed, registers, coalescing, bank conflicts, memory order between blocks, tensor cores, inline PTX.
+// Checked: launches on another stream than the op was given, barriers that not all threads reach, lanes missing from a
+// mask, cp.async that is never waited for or reads out of bounds, launches the GPU would refuse, launches without
+// check_launch, shared memory read before it is written (it starts as NaN). Under ThreadSanitizer: missing barriers;
+// blocks are not checked against each other. Not shown: speed, registers, coalescing, bank conflicts, memory order
+// between blocks, inline PTX.
 //
 // PYVIDX_EMU_SMEM=<bytes> is the shared memory of the pretended device, PYVIDX_EMU_LOG=<file> lists the launches.
 #pragma once
@@ -20,6 +21,7 @@
 
 #include <cmath>
 #include <cstring>
+#include <memory>
 #include <tuple>
 #include <type_traits>
 
@@ -56,19 +58,21 @@ constexpr int warpSize = 32;
 namespace cuemu {
 
 template <typename... Parameters, typename... Arguments>
-void launch(const char* name, void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes, cudaStream_t,
-            Arguments&&... arguments) {
-  // Converted to the kernel's parameter types once, as a launch does, and copied for each thread.
+void launch(const char* name, void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes,
+            cudaStream_t stream, Arguments&&... arguments) {
+  // Converted to the kernel's parameter types once, as a launch does, and copied for each thread. Shared: a graph may
+  // keep it.
   struct Context {
     void (*kernel)(Parameters...);
     std::tuple<Parameters...> parameters;
   };
-  const Context context{kernel, std::tuple<Parameters...>(std::forward<Arguments>(arguments)...)};
+  const auto context = std::make_shared<const Context>(
+      Context{kernel, std::tuple<Parameters...>(std::forward<Arguments>(arguments)...)});
   const auto call = [](const void* p) {
     const Context& c = *static_cast<const Context*>(p);
     std::apply(c.kernel, c.parameters);
   };
-  run_grid({name, reinterpret_cast<const void*>(kernel), call, &context}, grid, block, shared_bytes);
+  run_grid({name, reinterpret_cast<const void*>(kernel), call, context}, grid, block, shared_bytes, stream);
 }
 
 template <typename T>

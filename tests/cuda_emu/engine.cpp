@@ -59,7 +59,7 @@ void run(Fiber& fiber) {
 void fiber_main() {
   engine.main_stack = asan_arrive(nullptr);
   tsan_acquire(&engine.start);
-  engine.kernel->call(engine.kernel->context);
+  engine.kernel->call(engine.kernel->context.get());
   tsan_release(&engine.end);
   thread_returns();
   to_main(true);
@@ -170,9 +170,14 @@ void run_block(dim3 block, Schedule& schedule) {
 
 }  // namespace
 
-void run_grid(const Kernel& kernel, dim3 grid, dim3 block, size_t shared_bytes) {
+void run_grid(const Kernel& kernel, dim3 grid, dim3 block, size_t shared_bytes, const void* stream) {
+  check_stream(kernel, stream);
+  if (!may_launch(kernel, grid, block, shared_bytes) || captured(kernel, grid, block, shared_bytes)) return;
+  execute(kernel, grid, block, shared_bytes);
+}
+
+void execute(const Kernel& kernel, dim3 grid, dim3 block, size_t shared_bytes) {
   const std::lock_guard<std::mutex> lock(engine.one_at_a_time);
-  if (!may_launch(kernel, grid, block, shared_bytes)) return;
   const uint64_t blocks = uint64_t(grid.x) * grid.y * grid.z;
   engine.kernel = &kernel;
   engine.threads = block.x * block.y * block.z;

@@ -6,6 +6,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <memory>
 
 namespace cuemu {
 
@@ -20,12 +21,13 @@ struct Kernel {
   const char* name;
   const void* function;
   void (*call)(const void* context);  // runs the kernel for the current thread
-  const void* context;
+  std::shared_ptr<const void> context;
 };
 
-// Runs the grid. A launch the GPU would refuse sets the error cudaGetLastError returns; a kernel that breaks a rule of
-// CUDA throws std::runtime_error with kernel, block, thread and line.
-void run_grid(const Kernel& kernel, dim3 grid, dim3 block, size_t shared_bytes);
+// Runs the grid, or records it during a capture (graphs.cpp). A launch the GPU would refuse sets the error
+// cudaGetLastError returns; a kernel that breaks a rule of CUDA throws std::runtime_error with kernel, block, thread
+// and line.
+void run_grid(const Kernel& kernel, dim3 grid, dim3 block, size_t shared_bytes, const void* stream);
 
 // ---- called by a kernel ----
 

@@ -1,5 +1,5 @@
 // Kernels with planted bugs, each beside its correct self: they test the emulator (tests/test_cuda_emu.py).
-#include "block.cuh"
+#include "mma.cuh"
 #ifndef __CUDACC_RTC__
 #include <cstdio>
 #include <vector>
@@ -146,6 +146,25 @@ __global__ void uninitialized_dynamic_kernel(float* out) {
   out[threadIdx.x] = s[threadIdx.x];
 }
 
+// 64 tiles whose 8 products are 3/4 of a float's last bit beside 1: rounded to nearest each adds a whole bit, truncated
+// none. (With shuffles products are added one by one, and are lost as well.)
+template <bool kBug>
+__global__ void tile_sums_kernel(float* out) {
+  float sum[4] = {1.f, 1.f, 1.f, 1.f};
+  const float a[4] = {0x3p-14f, 0x3p-14f, 0x3p-14f, 0x3p-14f}, b[2] = {0x1p-14f, 0x1p-14f};
+  for (int i = 0; i < 64; ++i) {
+    if constexpr (kBug && kTensorCores<float>) {
+      unsigned x[4], y[2];
+      for (int k = 0; k < 4; ++k) x[k] = to_tf32(a[k]);
+      for (int k = 0; k < 2; ++k) y[k] = to_tf32(b[k]);
+      tensor_mma<float>(sum, x, y);
+    } else {
+      mma<float>(sum, a, b);
+    }
+  }
+  out[threadIdx.x] = (sum[threadIdx.x % 4] - 1.f) * 0x1p23f;
+}
+
 #ifndef __CUDACC_RTC__
 
 template <bool kBug>
@@ -171,6 +190,7 @@ void launch(const std::string& name, const float* x, float* out) {
   ONE(missing_lane, 1, 0, out)
   ONE(uninitialized_static, 2, 0, out)
   ONE(uninitialized_dynamic, 1, bytes(kThreads), out)
+  ONE(tile_sums, 1, 0, out)
   if (name == "too_many_threads") {
     PYVIDX_LAUNCH(partial_barrier_kernel<false>, 1, kBug ? 1025 : kThreads, 0, nullptr, out);
     return check_launch("partial_barrier_kernel");
@@ -183,6 +203,15 @@ void launch(const std::string& name, const float* x, float* out) {
   }
   if (name == "more_shared_memory_than_there_is") {
     return set_max_dynamic_smem(dynamic_shared_overflow_kernel<kBug>, device_smem() + (kBug ? 1 : 0));
+  }
+  if (name == "other_stream") {
+    const auto other = reinterpret_cast<cudaStream_t>(uintptr_t(kBug ? 1 : 0));
+    PYVIDX_LAUNCH(partial_barrier_kernel<false>, 1, kThreads, 0, other, out);
+    return check_launch("partial_barrier_kernel");
+  }
+  if (name == "too_many_blocks") {  // one more than 2^32: a conversion to 32 bits leaves one
+    PYVIDX_LAUNCH(partial_barrier_kernel<false>, kBug ? (int64_t(1) << 32) + 1 : 1, kThreads, 0, nullptr, out);
+    return check_launch("partial_barrier_kernel");
   }
   if (name == "launch_not_checked") {
     PYVIDX_LAUNCH(partial_barrier_kernel<false>, 1, kThreads, 0, nullptr, out);

@@ -91,6 +91,12 @@ size_t static_shared_bytes(const void* kernel);
 void poison_static_shared(const void* kernel);
 // Would the GPU take this launch? If not, sets the error of cudaGetLastError. (runtime.cpp)
 bool may_launch(const Kernel& kernel, dim3 grid, dim3 block, size_t shared_bytes);
+// On the stream that the op was given? Throws if not. (graphs.cpp)
+void check_stream(const Kernel& kernel, const void* stream);
+// During a capture: keep the launch for replay() instead of running it. (graphs.cpp)
+bool captured(const Kernel& kernel, dim3 grid, dim3 block, size_t shared_bytes);
+// Run the blocks of a launch. (engine.cpp)
+void execute(const Kernel& kernel, dim3 grid, dim3 block, size_t shared_bytes);
 // The launch ended in an exception: check_launch is not reached, and not missed. (runtime.cpp)
 void forget_launch();
 

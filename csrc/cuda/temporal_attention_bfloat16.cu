@@ -1,0 +1,8 @@
+#include "temporal_attention.cuh"
+
+#ifndef __CUDACC_RTC__
+namespace pyvidx::cuda {
+template void launch_temporal_attention<__nv_bfloat16>(const TemporalAttentionArgs&, cudaStream_t);
+template void launch_temporal_attention_backward<__nv_bfloat16>(const TemporalAttentionBackwardArgs&, cudaStream_t);
+}  // namespace pyvidx::cuda
+#endif

@@ -1,0 +1,170 @@
+"""What tests/test_no_sync.py runs: fake tensors that say they are on a GPU, under a mode that refuses to read them."""
+
+from contextlib import contextmanager
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from pyvidx import memory
+from pyvidx.backbones.clip import CLIPVisionConfig
+from pyvidx.backbones.clip_text import CLIPText, CLIPTextConfig
+from pyvidx.backbones.eva import EVAVisionConfig
+from pyvidx.memory.qformer import QFormerConfig
+from pyvidx.models import MALMM, BTAdapter, BTAdapterConfig, MALMMConfig
+from pyvidx.models.pretraining import Pretraining
+from tests.op_calls import op_calls
+
+VISION = CLIPVisionConfig(image_size=12, patch_size=4, width=16, heads=2, layers=5, mlp_width=24, embed_dim=6)
+CONFIG = BTAdapterConfig(VISION, depth=3, time_length=8)
+SMALL = MALMMConfig(
+    EVAVisionConfig(image_size=12, patch_size=4, width=48, heads=2, layers=1),
+    QFormerConfig(width=16, heads=2, layers=4, mlp_width=32, encoder_width=48, vocab=30),
+    llm_width=8,
+    time_length=30,
+)
+B, T, M = 2, 4, 3
+P, C = 1 + SMALL.vision.patches, SMALL.vision.width
+
+# Results whose values the host needs, or whose sizes depend on values.
+READS = (
+    "_local_scalar_dense", "is_nonzero", "item", "equal", "allclose", "nonzero", "nonzero_static", "argwhere",
+    "masked_select", "unique_consecutive", "unique_dim", "_unique", "_unique2", "bincount", "repeat_interleave",
+)  # fmt: skip
+
+
+class NoTraffic(TorchDispatchMode):
+    """Fails where a value or a tensor goes from the GPU to the host, or (a stream's graph would not know) back."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        name = func._schema.name.split("::")[1]
+        tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
+        on_gpu = any(x.is_cuda for x in tensors)
+        if on_gpu and name in READS and not (name == "repeat_interleave" and kwargs.get("output_size") is not None):
+            raise AssertionError(f"{func} reads what a CUDA tensor holds")
+        if on_gpu and name in ("index", "index_put", "index_put_", "_index_put_impl_"):
+            masks = [i for i in args[1] if i is not None and i.dtype in (torch.bool, torch.uint8)]
+            assert not masks, f"{func} by a mask has a size that depends on values"
+        out = func(*args, **kwargs)
+        devices = {x.device.type for x in tree_leaves(out) if isinstance(x, torch.Tensor)}
+        if name in ("_to_copy", "copy_", "_copy_from", "lift_fresh", "pin_memory", "_pin_memory"):
+            devices |= {x.device.type for x in tensors}
+            assert len(devices) <= 1, f"{func} copies between {' and '.join(sorted(devices))}"
+        return out
+
+
+@contextmanager
+def gpu():
+    """New tensors are fake ones on a GPU."""
+    with FakeTensorMode(), torch.device("cuda:0"):
+        yield
+
+
+@pytest.mark.parametrize(
+    "read",
+    [
+        lambda x: x.sum().item(),
+        lambda x: bool((x > 0).all()),
+        lambda x: x.tolist(),
+        lambda x: torch.equal(x, x),
+        lambda x: x.cpu(),
+        lambda x: x.add_(x.to("cpu")),
+        lambda x: x + torch.tensor([1.0, 2.0], device="cpu").to(x.device),
+        lambda x: torch.nonzero(x),
+        lambda x: x[x > 0],
+        lambda x: torch.masked_select(x, x > 0),
+        lambda x: torch.unique(x),
+        lambda x: x.repeat_interleave((x > 0).long().flatten()),
+    ],
+)
+def test_reading_is_caught(read):
+    with gpu():
+        x = torch.randn(3, 2)
+        # RuntimeError: a CPU build of torch refuses some of these by itself.
+        with NoTraffic(), pytest.raises((AssertionError, RuntimeError)):
+            read(x)
+
+
+@pytest.mark.parametrize("name", op_calls("cpu"))
+def test_ops(name):
+    with gpu():
+        call = op_calls("cuda:0", torch.float16)[name]
+        with NoTraffic():
+            call.run(*call.inputs)
+
+
+# ---- memories ----
+
+
+@pytest.mark.parametrize("name", memory.names())
+def test_memory_policies(name):
+    """Push to an empty and a full bank, all videos and some of them; compress; read."""
+    with gpu():
+        policy = memory.create(name, **({} if name in ("concat", "average") else {"capacity": M}))
+        bank = policy.new(B, 6, 16, device="cuda:0", attached=[8])
+        active, seconds = torch.ones(B, dtype=torch.bool), torch.zeros(B)
+        with NoTraffic():
+            for step in range(M + 3):
+                frame, rows = torch.randn(B, 6, 16), torch.randn(B, 6, 8)
+                bank = policy.push(bank, frame, seconds, None if step % 2 else active, [rows])
+            bank = policy.compress(policy.append(bank, torch.randn(B, 6, 16), attached=[torch.randn(B, 6, 8)]))
+            bank.entries()
+            bank.slots()
+
+
+# ---- models ----
+
+
+@pytest.mark.parametrize("compat, tower", [("paper", "mma"), ("official", "mma"), ("official", "llava")])
+def test_bt_adapter_forward(compat, tower):
+    with gpu(), torch.no_grad():
+        model = BTAdapter(CONFIG, compat=compat, tower=tower).eval()
+        with NoTraffic():
+            model(torch.randn(B, T, 3, 12, 12))
+            model(torch.randn(B, T, 3, 12, 12), outputs=("pooled",))
+
+
+def test_bt_adapter_training_step():
+    with gpu():
+        model = BTAdapter(CONFIG)
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], fused=True)
+        with NoTraffic():
+            with torch.autocast("cuda", torch.bfloat16):
+                out = model(torch.randn(B, T, 3, 12, 12))
+            (out.tokens.float().sum() + out.pooled.float().sum()).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+
+def test_pretraining_step():
+    text = CLIPTextConfig(width=16, heads=2, layers=2, mlp_width=24, vocab=30, context=7, embed_dim=6)
+    with gpu():
+        model = Pretraining(BTAdapter(CONFIG), CLIPText(text)).train()
+        ids = torch.zeros(B, 7, dtype=torch.int64)
+        with NoTraffic():
+            model(torch.randn(B, T, 3, 12, 12), ids).total.backward()
+
+
+def test_malmm_stream():
+    """Frames one by one into memories that are full, chunks, and an answer."""
+    with gpu(), torch.no_grad():
+        model = MALMM(SMALL).eval()
+        ids = torch.zeros(B, 5, dtype=torch.int64)
+        with NoTraffic():
+            memories = model.start(model.prompt(ids), length=M)
+            for _ in range(M + 2):
+                memories = model.push(memories, model.features(torch.randn(B, 3, 12, 12)))
+            memories = model.push(memories, torch.randn(B, 3, P, C))
+            model.project(model.ask(memories))
+
+
+@pytest.mark.parametrize("query", [True, False])
+def test_malmm_training_step(query):
+    with gpu():
+        model = MALMM(SMALL)
+        ids = torch.zeros(B, 5, dtype=torch.int64)
+        with NoTraffic():
+            model(torch.randn(B, T + 2, 3, 12, 12), ids, length=M, query=query).sum().backward()
