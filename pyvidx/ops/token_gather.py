@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from pyvidx.ops._library import define, require, require_floating, require_out
+from pyvidx.ops._library import define, require, require_floating, require_index, require_out
 
 
 def token_gather(
@@ -30,7 +30,7 @@ def token_gather(
         [B, S, K, C], dtype of x. Differentiable in x, position and time.
 
     Raises:
-        ValueError: a shape, dtype or device does not fit.
+        ValueError: a shape, dtype or device does not fit, or out shares memory with an input.
         IndexError: an index of keep is out of range (CPU).
     """
     _check(x, keep, position, time)
@@ -50,7 +50,7 @@ def _check(x, keep, position, time):
     require(x.dim() == 4, "token_gather: x must be [B, T, P, C]", x)
     B, T, P, C = x.shape
     require_floating("token_gather", x=x, position=position, time=time)
-    check_keep("token_gather", keep, x, T, P)
+    check_keep("token_gather", keep, x)
     require(
         position is None or tuple(position.shape) == (P, C), "token_gather: position must be [P, C] of x", position, x
     )
@@ -62,20 +62,21 @@ def _check(x, keep, position, time):
     )
 
 
-def check_keep(op: str, keep: Tensor, x: Tensor, T: int, P: int) -> None:
-    """Raise unless keep is an index of the T * P tokens of each video of x [B, ...], as token_gather takes it."""
+def check_keep(op: str, keep: Tensor, x: Tensor) -> None:
+    """Raise unless keep is a table of tokens of the videos of x [B, ...], as token_gather takes it. The indices in it
+    are looked at where they are used."""
     require(keep.dtype == torch.int64 and keep.device == x.device, f"{op}: keep must be int64 on x's device", keep, x)
-    known = keep.dim() in (2, 3) and keep.shape[0] in (1, x.shape[0])
+    known = keep.dim() in (2, 3) and (keep.shape[0] == 1 or keep.shape[0] == x.shape[0])
     require(known, f"{op}: keep must be [B or 1, K] (a tube) or [B or 1, S, K]", keep, x)
-    if x.device.type == "cpu" and keep.numel() and not torch.compiler.is_compiling():
-        low, high = torch.aminmax(keep)
-        limit = P if keep.dim() == 2 else T * P
-        if low < 0 or high >= limit:
-            raise IndexError(f"{op}: keep must be in [0, {limit}), got {int(low)} to {int(high)}")
 
 
-def flat_index(keep: Tensor, B: int, T: int, P: int) -> Tensor:
-    """keep as flat source indices t * P + p, [B, S, K]."""
+def flat_index(keep: Tensor, B: int, T: int, P: int, op: str = "token_gather") -> Tensor:
+    """keep as flat source indices t * P + p, [B, S, K].
+
+    Raises:
+        IndexError: one of them is out of range (CPU).
+    """
+    require_index(f"{op}: keep must be", keep, P if keep.dim() == 2 else T * P)
     if keep.dim() == 2:
         keep = torch.arange(T, device=keep.device)[None, :, None] * P + keep[:, None]
     return keep.expand(B, -1, -1)
@@ -95,6 +96,7 @@ def reference(x, keep, position, time):
 def reference_backward(grad_out, source):
     B, T, P = source.shape
     C = grad_out.shape[3]
+    require_index("token_gather_backward: source must be", source, grad_out.shape[1] * grad_out.shape[2], absent=True)
     rows = grad_out.reshape(B, -1, C)  # [B, S * K, C]
     rows = torch.cat([rows, rows.new_zeros(B, 1, C)], dim=1)
     index = torch.where(source < 0, rows.shape[1] - 1, source).reshape(B, T * P, 1)
