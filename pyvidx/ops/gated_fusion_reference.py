@@ -17,7 +17,8 @@ def source_rows(x, keep, pair):
 
 def gather(rows, keep):
     B, T, P, C = rows.shape
-    index = flat_index(keep, B, T, P, "gated_fusion")
+    require_index("gated_fusion: keep must be", keep, P if keep.dim() == 2 else T * P)
+    index = flat_index(keep, B, T, P)
     flat = rows.reshape(B, T * P, C).gather(1, index.reshape(B, -1, 1).expand(-1, -1, C))
     return flat.reshape(B, *index.shape[1:], C)
 

@@ -70,13 +70,8 @@ def check_keep(op: str, keep: Tensor, x: Tensor) -> None:
     require(known, f"{op}: keep must be [B or 1, K] (a tube) or [B or 1, S, K]", keep, x)
 
 
-def flat_index(keep: Tensor, B: int, T: int, P: int, op: str = "token_gather") -> Tensor:
-    """keep as flat source indices t * P + p, [B, S, K].
-
-    Raises:
-        IndexError: one of them is out of range (CPU).
-    """
-    require_index(f"{op}: keep must be", keep, P if keep.dim() == 2 else T * P)
+def flat_index(keep: Tensor, B: int, T: int, P: int) -> Tensor:
+    """keep as flat source indices t * P + p, [B, S, K]."""
     if keep.dim() == 2:
         keep = torch.arange(T, device=keep.device)[None, :, None] * P + keep[:, None]
     return keep.expand(B, -1, -1)
@@ -84,6 +79,7 @@ def flat_index(keep: Tensor, B: int, T: int, P: int, op: str = "token_gather") -
 
 def reference(x, keep, position, time):
     B, T, P, C = x.shape
+    require_index("token_gather: keep must be", keep, P if keep.dim() == 2 else T * P)
     index = flat_index(keep, B, T, P)  # [B, S, K]
     rows = x.reshape(B, T * P, C).gather(1, index.reshape(B, -1, 1).expand(-1, -1, C)).reshape(*index.shape, C)
     if position is not None:

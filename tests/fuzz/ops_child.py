@@ -14,7 +14,8 @@ from tests.fuzz.ops_spoil import OVERFLOWS, TIES, spoil
 
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 2e-4, torch.float16: 3e-2, torch.bfloat16: 2e-1}
 # What the public functions and torch raise for arguments. AttributeError: no tensor where there must be one.
-REFUSALS = (ValueError, IndexError, RuntimeError, TypeError, NotImplementedError, AttributeError)
+# AssertionError: a guard of an exported program.
+REFUSALS = (ValueError, IndexError, RuntimeError, TypeError, NotImplementedError, AttributeError, AssertionError)
 SECONDS = 60
 
 
@@ -87,7 +88,7 @@ def outcome(name: str, entry: Entry, run, args: dict, again: dict, how: list[str
         got = run(args)
     except REFUSALS as error:
         return {"outcome": "refused", "error": type(error).__name__, "text": str(error).splitlines()[0][:200]}
-    if any("absurd" in h for h in how):
+    if any("absurd" in h for h in how):  # references would need the memory
         return {"outcome": "not compared"}
     try:
         want = entry.reference(again)

@@ -146,7 +146,8 @@ ENDLESS = {"bank_attention", "pyvidx::bank_attention", "pyvidx::bank_attention_o
 
 def spoil(d: Draw, entry: str, args: dict, values_only: bool = False) -> str:
     """Spoil one argument of args; its name and how."""
-    name = d.random.choice(list(args))
+    names = [n for n, value in args.items() if not values_only or isinstance(value, Tensor)]
+    name = d.random.choice(names)
     old = args[name]
     if isinstance(old, (list, tuple)):
         return f"{name}: {_spoil_list(d, args, name, values_only)}"
@@ -158,7 +159,10 @@ def spoil(d: Draw, entry: str, args: dict, values_only: bool = False) -> str:
         others = [n for n, t in args.items() if n != name and isinstance(t, Tensor)]
         if not values_only and others and d.random.random() < 0.12:
             return f"{name}: {_same_memory(d, args, name, d.random.choice(others))}"
-        args[name] = way(d, old)
+        try:
+            args[name] = way(d, old)
+        except RuntimeError:  # torch makes no such tensor
+            return f"{name}: as it is"
         return f"{name}: {way.__name__.replace('_', ' ')}"
     if isinstance(old, bool):
         args[name] = not old if d.random.random() < 0.8 else None
