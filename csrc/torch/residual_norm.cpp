@@ -111,7 +111,7 @@ SevenTensors residual_norm_backward(const Tensor& grad_out, const Tensor& grad_n
   const bool with_class = cls || share;
   const int64_t B = value.size(0), S = value.size(1), N = value.size(2), C = value.size(3),
                 K = N - (with_class ? 1 : 0);
-  check.that(!(cls && share), "share excludes cls");
+  check.that(!share || (!cls && !need_constant), "share excludes cls and constant");
   check.that(K >= 0, "value must have a class row in every slot");
   check.like("grad_out [B, S, K, C]", grad_out, {B, S, N, C});
   check.mixed("grad_normed [B, S, K, C]", grad_normed, {B, S, N, C});

@@ -97,9 +97,10 @@ def _check(q, rows, table, heads, sizes, mask):
 def _scores(q, rows, table, sizes, mask, heads, scale, s):
     """Of step s: q [B, H, n, d], keys and values [B, H, N * L, d], scores [B, H, n, N * L], and where they are none."""
     B, S, N, W = rows.shape
-    if table is not None:
-        require_index("bank_attention: table must name slots", table[:, s], S, absent=True)
     slot = torch.arange(S, device=rows.device).expand(B, N, S) if table is None else table[:, s]
+    if table is not None:
+        read = slot if mask is None else slot.where((mask != 0)[..., None], -1)
+        require_index("bank_attention: table must name slots", read, S, absent=True)
     index = (slot.clamp_min(0).long() * N + torch.arange(N, device=rows.device)[:, None]).flatten(1)
     found = rows.reshape(B, S * N, W).gather(1, index[..., None].expand(-1, -1, W))
     k, v = found.view(B, index.shape[1], 2, heads, -1).permute(2, 0, 3, 1, 4)

@@ -81,7 +81,7 @@ def reference(x, keep, position, time):
     B, T, P, C = x.shape
     require_index("token_gather: keep must be", keep, P if keep.dim() == 2 else T * P)
     index = flat_index(keep, B, T, P)  # [B, S, K]
-    rows = x.reshape(B, T * P, C).gather(1, index.reshape(B, -1, 1).expand(-1, -1, C)).reshape(*index.shape, C)
+    rows = x.reshape(B, T * P, C).gather(1, index.flatten(1)[..., None].expand(-1, -1, C)).reshape(*index.shape, C)
     if position is not None:
         rows = rows + position[index % P]
     if time is not None:
@@ -93,15 +93,15 @@ def reference_backward(grad_out, source):
     B, T, P = source.shape
     C = grad_out.shape[3]
     require_index("token_gather_backward: source must be", source, grad_out.shape[1] * grad_out.shape[2], absent=True)
-    rows = grad_out.reshape(B, -1, C)  # [B, S * K, C]
+    rows = grad_out.flatten(1, 2)  # [B, S * K, C]
     rows = torch.cat([rows, rows.new_zeros(B, 1, C)], dim=1)
-    index = torch.where(source < 0, rows.shape[1] - 1, source).reshape(B, T * P, 1)
+    index = torch.where(source < 0, rows.shape[1] - 1, source).flatten(1)[..., None]
     return rows.gather(1, index.expand(-1, -1, C)).reshape(B, T, P, C)
 
 
 def source_table(keep: Tensor, B: int, T: int, P: int) -> Tensor:
     """The inverse of keep: for each (t, p) the flat index s * K + k that kept it, or -1. int64 [B, T, P]."""
-    index = flat_index(keep, B, T, P).reshape(B, -1)
+    index = flat_index(keep, B, T, P).flatten(1)
     table = index.new_full((B, T * P), -1)
     return table.scatter_(1, index, torch.arange(index.shape[1], device=index.device).expand(B, -1)).reshape(B, T, P)
 

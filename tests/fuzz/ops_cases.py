@@ -218,7 +218,7 @@ def residual_norm_backward(d):
         "weight": args["weight"],
         "cls": cls,
         "need_bias": d.flag(),
-        "need_constant": d.flag(),
+        "need_constant": args["share"] is None and d.flag(),
         "need_y": d.flag(),
     }
 
