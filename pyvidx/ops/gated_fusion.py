@@ -179,7 +179,7 @@ def check_norm(op, norm, C):
         return None, None, 0.0
     require(len(norm) in (2, 3), f"{op}: norm must be (weight, bias) or (weight, bias, eps)")
     weight, bias, eps = norm if len(norm) == 3 else (*norm, 1e-5)
-    affine = all(isinstance(t, Tensor) and tuple(t.shape) == (C,) for t in (weight, bias))
+    affine = C > 0 and all(isinstance(t, Tensor) and tuple(t.shape) == (C,) for t in (weight, bias))
     require(affine, "{op}: weight and bias of norm must be [C], C = {C}", weight, bias, op=op, C=C)
     return weight, bias, float(eps)
 

@@ -63,11 +63,11 @@ def residual_norm(
     require(fits, f"{op}: y must have the shape, device and dtype of x (or 16 bits beside a float32 x)", y, x)
     weight, shift, eps = check_norm(op, norm, C)
     own = (
-        ("bias [C]", bias, (C,)),
-        ("constant [C]", constant, (C,)),
-        ("cls [B, C]", cls, (B, C)),
-        ("weight [C] of norm", weight, (C,)),
-        ("bias [C] of norm", shift, (C,)),
+        ("bias", bias, (C,)),
+        ("constant", constant, (C,)),
+        ("cls", cls, (B, C)),
+        ("norm", weight, (C,)),
+        ("norm", shift, (C,)),
     )
     for name, t, shape in own:
         fits = t is None or (tuple(t.shape) == shape and t.dtype == x.dtype and t.device == x.device)
