@@ -99,8 +99,8 @@ def _scores(q, rows, table, sizes, mask, heads, scale, s):
     B, S, N, W = rows.shape
     slot = torch.arange(S, device=rows.device).expand(B, N, S) if table is None else table[:, s]
     if table is not None:
-        read = slot if mask is None else slot.where((mask != 0)[..., None], -1)
-        require_index("bank_attention: table must name slots", read, S, absent=True)
+        slot = slot if mask is None else slot.where((mask != 0)[..., None], -1)
+        require_index("bank_attention: table must name slots", slot, S, absent=True)
     index = (slot.clamp_min(0).long() * N + torch.arange(N, device=rows.device)[:, None]).flatten(1)
     found = rows.reshape(B, S * N, W).gather(1, index[..., None].expand(-1, -1, W))
     k, v = found.view(B, index.shape[1], 2, heads, -1).permute(2, 0, 3, 1, 4)

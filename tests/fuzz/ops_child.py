@@ -94,6 +94,8 @@ def outcome(name: str, entry: Entry, run, args: dict, again: dict, how: list[str
         want = entry.reference(again)
     except REFUSALS as error:
         return {"outcome": "accepted what the reference refuses", "error": f"{type(error).__name__}: {error}"[:300]}
+    if name.endswith("residual_norm_backward") and any(h.startswith(("value", "stats")) for h in how):
+        return {"outcome": "not compared"}  # the forward op gives all class rows of a video the same
     if any(way in h for h in how for way in (OVERFLOWS | TIES if "memory_" in name else OVERFLOWS)):
         return {"outcome": "not compared"}
     tolerance = coarsest(args)
