@@ -50,6 +50,14 @@ const char* isa_name(Isa level) {
 
 void throw_out_of_range(const char* message) { throw std::out_of_range(message); }
 
+void throw_no_memory() { throw std::runtime_error("pyvidx: out of memory for the scratch of a thread"); }
+
+void throw_index(const char* what, int64_t index, int64_t limit, bool absent) {
+  const std::string bound = std::to_string(limit);
+  throw std::out_of_range(std::string(what) + (absent ? " below " + bound : " in [0, " + bound + ")") + ", got " +
+                          std::to_string(index));
+}
+
 void throw_unsupported_dtype(const char* op, DType dtype) {
   static const char* names[] = {"float16", "bfloat16", "float32", "float64", "int32", "int64"};
   throw std::invalid_argument(std::string(op) + ": unsupported dtype " + names[int(dtype)]);

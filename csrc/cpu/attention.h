@@ -23,7 +23,7 @@ PYVIDX_INLINE int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to
 class Scratch {
  public:
   explicit Scratch(int64_t bytes) : memory_(static_cast<char*>(std::aligned_alloc(64, round_up(bytes, 64)))) {
-    if (memory_ == nullptr) std::abort();  // as any allocation of a few KB that fails on Linux
+    if (memory_ == nullptr) throw_no_memory();
   }
   ~Scratch() { std::free(memory_); }
   Scratch(const Scratch&) = delete;

@@ -31,7 +31,12 @@ struct Walk {
         const int64_t slot = a.table ? *a.table.at<const int32_t>(b, s, p, j) : j;
         if (slot < 0) continue;
         if (block.count == kBlock) return;
-        block.bias[block.count] = a.sizes ? Acc<T>(__builtin_log(*a.sizes.at<const int32_t>(b, s, p, j))) : 0;
+        if (slot >= S) throw_index("bank_attention: table must name slots", slot, S, true);
+        block.bias[block.count] = 0;
+        if (a.sizes) {
+          const int32_t size = *a.sizes.at<const int32_t>(b, s, p, j);
+          block.bias[block.count] = Acc<T>(__builtin_log(size < 1 ? 1 : size));
+        }
         block.place[block.count] = p * S + slot;
         block.row[block.count++] = a.rows.at<const T>(b, slot, p);
       }

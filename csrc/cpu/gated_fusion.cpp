@@ -114,6 +114,7 @@ void fuse(const GatedFusionArgs& a, const Executor& executor) {
   const View<4>& shape = a.rows();
   const int64_t P = a.x.size[2], C = a.x.size[3], B = a.x.size[0], S = shape.size[1], K = shape.size[2];
   const int64_t rows = B * S * K, class_rows = a.out_cls ? B : 0;
+  const int64_t limit = a.tube ? P : a.x.size[1] / (kPair ? 2 : 1) * P;  // of keep
   const bool stream = rows * C * int64_t(sizeof(T)) > simd::kStreamBytes;
   Acc<T>* mix = a.mix.at<Acc<T>>();
   if constexpr (kForm == Form::gate) {
@@ -129,6 +130,7 @@ void fuse(const GatedFusionArgs& a, const Executor& executor) {
     int64_t t = at.s, p = at.k;
     if (a.keep) {
       const int64_t index = *a.keep.at<const int64_t>(at.b, a.tube ? 0 : at.s, at.k);
+      if (index < 0 || index >= limit) throw_index("gated_fusion: keep must be", index, limit);
       if (a.tube) {
         p = index;
       } else {

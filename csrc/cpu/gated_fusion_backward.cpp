@@ -187,18 +187,26 @@ void class_row(const GatedFusionBackwardArgs& a, int64_t b, int64_t C) {
   });
 }
 
+[[noreturn]] void throw_not_inverse() {
+  throw_out_of_range("gated_fusion_backward: source must be the inverse of keep, which names a token at most once");
+}
+
 // Row k of frame s of video b.
 template <typename T, Norm kNorm, bool kGateGrad>
 Row<T> row_at(const GatedFusionBackwardArgs& a, int64_t b, int64_t s, int64_t k) {
-  const int64_t P = a.grad_x ? a.grad_x.size[2] : a.x.size[2];
   int64_t t = s, p = k;
-  if (a.keep && P > 0) {  // P is 0 where no row of x is read or written
+  if (a.keep && (a.grad_x || a.x)) {
+    const View<4>& x = a.grad_x ? a.grad_x : a.x;
+    const int64_t P = x.size[2], limit = a.tube ? P : x.size[1] / (a.pair ? 2 : 1) * P;
     const int64_t index = *a.keep.at<const int64_t>(b, a.tube ? 0 : s, k);
+    if (index < 0 || index >= limit) throw_index("gated_fusion_backward: keep must be", index, limit);
     if (a.tube) {
       p = index;
     } else {
       t = index / P, p = index % P;
     }
+    // Two rows of one token would be written by two threads.
+    if (a.grad_x && *a.source.at<const int64_t>(b, t, p) != s * a.rows().size[2] + k) throw_not_inverse();
   }
   Row<T> r = {};
   if (a.grad_out) r.grad_out = a.grad_out.at<const T>(b, s, k);
@@ -264,10 +272,17 @@ void rows_of_parts(const GatedFusionBackwardArgs& a, int64_t begin, int64_t end,
 template <typename T>
 void zero_rows(const GatedFusionBackwardArgs& a, const Executor& executor, bool stream) {
   const int64_t T_ = a.source.size[1], P = a.source.size[2], C = a.grad_x.size[3], frames = a.pair ? 2 : 1;
+  const int64_t S = a.rows().size[1], K = a.rows().size[2];
   parallel_for(executor, a.source.size[0] * T_ * P, kGrainElements / (C + 1) + 1, [&](int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; ++row) {
       const int64_t b = row / (T_ * P), t = row / P % T_, p = row % P;
-      if (*a.source.at<const int64_t>(b, t, p) >= 0) continue;
+      const int64_t source = *a.source.at<const int64_t>(b, t, p);
+      if (source >= 0) {  // a row was written here, if that row knows of it
+        if (source >= S * K) throw_index("gated_fusion_backward: source must be", source, S * K, true);
+        const int64_t index = *a.keep.at<const int64_t>(b, a.tube ? 0 : source / K, source % K);
+        if (index + (a.tube ? source / K * P : 0) != t * P + p) throw_not_inverse();
+        continue;
+      }
       for (int64_t f = 0; f < frames; ++f) {
         T* out = a.grad_x.at<T>(b, frames * t + f, p);
         each<T>(C, out, stream, [&](int64_t c, auto part) { store(out + c, Vec<T>{}, part); });

@@ -169,6 +169,7 @@ void merge_backward(const MemoryMergeBackwardArgs& a, const Executor& executor) 
   parallel_for(executor, B * T_ * N, kGrainElements / (C + 1) + 1, [&](int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; ++row) {
       const int64_t b = row / (T_ * N), t = row / N % T_, n = row % N, k = *a.index.at<const int32_t>(b, n);
+      if (k < 0 || k >= T_ - 1) throw_index("memory_merge_backward: index must be", k, T_ - 1);
       const T* grad = a.grad_out.at<const T>(b, t <= k ? t : t - 1, n);
       T* out = a.grad_bank.at<T>(b, t, n);
       if (t != k && t != k + 1) {

@@ -142,13 +142,12 @@ void check_plan(const MemoryReplayArgs& a) {
       }
     }
     for (int64_t n = 0; n < N; ++n) {
+      bool fits = is_permutation(a.order, b, n);
       for (int64_t j = 0; j < slots; ++j) {
         const int32_t id = *a.table.at<const int32_t>(b, t - 1, n, j), slot = *a.order.at<const int32_t>(b, n, j);
-        const bool fits = id < 0 || id == slot || (id >= slots && id < slots + 2 * t);
-        if (slot < 0 || slot >= slots || !fits) {
-          throw_out_of_range("memory_replay_: table and order must be those after the scan");
-        }
+        fits &= id < 0 || id == slot || (id >= slots && id < slots + 2 * t);
       }
+      if (!fits) throw_out_of_range("memory_replay_: table and order must be those after the scan");
     }
   }
 }

@@ -106,6 +106,7 @@ void class_part(const ResidualNormBackwardArgs& a, int64_t b, int64_t part_of_su
   const Row<X, A, A> row{grad_out, grad_normed, a.value_cls.at<const X>(b), a.stats_cls.at<const A>(b)};
   Sums<A> sums = zeroed_sums<X>(a, part_of_sums);
   sums.constant = nullptr;
+  if (!a.share) sums.bias = nullptr;  // there is no y: not even 0 of a NaN
   backward_row<X>(a, row, row, sums, shares, [&](int64_t c, int64_t n, const A* g) {
     put_scaled(a.grad_cls.at<X>(b, 0, c), n, g, A(1), false);
     for (int64_t i = 1; i < a.grad_cls.size[1]; ++i) __builtin_memset(a.grad_cls.at<X>(b, i, c), 0, n * sizeof(X));

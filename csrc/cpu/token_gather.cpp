@@ -27,6 +27,7 @@ void gather_row(const T* x, const T* position, const T* time, const T* next, T* 
 template <typename T>
 void gather(const TokenGatherArgs& a, const Executor& executor) {
   const int64_t P = a.x.size[2], C = a.x.size[3], S = a.out.size[1], K = a.out.size[2];
+  const int64_t limit = a.tube ? P : a.x.size[1] * P;
   const int64_t rows = a.out.size[0] * S * K;
   const bool stream = rows * C * int64_t(sizeof(T)) > simd::kStreamBytes;
   const auto row_kernel = a.position ? (a.time ? &gather_row<T, true, true> : &gather_row<T, true, false>)
@@ -37,6 +38,7 @@ void gather(const TokenGatherArgs& a, const Executor& executor) {
   const auto locate = [&](int64_t row) {
     const int64_t b = row / (S * K), s = row / K % S, k = row % K;
     const int64_t index = *a.keep.at<const int64_t>(b, a.tube ? 0 : s, k);
+    if (index < 0 || index >= limit) throw_index("token_gather: keep must be", index, limit);
     return a.tube ? Place{b, s, k, s, index} : Place{b, s, k, index / P, index % P};
   };
   parallel_for(executor, rows, kGrainElements / (C + 1) + 1, [&](int64_t begin, int64_t end) {
@@ -54,12 +56,14 @@ void gather(const TokenGatherArgs& a, const Executor& executor) {
 template <typename T>
 void scatter(const TokenGatherBackwardArgs& a, const Executor& executor) {
   const int64_t T_ = a.grad_x.size[1], P = a.grad_x.size[2], C = a.grad_x.size[3], K = a.grad_out.size[2];
+  const int64_t limit = a.grad_out.size[1] * K;
   const int64_t rows = a.grad_x.size[0] * T_ * P;
   const bool stream = rows * C * int64_t(sizeof(T)) > simd::kStreamBytes;
   parallel_for(executor, rows, kGrainElements / (C + 1) + 1, [&](int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; ++row) {
       const int64_t b = row / (T_ * P), t = row / P % T_, p = row % P;
       const int64_t source = *a.source.at<const int64_t>(b, t, p);
+      if (source >= limit) throw_index("token_gather_backward: source must be", source, limit, true);
       T* out = a.grad_x.at<T>(b, t, p);
       if (source < 0) {
         each<T>(C, out, stream, [&](int64_t c, auto part) { store(out + c, simd::Vec<T>{}, part); });

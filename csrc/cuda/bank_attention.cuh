@@ -28,6 +28,12 @@ struct BankTask {
   }
 };
 
+// Frames in key j, which counts as one without sizes.
+__device__ __forceinline__ int key_size(const BankAttentionInput& a, int64_t b, int64_t s, int64_t p, int64_t j) {
+  const int size = a.sizes ? *a.sizes.at<const int32_t>(b, s, p, j) : 1;
+  return size < 1 ? 1 : size;
+}
+
 // The rows of kKeys keys from k0 on and the logarithms of their sizes, found by the whole block.
 template <int kKeys, typename T>
 __device__ __forceinline__ void find_keys(const BankAttentionInput& a, const BankTask& task, int64_t k0, const T** row,
@@ -42,7 +48,7 @@ __device__ __forceinline__ void find_keys(const BankAttentionInput& a, const Ban
     }
     if (slot >= a.rows.size[1]) __trap();  // as index_select does
     row[i] = slot < 0 ? nullptr : a.rows.at<const T>(task.b, slot, p);
-    bias[i] = slot < 0 ? A(kAbsent) : a.sizes ? A(log2(A(*a.sizes.at<const int32_t>(task.b, task.s, p, j)))) : A(0);
+    bias[i] = slot < 0 ? A(kAbsent) : A(log2(A(key_size(a, task.b, task.s, p, j))));
   }
   __syncthreads();
 }

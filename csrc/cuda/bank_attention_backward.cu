@@ -99,11 +99,11 @@ __global__ __launch_bounds__(kBankThreads, 1) void bank_attention_rows_kernel(Ba
   for (int64_t s = 0; s < a.q.size[1]; ++s) {
     int64_t size = 0;  // of all keys of this row
     if (attended && !a.table) {
-      size = a.sizes ? *a.sizes.at<const int32_t>(b, s, p, slot) : 1;
+      size = key_size(a, b, s, p, slot);
     } else if (attended) {
       for (int64_t j = 0; j < a.table.size[3]; ++j) {
         if (*a.table.at<const int32_t>(b, s, p, j) != slot) continue;
-        size += a.sizes ? *a.sizes.at<const int32_t>(b, s, p, j) : 1;
+        size += key_size(a, b, s, p, j);
       }
     }
     __syncwarp();  // the last step's have been read

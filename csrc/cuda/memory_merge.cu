@@ -133,6 +133,7 @@ __global__ __launch_bounds__(kMemoryThreads) void memory_merge_backward_kernel(M
   const unsigned row = blockIdx.x * kMemoryWarps + threadIdx.x / 32;
   if (row >= a.grad_bank.size[0] * T_ * N) return;
   const unsigned b = row / (T_ * N), t = row / N % T_, n = row % N, k = unsigned(*a.index.at<const int32_t>(b, n));
+  if (k >= T_ - 1) __trap();  // a negative one is large
   A share = 1;
   if (t == k || t == k + 1) {
     const A s0 = a.weighted ? size_at<A>(a.sizes, b, k, n) : A(1);

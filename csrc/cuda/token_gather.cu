@@ -46,8 +46,8 @@ __global__ __launch_bounds__(kGatherThreads) void token_gather_kernel(TokenGathe
   if (row >= a.out.size[0] * S * K) return;
   const int64_t b = row / (S * K), s = row / K % S, k = row % K;
   const int64_t index = *a.keep.at<const int64_t>(b, a.tube ? 0 : s, k);
+  if (index < 0 || index >= (a.tube ? P : T_ * P)) __trap();  // an index out of range: as index_select does
   const int64_t t = a.tube ? s : index / P, p = a.tube ? index : index % P;
-  if (index < 0 || t >= T_ || p >= P) __trap();  // an index out of range: as index_select does
   gather_row<T, kVectorized>(a.x.at<const T>(b, t, p), a.position ? a.position.at<const T>(p) : nullptr,
                              a.time ? a.time.at<const T>(t) : nullptr, a.out.at<T>(b, s, k), C);
 }
@@ -59,6 +59,7 @@ __global__ __launch_bounds__(kGatherThreads) void token_gather_backward_kernel(T
   if (row >= a.grad_x.size[0] * T_ * P) return;
   const int64_t b = row / (T_ * P), t = row / P % T_, p = row % P;
   const int64_t source = *a.source.at<const int64_t>(b, t, p);
+  if (source >= a.grad_out.size[1] * K) __trap();
   const T* grad = source < 0 ? nullptr : a.grad_out.at<const T>(b, source / K, source % K);
   gather_row<T, kVectorized>(grad, nullptr, nullptr, a.grad_x.at<T>(b, t, p), C);
 }

@@ -1,14 +1,13 @@
 #include "pyvidx/residual_norm.h"
 
 #include <tuple>
+#include <utility>
 
+#include "check.h"
 #include "pyvidx/row_parts.h"
-#include "torch_view.h"
 
 namespace pyvidx {
 namespace {
-
-using torch::stable::new_empty;
 
 // All rows, or those behind the class row.
 View<4> rows(const Tensor& x, bool with_class) { return with_class ? patches(x) : view<4>(x); }
@@ -28,6 +27,7 @@ void residual_norm_into(const Tensor& x, const Tensor& y, const OptionalTensor& 
                         const OptionalTensor& constant, const OptionalTensor& factor, const OptionalTensor& share,
                         const Tensor& weight, const Tensor& shift, double eps, const Tensor& out, const Tensor& normed,
                         const Tensor& stats) {
+  if (out.numel() == 0) return;
   const Tensor x_ = unit_last_stride(x), y_ = unit_last_stride(y), weight_ = unit_last_stride(weight),
                shift_ = unit_last_stride(shift);
   const OptionalTensor cls_ = unit_last_stride(cls), bias_ = unit_last_stride(bias),
@@ -46,10 +46,48 @@ void residual_norm_into(const Tensor& x, const Tensor& y, const OptionalTensor& 
   PYVIDX_RUN(residual_norm, x, a);
 }
 
+Check check_inputs(const Tensor& x, const Tensor& y, const OptionalTensor& cls, const OptionalTensor& bias,
+                   const OptionalTensor& constant, const OptionalTensor& factor, const OptionalTensor& share,
+                   const Tensor& weight, const Tensor& shift) {
+  const Check check("residual_norm", "x [B, S, K, C]", x, {kAny, kAny, kAny, kAny});
+  const int64_t B = x.size(0), S = x.size(1), K = x.size(2), C = x.size(3);
+  check.mixed("y [B, S, K, C]", y, {B, S, K, C});
+  check.like("cls [B, C]", cls, {B, C});
+  check.like("bias [C]", bias, {C});
+  check.like("constant [C]", constant, {C});
+  check.factor("factor", factor, B, S, K);
+  check.wide("share [B, S]", share, {B, S});
+  check.like("weight [C]", weight, {C});
+  check.like("shift [C]", shift, {C});
+  check.that(!share || (!cls && !constant && !(factor && factor->dim() == 3)),
+             "share excludes cls, constant and a factor per row");
+  check.that(C > 0, "a LayerNorm needs channels");
+  check.that(!share || (S > 0 && K > 0), "with share x must have a class row in every slot");
+  return check;
+}
+
 void residual_norm_out(const Tensor& x, const Tensor& y, const OptionalTensor& cls, const OptionalTensor& bias,
                        const OptionalTensor& constant, const OptionalTensor& factor, const OptionalTensor& share,
                        const Tensor& weight, const Tensor& shift, double eps, Tensor out, Tensor normed) {
-  const Tensor stats = new_empty(out, {out.size(0), out.size(1), out.size(2), 2}, wide(out));
+  const Check check = check_inputs(x, y, cls, bias, constant, factor, share, weight, shift);
+  const int64_t B = x.size(0), S = x.size(1), N = x.size(2) + (cls ? 1 : 0), C = x.size(3);
+  check.like("out [B, S, K, C]", out, {B, S, N, C});
+  check.of(y.scalar_type(), "normed [B, S, K, C]", normed, {B, S, N, C});
+  Written(check, "normed", normed).apart_from("out", out);
+  const std::pair<const char*, const Tensor*> written[] = {{"out", &out}, {"normed", &normed}};
+  for (const auto& [name, to] : written) {
+    Written(check, name, *to)
+        .may_be("x", x)
+        .may_be("y", y)
+        .apart_from("cls", cls)
+        .apart_from("bias", bias)
+        .apart_from("constant", constant)
+        .apart_from("factor", factor)
+        .apart_from("share", share)
+        .apart_from("weight of the norm", weight)
+        .apart_from("bias of the norm", shift);
+  }
+  const Tensor stats = make_empty(x, {B, S, N, 2}, wide(x));
   residual_norm_into(x, y, cls, bias, constant, factor, share, weight, shift, eps, out, normed, stats);
 }
 
@@ -57,9 +95,10 @@ std::tuple<Tensor, Tensor, Tensor> residual_norm(const Tensor& x, const Tensor& 
                                                  const OptionalTensor& bias, const OptionalTensor& constant,
                                                  const OptionalTensor& factor, const OptionalTensor& share,
                                                  const Tensor& weight, const Tensor& shift, double eps) {
+  check_inputs(x, y, cls, bias, constant, factor, share, weight, shift);
   const int64_t B = x.size(0), S = x.size(1), N = x.size(2) + (cls ? 1 : 0), C = x.size(3);
-  Tensor out = new_empty(x, {B, S, N, C}), normed = new_empty(y, {B, S, N, C}),
-         stats = new_empty(x, {B, S, N, 2}, wide(x));
+  Tensor out = make_empty(x, {B, S, N, C}), normed = make_empty(y, {B, S, N, C}),
+         stats = make_empty(x, {B, S, N, 2}, wide(x));
   residual_norm_into(x, y, cls, bias, constant, factor, share, weight, shift, eps, out, normed, stats);
   return {out, normed, stats};
 }
@@ -68,27 +107,45 @@ using SevenTensors = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, 
 SevenTensors residual_norm_backward(const Tensor& grad_out, const Tensor& grad_normed, const Tensor& value,
                                     const Tensor& stats, const OptionalTensor& factor, const OptionalTensor& share,
                                     const Tensor& weight, bool cls, bool need_bias, bool need_constant, bool need_y) {
-  const Tensor grad_ = unit_last_stride(grad_out), normed_ = unit_last_stride(grad_normed),
-               weight_ = unit_last_stride(weight);
+  const Check check("residual_norm_backward", "value [B, S, K, C]", value, {kAny, kAny, kAny, kAny});
   const bool with_class = cls || share;
   const int64_t B = value.size(0), S = value.size(1), N = value.size(2), C = value.size(3),
                 K = N - (with_class ? 1 : 0);
-  Tensor grad_x = new_empty(value, {B, S, share ? N : K, C}), grad_weight = new_empty(value, {C}),
-         grad_shift = new_empty(value, {C}),
-         grad_y = need_y ? new_empty(normed_, {B, S, share ? N : K, C}) : nothing(normed_),
-         grad_cls = cls ? new_empty(value, {B, C}) : nothing(value),
-         grad_bias = need_bias ? new_empty(value, {C}) : nothing(value),
-         grad_constant = need_constant ? new_empty(value, {C}) : nothing(value),
-         partial = new_empty(value, {4, row_parts(B * S, K) + B, C}, wide(value)),
-         class_sums = new_empty(value, {with_class ? B : 0, 2, C}, wide(value));
+  check.that(!share || (!cls && !need_constant), "share excludes cls and constant");
+  check.that(K >= 0, "value must have a class row in every slot");
+  check.like("grad_out [B, S, K, C]", grad_out, {B, S, N, C});
+  check.mixed("grad_normed [B, S, K, C]", grad_normed, {B, S, N, C});
+  check.wide("stats [B, S, K, 2]", stats, {B, S, N, 2});
+  check.factor("factor", factor, B, S, K);
+  check.wide("share [B, S]", share, {B, S});
+  check.like("weight [C]", weight, {C});
+  if (value.numel() == 0) {
+    return {make_zeros(value, {B, S, share ? N : K, C}),
+            need_y ? make_zeros(grad_normed, {B, S, share ? N : K, C}) : nothing(grad_normed),
+            cls ? make_zeros(value, {B, C}) : nothing(value),
+            need_bias ? make_zeros(value, {C}) : nothing(value),
+            need_constant ? make_zeros(value, {C}) : nothing(value),
+            make_zeros(value, {C}),
+            make_zeros(value, {C})};
+  }
+  const Tensor grad_ = unit_last_stride(grad_out), normed_ = unit_last_stride(grad_normed),
+               weight_ = unit_last_stride(weight), value_ = unit_last_stride(value), stats_ = unit_last_stride(stats);
+  Tensor grad_x = make_empty(value, {B, S, share ? N : K, C}), grad_weight = make_empty(value, {C}),
+         grad_shift = make_empty(value, {C}),
+         grad_y = need_y ? make_empty(normed_, {B, S, share ? N : K, C}) : nothing(normed_),
+         grad_cls = cls ? make_empty(value, {B, C}) : nothing(value),
+         grad_bias = need_bias ? make_empty(value, {C}) : nothing(value),
+         grad_constant = need_constant ? make_empty(value, {C}) : nothing(value),
+         partial = make_empty(value, {4, row_parts(B * S, K) + B, C}, wide(value)),
+         class_sums = make_empty(value, {with_class ? B : 0, 2, C}, wide(value));
   ResidualNormBackwardArgs a = {};
   a.grad_out = rows(grad_, with_class), a.grad_normed = rows(normed_, with_class);
-  a.value = rows(value, with_class), a.stats = rows(stats, with_class);
+  a.value = rows(value_, with_class), a.stats = rows(stats_, with_class);
   if (factor) a.factor = row_factor(*factor, K);
   a.share = view<2>(share), a.weight = view<1>(weight_);
   if (with_class) {
     a.grad_out_cls = class_tokens(grad_), a.grad_normed_cls = class_tokens(normed_);
-    a.value_cls = class_tokens(value), a.stats_cls = class_tokens(stats);
+    a.value_cls = class_tokens(value_), a.stats_cls = class_tokens(stats_);
     a.class_sums = view<3>(class_sums);
   }
   a.grad_x = rows(grad_x, bool(share));

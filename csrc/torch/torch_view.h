@@ -8,6 +8,7 @@
 #include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/Exception.h>
 
+#include <initializer_list>
 #include <optional>
 
 #include "pyvidx/executor.h"
@@ -24,6 +25,12 @@ using OptionalTensor = std::optional<Tensor>;
 DType dtype_of(const Tensor& x);  // binding.cpp
 Executor torch_executor();        // torch's thread pool
 CUstream_st* current_stream(const Tensor& on);
+
+// Of torch, whose error for a lack of memory they pass on.
+Tensor make_empty(const Tensor& like, std::initializer_list<int64_t> sizes, std::optional<ScalarType> dtype = {});
+Tensor make_zeros(const Tensor& like, std::initializer_list<int64_t> sizes, std::optional<ScalarType> dtype = {});
+Tensor make_contiguous(const Tensor& x);
+Tensor make_like(const Tensor& x);
 
 template <int kDims>
 View<kDims> view(const Tensor& x) {
@@ -42,7 +49,7 @@ View<kDims> view(const OptionalTensor& x) {
 
 // Kernels read rows with vector loads: the last stride must be 1.
 inline Tensor unit_last_stride(const Tensor& x) {
-  return x.stride(x.dim() - 1) == 1 || x.size(x.dim() - 1) <= 1 ? x : torch::stable::contiguous(x);
+  return x.stride(x.dim() - 1) == 1 || x.size(x.dim() - 1) <= 1 ? x : make_contiguous(x);
 }
 inline OptionalTensor unit_last_stride(const OptionalTensor& x) { return x ? OptionalTensor(unit_last_stride(*x)) : x; }
 
@@ -51,7 +58,7 @@ inline ScalarType wide(const Tensor& x) {
   return x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
 }
 // An output that is not there.
-inline Tensor nothing(const Tensor& like) { return torch::stable::new_empty(like, {0}); }
+inline Tensor nothing(const Tensor& like) { return make_empty(like, {0}); }
 
 // x [B, T, 1 + P, C] without its class tokens, [B, T, P, C], and the class tokens alone, [B, T, C].
 inline View<4> patches(const Tensor& x) {

@@ -5,7 +5,7 @@ op runs on any device of any machine, and `python -m pyvidx.info` says whether a
 """
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import torch
@@ -48,8 +48,10 @@ def define(
 
     _lib.define(schema)
     _lib.impl(name, run_reference, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"pyvidx::{name}", fake, lib=_lib)
+    torch.library.register_fake(f"pyvidx::{name}", _on_one_device(name, fake), lib=_lib)
     op = getattr(torch.ops.pyvidx, name).default
+    if op._schema.is_mutable:
+        _lib.impl(name, _counting_versions(op), "ADInplaceOrView", with_keyset=True)
     if backward is not None:
         torch.library.register_autograd(f"pyvidx::{name}", backward, setup_context=setup_context, lib=_lib)
     if autocast is not None:
@@ -78,13 +80,46 @@ def _autocast_rule(op, device: str, rule: str) -> Callable:
     return call
 
 
-def _device(args: Sequence) -> str:
+def _counting_versions(op) -> Callable:
+    """Counts up the version of what the op writes, as torch's own in-place ops do: so autograd notices where a tensor
+    it has saved is no longer what it was."""
+    written = [i for i, a in enumerate(op._schema.arguments) if a.alias_info is not None and a.alias_info.is_write]
+    below = torch._C._after_ADInplaceOrView_keyset
+
+    def call(keyset, *args):
+        torch._C._increment_version(_tensors(args[i] for i in written))
+        with torch._C._AutoDispatchBelowADInplaceOrView():
+            return op.redispatch(keyset & below, *args)
+
+    return call
+
+
+def _on_one_device(name: str, fake: Callable) -> Callable:
+    """A fake runs where any argument is on the meta device, but knows only where some of them are."""
+
+    def call(*args):
+        devices = {t.device for t in _tensors(args)}
+        if len(devices) > 1:
+            found = ", ".join(sorted(map(str, devices)))
+            raise ValueError(f"{name}: all tensors must be on one device, got {found}")
+        return fake(*args)
+
+    return call
+
+
+def _tensors(args: Iterable) -> list[Tensor]:
+    """The tensors among arguments and in lists of them."""
+    found = []
     for a in args:
         if isinstance(a, Tensor):
-            return a.device.type
-        if isinstance(a, (list, tuple)) and a:
-            return _device(a)
-    return "cpu"
+            found.append(a)
+        elif isinstance(a, (list, tuple)):
+            found += _tensors(a)
+    return found
+
+
+def _device(args: Sequence) -> str:
+    return next((t.device.type for t in _tensors(args)), "cpu")
 
 
 def require(ok: bool, message: str, *tensors: Tensor | None, **values) -> None:
@@ -112,14 +147,33 @@ def require_tensors(op: str, **values) -> None:
 FLOATING = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
-def require_floating(op: str, **tensors: Tensor | None) -> None:
-    """All given tensors have one floating dtype and one device (the first one's)."""
+def require_floating(op: str, *, autocast: bool = True, **tensors: Tensor | None) -> None:
+    """All given tensors have one floating dtype and one device (the first one's).
+
+    autocast: the op has a rule for torch.autocast, which will cast them: under it their dtypes may differ.
+    """
     present = {name: t for name, t in tensors.items() if t is not None}
     (first, x), *others = present.items()
     require(x.dtype in FLOATING, f"{op}: {first} must be float32, float16, bfloat16 or float64", x)
     for name, t in others:
-        same = t.device == x.device and (t.dtype == x.dtype or torch.is_autocast_enabled(x.device.type))
-        require(same, f"{op}: {name} must have the dtype and device of {first}", t, x)
+        cast = autocast and torch.is_autocast_enabled(x.device.type)
+        if t.device != x.device or not (t.dtype == x.dtype or cast):
+            require(False, f"{op}: {name} must have the dtype and device of {first}", t, x)
+
+
+def require_index(what: str, index: Tensor, limit: int, *, absent: bool = False) -> None:
+    """References ask this of their indices, as the kernels do of theirs: in [0, limit), or also negative with `absent`.
+    `what`: "op: index must be", or the like.
+
+    Only on the CPU: elsewhere the answer would have to be waited for.
+    """
+    if index.device.type != "cpu" or index.numel() == 0 or torch.compiler.is_compiling():
+        return
+    low, high = (int(bound) for bound in torch.aminmax(index))
+    if absent and high >= limit:
+        raise IndexError(f"{what} below {limit}, got {high}")
+    if not absent and (low < 0 or high >= limit):
+        raise IndexError(f"{what} in [0, {limit}), got {low} to {high}")
 
 
 def require_out(op: str, out: Tensor, shape: Sequence[int], like: Tensor, *inputs: Tensor | None) -> None:
@@ -129,9 +183,10 @@ def require_out(op: str, out: Tensor, shape: Sequence[int], like: Tensor, *input
     require(fits, text, out, like, op=op, shape=tuple(shape))
     require(out.stride(-1) == 1 or out.shape[-1] <= 1, f"{op}: the last stride of out must be 1", out)
     for t in inputs:  # autocast does not reach an op that is given its output
-        require(t is None or t.dtype == out.dtype, f"{op}: with out= all tensors must have one dtype", t, out)
-    wants_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (out, *inputs))
-    require(not wants_grad, f"{op}: out= has no gradient; call it under torch.no_grad() or without out=")
+        if t is not None and t.dtype != out.dtype:
+            require(False, f"{op}: with out= all tensors must have one dtype", t, out)
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (out, *inputs)):
+        require(False, f"{op}: out= has no gradient; call it under torch.no_grad() or without out=")
 
 
 def has_kernel(name: str, device_type: str) -> bool:

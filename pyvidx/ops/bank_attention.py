@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from pyvidx.ops._library import define, require, require_floating, require_out
+from pyvidx.ops._library import define, require, require_floating, require_index, require_out
 
 MAX_WIDTH = 128  # csrc/include/pyvidx/bank_attention.h
 
@@ -47,7 +47,7 @@ def bank_attention(
         torch.autocast it runs in the autocast dtype.
 
     Raises:
-        ValueError: a shape, dtype or device does not fit.
+        ValueError: a shape, dtype or device does not fit, or out shares memory with an input.
         IndexError: a slot of the table is out of range (CPU).
     """
     _check(q, rows, table, heads, sizes, mask)
@@ -92,16 +92,15 @@ def _check(q, rows, table, heads, sizes, mask):
         mask,
         rows,
     )
-    if table is not None and table.numel() and q.device.type == "cpu" and not torch.compiler.is_compiling():
-        high = int(table.amax())
-        if high >= S:
-            raise IndexError(f"bank_attention: table must name slots below {S}, got {high}")
 
 
 def _scores(q, rows, table, sizes, mask, heads, scale, s):
     """Of step s: q [B, H, n, d], keys and values [B, H, N * L, d], scores [B, H, n, N * L], and where they are none."""
     B, S, N, W = rows.shape
     slot = torch.arange(S, device=rows.device).expand(B, N, S) if table is None else table[:, s]
+    if table is not None:
+        slot = slot if mask is None else slot.where((mask != 0)[..., None], -1)
+        require_index("bank_attention: table must name slots", slot, S, absent=True)
     index = (slot.clamp_min(0).long() * N + torch.arange(N, device=rows.device)[:, None]).flatten(1)
     found = rows.reshape(B, S * N, W).gather(1, index[..., None].expand(-1, -1, W))
     k, v = found.view(B, index.shape[1], 2, heads, -1).permute(2, 0, 3, 1, 4)

@@ -44,7 +44,7 @@ def fusion_input(
         (S = T, or T / 2 with pair; K = P without keep). Differentiable in x, position, time, seed, weight and bias.
 
     Raises:
-        ValueError: a shape, dtype or device does not fit.
+        ValueError: a shape, dtype or device does not fit, or out shares memory with an input it may not be.
         IndexError: an index of keep is out of range (CPU).
     """
     op = "fusion_input"
@@ -98,7 +98,7 @@ def gated_fusion(
         x, z, cls, gate, weight and bias.
 
     Raises:
-        ValueError: a shape, dtype or device does not fit.
+        ValueError: a shape, dtype or device does not fit, or out shares memory with an input it may not be.
         IndexError: an index of keep is out of range (CPU).
     """
     op = "gated_fusion"
@@ -142,7 +142,7 @@ def output_gate(
         [B, T, C], dtype of x_cls. Differentiable in x_cls, cls, gate, weight and bias.
 
     Raises:
-        ValueError: a shape, dtype or device does not fit.
+        ValueError: a shape, dtype or device does not fit, or out shares memory with an input it may not be.
     """
     op = "output_gate"
     require(x_cls.dim() == 3 and x_cls.shape[1] > 0, f"{op}: x_cls must be [B, T, C] with T > 0", x_cls)
@@ -165,7 +165,7 @@ def _check_tokens(op, x, keep, pair):
     require(not pair or T % 2 == 0, f"{op}: pair needs an even number of frames", x)
     T, P = T // 2 if pair else T, N - 1
     if keep is not None:
-        check_keep(op, keep, x, T, P)
+        check_keep(op, keep, x)
     return B, T, P, C
 
 
@@ -177,9 +177,9 @@ def check_norm(op, norm, C):
     """(weight, bias, eps) of a LayerNorm over C; (None, None, 0) where there is none."""
     if norm is None:
         return None, None, 0.0
-    require(len(norm) in (2, 3), f"{op}: norm must be (weight, bias) or (weight, bias, eps), got {len(norm)} entries")
+    require(len(norm) in (2, 3), f"{op}: norm must be (weight, bias) or (weight, bias, eps)")
     weight, bias, eps = norm if len(norm) == 3 else (*norm, 1e-5)
-    affine = all(isinstance(t, Tensor) and tuple(t.shape) == (C,) for t in (weight, bias))
+    affine = C > 0 and all(isinstance(t, Tensor) and tuple(t.shape) == (C,) for t in (weight, bias))
     require(affine, "{op}: weight and bias of norm must be [C], C = {C}", weight, bias, op=op, C=C)
     return weight, bias, float(eps)
 
@@ -189,7 +189,7 @@ def _run(op, *args, out):
     if out is None:
         result = _fuse(*args)
         return result[:2] if weight is None else result[:3]
-    require(len(out) == (2 if weight is None else 3), f"{op}: out must have one tensor per output, got {len(out)}")
+    require(len(out) == (2 if weight is None else 3), f"{op}: out must have one tensor per output")
     shape = _out_shape(x, keep, pair)
     for tensor, size in zip(out, (shape, (x.shape[0], x.shape[3]), shape)):
         require_out(op, tensor, size, x, x, z, cls, gate, position, time, weight, bias)

@@ -3,6 +3,7 @@
 import torch
 import torch.nn.functional as F
 
+from pyvidx.ops._library import require_index
 from pyvidx.ops.token_gather import flat_index
 
 
@@ -16,8 +17,9 @@ def source_rows(x, keep, pair):
 
 def gather(rows, keep):
     B, T, P, C = rows.shape
+    require_index("gated_fusion: keep must be", keep, P if keep.dim() == 2 else T * P)
     index = flat_index(keep, B, T, P)
-    flat = rows.reshape(B, T * P, C).gather(1, index.reshape(B, -1, 1).expand(-1, -1, C))
+    flat = rows.reshape(B, T * P, C).gather(1, index.flatten(1)[..., None].expand(-1, -1, C))
     return flat.reshape(B, *index.shape[1:], C)
 
 
@@ -108,8 +110,9 @@ def fuse_backward(
     if need_x:
         to_x, to_cls = (g, g_cls) if w is None else (w * g, w * g_cls)
         if keep is not None:
-            flat = torch.cat([to_x.reshape(B, -1, C), to_x.new_zeros(B, 1, C)], dim=1)
-            index = torch.where(source < 0, flat.shape[1] - 1, source).reshape(B, -1, 1)
+            require_index("gated_fusion_backward: source must be", source, to_x.shape[1] * to_x.shape[2], absent=True)
+            flat = torch.cat([to_x.flatten(1, 2), to_x.new_zeros(B, 1, C)], dim=1)
+            index = torch.where(source < 0, flat.shape[1] - 1, source).flatten(1)[..., None]
             to_x = flat.gather(1, index.expand(-1, -1, C)).reshape(*source.shape, C)
         if pair:
             to_x = to_x.repeat_interleave(2, dim=1) / 2

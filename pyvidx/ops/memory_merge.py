@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pyvidx.ops._library import FLOATING, define, require, require_floating
+from pyvidx.ops._library import FLOATING, define, require, require_floating, require_index
 
 EPS = 1e-8  # the least norm a cosine divides by
 
@@ -120,8 +120,9 @@ def memory_merge_(
         index: int32 [B, N], the k that merged, -1 where nothing did. Not differentiable.
 
     Raises:
-        ValueError: a shape, dtype, device or stride does not fit, or a gradient is asked for: memory_merge has one.
-        IndexError: length or order is out of range (CPU; on CUDA it stops the kernel).
+        ValueError: a shape, dtype, device or stride does not fit, two tensors share memory, or a gradient is asked
+            for: memory_merge has one.
+        IndexError: length is out of range or order no permutation (CPU; on CUDA one out of range stops the kernel).
     """
     attached, attached_frame = list(attached), list(attached_frame)
     _check_step(bank, sizes, order, similarity, length, frame, attached, attached_frame, active)
@@ -185,14 +186,11 @@ def _check_rows(name, *tensors):
 def _check_step(bank, sizes, order, similarity, length, frame, attached, attached_frame, active):
     name = "memory_merge_"
     check_state(name, bank, sizes, order, similarity, length, active)
-    require_floating(name, bank=bank, frame=frame)
+    require_floating(name, bank=bank, frame=frame, autocast=False)
     B, slots, N, C = bank.shape
     require(frame is None or frame.shape == (B, N, C), f"{name}: frame must be [B, N, C] of bank", frame, bank)
-    require(
-        len(attached_frame) == (0 if frame is None else len(attached)),
-        f"{name}: with a frame, attached_frame must hold one frame per attached tensor, without one none, "
-        f"got {len(attached_frame)} for {len(attached)}",
-    )
+    one_each = len(attached_frame) == (0 if frame is None else len(attached))
+    require(one_each, f"{name}: with a frame, attached_frame must hold one frame per attached tensor, without one none")
     for i, rows in enumerate(attached):
         fits = rows.dim() == 4 and rows.shape[:3] == (B, slots, N) and rows.dtype in FLOATING
         require(
@@ -252,8 +250,18 @@ def _set(values: Tensor, index: Tensor, new: Tensor, where: Tensor) -> None:
     values.scatter_(2, index, torch.where(where[..., None], new[..., None].to(values.dtype), values.gather(2, index)))
 
 
+def require_permutation(op: str, order: Tensor) -> None:
+    """order [B, N, M+1] holds each slot once; asked on the CPU alone, as in require_index."""
+    if order.device.type == "cpu" and not torch.compiler.is_compiling():
+        slots = torch.arange(order.shape[2], dtype=order.dtype)
+        if not torch.equal(order.sort(2).values, slots.expand_as(order)):
+            raise IndexError(f"{op}: order must hold each of the slots 0 .. M")
+
+
 def reference_step(bank, sizes, order, similarity, length, frame, attached, attached_frame, weighted, active):
     M = similarity.shape[2]
+    require_index("memory bank: length must be", length, M + 2)
+    require_permutation("memory bank", order)
     on = torch.ones_like(length, dtype=torch.bool) if active is None else active != 0
     full = (on & (length == M + 1))[:, None]  # [B, 1]
     k = similarity.argmax(2)  # [B, N]
@@ -302,6 +310,7 @@ def reference(bank, sizes, weighted):
 
 
 def reference_backward(grad_out, sizes, index, weighted):
+    require_index("memory_merge_backward: index must be", index, grad_out.shape[1])
     bank = grad_out.new_zeros(*sizes.shape, grad_out.shape[-1])
     return torch.func.vjp(lambda x: merge_at(x, sizes, index, weighted)[0], bank)[1](grad_out)[0]
 

@@ -49,12 +49,12 @@ def memory_scan_(
         The MergePlan. For an inactive video the table repeats what it holds, and nothing merges. Not differentiable.
 
     Raises:
-        ValueError: a shape, dtype, device or stride does not fit, or a gradient is asked for.
-        IndexError: length or order is out of range (CPU; on CUDA it stops the kernel).
+        ValueError: a shape, dtype, device or stride does not fit, two tensors share memory, or a gradient is asked for.
+        IndexError: length is out of range or order no permutation (CPU; on CUDA one out of range stops the kernel).
     """
     name = "memory_scan_"
     check_state(name, bank, sizes, order, similarity, length, active)
-    require_floating(name, bank=bank, frames=frames)
+    require_floating(name, bank=bank, frames=frames, autocast=False)
     B, _, N, C = bank.shape
     fits = frames.dim() == 4 and frames.shape[1] >= 1 and frames.shape == (B, frames.shape[1], N, C)
     require(fits, f"{name}: frames must be [B, t, N, C] of bank with t >= 1", frames, bank)
@@ -91,16 +91,18 @@ def memory_replay_(
         none. Not differentiable.
 
     Raises:
-        ValueError: a shape, dtype, device or stride does not fit, or a gradient is asked for.
-        IndexError: the plan names a row that its step cannot know (CPU; on CUDA it stops the kernel).
+        ValueError: a shape, dtype, device or stride does not fit, two tensors share memory, or a gradient is asked for.
+        IndexError: the plan names a row that its step cannot know, or order is no permutation (CPU; on CUDA what is out
+            of range stops the kernel).
     """
     name = "memory_replay_"
     require(rows.dim() == 4 and frames.dim() == 4, f"{name}: rows and frames must have 4 dimensions", rows, frames)
-    require_floating(name, rows=rows, frames=frames)
+    require_floating(name, rows=rows, frames=frames, autocast=False)
     B, slots, N, W = rows.shape
     t = frames.shape[1]
-    require(frames.shape == (B, t, N, W), f"{name}: frames must be [B, t, N, W] of rows", frames, rows)
-    require(rows.stride(-1) == 1, f"{name}: the last stride of rows must be 1", rows)
+    fits = frames.shape == (B, t, N, W) and t >= 1
+    require(fits, f"{name}: frames must be [B, t, N, W] of rows with t >= 1", frames, rows)
+    require(rows.stride(-1) == 1 or W <= 1, f"{name}: the last stride of rows must be 1", rows)
     pairs, last = (B, t, N, 2), (B, N, slots)
     shapes = {"plan.table": (B, t, N, slots), "plan.sources": pairs, "plan.counts": pairs, "order": last}
     for (what, shape), x in zip(shapes.items(), (*plan, order)):

@@ -25,7 +25,7 @@ def quick_gelu(x: Tensor, bias: Tensor | None = None, *, out: Tensor | None = No
         over rows deterministically.
 
     Raises:
-        ValueError: a dtype, shape or device does not fit.
+        ValueError: a dtype, shape or device does not fit, or out shares memory with x or bias without being x.
     """
     require_floating("quick_gelu", x=x, bias=bias)
     if bias is not None:

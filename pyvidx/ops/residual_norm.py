@@ -53,7 +53,7 @@ def residual_norm(
         out.
 
     Raises:
-        ValueError: a shape, dtype or device does not fit.
+        ValueError: a shape, dtype or device does not fit, or out shares memory with an input it may not be.
     """
     op = "residual_norm"
     require(x.dim() == 4 and x.dtype in FLOATING, f"{op}: x must be floating [B, S, K, C]", x)
@@ -75,8 +75,9 @@ def residual_norm(
         require(fits, text, t, x, op=op, name=name, shape=shape)
     for name, t, shapes in (("factor", factor, [(B, S), (B, S, K)]), ("share", share, [(B, S)])):
         fits = t is None or (tuple(t.shape) in shapes and t.is_floating_point() and not t.requires_grad)
-        text = "{op}: {name} must be floating and one of {shapes}, and ask for no gradient"
-        require(fits, text, t, op=op, name=name, shapes=shapes)
+        if not fits:
+            sizes = " or ".join(map(str, shapes))
+            require(False, f"{op}: {name} must be floating {sizes} and ask for no gradient", t)
     per_row = factor is not None and factor.dim() == 3
     alone = share is None or (cls is None and constant is None and not per_row)
     require(alone, f"{op}: share excludes cls, constant and a factor per row")

@@ -28,7 +28,7 @@ def st_pool(
         order that depends on the sizes alone. Differentiable in x.
 
     Raises:
-        ValueError: a shape, dtype or device does not fit.
+        ValueError: a shape, dtype or device does not fit, or out shares memory with an input.
     """
     require(x.dim() == 4 and x.shape[1] > 0 and x.shape[2] > 0, "st_pool: x must be [B, T, P, C] with T, P > 0", x)
     B, T, P, C = x.shape

@@ -28,7 +28,7 @@ def temporal_attention(qkv: Tensor, *, scale: float | None = None, out: Tensor |
         gradient keeps qkv alone and computes the softmax again. Under torch.autocast it runs in the autocast dtype.
 
     Raises:
-        ValueError: a shape, dtype or device does not fit, or T is above 128.
+        ValueError: a shape, dtype or device does not fit, T is above 128, or out shares memory with an input.
     """
     require(qkv.dim() == 6 and qkv.shape[3] == 3, "temporal_attention: qkv must be [B, T, P, 3, H, D]", qkv)
     B, T, P, _, H, D = qkv.shape

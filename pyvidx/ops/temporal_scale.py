@@ -42,7 +42,7 @@ def temporal_scale(
         residual, deterministically. Under torch.autocast it runs in the autocast dtype, as a convolution does.
 
     Raises:
-        ValueError: a shape, dtype or device does not fit.
+        ValueError: a shape, dtype or device does not fit, or out shares memory with an input.
     """
     _check(x, weight, bias, mask, residual)
     mask = None if mask is None else mask.to(torch.int32)

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from pyvidx.ops._library import define, require, require_floating, require_out
+from pyvidx.ops._library import define, require, require_floating, require_index, require_out
 
 
 def token_gather(
@@ -30,7 +30,7 @@ def token_gather(
         [B, S, K, C], dtype of x. Differentiable in x, position and time.
 
     Raises:
-        ValueError: a shape, dtype or device does not fit.
+        ValueError: a shape, dtype or device does not fit, or out shares memory with an input.
         IndexError: an index of keep is out of range (CPU).
     """
     _check(x, keep, position, time)
@@ -50,7 +50,7 @@ def _check(x, keep, position, time):
     require(x.dim() == 4, "token_gather: x must be [B, T, P, C]", x)
     B, T, P, C = x.shape
     require_floating("token_gather", x=x, position=position, time=time)
-    check_keep("token_gather", keep, x, T, P)
+    check_keep("token_gather", keep, x)
     require(
         position is None or tuple(position.shape) == (P, C), "token_gather: position must be [P, C] of x", position, x
     )
@@ -62,16 +62,12 @@ def _check(x, keep, position, time):
     )
 
 
-def check_keep(op: str, keep: Tensor, x: Tensor, T: int, P: int) -> None:
-    """Raise unless keep is an index of the T * P tokens of each video of x [B, ...], as token_gather takes it."""
+def check_keep(op: str, keep: Tensor, x: Tensor) -> None:
+    """Raise unless keep is a table of tokens of the videos of x [B, ...], as token_gather takes it. The indices in it
+    are looked at where they are used."""
     require(keep.dtype == torch.int64 and keep.device == x.device, f"{op}: keep must be int64 on x's device", keep, x)
-    known = keep.dim() in (2, 3) and keep.shape[0] in (1, x.shape[0])
+    known = keep.dim() in (2, 3) and (keep.shape[0] == 1 or keep.shape[0] == x.shape[0])
     require(known, f"{op}: keep must be [B or 1, K] (a tube) or [B or 1, S, K]", keep, x)
-    if x.device.type == "cpu" and keep.numel() and not torch.compiler.is_compiling():
-        low, high = torch.aminmax(keep)
-        limit = P if keep.dim() == 2 else T * P
-        if low < 0 or high >= limit:
-            raise IndexError(f"{op}: keep must be in [0, {limit}), got {int(low)} to {int(high)}")
 
 
 def flat_index(keep: Tensor, B: int, T: int, P: int) -> Tensor:
@@ -83,8 +79,9 @@ def flat_index(keep: Tensor, B: int, T: int, P: int) -> Tensor:
 
 def reference(x, keep, position, time):
     B, T, P, C = x.shape
+    require_index("token_gather: keep must be", keep, P if keep.dim() == 2 else T * P)
     index = flat_index(keep, B, T, P)  # [B, S, K]
-    rows = x.reshape(B, T * P, C).gather(1, index.reshape(B, -1, 1).expand(-1, -1, C)).reshape(*index.shape, C)
+    rows = x.reshape(B, T * P, C).gather(1, index.flatten(1)[..., None].expand(-1, -1, C)).reshape(*index.shape, C)
     if position is not None:
         rows = rows + position[index % P]
     if time is not None:
@@ -95,15 +92,16 @@ def reference(x, keep, position, time):
 def reference_backward(grad_out, source):
     B, T, P = source.shape
     C = grad_out.shape[3]
-    rows = grad_out.reshape(B, -1, C)  # [B, S * K, C]
+    require_index("token_gather_backward: source must be", source, grad_out.shape[1] * grad_out.shape[2], absent=True)
+    rows = grad_out.flatten(1, 2)  # [B, S * K, C]
     rows = torch.cat([rows, rows.new_zeros(B, 1, C)], dim=1)
-    index = torch.where(source < 0, rows.shape[1] - 1, source).reshape(B, T * P, 1)
+    index = torch.where(source < 0, rows.shape[1] - 1, source).flatten(1)[..., None]
     return rows.gather(1, index.expand(-1, -1, C)).reshape(B, T, P, C)
 
 
 def source_table(keep: Tensor, B: int, T: int, P: int) -> Tensor:
     """The inverse of keep: for each (t, p) the flat index s * K + k that kept it, or -1. int64 [B, T, P]."""
-    index = flat_index(keep, B, T, P).reshape(B, -1)
+    index = flat_index(keep, B, T, P).flatten(1)
     table = index.new_full((B, T * P), -1)
     return table.scatter_(1, index, torch.arange(index.shape[1], device=index.device).expand(B, -1)).reshape(B, T, P)
 

@@ -23,7 +23,11 @@ struct DTypeOf<double> {
 
 // Throws std::invalid_argument. Compiled once (csrc/common/isa.cpp), so that kernel files need no <string>.
 [[noreturn]] void throw_unsupported_dtype(const char* op, DType dtype);
-[[noreturn]] void throw_out_of_range(const char* message);  // std::out_of_range, from there for the same reason
+// std::out_of_range, from there for the same reason. `what`: "op: argument must be", in [0, limit) or, where negative
+// ones are absent, below it.
+[[noreturn]] void throw_out_of_range(const char* message);
+[[noreturn]] void throw_no_memory();  // std::runtime_error
+[[noreturn]] void throw_index(const char* what, int64_t index, int64_t limit, bool absent = false);
 
 template <typename... Ts, typename F>
 __attribute__((always_inline)) inline void visit_dtype(const char* op, DType dtype, F&& f) {

@@ -7,7 +7,8 @@ namespace pyvidx {
 
 struct Executor {
   using Body = void (*)(void* context, int64_t begin, int64_t end);
-  // Call body on disjoint ranges that cover [0, n), in any order, each at least `grain` long where possible.
+  // Call body on disjoint ranges that cover [0, n), in any order, each at least `grain` long where possible. Once all
+  // of them are done, throw again the first exception that one of them threw: an index out of range is found there.
   void (*run)(int64_t n, int64_t grain, Body body, void* context) = nullptr;
 };
 

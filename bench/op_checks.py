@@ -1,0 +1,123 @@
+"""What a change costs the ops: python -m bench.op_checks BEFORE AFTER --out FILE.json
+
+BEFORE and AFTER are checkouts with a finished build. A process of each holds the op benches' cases with B = 1 and
+T = 8; they take turns, a few calls each, so that a machine that drifts drifts for both. The ratio of a case is that of
+the least times, which other processes disturb least.
+"""
+
+import argparse
+import itertools
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+SECONDS_PER_TURN = 0.02
+FILES = (
+    "token_gather", "temporal_attention", "temporal_scale", "st_pool", "quick_gelu", "residual_norm", "gated_fusion",
+    "bank_attention", "memory_merge", "memory_scan",
+)  # fmt: skip
+
+
+# Not `-m bench.op_checks`: `bench` must be that of the checkout.
+WORKER = "import runpy, sys; runpy.run_path(sys.argv.pop(), run_name='__worker__')"
+
+
+class Capture:
+    """A pytest plugin: keeps the cases of the smallest clips and times none."""
+
+    def __init__(self):
+        self.cases = []
+
+    def pytest_collection_modifyitems(self, items):
+        def small(item):
+            params = item.callspec.params if hasattr(item, "callspec") else {}
+            return params.get("B", 1) == 1 and params.get("T", 8) == 8
+
+        items[:] = [item for item in items if small(item)]
+
+    def pytest_pyfunc_call(self, pyfuncitem):
+        names = pyfuncitem._fixtureinfo.argnames
+        pyfuncitem.obj(**{n: pyfuncitem.funcargs[n] for n in names} | {"measure": self.cases.append})
+        return True
+
+
+def worker() -> None:
+    """Collect the cases of the checkout in the working directory; then time those that the parent asks for."""
+    import pytest
+    import torch
+
+    capture = Capture()
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    files = [f"bench/bench_{name}.py" for name in FILES]
+    code = pytest.main(["-q", "-p", "no:cacheprovider", *files], plugins=[capture])
+    if code != 0 or not capture.cases:
+        sys.exit(f"op_checks: the benches did not run: {code}")
+    names = [f"{c.op} {json.dumps(c.shape)} {str(c.dtype)[6:]}" for c in capture.cases]
+    print("CASES " + json.dumps(names), flush=True)
+    with torch.no_grad():
+        for line in sys.stdin:
+            run = capture.cases[int(line)].run
+            run()
+            times, stop = [], time.perf_counter() + SECONDS_PER_TURN
+            while time.perf_counter() < stop or len(times) < 3:
+                begin = time.perf_counter()
+                run()
+                times.append(time.perf_counter() - begin)
+            print(f"TIME {min(times)} {statistics.median(times)}", flush=True)
+
+
+class Process:
+    def __init__(self, checkout: Path):
+        environment = os.environ | {"PYTHONPATH": str(checkout), "OMP_NUM_THREADS": "1"}
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", WORKER, __file__],
+            cwd=checkout, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+        )  # fmt: skip
+        self.cases = json.loads(self._answer("CASES"))
+
+    def _answer(self, word: str) -> str:
+        for line in self.process.stdout:
+            if line.startswith(word):
+                return line.removeprefix(word)
+        raise RuntimeError(f"op_checks: {self.process.args} ended before it said {word}")
+
+    def time(self, i: int) -> tuple[float, float]:
+        self.process.stdin.write(f"{i}\n")
+        self.process.stdin.flush()
+        return tuple(map(float, self._answer("TIME").split()))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m bench.op_checks", description=__doc__.splitlines()[0])
+    parser.add_argument("before", type=Path)
+    parser.add_argument("after", type=Path)
+    parser.add_argument("--rounds", type=int, default=30)
+    parser.add_argument("--out", type=Path, required=True)
+    options = parser.parse_args()
+    before, after = Process(options.before), Process(options.after)
+    if before.cases != after.cases:
+        raise ValueError("op_checks: both checkouts must have the same benches")
+    rows = []
+    for i, name in enumerate(before.cases):
+        turns = itertools.cycle([(before, after), (after, before)])
+        times = {before: [], after: []}
+        for order in itertools.islice(turns, options.rounds):
+            for process in order:
+                times[process].append(process.time(i))
+        least = [min(t[0] for t in times[p]) * 1e3 for p in (before, after)]
+        median = [statistics.median(t[1] for t in times[p]) * 1e3 for p in (before, after)]
+        row = {"case": name, "before_ms": least[0], "after_ms": least[1], "ratio": least[1] / least[0]}
+        rows.append(row | {"ratio_of_medians": median[1] / median[0]})
+        print(f"{row['ratio']:.3f} {rows[-1]['ratio_of_medians']:.3f} {least[0]:.4f} ms {name}", flush=True)
+    options.out.write_text(json.dumps({"rounds": options.rounds, "threads": 1, "cases": rows}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
+elif __name__ == "__worker__":
+    worker()
