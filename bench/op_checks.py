@@ -16,9 +16,8 @@ import time
 from pathlib import Path
 
 SECONDS_PER_TURN = 0.02
-FILES = (
-    "token_gather", "temporal_attention", "temporal_scale", "st_pool", "quick_gelu", "residual_norm", "gated_fusion",
-    "bank_attention", "memory_merge", "memory_scan",
+FILES = (  # those with cases short enough to show what a check costs
+    "token_gather", "temporal_scale", "st_pool", "quick_gelu", "residual_norm", "gated_fusion",
 )  # fmt: skip
 
 
@@ -35,7 +34,7 @@ class Capture:
     def pytest_collection_modifyitems(self, items):
         def small(item):
             params = item.callspec.params if hasattr(item, "callspec") else {}
-            return params.get("B", 1) == 1 and params.get("T", 8) == 8
+            return params.get("B", 1) == 1 and params.get("T", 8) == 8 and "fusion_backward" not in item.name
 
         items[:] = [item for item in items if small(item)]
 

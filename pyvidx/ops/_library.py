@@ -84,12 +84,17 @@ def _counting_versions(op) -> Callable:
     """Counts up the version of what the op writes, as torch's own in-place ops do: so autograd notices where a tensor
     it has saved is no longer what it was."""
     written = [i for i, a in enumerate(op._schema.arguments) if a.alias_info is not None and a.alias_info.is_write]
-    below = torch._C._after_ADInplaceOrView_keyset
+    below, count_up = torch._C._after_ADInplaceOrView_keyset, torch._C._increment_version
+    guard, redispatch = torch._C._AutoDispatchBelowADInplaceOrView, op.redispatch
 
     def call(keyset, *args):
-        torch._C._increment_version(_tensors(args[i] for i in written))
-        with torch._C._AutoDispatchBelowADInplaceOrView():
-            return op.redispatch(keyset & below, *args)
+        for i in written:
+            if isinstance(args[i], Tensor):
+                count_up((args[i],))
+            elif args[i]:
+                count_up(args[i])
+        with guard():
+            return redispatch(keyset & below, *args)
 
     return call
 
@@ -178,14 +183,19 @@ def require_index(what: str, index: Tensor, limit: int, *, absent: bool = False)
 
 def require_out(op: str, out: Tensor, shape: Sequence[int], like: Tensor, *inputs: Tensor | None) -> None:
     """`out=` takes a tensor of the right shape that no gradient is asked through."""
-    fits = tuple(out.shape) == tuple(shape) and out.dtype == like.dtype and out.device == like.device
-    text = "{op}: out must be {shape} with the dtype and device of the input"
-    require(fits, text, out, like, op=op, shape=tuple(shape))
-    require(out.stride(-1) == 1 or out.shape[-1] <= 1, f"{op}: the last stride of out must be 1", out)
-    for t in inputs:  # autocast does not reach an op that is given its output
-        if t is not None and t.dtype != out.dtype:
+    dtype, wants_grad = out.dtype, out.requires_grad
+    if out.shape != tuple(shape) or dtype != like.dtype or out.device != like.device:
+        text = "{op}: out must be {shape} with the dtype and device of the input"
+        require(False, text, out, like, op=op, shape=tuple(shape))
+    if out.stride(-1) != 1 and out.shape[-1] > 1:
+        require(False, f"{op}: the last stride of out must be 1", out)
+    for t in inputs:
+        if t is None:
+            continue
+        wants_grad |= t.requires_grad
+        if t.dtype != dtype:  # autocast does not reach an op that is given its output
             require(False, f"{op}: with out= all tensors must have one dtype", t, out)
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (out, *inputs)):
+    if wants_grad and torch.is_grad_enabled():
         require(False, f"{op}: out= has no gradient; call it under torch.no_grad() or without out=")
 
 

@@ -191,8 +191,9 @@ def _run(op, *args, out):
         return result[:2] if weight is None else result[:3]
     require(len(out) == (2 if weight is None else 3), f"{op}: out must have one tensor per output")
     shape = _out_shape(x, keep, pair)
-    for tensor, size in zip(out, (shape, (x.shape[0], x.shape[3]), shape)):
-        require_out(op, tensor, size, x, x, z, cls, gate, position, time, weight, bias)
+    require_out(op, out[0], shape, x, x, z, cls, gate, position, time, weight, bias)
+    for tensor, size in zip(out[1:], ((x.shape[0], x.shape[3]), shape)):
+        require_out(op, tensor, size, x)
     _fuse_out(*args, *out, *(None,) * (3 - len(out)))
     return tuple(out)
 
