@@ -25,8 +25,8 @@ def define(
     setup_context: Callable | None = None,
     autocast: str | None = None,
     flops: Callable | None = None,
-) -> torch._ops.OpOverload:
-    """Register torch.ops.pyvidx.<name> and return it.
+) -> Callable:
+    """Register torch.ops.pyvidx.<name> and return it; where it writes into its arguments, a shorter way to it.
 
     Args:
         schema: as torch.library writes it, e.g. "name(Tensor x) -> Tensor".
@@ -50,8 +50,10 @@ def define(
     _lib.impl(name, run_reference, "CompositeExplicitAutograd")
     torch.library.register_fake(f"pyvidx::{name}", _on_one_device(name, fake), lib=_lib)
     op = getattr(torch.ops.pyvidx, name).default
+    call = op
     if op._schema.is_mutable:
-        _lib.impl(name, _counting_versions(op), "ADInplaceOrView", with_keyset=True)
+        kernel, call = _counting_versions(op)
+        _lib.impl(name, kernel, "ADInplaceOrView", with_keyset=True)
     if backward is not None:
         torch.library.register_autograd(f"pyvidx::{name}", backward, setup_context=setup_context, lib=_lib)
     if autocast is not None:
@@ -60,7 +62,7 @@ def define(
     REFERENCES[name] = reference
     if flops is not None:
         FLOPS[name] = flops
-    return op
+    return call
 
 
 def _autocast_rule(op, device: str, rule: str) -> Callable:
@@ -80,23 +82,39 @@ def _autocast_rule(op, device: str, rule: str) -> Callable:
     return call
 
 
-def _counting_versions(op) -> Callable:
-    """Counts up the version of what the op writes, as torch's own in-place ops do: so autograd notices where a tensor
-    it has saved is no longer what it was."""
+def _counting_versions(op) -> tuple[Callable, Callable]:
+    """Counts up the versions of what the op writes, as torch's own in-place ops do: so autograd notices where a tensor
+    it has saved is no longer what it was.
+
+    Returns:
+        The kernel of ADInplaceOrView for op, and a function that does the same as op but goes past that kernel, whose
+        way through Python takes 3 microseconds.
+    """
     written = [i for i, a in enumerate(op._schema.arguments) if a.alias_info is not None and a.alias_info.is_write]
     below, count_up = torch._C._after_ADInplaceOrView_keyset, torch._C._increment_version
     guard, redispatch = torch._C._AutoDispatchBelowADInplaceOrView, op.redispatch
 
-    def call(keyset, *args):
+    def count(args):
         for i in written:
             if isinstance(args[i], Tensor):
                 count_up((args[i],))
             elif args[i]:
                 count_up(args[i])
+
+    def kernel(keyset, *args):
+        count(args)
         with guard():
             return redispatch(keyset & below, *args)
 
-    return call
+    def call(*args):
+        if torch.compiler.is_compiling():
+            return op(*args)
+        count(args)
+        with guard():
+            return op(*args)
+
+    call.op = op
+    return kernel, call
 
 
 def _on_one_device(name: str, fake: Callable) -> Callable:
