@@ -175,13 +175,19 @@ def require_floating(op: str, *, autocast: bool = True, **tensors: Tensor | None
 
     autocast: the op has a rule for torch.autocast, which will cast them: under it their dtypes may differ.
     """
-    present = {name: t for name, t in tensors.items() if t is not None}
-    (first, x), *others = present.items()
-    require(x.dtype in FLOATING, f"{op}: {first} must be float32, float16, bfloat16 or float64", x)
-    for name, t in others:
-        cast = autocast and torch.is_autocast_enabled(x.device.type)
-        if t.device != x.device or not (t.dtype == x.dtype or cast):
+    first = x = None
+    for name, t in tensors.items():
+        if t is None:
+            continue
+        if x is None:
+            first, x = name, t
+            require(t.dtype in FLOATING, f"{op}: {name} must be float32, float16, bfloat16 or float64", t)
+        elif t.device != x.device or not (t.dtype == x.dtype or (autocast and _casts(x))):
             require(False, f"{op}: {name} must have the dtype and device of {first}", t, x)
+
+
+def _casts(x: Tensor) -> bool:
+    return torch.is_autocast_enabled(x.device.type)
 
 
 def require_index(what: str, index: Tensor, limit: int, *, absent: bool = False) -> None:
