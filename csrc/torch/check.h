@@ -79,6 +79,11 @@ struct Elements {
       : data(static_cast<const char*>(x.data)), dims(kDims), bytes(bytes), size(x.size), stride(x.stride) {}
 };
 
+struct Argument {
+  const char* name;
+  Elements elements;
+};
+
 // What a call writes into, checked as torch checks out=: rows of stride 1, no element twice in memory.
 class Written {
  public:
@@ -86,6 +91,10 @@ class Written {
 
   // No memory in common with the tensor `name`. `or_same`: but it may be this very tensor, element by element.
   const Written& apart_from(const char* name, const Elements& other, bool or_same = false) const;
+  const Written& apart_from(std::initializer_list<Argument> others) const {
+    for (const Argument& other : others) apart_from(other.name, other.elements);
+    return *this;
+  }
   const Written& may_be(const char* name, const Elements& other) const { return apart_from(name, other, true); }
 
  private:

@@ -118,26 +118,28 @@ void gated_fusion_out(const Tensor& x, const OptionalTensor& z, const OptionalTe
   check.like("out_cls [B, C]", out_cls, {x.size(0), x.size(3)});
   check.that(bool(normed) == bool(weight), "normed is written where there is a norm, and only there");
   check.like("normed [B, S, K, C]", normed, {x.size(0), S, K, x.size(3)});
-  const auto written = [&](const char* name, const Tensor& to) {
-    return Written(check, name, to)
-        .apart_from("x", x)
-        .apart_from("position", position)
-        .apart_from("time", time)
-        .apart_from("keep", keep)
-        .apart_from("gate", gate)
-        .apart_from("weight of the norm", weight)
-        .apart_from("bias of the norm", bias);
-  };
+  const std::initializer_list<Argument> read = {{"x", x},
+                                                {"position", position},
+                                                {"time", time},
+                                                {"keep", keep},
+                                                {"gate", gate},
+                                                {"weight of the norm", weight},
+                                                {"bias of the norm", bias}};
   // Without cls, out may be the patches of z, and out_cls the class row that is read.
   const auto rows = z && !cls ? patches(*z) : View<4>{};
   const auto row = z && !cls ? first_class_row(*z) : View<2>{};
   const int64_t bytes = int64_t(x.element_size());
   const Elements z_rows = z && !cls ? Elements(rows, bytes) : Elements(z);
   const Elements z_cls = z && !cls ? Elements(row, bytes) : Elements(cls);
-  written("out", out).may_be("z", z_rows).apart_from("cls", z_cls).apart_from("out_cls", out_cls);
-  written("out_cls", out_cls).may_be("cls", z_cls).apart_from("z", z_rows);
+  Written(check, "out", out)
+      .apart_from(read)
+      .may_be("z", z_rows)
+      .apart_from("cls", z_cls)
+      .apart_from("out_cls", out_cls);
+  Written(check, "out_cls", out_cls).apart_from(read).may_be("cls", z_cls).apart_from("z", z_rows);
   if (normed) {
-    written("normed", *normed)
+    Written(check, "normed", *normed)
+        .apart_from(read)
         .apart_from("z", z)
         .apart_from("cls", cls)
         .apart_from("out", out)

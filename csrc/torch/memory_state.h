@@ -41,19 +41,15 @@ class Changed {
 
   void check() const {
     for (size_t i = 0; i < written_.size(); ++i) {
-      for (size_t j = 0; j < i; ++j) written_[i].apart_from(all_[j].name, all_[j].x);
-      for (const Named& other : read_) written_[i].apart_from(other.name, other.x);
+      for (size_t j = 0; j < i; ++j) written_[i].apart_from(all_[j].name, all_[j].elements);
+      for (const Argument& other : read_) written_[i].apart_from(other.name, other.elements);
     }
   }
 
  private:
-  struct Named {
-    const char* name;
-    Elements x;
-  };
   const Check& check_;
   std::vector<Written> written_;
-  std::vector<Named> all_, read_;  // all_[i] is what written_[i] writes
+  std::vector<Argument> all_, read_;  // all_[i] is what written_[i] writes
 };
 
 }  // namespace pyvidx

@@ -1,7 +1,6 @@
 #include "pyvidx/residual_norm.h"
 
 #include <tuple>
-#include <utility>
 
 #include "check.h"
 #include "pyvidx/row_parts.h"
@@ -74,19 +73,12 @@ void residual_norm_out(const Tensor& x, const Tensor& y, const OptionalTensor& c
   check.like("out [B, S, K, C]", out, {B, S, N, C});
   check.of(y.scalar_type(), "normed [B, S, K, C]", normed, {B, S, N, C});
   Written(check, "normed", normed).apart_from("out", out);
-  const std::pair<const char*, const Tensor*> written[] = {{"out", &out}, {"normed", &normed}};
-  for (const auto& [name, to] : written) {
-    Written(check, name, *to)
-        .may_be("x", x)
-        .may_be("y", y)
-        .apart_from("cls", cls)
-        .apart_from("bias", bias)
-        .apart_from("constant", constant)
-        .apart_from("factor", factor)
-        .apart_from("share", share)
-        .apart_from("weight of the norm", weight)
-        .apart_from("bias of the norm", shift);
-  }
+  const std::initializer_list<Argument> read = {
+      {"cls", cls},     {"bias", bias},     {"constant", constant},     {"factor", factor},
+      {"share", share}, {"weight", weight}, {"bias of the norm", shift}};
+  const Elements x_elements(x), y_elements(y);
+  Written(check, "out", out).apart_from(read).may_be("x", x_elements).may_be("y", y_elements);
+  Written(check, "normed", normed).apart_from(read).may_be("x", x_elements).may_be("y", y_elements);
   const Tensor stats = make_empty(x, {B, S, N, 2}, wide(x));
   residual_norm_into(x, y, cls, bias, constant, factor, share, weight, shift, eps, out, normed, stats);
 }

@@ -108,7 +108,8 @@ def gated_fusion(
     weight, bias, eps = check_norm(op, norm, C)
     require_floating(op, x=x, z=z, cls=cls, gate=gate, weight=weight, bias=bias)
     shape = (B, S, K + (cls is None), C)
-    require(tuple(z.shape) == shape, "{op}: z must be {shape}", z, op=op, shape=shape)
+    if tuple(z.shape) != shape:
+        require(False, "{op}: z must be {shape}", z, op=op, shape=shape)
     require(cls is None or tuple(cls.shape) == (B, C), f"{op}: cls must be [B, C] of x", cls, x)
     _check_gate(op, gate, C)
     return _run(op, x, z, cls, gate, None, None, keep, weight, bias, scale, eps, pair, out=out)
@@ -170,7 +171,8 @@ def _check_tokens(op, x, keep, pair):
 
 
 def _check_gate(op, gate, C):
-    require(gate is None or tuple(gate.shape) == (C,), "{op}: gate must be [C], C = {C}", gate, op=op, C=C)
+    if gate is not None and tuple(gate.shape) != (C,):
+        require(False, "{op}: gate must be [C], C = {C}", gate, op=op, C=C)
 
 
 def check_norm(op, norm, C):
@@ -191,8 +193,9 @@ def _run(op, *args, out):
         return result[:2] if weight is None else result[:3]
     require(len(out) == (2 if weight is None else 3), f"{op}: out must have one tensor per output")
     shape = _out_shape(x, keep, pair)
-    for tensor, size in zip(out, (shape, (x.shape[0], x.shape[3]), shape)):
-        require_out(op, tensor, size, x, x, z, cls, gate, position, time, weight, bias)
+    require_out(op, out[0], shape, x, x, z, cls, gate, position, time, weight, bias)
+    for tensor, size in zip(out[1:], ((x.shape[0], x.shape[3]), shape)):
+        require_out(op, tensor, size, x)
     _fuse_out(*args, *out, *(None,) * (3 - len(out)))
     return tuple(out)
 

@@ -102,7 +102,7 @@ def main() -> None:
     options = parser.parse_args()
     result = fuzz(options.calls, options.seed)
     if options.out:
-        write_json(options.out, result)
+        write_json(options.out, result, indent=1)
     print(json.dumps({k: v for k, v in result.items() if k != "calls_of"}, indent=1))
     sys.exit(bool(result["findings"]))
 

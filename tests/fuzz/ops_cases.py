@@ -536,9 +536,10 @@ def public_memory_replay__(d):
 def _with_references(function: Callable, args: dict):
     """A public function with the reference in place of every op."""
     module = import_module(function.__module__)
+    ops_of = {name: getattr(value, "op", value) for name, value in vars(module).items()}
     found = {
         name: REFERENCES[op._schema.name.removeprefix("pyvidx::")]
-        for name, op in vars(module).items()
+        for name, op in ops_of.items()
         if isinstance(op, torch._ops.OpOverload)
     }
     with mock.patch.multiple(module, **found):
