@@ -90,6 +90,8 @@ class Process:
 
 
 def main() -> None:
+    from pyvidx.files import write_json  # not above: a worker may be in a checkout that lacks it
+
     parser = argparse.ArgumentParser(prog="python -m bench.op_checks", description=__doc__.splitlines()[0])
     parser.add_argument("before", type=Path)
     parser.add_argument("after", type=Path)
@@ -111,7 +113,7 @@ def main() -> None:
         row = {"case": name, "before_ms": least[0], "after_ms": least[1], "ratio": least[1] / least[0]}
         rows.append(row | {"ratio_of_medians": median[1] / median[0]})
         print(f"{row['ratio']:.3f} {rows[-1]['ratio_of_medians']:.3f} {least[0]:.4f} ms {name}", flush=True)
-    options.out.write_text(json.dumps({"rounds": options.rounds, "threads": 1, "cases": rows}, indent=1) + "\n")
+    write_json(options.out, {"rounds": options.rounds, "threads": 1, "cases": rows}, indent=1)
 
 
 if __name__ == "__main__":

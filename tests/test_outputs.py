@@ -33,6 +33,7 @@ APART = {
     "pyvidx/eval/files.py": "open_to_append: a log",
     "pyvidx/train/curve.py": "a log",
     "pyvidx/video/worker.py": "memory and /proc, no files",
+    "bench/conftest.py": "a log",
     "bench/gpu_check.py": "stands alone: it runs before pyvidx is built",
 }
 
