@@ -53,7 +53,7 @@ def _library(name: str, variant: str, kernels: list[Path], torch: bool) -> Path:
     objects = [build.compile(ROOT / f"tests/cuda_emu/{e}.cpp", flags + engine, tag=variant) for e in ENGINE]
     link = [*link, "-ldl"]
     if torch:  # the same for all variants: they hold no kernels, and torch's headers take long to compile
-        bindings = [ROOT / f"csrc/torch/{name}.cpp" for name in ["binding", *ops()]]
+        bindings = native.sources("torch")
         objects += [build.compile(s, [*flags, "-O1", *native.torch_flags()]) for s in bindings]
         objects += [build.compile(s, [*flags, "-O1"]) for s in native.sources("common")]
         objects.append(build.compile(ROOT / "tests/cuda_emu/limits.cpp", [*flags, "-O1"]))
