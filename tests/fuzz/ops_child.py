@@ -9,7 +9,8 @@ import warnings
 import torch
 from torch import Tensor
 
-from tests.fuzz.ops_cases import Draw, Entry, entries
+from tests.fuzz.ops_cases import Draw
+from tests.fuzz.ops_entries import Entry, entries
 from tests.fuzz.ops_spoil import OVERFLOWS, TIES, spoil
 
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 2e-4, torch.float16: 3e-2, torch.bfloat16: 2e-1}

@@ -161,7 +161,7 @@ def spoil(d: Draw, entry: str, args: dict, values_only: bool = False) -> str:
             return f"{name}: {_same_memory(d, args, name, d.random.choice(others))}"
         try:
             args[name] = way(d, old)
-        except RuntimeError:  # torch makes no such tensor
+        except (RuntimeError, TypeError):  # torch makes no such tensor
             return f"{name}: as it is"
         return f"{name}: {way.__name__.replace('_', ' ')}"
     if isinstance(old, bool):

@@ -10,7 +10,8 @@ import pytest
 
 from pyvidx.ops._library import LOAD_ERROR, REFERENCES
 from tests.fuzz import ops as fuzz
-from tests.fuzz.ops_cases import RAW, entries
+from tests.fuzz.ops_cases import RAW
+from tests.fuzz.ops_entries import entries
 
 needs_guard = pytest.mark.skipif(
     platform.system() != "Linux" or shutil.which("gcc") is None or LOAD_ERROR is not None,
