@@ -7,6 +7,19 @@
 
 #include "cuda_emu.h"
 #include "state.h"
+#include "tensor_cores.h"
+
+bool cuemu::tensor_cores() {
+  static const bool yes = [] {
+    const char* value = std::getenv("PYVIDX_EMU_MMA");
+    const std::string mode = value == nullptr ? "shuffles" : value;
+    if (mode != "shuffles" && mode != "tensor_cores") {
+      throw std::invalid_argument("PYVIDX_EMU_MMA must be shuffles or tensor_cores, got " + mode);
+    }
+    return mode == "tensor_cores";
+  }();
+  return yes;
+}
 
 namespace {
 

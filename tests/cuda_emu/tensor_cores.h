@@ -21,17 +21,9 @@
 
 namespace cuemu {
 
-inline bool tensor_cores() {
-  static const bool yes = [] {
-    const char* value = std::getenv("PYVIDX_EMU_MMA");
-    const std::string mode = value == nullptr ? "shuffles" : value;
-    if (mode != "shuffles" && mode != "tensor_cores") {
-      throw std::invalid_argument("PYVIDX_EMU_MMA must be shuffles or tensor_cores, got " + mode);
-    }
-    return mode == "tensor_cores";
-  }();
-  return yes;
-}
+// Whether they are there. (runtime.cpp: a variable of a header would lie in the red zone behind a kernel's shared
+// memory)
+bool tensor_cores();
 
 // cvt.rna.tf32: to nearest, ties away from zero, 10 bits behind the point.
 inline unsigned to_tf32(float x) {
