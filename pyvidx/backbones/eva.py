@@ -113,7 +113,7 @@ class EVAVision(nn.Module):
                 size, (h, w) = self.config.image_size, pixels.shape[-2:]
                 raise ValueError(
                     f"EVAVision: images must be {size}x{size}, got {h}x{w}; "
-                    "pass interpolate=True to resize the position table"
+                    "resize them, or call the tower itself with interpolate=True, which resizes the position table"
                 )
             position = resize_positions(position, rows, columns)
         x = torch.cat([held(self, "class_token").expand(x.shape[0], 1, -1), x], dim=1) + position
