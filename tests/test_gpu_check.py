@@ -40,7 +40,7 @@ def test_emulated(tmp_path):
     blocker.write_text(f"import sys\nsys.modules.update(dict.fromkeys({NOT_THERE!r}))\n")
     tools = tmp_path / "bin"
     tools.mkdir()
-    for name in ("g++", "ninja", "c++filt", "sh", "cc", "as", "ld", "setarch"):
+    for name in ("g++", "ninja", "c++filt", "sh", "cc", "as", "ld", "setarch", "openssl"):
         if (found := gpu_check.shutil.which(name)) is not None:
             (tools / name).symlink_to(found)
     env = os.environ | {"PYTHONPATH": str(blocker.parent), "PATH": str(tools)}
