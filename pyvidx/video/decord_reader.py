@@ -1,5 +1,4 @@
-"""Frames through decord: only when asked for. It is about as fast as PyAV (0.9 to 1.1 of its time for 8 frames of 360p
-to 1080p; faster on tiny frames), and it shows what its decoder made up of damage without a word.
+"""Frames through decord: only when asked for, as it shows what its decoder made up of damage without a word.
 
 Three more of its faults shape this file. A damaged sample table ends the process with std::bad_alloc; so it is given
 only files that the scan found nothing wrong with. An idle reader goes on decoding into memory without a bound (52 to
