@@ -38,7 +38,7 @@ isa-test:
 bench: env
 	mkdir -p bench/out
 	$(PY) -m pytest bench -q --benchmark-json=bench/out/bench.json
-	$(PY) -m pyvidx.bench report bench/out/bench.json --overwrite
+	$(PY) -m pyvidx bench report bench/out/bench.json --overwrite
 
 cuda-check:
 	$(PY) cmake/cuda_check.py

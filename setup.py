@@ -52,7 +52,7 @@ setup(
         "pyvidx": [
             "py.typed",
             "*/configs/*.json",
-            "models/weights/*.safetensors",
+            "models/*.safetensors",
             "eval/tasks.json",
             "train/cards.json",
         ]

@@ -7,11 +7,10 @@ import pytest
 import torch
 
 from bench.harness import Case, nbytes
-from pyvidx import flops
-from pyvidx.integrations.checkpoints import load_weights
-from pyvidx.models import BTAdapter
+from pyvidx.models import BTAdapter, flops
 from pyvidx.models.config import BTAdapterConfig
-from pyvidx.models.reference import ReferenceBTAdapter
+from pyvidx.reference.bt_adapter import ReferenceBTAdapter
+from pyvidx.weights.bt_adapter import load_weights
 
 
 @functools.lru_cache(maxsize=1)

@@ -11,11 +11,11 @@ import torch
 
 from bench.harness import Case, nbytes
 from pyvidx.backbones.eva import EVAVisionConfig
-from pyvidx.integrations.malmm_checkpoints import export_malmm
 from pyvidx.memory.qformer import QFormerConfig
 from pyvidx.models.malmm import MALMM
 from pyvidx.models.malmm_config import MALMMConfig
-from pyvidx.models.malmm_reference import Bank, ReferenceMALMM, ReferenceState
+from pyvidx.reference.malmm import Bank, ReferenceMALMM, ReferenceState
+from pyvidx.weights.malmm import export_malmm
 
 TEXT, CLIP_FRAMES = 12, 16
 SIZES = {

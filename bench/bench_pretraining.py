@@ -21,13 +21,13 @@ from torch.profiler import ProfilerActivity, profile
 
 from bench.harness import Case, compare, copy_of, nbytes
 from pyvidx.backbones import CLIPText, CLIPTextConfig
-from pyvidx.integrations.checkpoints import load_weights
 from pyvidx.models import BTAdapter
 from pyvidx.models.config import BTAdapterConfig
 from pyvidx.models.pretraining import Pretraining
-from pyvidx.models.pretraining_reference import ReferencePretraining
-from pyvidx.models.reference import ReferenceBTAdapter
+from pyvidx.reference.bt_adapter import ReferenceBTAdapter
+from pyvidx.reference.pretraining import ReferencePretraining
 from pyvidx.temporal.masking import drop_path_draws, tube_mask
+from pyvidx.weights.bt_adapter import load_weights
 
 T, LENGTH = 8, 64
 PRODUCTS = ("mm", "addmm", "bmm", "baddbmm", "attention", "convolution", "_linear_pointwise")

@@ -83,11 +83,11 @@ def cpu() -> float:
 
 def serve(name: str, workers: int, paths: list[str]) -> None:
     """Encode them once per line of input, and print the seconds."""
-    from pyvidx.encode import encode_videos
-    from pyvidx.models import BTAdapter
+    from pyvidx.corpus.encode import encode_videos
+    from pyvidx.models import TextVideo
 
     torch.set_num_threads(1)
-    model = BTAdapter.default().fold()
+    model = TextVideo.default().model.fold()
     options = {"workers": workers} | ({"decoders": Threads()} if name == "threads" else {})
 
     def encode(some: list[str]) -> None:

@@ -139,7 +139,7 @@ def gpu_steps(lines: Path, seconds: float) -> list[Step]:
     sample = [*pytest, "tests/ops", "-k", f"cuda and {SANITIZED}", "-m", "not slow", "--sample=4"]
     return [
         Step("build", [sys.executable, "setup.py", "-q", "build_ext", "--inplace"], 200, {"PYVIDX_CUDA": "1"}),
-        Step("info", [sys.executable, "-m", "pyvidx.info", "--json"], 40),
+        Step("info", [sys.executable, "-m", "pyvidx", "info", "--json"], 40),
         Step("tests", [*pytest, *tests, "-k", "cuda", "-m", "not slow", *side_by_side], 180),
         Step("bench", [*bench, "--no-compile"], 120),
         Step("bench against torch.compile, graphs", [*bench, "--graphs"], 150),
@@ -165,7 +165,7 @@ def emulated_steps(lines: Path, seconds: float) -> list[Step]:
     few = [name for name in case_names() if "st_pool[l14-1-8-" in name or "token_gather[l14-1-8-" in name]
     return [
         Step("build", [sys.executable, "-m", "tests.cuda_emu.build", "plain", "asan", "tsan"], 600),
-        Step("info", [sys.executable, "-m", "pyvidx.info", "--json"], 60),
+        Step("info", [sys.executable, "-m", "pyvidx", "info", "--json"], 60),
         Step("tests", [*emulator, "tests/ops"], 120),
         Step("bench", [*bench, *few, "--no-compile"], 60),
         Step("bench against torch.compile, graphs", [*bench, few[0], "--graphs"], 200),

@@ -107,7 +107,7 @@ def ship(path: Path, work: Path, clip: tiny.TinyCLIP, runs: list[dict]) -> Path:
     stored = run_file(work, Row(**best["row"]), best["seed"]).with_suffix(".safetensors")
     model.load_state_dict(files.read(stored, "motion_study")[1])
     about = {
-        "command": "python -m bench.motion_study --out FOLDER --ship pyvidx/models/weights/motion.safetensors",
+        "command": "python -m bench.motion_study --out FOLDER --ship pyvidx/models/motion.safetensors",
         "knows": "the moving shapes of pyvidx.data.motion",
         "row": best["row"]["name"],
         "frames": best["row"]["frames"],

@@ -24,4 +24,4 @@ if ! $venv -m pip install -q ${constraints[@]+"${constraints[@]}"} --no-build-is
   echo "pyvidx: could not install the extras [$extras] (no network?); building without them" >&2
   $venv -m pip install -q --no-build-isolation --no-deps -e .
 fi
-$venv -m pyvidx.info
+$venv -m pyvidx info

@@ -6,11 +6,12 @@ _HOME = {
     "BTAdapter": "pyvidx.models",
     "Encoding": "pyvidx.models",
     "MALMM": "pyvidx.models",
+    "TextVideo": "pyvidx.models",
     "VideoEncoder": "pyvidx.models",
     "Clip": "pyvidx.video",
     "read": "pyvidx.video",
     "stream": "pyvidx.video",
-    "encode_videos": "pyvidx.encode",
+    "encode_videos": "pyvidx.corpus.encode",
 }
 __all__ = list(_HOME)
 

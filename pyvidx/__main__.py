@@ -12,6 +12,7 @@ COMMANDS = {
     "memory": "stream one video through a memory bank and draw what its slots hold",
     "train": "pretrain or fine-tune a model, on one device or with torchrun on several",
     "plan": "hours of a pretraining run on cards of a kind, from counted work",
+    "bench": "a table and a plot of what the benches measured",
     "flops": "parameters, arithmetic and memory of every temporal module",
     "info": "versions, devices, and which op runs as kernel or reference",
 }
@@ -24,8 +25,7 @@ def main() -> int:
         for command, what in COMMANDS.items():
             print(f"  {command:8} {what}", file=sys.stderr)
         return 0 if name in ("", "-h", "--help") else 2
-    module = f"pyvidx.{name}" if name in ("bench", "info") else f"pyvidx.cli.{name}"
-    return ended(f"python -m pyvidx {name}", lambda: importlib.import_module(module).main(sys.argv[2:]))
+    return ended(f"python -m pyvidx {name}", lambda: importlib.import_module(f"pyvidx.cli.{name}").main(sys.argv[2:]))
 
 
 if __name__ == "__main__":

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from pyvidx.bench import main as bench
 from pyvidx.cli import arguments
+from pyvidx.cli.bench import main as bench
 from pyvidx.cli.demo import main as demo
 from pyvidx.cli.encode import find
 from pyvidx.cli.encode import main as encode
@@ -22,7 +22,7 @@ from pyvidx.cli.memory import main as memory
 from pyvidx.cli.plan import main as plan
 from pyvidx.cli.train import main as train
 from pyvidx.device import usable
-from pyvidx.models import BTAdapter
+from pyvidx.models import BTAdapter, TextVideo
 
 NO_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="asks for a GPU that is not there")
 
@@ -128,7 +128,7 @@ def test_the_demo_keeps_what_is_there(there, capsys):
 
 def test_outputs_that_the_model_has_not(tmp_path, capsys):
     """Known once the model is there, before a video is opened."""
-    model = BTAdapter.default()
+    model = TextVideo.default().model
     config = {**model.config.to_dict(), "part": "tokens"}
     BTAdapter(type(model.config).from_dict(config)).save(tmp_path / "m.safetensors")
     (tmp_path / "a.mp4").write_bytes(b"x")

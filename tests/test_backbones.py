@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from pyvidx.backbones.clip import CLIPVision, CLIPVisionConfig
-from pyvidx.integrations import huggingface
-from pyvidx.integrations import open_clip as open_clip_weights
+from pyvidx.hosts import huggingface
+from pyvidx.hosts import open_clip as open_clip_weights
 from tests.torchvision_shim import mend_torchvision
 
 mend_torchvision()

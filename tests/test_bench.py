@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from pyvidx import bench
+from pyvidx.cli import bench
 
 ROOT = Path(__file__).parents[1]
 
@@ -36,7 +36,7 @@ def test_every_bench_gives_its_numbers(results):
 
 def test_report(results, tmp_path):
     picture = tmp_path / "plot.png"
-    command = [sys.executable, "-m", "pyvidx.bench", "report", str(results), "--plot", str(picture)]
+    command = [sys.executable, "-m", "pyvidx", "bench", "report", str(results), "--plot", str(picture)]
     text = subprocess.check_output(command, cwd=ROOT, text=True)
     assert "token_gather" in text and "vs eager" in text
     assert picture.read_bytes().startswith(b"\x89PNG")

@@ -8,10 +8,10 @@ import torch
 from safetensors.torch import save_file
 
 from pyvidx.backbones.clip import CLIPVision, CLIPVisionConfig
-from pyvidx.integrations.checkpoints import load_official, load_weights, read
-from pyvidx.integrations.keys import rename
 from pyvidx.models import BTAdapter, BTAdapterConfig
-from pyvidx.models.reference import ReferenceBTAdapter
+from pyvidx.reference.bt_adapter import ReferenceBTAdapter
+from pyvidx.weights.bt_adapter import load_official, load_weights, read
+from pyvidx.weights.keys import rename
 
 VISION = CLIPVisionConfig(image_size=8, patch_size=4, width=64, heads=1, layers=6, mlp_width=96, embed_dim=12)
 CONFIG = BTAdapterConfig(VISION, depth=4, time_length=16)

@@ -13,8 +13,8 @@ import pyvidx
 from pyvidx.__main__ import main as pyvidx_main
 from pyvidx.cli.demo import main as demo
 from pyvidx.cli.encode import main as encode
-from pyvidx.encode import Timing, encode_videos
-from pyvidx.models import BTAdapter
+from pyvidx.corpus.encode import Timing, encode_videos
+from pyvidx.models import TextVideo
 from pyvidx.preprocess import clip_preprocess
 from pyvidx.video import read, write
 from tests.drawn import drawn_clip
@@ -35,7 +35,7 @@ def videos(tmp_path_factory):
 
 
 def test_embeddings_are_those_of_the_model(videos):
-    model = BTAdapter.default()
+    model = TextVideo.default().model
     (result,) = encode_videos([str(videos / "a.mp4")], model, frames=6)
     clip = read(videos / "a.mp4", frames=6)
     with torch.inference_mode():
@@ -48,7 +48,7 @@ def test_embeddings_are_those_of_the_model(videos):
 @pytest.mark.parametrize("batch, workers", [(1, 1), (2, 2), (3, 1)])
 def test_batches_and_failures(videos, batch, workers):
     paths = [str(videos / name) for name in ("a.mp4", "broken.mp4", "b.mp4", "missing.mp4", "a.mp4")]
-    model, timing = BTAdapter.default(), Timing()
+    model, timing = TextVideo.default().model, Timing()
     alone = {p: next(iter(encode_videos([p], model, frames=4))) for p in set(paths)}
     results = list(encode_videos(paths, model, frames=4, batch=batch, workers=workers, timing=timing))
     assert [r.path for r in results] == paths
@@ -62,7 +62,7 @@ def test_batches_and_failures(videos, batch, workers):
 
 
 def test_too_many_frames_is_an_error_of_the_file(videos):
-    (result,) = encode_videos([str(videos / "a.mp4")], BTAdapter.default(), frames=200, sampler="linspace")
+    (result,) = encode_videos([str(videos / "a.mp4")], TextVideo.default().model, frames=200, sampler="linspace")
     assert result.encoding is None and "ValueError" in result.error
 
 
@@ -74,7 +74,7 @@ def test_files(videos, suffix, tmp_path, capsys):
     assert code == 1, "a file failed"
     assert "broken.mp4" in text.err and "small world of moving shapes" in text.err
     assert "2 videos, 1 FAILED, 8 frames" in text.out and "frames/s (read" in text.out
-    (want,) = encode_videos([str(videos / "a.mp4")], BTAdapter.default().fold(), frames=4)
+    (want,) = encode_videos([str(videos / "a.mp4")], TextVideo.default().model.fold(), frames=4)
     if suffix == "safetensors":
         arrays = load_file(out)
         with safe_open(out, "pt") as file:
@@ -100,7 +100,7 @@ def test_files(videos, suffix, tmp_path, capsys):
 
 
 def test_saved_model(videos, tmp_path, capsys):
-    model = BTAdapter.default()
+    model = TextVideo.default().model
     for is_random in (False, True):
         model.is_random = is_random
         model.save(tmp_path / "model")

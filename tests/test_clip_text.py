@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from pyvidx.backbones import CLIPText, CLIPTextConfig
-from pyvidx.integrations.clip_text_weights import clip_text
+from pyvidx.weights.clip_text import clip_text
 from tests.test_backbones import close, randomized
 from tests.torchvision_shim import mend_torchvision
 

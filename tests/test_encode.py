@@ -5,8 +5,8 @@ import os
 import pytest
 import torch
 
-from pyvidx.encode import Timing, encode_videos
-from pyvidx.models import BTAdapter
+from pyvidx.corpus.encode import Timing, encode_videos
+from pyvidx.models import TextVideo
 from pyvidx.video import Decoders, write
 from pyvidx.video.pool import shared
 from tests import decoding
@@ -27,7 +27,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture
 def model():
-    return BTAdapter.default().fold()
+    return TextVideo.default().model.fold()
 
 
 def of(folder, *names):

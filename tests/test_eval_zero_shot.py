@@ -7,20 +7,20 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from pyvidx import embeddings
 from pyvidx.backbones import CLIPText, CLIPTextConfig
 from pyvidx.cli.encode import main as encode
 from pyvidx.cli.eval import main
-from pyvidx.encode import Encoded
+from pyvidx.corpus import embeddings
+from pyvidx.corpus.encode import Encoded
 from pyvidx.eval import zero_shot
 from pyvidx.eval.classify import class_embeddings, classification, prompts
 from pyvidx.eval.files import Named
 from pyvidx.eval.text import Tokenizer, embed, load_tokenizer, token_ids
 from pyvidx.eval.zero_shot import CONFIGS, Config
-from pyvidx.integrations.checkpoints import load_official
-from pyvidx.models import BTAdapter, Encoding
+from pyvidx.models import BTAdapter, Encoding, TextVideo
 from pyvidx.preprocess import PRESETS, preprocess
 from pyvidx.video import read, sampling, write
+from pyvidx.weights.bt_adapter import load_official
 from tests.drawn import drawn_clip
 from tests.test_checkpoints import VISION, state
 from tests.test_checkpoints import tower as towers
@@ -38,7 +38,7 @@ def folder(tmp_path, monkeypatch):
     for i, name in enumerate(("one", "two", "three")):
         write(tmp_path / f"videos/{name}.mp4", drawn_clip(0.4, (64 + 16 * i, 80)), fps=10)
     (tmp_path / "videos/broken.mp4").write_bytes(b"no video" * 99)
-    model = BTAdapter(BTAdapter.default().config).eval()  # untrained
+    model = BTAdapter(TextVideo.default().model.config).eval()  # untrained
     model.save(tmp_path / "model.safetensors")
     torch.manual_seed(0)
     sizes = CLIPTextConfig(vocab=54, context=12, width=16, heads=2, layers=1, mlp_width=32,

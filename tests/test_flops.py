@@ -7,10 +7,10 @@ import torch
 import torch.nn.functional as F
 
 from pyvidx.__main__ import main
-from pyvidx.flops import FAMILY, count, meta_encoder, peak_bytes
 from pyvidx.models import BTAdapterConfig
-from pyvidx.models.reference import ReferenceBTAdapter
+from pyvidx.models.flops import FAMILY, count, meta_encoder, peak_bytes
 from pyvidx.ops import bank_attention, temporal_attention
+from pyvidx.reference.bt_adapter import ReferenceBTAdapter
 from pyvidx.temporal.grouping import grouping
 
 LARGE = BTAdapterConfig.named("clip-l-14").vision

@@ -1,5 +1,6 @@
 """The rules of the house: what may include what, one name for everything of an op, and files that stay short."""
 
+import ast
 import re
 import shutil
 import subprocess
@@ -83,3 +84,51 @@ def test_cpu_kernels_leave_nothing_to_share():
         shared = [s for s in code if f"pyvidx::{level}::" not in s]
         entries = [s for s in shared if level == "baseline" and re.search(r" T pyvidx::\w+_cpu\(", s)]
         assert not set(shared) - set(entries), f"{o.name}: {shared}"
+
+
+# Rooms of pyvidx, from the ground up: a room imports from those before it only.
+ROOMS = (
+    ("files", "sizes", "device"), ("tensor_files",), ("ops",), ("layers", "video", "preprocess"), ("backbones",),
+    ("temporal", "memory"), ("models",), ("reference", "weights", "data"), ("hosts",), ("corpus",), ("train",),
+    ("eval",), ("cli",), ("__main__",),
+)  # fmt: skip
+
+
+def arrows() -> dict[str, set[str]]:
+    """Which module of pyvidx imports which, inside functions too."""
+    files = {f: ".".join(f.relative_to(ROOT).with_suffix("").parts) for f in (ROOT / "pyvidx").rglob("*.py")}
+    names = {name.removesuffix(".__init__") for name in files.values()}
+    found = {}
+    for file, name in files.items():
+        wanted = set()
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "pyvidx":
+                assert not node.level, f"{name}: imports are absolute"
+                wanted |= {f"{node.module}.{a.name}" if f"{node.module}.{a.name}" in names else node.module
+                           for a in node.names}  # fmt: skip
+            elif isinstance(node, ast.Import):
+                wanted |= {a.name for a in node.names if a.name.split(".")[0] == "pyvidx"}
+        found[name.removesuffix(".__init__")] = wanted - {"pyvidx", "pyvidx._C", name}
+    return found
+
+
+def test_rooms_import_downwards():
+    rank = {room: i for i, together in enumerate(ROOMS) for room in together}
+    up = []
+    for name, wanted in arrows().items():
+        room = (name.split(".") + [""])[1]
+        assert not room or room in rank, f"{room}: which rooms may it import from? ROOMS says"
+        for other in wanted:
+            into = other.split(".")[1]
+            if room and into != room and rank[into] >= rank[room]:
+                up.append(f"{name} -> {other}")
+    assert not up, "\n".join(up)
+
+
+def test_no_module_imports_itself_through_others():
+    graph = arrows()
+    graph = {name: {o for o in wanted if f"{o}.__init__" != name} for name, wanted in graph.items()}
+    while free := [name for name, wanted in graph.items() if not wanted & graph.keys()]:
+        for name in free:
+            del graph[name]
+    assert not graph, f"circles among {sorted(graph)}"

@@ -7,7 +7,7 @@ import torch
 
 from pyvidx import temporal
 from pyvidx.backbones import CLIPVision
-from pyvidx.integrations import huggingface
+from pyvidx.hosts import huggingface
 from pyvidx.layers.patch import resize_positions
 from pyvidx.models import BTAdapter, VideoEncoder
 from tests.test_backbones import SIZES, hf_config

@@ -10,9 +10,9 @@ from tests.torchvision_shim import mend_torchvision
 mend_torchvision()
 transformers = pytest.importorskip("transformers", reason="pip install 'pyvidx[hosts]'")
 
-from pyvidx.integrations.language import Language  # noqa: E402
-from pyvidx.integrations.malmm_checkpoints import export_malmm  # noqa: E402
-from pyvidx.models.malmm_reference import ReferenceMALMM  # noqa: E402
+from pyvidx.models.language import Language  # noqa: E402
+from pyvidx.reference.malmm import ReferenceMALMM  # noqa: E402
+from pyvidx.weights.malmm import export_malmm  # noqa: E402
 
 WORDS = "what is the person doing ? color of cup running red stirring eggs and then blue".split()
 

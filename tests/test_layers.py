@@ -5,10 +5,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from pyvidx import flops
 from pyvidx.layers.block import Block
 from pyvidx.layers.linear import add_linear, composed_product, product, project_qkv, shifted_product, value_bias
-from pyvidx.models import BTAdapter
+from pyvidx.models import BTAdapter, flops
 from pyvidx.ops import temporal_attention
 from tests.test_models import CONFIG, clip, close, randomized
 

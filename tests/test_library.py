@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import pyvidx.ops  # noqa: F401
-from pyvidx.info import as_text, collect
+from pyvidx.cli.info import as_text, collect
 from pyvidx.ops import _library
 
 ROOT = Path(__file__).parents[1]
@@ -63,7 +63,7 @@ def test_info():
     assert all(on["cpu"] == {"runs": "kernel", "why": "compiled kernel"} for on in info["ops"].values())
     text = as_text(info, kernels=True)
     assert all(name in text for name in info["ops"])
-    run = subprocess.run([sys.executable, "-m", "pyvidx.info", "--json"], cwd=ROOT, text=True, capture_output=True)
+    run = subprocess.run([sys.executable, "-m", "pyvidx", "info", "--json"], cwd=ROOT, text=True, capture_output=True)
     assert json.loads(run.stdout)["torch"] == torch.__version__
 
 

@@ -6,11 +6,11 @@ import pytest
 import torch
 from torch import nn
 
-from pyvidx.integrations.malmm_checkpoints import export_malmm
-from pyvidx.integrations.malmm_keys import rename
 from pyvidx.models.malmm import MALMM
 from pyvidx.models.malmm_config import MALMMConfig
-from pyvidx.models.malmm_reference import Bank, ReferenceMALMM
+from pyvidx.reference.malmm import Bank, ReferenceMALMM
+from pyvidx.weights.malmm import export_malmm
+from pyvidx.weights.malmm_keys import rename
 
 M = 3
 

@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import nn
 
-from pyvidx.integrations import huggingface
-from pyvidx.integrations.malmm_checkpoints import export_malmm, load_malmm, load_malmm_weights
-from pyvidx.integrations.malmm_keys import rename
+from pyvidx.hosts import huggingface
 from pyvidx.models.malmm import MALMM
+from pyvidx.weights.malmm import export_malmm, load_malmm, load_malmm_weights
+from pyvidx.weights.malmm_keys import rename
 from tests.torchvision_shim import mend_torchvision
 
 SIZES = {"vision_heads": 4, "heads": 4}

@@ -406,4 +406,4 @@ def test_pictures(name, tmp_path):
     assert len(history.records) >= 2
     for source, path in ((history, tmp_path / "history.png"), (bank, tmp_path / "bank.png")):
         assert memory.plot(source, path).read_bytes().startswith(b"\x89PNG")
-    assert bank.plot(tmp_path / "other.png", video=1).stat().st_size > 5000
+    assert memory.plot(bank, tmp_path / "other.png", video=1).stat().st_size > 5000

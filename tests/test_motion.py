@@ -3,8 +3,8 @@
 import pytest
 import torch
 
+from pyvidx.backbones.words import Words
 from pyvidx.data import motion
-from pyvidx.data.words import Words
 
 
 def one(kind: str, seed: int = 3) -> motion.Scene:

@@ -13,9 +13,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from pyvidx import embeddings
 from pyvidx.cli.encode import main as encode
-from pyvidx.encode import Encoded
+from pyvidx.corpus import embeddings
+from pyvidx.corpus.encode import Encoded
 from pyvidx.eval.files import Named
 from pyvidx.models import Encoding
 from pyvidx.video import Damage, write
@@ -82,9 +82,9 @@ import os, resource, signal, sys
 import torch
 from pathlib import Path
 from pyvidx import embeddings, flops, memory
-from pyvidx.bench import plot as bench_plot
+from pyvidx.cli.bench import plot as bench_plot
 from pyvidx.data.captions import shards
-from pyvidx.encode import Encoded
+from pyvidx.corpus.encode import Encoded
 from pyvidx.eval import report
 from pyvidx.eval.annotations import Sample, write_rows
 from pyvidx.files import write_json

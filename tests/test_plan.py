@@ -5,7 +5,7 @@ import torch
 
 from pyvidx.cli import plan as cli
 from pyvidx.models.config import BTAdapterConfig
-from pyvidx.models.reference import ReferenceBTAdapter
+from pyvidx.reference.bt_adapter import ReferenceBTAdapter
 from pyvidx.train.cost import Cost, Plan, Shares, cards, count, parts, reduce_seconds, seconds
 
 GIGA = 1e9

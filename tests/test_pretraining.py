@@ -5,8 +5,8 @@ import torch
 from torch import distributed as dist
 
 from pyvidx.backbones import CLIPText, CLIPTextConfig
-from pyvidx.losses import _unit, alignment, contrastive, gather
 from pyvidx.models import BTAdapter
+from pyvidx.models.losses import _unit, alignment, contrastive, gather
 from pyvidx.models.pretraining import Pretraining
 from pyvidx.temporal.bt_adapter import split_rows
 from pyvidx.temporal.grouping import grouping

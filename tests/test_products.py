@@ -7,12 +7,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from pyvidx import flops
 from pyvidx.layers import attention, products
 from pyvidx.layers.attention import self_attention
 from pyvidx.layers.block import Block
 from pyvidx.layers.linear import add_linear, composed_product, dense, linear, project_qkv, shifted_product
 from pyvidx.layers.products import _choose
+from pyvidx.models import flops
 from pyvidx.ops import bank_attention
 from tests.test_layers import gradients
 

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from pyvidx.integrations.checkpoints import load_model, load_official
-from pyvidx.integrations.malmm_checkpoints import load_malmm
-from pyvidx.integrations.projector import load_projector
+from pyvidx.weights.bt_adapter import load_model, load_official
+from pyvidx.weights.malmm import load_malmm
+from pyvidx.weights.projector import load_projector
 from tests.golden.vectors import FOLDER, VectorFile
 
 BOUND = 2e-5  # of max(1, largest), as in tests/golden

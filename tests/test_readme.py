@@ -96,7 +96,7 @@ def test_a_command_parses(line, capsys, monkeypatch):
         assert (ROOT / words[1]).exists(), line
     elif words[:2] == ["python", "-m"] and words[2] == "pyvidx":
         assert words[3] in COMMANDS, line
-        module = importlib.import_module("pyvidx.info" if words[3] == "info" else f"pyvidx.cli.{words[3]}")
+        module = importlib.import_module(f"pyvidx.cli.{words[3]}")
         given = [word for word in words[4:] if word != "..."]
         if hasattr(module, "parser"):
             module.parser().parse_args(given)

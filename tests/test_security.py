@@ -19,14 +19,14 @@ from pyvidx.data.captions import shards
 from pyvidx.eval.annotations import parse
 from pyvidx.eval.files import Named, read_tensors
 from pyvidx.eval.judge import ChatJudge, Request
-from pyvidx.integrations.checkpoints import load_model, load_official
-from pyvidx.integrations.hosts import LOCAL
-from pyvidx.integrations.malmm_checkpoints import load_malmm
-from pyvidx.integrations.projector import load_projector
-from pyvidx.integrations.state import read as read_weights
+from pyvidx.hosts.importing import LOCAL
 from pyvidx.models import MALMM, BTAdapter, TextVideo, VideoEncoder
 from pyvidx.train import checkpoint
 from pyvidx.video import read, stream, write
+from pyvidx.weights.bt_adapter import load_model, load_official
+from pyvidx.weights.malmm import load_malmm
+from pyvidx.weights.projector import load_projector
+from pyvidx.weights.state import read as read_weights
 from tests.drawn import drawn_clip
 
 ROOT = Path(__file__).parents[1]
@@ -59,7 +59,7 @@ def test_no_network(no_network, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     write("a.mp4", drawn_clip(0.2, (32, 48)), fps=10)
     assert len(read("a.mp4", frames=2)) == 2 and sum(map(len, stream("a.mp4"))) == 15
-    for model in (BTAdapter.default(), MALMM.default(), VideoEncoder.default("mean")):
+    for model in (TextVideo.default().model, MALMM.default(), VideoEncoder.default("mean")):
         model.save(tmp_path / "saved")
         type(model).from_pretrained(tmp_path / "saved")
     TextVideo.default()
@@ -177,7 +177,7 @@ MAY = {
     "pickle": {
         "pyvidx/video/pool.py",
         "pyvidx/video/worker.py",
-        "pyvidx/integrations/torchscript.py",
+        "pyvidx/weights/torchscript.py",
         "pyvidx/train/checkpoint.py",
     },  # the name of an error
     "socket": {"pyvidx/files.py", "pyvidx/video/worker.py", "pyvidx/video/process.py"},  # a host's name; own processes

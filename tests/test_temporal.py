@@ -9,9 +9,9 @@ import torch.nn.functional as F
 
 from pyvidx import temporal
 from pyvidx.backbones.clip import CLIPVision, CLIPVisionConfig
-from pyvidx.flops import count
 from pyvidx.layers.sincos import sincos_table
 from pyvidx.models import BTAdapter, BTAdapterConfig, VideoEncoder
+from pyvidx.models.flops import count
 from pyvidx.temporal.clip_vip import proxy_attention
 from pyvidx.temporal.grid_pool import grid_pool, with_newlines
 from pyvidx.temporal.st_adapter import temporal_scale

@@ -26,7 +26,7 @@ def test_the_file(default):
 
 
 def test_the_default_is_that_model(default):
-    model = BTAdapter.default(compat="official", tower="llava")
+    model = TextVideo.default(compat="official", tower="llava").model
     assert not model.is_random and not model.training and (model.compat, model.tower) == ("official", "llava")
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), default.model.parameters()))
     assert next(model.parameters()).dtype == torch.float32

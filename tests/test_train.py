@@ -13,7 +13,6 @@ import pyvidx.train
 from pyvidx.__main__ import main as pyvidx_main
 from pyvidx.cli.train import Shown
 from pyvidx.cli.train import main as train_command
-from pyvidx.integrations.malmm_checkpoints import export_malmm, load_malmm_weights
 from pyvidx.models import MALMM
 from pyvidx.train import Ranks, Recipe, State, Task, train
 from pyvidx.train.data import Row, plan, random_box, rows
@@ -21,6 +20,7 @@ from pyvidx.train.loop import CHECKPOINT
 from pyvidx.train.malmm import Config
 from pyvidx.train.recipe import decays, groups, learning_rate, load
 from pyvidx.video import write
+from pyvidx.weights.malmm import export_malmm, load_malmm_weights
 from tests.torchvision_shim import mend_torchvision
 from tests.two import two_processes
 

@@ -16,9 +16,6 @@ import pyvidx.train
 from pyvidx.backbones import CLIPText, CLIPTextConfig
 from pyvidx.cli.train import Shown
 from pyvidx.cli.train import main as train_command
-from pyvidx.integrations.checkpoints import load_official
-from pyvidx.integrations.clip_text_weights import clip_text
-from pyvidx.integrations.mma_export import export_mma
 from pyvidx.models import BTAdapter
 from pyvidx.models.pretraining import Pretraining
 from pyvidx.train import Ranks, Recipe, btadapter
@@ -28,6 +25,9 @@ from pyvidx.train.pairs import Pairs
 from pyvidx.train.recipe import groups, learning_rate, load
 from pyvidx.train.tokens import tokenizer
 from pyvidx.video import write
+from pyvidx.weights.bt_adapter import load_official
+from pyvidx.weights.clip_text import clip_text
+from pyvidx.weights.mma_export import export_mma
 from tests.test_models import CONFIG, P, clip, randomized
 from tests.torchvision_shim import mend_torchvision
 

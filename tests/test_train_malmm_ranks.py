@@ -41,7 +41,7 @@ class Clips(torch.utils.data.Dataset):
 
 def trained(out: Path, recipe: Recipe, alike: Ranks) -> tuple[list[float], list[dict], dict]:
     """Losses and gradients of every step, and the weights after the last."""
-    from pyvidx.integrations.language import Language
+    from pyvidx.models.language import Language
     from tests.test_language import causal_lm, tokenizer
 
     config = MALMM.default().config

@@ -7,11 +7,11 @@ import pytest
 import torch
 
 from pyvidx.backbones import CLIPText, CLIPTextConfig
-from pyvidx.integrations.mma_export import export_mma
 from pyvidx.models import BTAdapter, BTAdapterConfig
 from pyvidx.models.pretraining import Pretraining
-from pyvidx.models.reference import ReferenceBTAdapter
+from pyvidx.reference.bt_adapter import ReferenceBTAdapter
 from pyvidx.train.btadapter import Config, build
+from pyvidx.weights.mma_export import export_mma
 from tests.test_models import CONFIG
 from tests.test_train_btadapter import TEXT, step
 from tests.torchvision_shim import mend_torchvision

@@ -11,13 +11,13 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from pyvidx.integrations.checkpoints import load_model, load_official
-from pyvidx.integrations.clip_text_weights import clip_text
-from pyvidx.integrations.clip_weights import clip_vision
-from pyvidx.integrations.hosts import importing
-from pyvidx.integrations.malmm_checkpoints import export_malmm, load_malmm
-from pyvidx.integrations.state import read, state_of
+from pyvidx.hosts.importing import importing
 from pyvidx.models import MALMM, BTAdapter, VideoEncoder
+from pyvidx.weights.bt_adapter import load_model, load_official
+from pyvidx.weights.clip import clip_vision
+from pyvidx.weights.clip_text import clip_text
+from pyvidx.weights.malmm import export_malmm, load_malmm
+from pyvidx.weights.state import read, state_of
 from tests.test_checkpoints import CONFIG, clip_keys, expect_backbone, mma_file, state, tower
 
 QUICK = {"hidden_act": "quick_gelu"}
@@ -209,7 +209,7 @@ def test_errors_name_the_keys_and_the_door(tmp_path):
         clip_text({"w": torch.zeros(1)})
 
 
-DOORS = {BTAdapter: "checkpoints.load_official", MALMM: "malmm_checkpoints.load_malmm", VideoEncoder: "integrations"}
+DOORS = {BTAdapter: "bt_adapter.load_official", MALMM: "malmm.load_malmm", VideoEncoder: "pyvidx.weights"}
 
 
 @pytest.mark.parametrize("kind", DOORS)

@@ -11,10 +11,10 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from pyvidx import memory
-from pyvidx.integrations.checkpoints import load_official
-from pyvidx.integrations.clip_weights import clip_vision
-from pyvidx.integrations.state import read
 from pyvidx.models import BTAdapter, TextVideo
+from pyvidx.weights.bt_adapter import load_official
+from pyvidx.weights.clip import clip_vision
+from pyvidx.weights.state import read
 from tests.test_checkpoints import CONFIG, clip_keys, state, tower
 
 NOT_WEIGHTS = {

@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pyvidx.backbones import CLIPText, CLIPTextConfig, CLIPVision, CLIPVisionConfig
+from pyvidx.backbones.words import Words
 from pyvidx.data import motion
-from pyvidx.data.words import Words
 from pyvidx.preprocess import clip_preprocess
 
 CONTEXT = 12

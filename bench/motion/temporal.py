@@ -13,8 +13,8 @@ from bench.motion import world
 from bench.motion.clip import TinyCLIP
 from pyvidx import temporal
 from pyvidx.data import motion
-from pyvidx.losses import contrastive
 from pyvidx.models import BTAdapter, BTAdapterConfig, VideoEncoder
+from pyvidx.models.losses import contrastive
 from pyvidx.models.pretraining import Pretraining
 
 DEPTH = 4

@@ -56,7 +56,7 @@ class CLIPVisionConfig:
 
 
 class CLIPVision(nn.Module):
-    """CLIP's image tower, with one parameter naming for every source of weights (pyvidx.integrations).
+    """CLIP's image tower, with one parameter naming for every source of weights (pyvidx.weights).
 
     Args:
         config: sizes.

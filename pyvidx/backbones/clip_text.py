@@ -48,7 +48,7 @@ def check_ids(op: str, name: str, ids: Tensor, vocab: int) -> None:
 
 
 class CLIPText(nn.Module):
-    """CLIP's text tower. Weights: pyvidx.integrations.clip_text_weights."""
+    """CLIP's text tower. Weights: pyvidx.weights.clip_text."""
 
     def __init__(self, config: CLIPTextConfig):
         super().__init__()

@@ -13,12 +13,12 @@ from torch import Tensor
 
 from pyvidx.cli import arguments
 from pyvidx.cli.encode import load_model
+from pyvidx.corpus.encode import Timing, encode_videos
 from pyvidx.data import motion
-from pyvidx.encode import Timing, encode_videos
 from pyvidx.files import printable, whole
 from pyvidx.models import BTAdapter, BTAdapterConfig, TextVideo
-from pyvidx.models.reference import ReferenceBTAdapter
 from pyvidx.preprocess import clip_preprocess
+from pyvidx.reference.bt_adapter import ReferenceBTAdapter
 from pyvidx.video import Clip, read
 
 # No training had a green cross, neither the CLIP's nor the branch's, only other green shapes and other crosses. It is
@@ -149,7 +149,7 @@ def plot(clip: Clip, similarity: Tensor, path: Path) -> None:
 @torch.inference_mode()
 def speed(clip: Clip, size: str, device: str, rounds: int = 3) -> None:
     """Print the time of pyvidx and of the published algorithm in eager torch, on the same random weights and pixels."""
-    from pyvidx.integrations.checkpoints import load_official
+    from pyvidx.weights.bt_adapter import load_official
 
     torch.manual_seed(0)
     config = BTAdapterConfig.named(size)

@@ -9,15 +9,15 @@ from pathlib import Path
 
 import torch
 
-from pyvidx import embeddings
 from pyvidx.cli import arguments
-from pyvidx.encode import Timing, encode_videos
+from pyvidx.corpus import embeddings
+from pyvidx.corpus.encode import Timing, encode_videos
 from pyvidx.files import printable
-from pyvidx.integrations import checkpoints
-from pyvidx.models import BTAdapter
+from pyvidx.models import BTAdapter, TextVideo
 from pyvidx.preprocess import PRESETS
 from pyvidx.video import find_videos, sampling
 from pyvidx.video.pool import shared
+from pyvidx.weights import bt_adapter as checkpoints
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -135,10 +135,10 @@ def load_model(path: Path | None, device: str, dtype: str | None, compat: str | 
     """The model folded for inference, and a note where its embeddings say little about a video.
 
     Raises:
-        FileNotFoundError, ValueError: see pyvidx.integrations.checkpoints.load_model.
+        FileNotFoundError, ValueError: see pyvidx.weights.bt_adapter.load_model.
     """
     if path is None:
-        model = BTAdapter.default(**({"compat": compat} if compat else {}))
+        model = TextVideo.default(**({"compat": compat} if compat else {})).model
     else:
         model = checkpoints.load_model(path, compat=compat)
     if path is None:

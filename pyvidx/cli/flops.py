@@ -7,10 +7,9 @@ from pathlib import Path
 
 import torch
 
-from pyvidx import flops
 from pyvidx.cli import arguments
 from pyvidx.files import write_json
-from pyvidx.models import BTAdapterConfig
+from pyvidx.models import BTAdapterConfig, flops
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 

@@ -114,11 +114,11 @@ def colors(frames: Tensor) -> Tensor:
 
 def model_features(path: Path | None, device: str) -> Callable[[Tensor], Tensor]:
     """Frames uint8 [T, H, W, 3] -> patch tokens [T, P, C] of the last backbone layer, float32."""
-    from pyvidx.integrations.checkpoints import load_model
-    from pyvidx.models import BTAdapter
+    from pyvidx.models import TextVideo
     from pyvidx.preprocess import clip_preprocess
+    from pyvidx.weights.bt_adapter import load_model
 
-    model = BTAdapter.default() if path is None else load_model(path)
+    model = TextVideo.default().model if path is None else load_model(path)
     if path is None or model.is_random:
         what = "knows moving shapes only" if path is None else "was never trained"
         print(

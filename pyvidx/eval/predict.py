@@ -9,8 +9,8 @@ from pyvidx.eval.annotations import Sample
 from pyvidx.eval.annotations.sample import load
 from pyvidx.eval.files import Named, digest, json_lines, open_to_append
 from pyvidx.eval.tasks import Task
-from pyvidx.integrations.language import Language
 from pyvidx.models import MALMM
+from pyvidx.models.language import Language
 from pyvidx.preprocess import PRESETS, preprocess
 from pyvidx.video.pool import shared
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from pyvidx.backbones.clip_text import CLIPText
-from pyvidx.integrations.hosts import LOCAL, importing
+from pyvidx.hosts.importing import LOCAL, importing
 
 CUTS = ("end", "official")
 CONTEXT = 77  # of CLIP's own tokenizer

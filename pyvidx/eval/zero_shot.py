@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from pyvidx import embeddings
+from pyvidx.corpus import embeddings
+from pyvidx.corpus.encode import Encoded, encode_videos
 from pyvidx.device import usable
-from pyvidx.encode import Encoded, encode_videos
 from pyvidx.eval.annotations import Sample, parse
 from pyvidx.eval.annotations.classes import class_names
 from pyvidx.eval.classify import class_embeddings, classification, prompts
@@ -26,14 +26,14 @@ from pyvidx.eval.files import Named, read_tensors
 from pyvidx.eval.retrieval import retrieval
 from pyvidx.eval.text import embed, load_tokenizer, token_ids
 from pyvidx.files import check_output, write_tensors
-from pyvidx.integrations.checkpoints import load_model, read
-from pyvidx.integrations.clip_text_weights import clip_text
 from pyvidx.models.config import known
 from pyvidx.preprocess import PRESETS
 from pyvidx.tensor_files import note, opened
 from pyvidx.train.recipe import load as load_values
 from pyvidx.video import sampling
 from pyvidx.video.pool import shared
+from pyvidx.weights.bt_adapter import load_model, read
+from pyvidx.weights.clip_text import clip_text
 
 CONFIGS = Path(__file__).parent / "configs"
 BROKEN = ("fail", "exclude")
@@ -60,12 +60,12 @@ class Config:
             is added, if there is a model.
         texts: file of text embeddings, `text` [n, E] in the order of the annotations; written if there is none.
         model: weights: written by BTAdapter.save, or published ones, such as the official pretraining file (.pth).
-        model_options: of pyvidx.integrations.checkpoints.load_model, e.g. {"gated": false}, as the public code
+        model_options: of pyvidx.weights.bt_adapter.load_model, e.g. {"gated": false}, as the public code
             evaluates the pretraining file, or {"compat": "paper"}.
         text: weights of the text tower; None: those in `model`.
         text_options: heads, hidden_act or eps of the text tower, where they are not CLIP's.
         tokenizer: see pyvidx.eval.text.load_tokenizer.
-        frames, sampler, preset, reader: see pyvidx.encode.
+        frames, sampler, preset, reader: see pyvidx.corpus.encode.
         text_length, cut: see pyvidx.eval.text.token_ids.
         broken: "fail" if a video can not be encoded, or "exclude" it and its texts from the test, which is reported.
         ties, dsl, compat: see pyvidx.eval.retrieval.

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -209,12 +208,6 @@ class Bank:
             ragged=bool(ragged),
             head=Bank.load_state_dict(head, device) if head else None,
         )
-
-    def plot(self, path: str | Path, **options) -> Path:
-        """A picture of which frames each slot holds; see pyvidx.memory.plot."""
-        from pyvidx.memory.plot import plot
-
-        return plot(self, path, **options)
 
     def give_up(self) -> Bank:
         """The same memory under a new name; this one is spent. For policies."""

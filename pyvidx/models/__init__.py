@@ -1,9 +1,9 @@
-from pyvidx.encoding import Encoding
 from pyvidx.models.bt_adapter import BTAdapter
 from pyvidx.models.config import BTAdapterConfig
 from pyvidx.models.malmm import MALMM
 from pyvidx.models.malmm_config import MALMMConfig
 from pyvidx.models.text_video import TextVideo
 from pyvidx.models.video_encoder import VideoEncoder
+from pyvidx.temporal.encoding import Encoding
 
 __all__ = ["BTAdapter", "BTAdapterConfig", "Encoding", "MALMM", "MALMMConfig", "TextVideo", "VideoEncoder"]

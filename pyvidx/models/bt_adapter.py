@@ -8,7 +8,6 @@ import torch
 from torch import Tensor, nn
 
 from pyvidx.backbones.clip import CLIPVision
-from pyvidx.encoding import Encoding
 from pyvidx.layers.patch import patch_grid
 from pyvidx.layers.plain import held
 from pyvidx.models import files
@@ -17,6 +16,7 @@ from pyvidx.models.fold import fold
 from pyvidx.ops._library import require_tensors
 from pyvidx.temporal.branch import encode_branch, frame_vectors, until_last
 from pyvidx.temporal.bt_adapter import BTAdapterBranch
+from pyvidx.temporal.encoding import Encoding
 from pyvidx.temporal.frames import check_frame_mask, on_real_frames, real_only
 from pyvidx.temporal.grouping import Grouping, grouping
 from pyvidx.temporal.module import OUTPUTS
@@ -302,7 +302,7 @@ class BTAdapter(nn.Module):
     def from_pretrained(cls, path: str | Path, *, compat: str | None = None, tower: str | None = None) -> "BTAdapter":
         """Load what `save` wrote, a file or its folder, in eval mode and with the dtypes of the file.
 
-        compat, tower: in place of those saved. Official files are read by pyvidx.integrations.checkpoints.
+        compat, tower: in place of those saved. Official files are read by pyvidx.weights.bt_adapter.
 
         Raises:
             FileNotFoundError, ValueError: see pyvidx.models.files.load; compat or tower is unknown.
@@ -319,11 +319,3 @@ class BTAdapter(nn.Module):
         model.backbone.requires_grad_(False)
         model.is_random = header["is_random"]
         return model
-
-    @classmethod
-    def default(cls, *, compat: str = "paper", tower: str = "mma") -> "BTAdapter":
-        """The small trained model that ships with pyvidx: it knows the moving shapes of pyvidx.data.motion, and nothing
-        else. TextVideo.default() holds it together with its text tower."""
-        from pyvidx.models.text_video import TextVideo  # which is made of this class
-
-        return TextVideo.default(compat=compat, tower=tower).model

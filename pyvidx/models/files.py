@@ -15,8 +15,8 @@ from pyvidx.tensor_files import FLOATING, note, opened
 FILE_NAME = "model.safetensors"
 # Who reads published weights of a kind of model.
 DOORS = {
-    "bt_adapter": "pyvidx.integrations.checkpoints.load_official",
-    "malmm": "pyvidx.integrations.malmm_checkpoints.load_malmm",
+    "bt_adapter": "pyvidx.weights.bt_adapter.load_official",
+    "malmm": "pyvidx.weights.malmm.load_malmm",
 }
 # What a header that describes no model makes its constructor raise.
 REFUSALS = (
@@ -140,7 +140,7 @@ def _existing(path: str | Path, kind: str) -> Path:
 
 
 def _door(kind: str) -> str:
-    return f"published weights are read by {DOORS.get(kind, 'pyvidx.integrations')}"
+    return f"published weights are read by {DOORS.get(kind, 'pyvidx.weights')}"
 
 
 def _header(file: safe_open, path: Path, kind: str) -> dict:

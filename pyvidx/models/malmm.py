@@ -7,12 +7,12 @@ import torch
 from torch import Tensor, nn
 
 from pyvidx.backbones.eva import EVAVision
-from pyvidx.integrations.language import Language
 from pyvidx.layers.linear import dense
 from pyvidx.layers.plain import held
 from pyvidx.memory.qformer import Prompt, QFormer
 from pyvidx.memory.sources import FrameSource, LastSource, Memories, PushSource, ReadSource
 from pyvidx.models import files
+from pyvidx.models.language import Language
 from pyvidx.models.malmm_config import MALMMConfig
 from pyvidx.ops._library import require_tensors
 from pyvidx.ops.memory_merge import MemoryState, new_state
@@ -343,7 +343,7 @@ class MALMM(nn.Module):
     def from_pretrained(cls, path: str | Path, *, compat: str | None = None) -> "MALMM":
         """Load what `save` wrote, a file or its folder, in eval mode and with the dtypes of the file.
 
-        compat: in place of that saved. Published files are read by pyvidx.integrations.malmm_checkpoints.
+        compat: in place of that saved. Published files are read by pyvidx.weights.malmm.
 
         Raises:
             FileNotFoundError, ValueError: see pyvidx.models.files.load; compat is unknown.

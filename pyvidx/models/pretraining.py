@@ -11,8 +11,8 @@ from torch.utils.checkpoint import checkpoint
 from pyvidx.backbones.clip_text import CLIPText
 from pyvidx.layers.linear import dense
 from pyvidx.layers.plain import held
-from pyvidx.losses import GRADIENTS, alignment, contrastive, gather
 from pyvidx.models.bt_adapter import BTAdapter
+from pyvidx.models.losses import GRADIENTS, alignment, contrastive, gather
 from pyvidx.ops import token_gather
 from pyvidx.temporal.bt_adapter import split_rows
 from pyvidx.temporal.grouping import MASK_ORDERS, Grouping, grouping
@@ -49,7 +49,8 @@ class Pretraining(nn.Module):
         mask_rate: int(mask_rate * P) patches of every video are removed from the branch; the backbone sees all.
         mask_order: "tube", or "official": the public code's order, in which slots and groups are mixtures and a token's
             teacher is another token's; see pyvidx.temporal.grouping.
-        gradient: see pyvidx.losses.gather. With "official" the token loss weighs more the more processes there are.
+        gradient: see pyvidx.models.losses.gather. With "official" the token loss weighs more the more processes
+            there are.
         weights: of the losses, in the order of Losses.
         scale: of the cosines in both contrastive losses.
         drop_path: of the last branch layer, in training mode; the rates rise linearly from 0.

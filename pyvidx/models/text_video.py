@@ -10,13 +10,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pyvidx.backbones.clip_text import CLIPText, CLIPTextConfig
-from pyvidx.data.words import Words
+from pyvidx.backbones.words import Words
 from pyvidx.layers.plain import held
 from pyvidx.models import files
 from pyvidx.models.bt_adapter import BTAdapter
 from pyvidx.models.config import BTAdapterConfig, known
 
-DEFAULT = Path(__file__).parent / "weights" / "motion.safetensors"
+DEFAULT = Path(__file__).parent / "motion.safetensors"
 KIND = "text_video"
 
 

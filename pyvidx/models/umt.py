@@ -16,17 +16,17 @@ import torch
 from torch import Tensor, nn
 
 from pyvidx.backbones.clip import CLIPVision
-from pyvidx.encoding import Encoding
 from pyvidx.layers.block import Block
 from pyvidx.layers.linear import dense
 from pyvidx.layers.patch import patch_rows
 from pyvidx.layers.sincos import sincos_table
-from pyvidx.losses import alignment
 from pyvidx.models import files
 from pyvidx.models.config import known
+from pyvidx.models.losses import alignment
 from pyvidx.ops import token_gather
 from pyvidx.ops._library import require_tensors
 from pyvidx.sizes import check
+from pyvidx.temporal.encoding import Encoding
 from pyvidx.temporal.frames import check_frame_mask, frame_mean, real_only, token_mask
 
 

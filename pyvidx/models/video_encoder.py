@@ -9,11 +9,11 @@ from torch import Tensor, nn
 
 from pyvidx import temporal
 from pyvidx.backbones.clip import CLIPVision, CLIPVisionConfig
-from pyvidx.encoding import Encoding
 from pyvidx.layers.patch import patch_grid
 from pyvidx.models import files
 from pyvidx.models.config import BTAdapterConfig, known
 from pyvidx.ops._library import require_tensors
+from pyvidx.temporal.encoding import Encoding
 from pyvidx.temporal.frames import check_frame_mask, on_real_frames, real_only
 from pyvidx.temporal.module import OUTPUTS, TemporalModule
 

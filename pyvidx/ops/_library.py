@@ -1,7 +1,7 @@
 """How an op comes to life: schema, reference, fake, autograd and autocast in one call; kernels attach themselves.
 
 The reference is registered for every backend; a compiled CPU or CUDA kernel takes precedence where there is one. So an
-op runs on any device of any machine, and `python -m pyvidx.info` says whether a kernel or the reference will run.
+op runs on any device of any machine, and `python -m pyvidx info` says whether a kernel or the reference will run.
 """
 
 import os
@@ -13,7 +13,7 @@ from torch import Tensor
 
 _lib = torch.library.Library("pyvidx", "DEF")
 REFERENCES: dict[str, Callable] = {}  # op name -> reference, in order of definition
-FLOPS: dict[str, Callable] = {}  # op name -> its matrix products, for pyvidx.flops
+FLOPS: dict[str, Callable] = {}  # op name -> its matrix products, for pyvidx.models.flops
 
 
 def define(

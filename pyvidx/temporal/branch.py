@@ -6,12 +6,12 @@ import torch
 from torch import Tensor, nn
 
 from pyvidx.backbones.clip import CLIPVision, CLIPVisionConfig
-from pyvidx.encoding import Encoding
 from pyvidx.layers.linear import dense
 from pyvidx.layers.norm import foldable
 from pyvidx.layers.plain import held
 from pyvidx.ops import output_gate
 from pyvidx.temporal.bt_adapter import BTAdapterBranch, Mixed, split_rows
+from pyvidx.temporal.encoding import Encoding
 from pyvidx.temporal.frames import frame_mean, real_only
 from pyvidx.temporal.grouping import Grouping, grouping
 from pyvidx.temporal.module import OUTPUTS, Grid, TemporalModule

@@ -8,12 +8,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pyvidx.backbones.clip import CLIPVision, CLIPVisionConfig
-from pyvidx.encoding import Encoding
 from pyvidx.layers.block import Block
 from pyvidx.layers.linear import add_linear, dense
 from pyvidx.layers.plain import held
 from pyvidx.ops import bank_attention
 from pyvidx.ops.bank_attention import MAX_WIDTH
+from pyvidx.temporal.encoding import Encoding
 from pyvidx.temporal.frames import frame_mean, token_mask
 from pyvidx.temporal.module import OUTPUTS, Grid, TemporalModule
 from pyvidx.temporal.registry import register

@@ -7,10 +7,10 @@ import torch
 from torch import Tensor, nn
 
 from pyvidx.backbones.clip import CLIPVision, CLIPVisionConfig
-from pyvidx.encoding import Encoding
 from pyvidx.layers.block import Block
 from pyvidx.layers.plain import held
 from pyvidx.layers.sincos import sincos_table
+from pyvidx.temporal.encoding import Encoding
 from pyvidx.temporal.frames import frame_mean, token_mask
 from pyvidx.temporal.module import OUTPUTS, Grid, TemporalModule
 from pyvidx.temporal.registry import register

@@ -13,8 +13,8 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 
 from pyvidx.backbones.clip import CLIPVision, CLIPVisionConfig
-from pyvidx.encoding import Encoding
 from pyvidx.layers.block import Block
+from pyvidx.temporal.encoding import Encoding
 from pyvidx.temporal.frames import frame_mean
 
 OUTPUTS = ("tokens", "pooled")

@@ -8,10 +8,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pyvidx.backbones.clip import CLIPVision, CLIPVisionConfig
-from pyvidx.encoding import Encoding
 from pyvidx.layers.block import Block
 from pyvidx.layers.linear import add_linear, dense
 from pyvidx.ops import temporal_scale
+from pyvidx.temporal.encoding import Encoding
 from pyvidx.temporal.frames import frame_mean, real_only
 from pyvidx.temporal.module import OUTPUTS, Grid, TemporalModule, class_last
 from pyvidx.temporal.registry import register

@@ -12,15 +12,11 @@ from torch.utils.data import Dataset
 from pyvidx.backbones.clip import CLIPVision
 from pyvidx.backbones.clip_text import CLIPText
 from pyvidx.data.captions import KINDS, captioned
-from pyvidx.integrations.checkpoints import load_official, state_of
-from pyvidx.integrations.clip_text_weights import clip_text
-from pyvidx.integrations.clip_weights import clip_vision
-from pyvidx.integrations.hosts import LOCAL, importing
-from pyvidx.integrations.mma_export import export_mma, load_head
-from pyvidx.losses import GRADIENTS
+from pyvidx.hosts.importing import LOCAL, importing
 from pyvidx.models import files
 from pyvidx.models.bt_adapter import BTAdapter
 from pyvidx.models.config import BTAdapterConfig
+from pyvidx.models.losses import GRADIENTS
 from pyvidx.models.pretraining import Pretraining
 from pyvidx.preprocess import PRESETS
 from pyvidx.temporal.grouping import MASK_ORDERS
@@ -35,6 +31,10 @@ from pyvidx.train.pairs import Pairs, PairVideos
 from pyvidx.train.recipe import Recipe
 from pyvidx.train.task import Task
 from pyvidx.train.tokens import CONTEXT, ENDS, Tokenize, tokenizer, vocabulary
+from pyvidx.weights.bt_adapter import load_official, state_of
+from pyvidx.weights.clip import clip_vision
+from pyvidx.weights.clip_text import clip_text
+from pyvidx.weights.mma_export import export_mma, load_head
 
 MASKS = ("tube", "random")
 CHOICES = {
@@ -306,7 +306,7 @@ def _clip(config: Config, weights: str | dict, *, image: bool = True) -> tuple[C
 
 
 def _transformers(folder: str) -> tuple[CLIPVision, CLIPText]:
-    from pyvidx.integrations import huggingface
+    from pyvidx.hosts import huggingface
 
     with importing("train: a folder of transformers", "transformers"):
         from transformers import CLIPModel
@@ -317,7 +317,7 @@ def _transformers(folder: str) -> tuple[CLIPVision, CLIPText]:
 
 
 def _open_clip(open_clip: str, pretrained: str) -> tuple[CLIPVision, CLIPText]:
-    from pyvidx.integrations import open_clip as ours
+    from pyvidx.hosts import open_clip as ours
 
     if not Path(pretrained).is_file():
         raise FileNotFoundError(f"train: there is no file {pretrained}")  # open_clip would ask the network for it

@@ -20,9 +20,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-from pyvidx import flops
 from pyvidx.backbones import CLIPText, CLIPTextConfig
-from pyvidx.models import BTAdapter
+from pyvidx.models import BTAdapter, flops
 from pyvidx.models.config import BTAdapterConfig
 from pyvidx.models.pretraining import Pretraining
 from pyvidx.temporal.grouping import Grouping

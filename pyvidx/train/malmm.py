@@ -7,9 +7,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from pyvidx.integrations.hosts import LOCAL, importing
-from pyvidx.integrations.language import Language
-from pyvidx.integrations.malmm_checkpoints import export_malmm, load_malmm
+from pyvidx.hosts.importing import LOCAL, importing
+from pyvidx.models.language import Language
 from pyvidx.models.malmm import MALMM
 from pyvidx.preprocess import PRESETS
 from pyvidx.train.data import READERS, Batch, Videos, rows
@@ -19,6 +18,7 @@ from pyvidx.train.outputs import written
 from pyvidx.train.recipe import Recipe
 from pyvidx.train.task import Task
 from pyvidx.train.tokens import vocabulary
+from pyvidx.weights.malmm import export_malmm, load_malmm
 
 DTYPES = ("float32", "float16", "bfloat16")
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from pyvidx.integrations.hosts import LOCAL, importing
+from pyvidx.hosts.importing import LOCAL, importing
 
 ENDS = ("official", "kept")
 CONTEXT = 77

@@ -30,9 +30,9 @@ from safetensors.torch import save_file
 from pyvidx.__main__ import main as pyvidx_main
 from pyvidx.data import motion
 from pyvidx.files import write_json
-from pyvidx.integrations.mma_export import export_mma
 from pyvidx.models import MALMM
 from pyvidx.video import write
+from pyvidx.weights.mma_export import export_mma
 from tests.torchvision_shim import mend_torchvision
 
 VIDEOS = 8

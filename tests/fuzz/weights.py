@@ -21,9 +21,9 @@ from pathlib import Path
 import torch
 
 from pyvidx import memory
-from pyvidx.integrations.checkpoints import load_official
 from pyvidx.models import MALMM, BTAdapter, TextVideo, VideoEncoder
 from pyvidx.models.umt import UMTConfig, UMTStudent
+from pyvidx.weights.bt_adapter import load_official
 from tests.test_checkpoints import CONFIG, mma_file, state, tower
 from tests.test_weight_files import scripted
 

@@ -6,16 +6,16 @@ import pytest
 import torch
 
 from pyvidx.backbones.clip import CLIPVisionConfig
-from pyvidx.integrations.checkpoints import load_official, load_weights
-from pyvidx.integrations.clip_text_weights import clip_text
-from pyvidx.integrations.keys import THIRDS, locate
 from pyvidx.models.bt_adapter import BTAdapter
 from pyvidx.models.config import BTAdapterConfig
 from pyvidx.models.pretraining import Pretraining
-from pyvidx.models.pretraining_reference import ReferencePretraining
-from pyvidx.models.reference import ReferenceBTAdapter
+from pyvidx.reference.bt_adapter import ReferenceBTAdapter
+from pyvidx.reference.pretraining import ReferencePretraining
 from pyvidx.temporal.branch import fused_tokens
 from pyvidx.temporal.bt_adapter import split_rows
+from pyvidx.weights.bt_adapter import load_official, load_weights
+from pyvidx.weights.clip_text import clip_text
+from pyvidx.weights.keys import THIRDS, locate
 from tests.golden.vectors import Check, runner
 
 BOTH = ("reference", "fast", "folded")

@@ -5,13 +5,13 @@ import re
 import torch
 
 from pyvidx.backbones.eva import EVAVision, EVAVisionConfig
-from pyvidx.integrations.malmm_keys import export, rename
 from pyvidx.layers.patch import patch_rows, resize_positions
 from pyvidx.memory.qformer import QFormerConfig
 from pyvidx.models.malmm import MALMM
 from pyvidx.models.malmm_config import MALMMConfig
-from pyvidx.models.malmm_reference import EVAVisionReference, ReferenceMALMM
 from pyvidx.ops.memory_merge import in_order, memory_merge_
+from pyvidx.reference.malmm import EVAVisionReference, ReferenceMALMM
+from pyvidx.weights.malmm_keys import export, rename
 from tests.golden.vectors import runner
 
 

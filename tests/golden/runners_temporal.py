@@ -7,17 +7,17 @@ import torch.nn.functional as F
 
 from pyvidx import temporal
 from pyvidx.backbones.clip import CLIPVision, CLIPVisionConfig
-from pyvidx.integrations.clip_weights import fill
-from pyvidx.integrations.keys import THIRDS, locate, rename
 from pyvidx.layers.block import Block
-from pyvidx.losses import alignment
 from pyvidx.models import VideoEncoder
+from pyvidx.models.losses import alignment
 from pyvidx.models.umt import UMTConfig, UMTStudent, UnmaskedTeacher
 from pyvidx.temporal.clip_vip import proxy_attention
 from pyvidx.temporal.grid_pool import grid_pool, with_newlines
 from pyvidx.temporal.st_adapter import Adapter
 from pyvidx.temporal.st_pool import space_time_means
 from pyvidx.video.sampling import sample
+from pyvidx.weights.clip import fill
+from pyvidx.weights.keys import THIRDS, locate, rename
 from tests.golden.vectors import runner
 
 GRADIENT_TOLERANCE = 1e-4

@@ -16,14 +16,14 @@ import torch
 from torch import Tensor
 
 from pyvidx.backbones.eva import EVAVisionConfig
-from pyvidx.integrations.keys import Renamed, check_plain, groups
-from pyvidx.integrations.malmm_keys import export, rename
-from pyvidx.integrations.place import Report, match, place
-from pyvidx.integrations.state import Source, naming, state_of
 from pyvidx.layers.patch import resize_positions
 from pyvidx.memory.qformer import QFormerConfig
 from pyvidx.models.malmm import MALMM
 from pyvidx.models.malmm_config import MALMMConfig
+from pyvidx.weights.keys import Renamed, check_plain, groups
+from pyvidx.weights.malmm_keys import export, rename
+from pyvidx.weights.place import Report, match, place
+from pyvidx.weights.state import Source, naming, state_of
 
 AXES = {
     "vision.position": 2, "vision.patch.weight": 4, "vision.blocks.0.fc1.weight": 2, "qformer.query_tokens": 2,
@@ -161,7 +161,7 @@ def _remedy(tables: Sequence[Renamed]) -> str:
     if any("keys_values" in key or key.endswith("blocks.0.qkv.bias") for key in keys):
         remedy = "they are of pyvidx's own save: MALMM.from_pretrained reads that file"
     elif any("btadapter" in key or "timesFPN" in key for key in keys):
-        remedy = "they look like BT-Adapter's: pyvidx.integrations.checkpoints.load_official reads those"
+        remedy = "they look like BT-Adapter's: pyvidx.weights.bt_adapter.load_official reads those"
     elif names == {"vision"}:
         remedy = "they are the image tower alone: give the file of the Q-Former after it"
     elif names:

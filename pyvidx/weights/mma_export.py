@@ -5,8 +5,8 @@ import re
 import torch
 from torch import Tensor
 
-from pyvidx.integrations.keys import THIRDS
 from pyvidx.models.pretraining import Pretraining
+from pyvidx.weights.keys import THIRDS
 
 # Ours -> theirs, the first that fits; what follows is kept.
 NAMES = (

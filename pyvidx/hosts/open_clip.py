@@ -3,7 +3,7 @@
 from torch import nn
 
 from pyvidx.backbones.clip import CLIPVision, CLIPVisionConfig
-from pyvidx.integrations.clip_weights import fill
+from pyvidx.weights.clip import fill
 
 
 def clip_vision(model: nn.Module) -> CLIPVision:

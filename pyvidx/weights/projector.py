@@ -5,9 +5,9 @@ import re
 import torch
 from torch import nn
 
-from pyvidx.integrations.keys import check_plain, groups, without_wrappers
-from pyvidx.integrations.place import assign
-from pyvidx.integrations.state import Source, state_of
+from pyvidx.weights.keys import check_plain, groups, without_wrappers
+from pyvidx.weights.place import assign
+from pyvidx.weights.state import Source, state_of
 
 NAME = re.compile(r"mm_projector\.(.+)")
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from pyvidx.encode import Encoded
+from pyvidx.corpus.encode import Encoded
 from pyvidx.files import printable, whole, write_tensors
 from pyvidx.models import Encoding
 from pyvidx.tensor_files import note as header

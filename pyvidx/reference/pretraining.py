@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from pyvidx.models.reference import ReferenceBTAdapter
+from pyvidx.reference.bt_adapter import ReferenceBTAdapter
 from pyvidx.temporal.masking import Drops
 
 

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pyvidx.models.malmm_config import MALMMConfig
-from pyvidx.models.malmm_reference_layers import EVABlock, QFormerLayer, push
+from pyvidx.reference.malmm_layers import EVABlock, QFormerLayer, push
 
 
 class Bank(NamedTuple):

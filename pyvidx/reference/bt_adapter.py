@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from pyvidx.models.config import BTAdapterConfig
-from pyvidx.models.reference_layers import CLIPLayer, SpatialLayer, TemporalLayer
+from pyvidx.reference.bt_adapter_layers import CLIPLayer, SpatialLayer, TemporalLayer
 from pyvidx.temporal.masking import Drops
 
 

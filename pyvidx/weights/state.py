@@ -12,8 +12,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from pyvidx.integrations.torchscript import is_torchscript, read_torchscript
 from pyvidx.tensor_files import opened
+from pyvidx.weights.torchscript import is_torchscript, read_torchscript
 
 # Where training code puts the weights in what it saves; the first that is there is read.
 ENTRIES = (
@@ -212,7 +212,7 @@ def _unwrapped(content, where: str | Path, entry: str | None = None) -> dict[str
         if len(known) > 1:
             warnings.warn(
                 f"checkpoint: {where} holds {', '.join(known)}; {chosen} is read. "
-                f'pyvidx.integrations.state.read(path, entry="{known[1]}") gives another',
+                f'pyvidx.weights.state.read(path, entry="{known[1]}") gives another',
                 stacklevel=4,
             )
         content = content[chosen]

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from pyvidx.integrations.keys import Renamed, check_plain, different, groups
+from pyvidx.weights.keys import Renamed, check_plain, different, groups
 
 
 @dataclass

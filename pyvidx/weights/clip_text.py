@@ -5,8 +5,8 @@ import re
 import torch
 
 from pyvidx.backbones.clip_text import CLIPText, CLIPTextConfig
-from pyvidx.integrations.clip_weights import activation
-from pyvidx.integrations.keys import (
+from pyvidx.weights.clip import activation
+from pyvidx.weights.keys import (
     THIRDS,
     TOWER,
     WRAPPERS,
@@ -19,8 +19,8 @@ from pyvidx.integrations.keys import (
     stack,
     without_wrappers,
 )
-from pyvidx.integrations.place import assign
-from pyvidx.integrations.state import Source, state_of
+from pyvidx.weights.place import assign
+from pyvidx.weights.state import Source, state_of
 
 TOP = {
     "embeddings.token_embedding.weight": "token.weight",

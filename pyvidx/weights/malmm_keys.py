@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor
 
-from pyvidx.integrations.keys import Renamed, add, is_counter, stack, without_wrappers
+from pyvidx.weights.keys import Renamed, add, is_counter, stack, without_wrappers
 
 LAVIS, HUGGINGFACE = "lavis", "huggingface"
 _BLOCK = ("vision.blocks.{i}.", "visual_encoder.blocks.{i}.", "vision_model.encoder.layers.{i}.")

@@ -6,13 +6,13 @@ from torch import nn
 
 from pyvidx.backbones.clip import CLIPVision, CLIPVisionConfig
 from pyvidx.backbones.eva import EVAVision, EVAVisionConfig
-from pyvidx.integrations.clip_weights import fill
-from pyvidx.integrations.hosts import LOCAL, importing
-from pyvidx.integrations.malmm_keys import rename
-from pyvidx.integrations.place import place
+from pyvidx.hosts.importing import LOCAL, importing
 from pyvidx.memory.qformer import QFormerConfig
 from pyvidx.models.malmm import MALMM
 from pyvidx.models.malmm_config import MALMMConfig
+from pyvidx.weights.clip import fill
+from pyvidx.weights.malmm_keys import rename
+from pyvidx.weights.place import place
 
 EVA_TYPES = ("blip_2_vision_model", "instructblip_vision_model", "instructblipvideo_vision_model")
 
@@ -80,7 +80,7 @@ def eva_vision(model: nn.Module) -> EVAVision:
 def malmm(model: nn.Module, *, time_length: int = 0, compat: str = "official") -> MALMM:
     """MALMM with the weights of an InstructBLIP, InstructBLIP-Video or BLIP-2: what MA-LMM is without fine-tuning.
 
-    pyvidx.integrations.malmm_checkpoints.export_malmm(model, "huggingface") goes the other way.
+    pyvidx.weights.malmm.export_malmm(model, "huggingface") goes the other way.
 
     Args:
         model: the transformers model (4.x or 5.x). Its language model stays where it is.

@@ -8,7 +8,7 @@ files, with the numbers of the public code:
     video = model(pixels).pooled  # [B, 768]
 
     model, report = load_official("clip-vit-large-patch14", "sft_btadapter_weight.bin", part="tokens")  # chat
-    projector = load_projector("sft_mm_projector.bin")  # pyvidx.integrations.projector
+    projector = load_projector("sft_mm_projector.bin")  # pyvidx.weights.projector
     tokens = projector(model(pixels).tokens)  # [B, 257, 4096], for the language model
 
 `model.save("folder")` writes what BTAdapter.from_pretrained reads.
@@ -24,15 +24,15 @@ import torch
 from torch import Tensor
 
 from pyvidx.backbones.clip import CLIPVision, CLIPVisionConfig
-from pyvidx.integrations.clip_weights import Told, activation, told_by
-from pyvidx.integrations.keys import Renamed, check_plain, groups, is_official, rename
-from pyvidx.integrations.place import Report, match, place
-from pyvidx.integrations.state import Source as AnySource
-from pyvidx.integrations.state import naming, state_of
-from pyvidx.integrations.state import read as read
 from pyvidx.models import files
 from pyvidx.models.bt_adapter import BTAdapter
 from pyvidx.models.config import BTAdapterConfig
+from pyvidx.weights.clip import Told, activation, told_by
+from pyvidx.weights.keys import Renamed, check_plain, groups, is_official, rename
+from pyvidx.weights.place import Report, match, place
+from pyvidx.weights.state import Source as AnySource
+from pyvidx.weights.state import naming, state_of
+from pyvidx.weights.state import read as read
 
 Source = AnySource | CLIPVision
 HALF = "0.5 in every channel, as in the public chat tower: its files hold no gates"
@@ -56,7 +56,7 @@ def load_official(
         sources: files, folders, state dicts or modules; later ones replace weights of earlier ones (e.g. a CLIP, then a
             branch). Understood: the mma pretraining file, the llava tower (inference or training), the
             instruction-tuned branch, STAN, transformers', open_clip's and OpenAI's CLIP; in any wrappers and old
-            spellings. Or a CLIPVision (from pyvidx.integrations.huggingface or open_clip), which, as a folder with its
+            spellings. Or a CLIPVision (from pyvidx.hosts.huggingface or open_clip), which, as a folder with its
             config.json, also brings its heads, activation and eps.
         part: see BTAdapterConfig; "tokens" for the tuned branch (3 of 4 layers) on a CLIP.
         allow_missing: see load_weights.
@@ -216,13 +216,13 @@ def _remedy(tables: Sequence[Renamed]) -> str:
     if any(key.endswith(("blocks.0.qkv.weight", "keys_values.weight")) for key in keys):
         remedy = "they are of pyvidx's own save: from_pretrained of BTAdapter, VideoEncoder or MALMM reads that file"
     elif any("query_tokens" in key or "Qformer" in key for key in keys):
-        remedy = "they look like MA-LMM's or BLIP-2's: pyvidx.integrations.malmm_checkpoints.load_malmm reads those"
+        remedy = "they look like MA-LMM's or BLIP-2's: pyvidx.weights.malmm.load_malmm reads those"
     elif any(name.startswith("branch.") for name in names):
         remedy = 'they are a branch alone: give its CLIP before it, load_official(clip, branch, part="tokens")'
     elif names:
         remedy = (
             "they are a CLIP alone: give the branch after it, or make an image tower of it with "
-            "pyvidx.integrations.clip_weights.clip_vision(path)"
+            "pyvidx.weights.clip.clip_vision(path)"
         )
     else:
         remedy = "none of them is understood"

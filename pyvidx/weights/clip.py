@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from pyvidx.backbones.clip import CLIPVision, CLIPVisionConfig
-from pyvidx.integrations.keys import check_plain, count_layers, groups, rename
-from pyvidx.integrations.place import assign
-from pyvidx.integrations.state import Source, state_of
+from pyvidx.weights.keys import check_plain, count_layers, groups, rename
+from pyvidx.weights.place import assign
+from pyvidx.weights.state import Source, state_of
 
 AXES = {"position": 2, "patch": 4, "blocks.0.fc1.weight": 2, "projection.weight": 2}
 

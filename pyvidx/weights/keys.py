@@ -92,7 +92,7 @@ class Renamed:
 def rename(state: Mapping[str, Tensor]) -> Renamed:
     """Rename a state dict of any known source.
 
-    Layer indices are kept as they are, see pyvidx.integrations.checkpoints for files that count from a later layer.
+    Layer indices are kept as they are, see pyvidx.weights.bt_adapter for files that count from a later layer.
 
     Raises:
         ValueError: q, k or v of a layer is missing, or two keys mean the same weight.

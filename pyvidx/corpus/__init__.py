@@ -1,0 +1,1 @@
+"""Many files in, many embeddings out."""

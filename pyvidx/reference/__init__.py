@@ -1,0 +1,1 @@
+"""The public algorithms in plain torch: what tests and benches compare with."""
