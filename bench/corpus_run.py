@@ -1,8 +1,8 @@
 """A whole corpus, killed on the way: python -m bench.corpus_run --videos 20000 --folder FOLDER --out FILE.json
 
-Small clips of pyvidx.data.motion are made once, one in a hundred of them broken. `pyvidx encode` then runs over them
-twice: `killed`, with kill -9 at three moments and --resume after each, and `undisturbed`. Of both every row is compared,
-and memory (resident, of the run and of its decoding processes) and open files are sampled on the way.
+Small clips of pyvidx.data.motion are made once, one in a hundred of them broken. `pyvidx encode` runs over them twice:
+`killed`, with kill -9 at three moments and --resume after each, and `undisturbed`. All rows of the two are compared.
+Memory (resident, of the run and of its decoding processes) and open files are sampled on the way.
 """
 
 import argparse

@@ -1,6 +1,7 @@
 """Embeddings as .parquet: one row per file, failed ones included.
 
-Columns: path, error, damaged (JSON), seconds (list), pooled (fixed_size_list[E]), tokens (list of fixed_size_list[C]).
+Columns: path, error, damaged (JSON), seconds (list), pooled (fixed_size_list[E]), tokens (list of fixed_size_list[C]),
+tokens_shape ([N, C], for readers that hand out nested lists flat).
 Bytes of a path that are not UTF-8 are shown as \\\\udcNN; the metadata entry "pyvidx_paths" has such names.
 """
 
@@ -45,6 +46,9 @@ class Parquet:
         for name, width in layout.widths.items():
             values = [None if r.encoding is None else r.encoding[name][0] for r in rows]
             columns[name] = (_fixed if name == "pooled" else _lists)(pa, values, layout.dtype, width)
+            if name == "tokens":
+                shapes = [None if x is None else torch.tensor(x.shape) for x in values]
+                columns["tokens_shape"] = _fixed(pa, shapes, torch.int32, 2)
         noted = {i: name for i, name in enumerate(names) if name != shown[i]}
         table = pa.table(columns, metadata={"pyvidx": json.dumps(about), "pyvidx_paths": json.dumps(noted)})
         group = max(1, min(len(rows), _GROUP * len(rows) // max(1, table.nbytes)))
