@@ -24,7 +24,7 @@ import torch
 from pyvidx import corpus
 from pyvidx.corpus.folder import manifest, parts
 from pyvidx.data import motion
-from pyvidx.files import write_json
+from pyvidx.files import whole, write_json
 from pyvidx.video import write
 
 ROOT = Path(__file__).parents[1]
@@ -85,16 +85,9 @@ def make(folder: Path, count: int) -> dict[str, int]:
         if spoiled:  # in turn empty, no video, and cut before any frame
             content = path.read_bytes()
             content = (b"", b"this is not a video" * 20, content[: len(content) // 8])[i // BROKEN_EVERY % 3]
-            path.unlink()
-            write_bytes(path, content)
+            with whole(path) as part:
+                part.write_bytes(content)
     return {"videos": count, "broken": broken}
-
-
-def write_bytes(path: Path, content: bytes) -> None:
-    from pyvidx.files import whole
-
-    with whole(path) as part:
-        part.write_bytes(content)
 
 
 def run(folder: Path, name: str, videos: int, kills: int, options: argparse.Namespace) -> dict:
