@@ -20,6 +20,11 @@ POLICIES = {  # name: options with a capacity M, and the plain step
     "merge": (lambda M: dict(name="merge", capacity=M), plain.merge),
     "merge_average": (lambda M: dict(name="merge", capacity=M, weighted=False), partial(plain.merge, weighted=False)),
     "merge_frame": (lambda M: dict(name="merge", capacity=M, unit="frame"), plain.merge),
+    "merge_hard": (lambda M: dict(name="merge", capacity=M, hard=True), partial(plain.merge, hard=True)),
+    "merge_synchronized": (
+        lambda M: dict(name="merge", capacity=M, unit="synchronized"),
+        partial(plain.merge, alike=partial(plain.mean_of_cosines, N=N)),
+    ),
     "average": (lambda M: dict(name="average"), plain.merge),
     "fifo": (lambda M: dict(name="fifo", capacity=M), plain.fifo),
     "uniform": (lambda M: dict(name="uniform", capacity=M), plain.uniform),

@@ -92,7 +92,8 @@ def _check_values(bank: Bank) -> None:
     require(bool((order.sort(dim=-1).values == every).all()), "order must be a permutation of the slots")
     stored = every < length[:, None, None]
     in_order = sizes.gather(2, order.long())
-    require(bool((in_order[stored.expand_as(order)] >= 1).all()), "sizes must be at least 1 where an entry is")
+    least = 0 if bank.sparse else 1
+    require(bool((in_order[stored.expand_as(order)] >= least).all()), "sizes must be at least 1 where an entry is")
     require(bool((in_order[~stored.expand_as(order)] == 0).all()), "sizes must be 0 where none is")
     if bank.first is not None and bank.last is not None:
         fits = bank.first.shape == bank.last.shape == order.shape
