@@ -15,6 +15,7 @@ from pyvidx.memory.files import load, save
 from pyvidx.memory.keyframes import Keyframes, keyframes
 from pyvidx.memory.layout import batched
 from pyvidx.memory.merge import Average, Merge
+from pyvidx.memory.moviechat import MovieChat, MovieChatOneVision, moviechat_consolidate
 from pyvidx.memory.plot import History, plot
 from pyvidx.memory.policies import Concat, Fifo, Uniform
 from pyvidx.memory.policy import Policy
@@ -34,6 +35,8 @@ __all__ = [
     "History",
     "Keyframes",
     "Merge",
+    "MovieChat",
+    "MovieChatOneVision",
     "Policy",
     "ToMeSpace",
     "ToMeTime",
@@ -47,6 +50,7 @@ __all__ = [
     "load",
     "log_size_bias",
     "merge_tokens",
+    "moviechat_consolidate",
     "names",
     "plot",
     "reduce_tokens",

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 from pyvidx.memory.bank import Bank, Entries
-from pyvidx.memory.neighbors import clip_bank, mean_cosine, merge_once_, put_alike_, whole_cosine
+from pyvidx.memory.neighbors import mean_cosine, merge_once_, put_alike_, shrunk, whole_cosine
 from pyvidx.memory.policy import Policy, plain
 from pyvidx.memory.registry import register
 from pyvidx.memory.slots import full, slot_of, span_, stamp_
 from pyvidx.ops import memory_merge_, memory_replay_, memory_scan_
-from pyvidx.ops._library import require, require_tensors
+from pyvidx.ops._library import require
 
 CHUNK = 64  # frames that one scan takes: its plan and its list of attached rows grow with their number
 
@@ -68,22 +68,9 @@ class Merge(Policy):
         Raises:
             ValueError: a shape or dtype does not fit, or a gradient is asked for.
         """
-        name = f"{self.name}.shrink"
-        require_tensors(name, frames=frames, seconds=seconds, lengths=lengths)
-        fits = frames.dim() == 4 and min(frames.shape) >= 1 and frames.is_floating_point()
-        require(fits, f"{name}: frames must be floating [B, T, N, C], none of them 0", frames)
-        B, T = frames.shape[:2]
-        require(not (frames.requires_grad and torch.is_grad_enabled()), f"{name}: it has no gradient; detach frames")
-        for what, x, shape in (("seconds", seconds, (B, T)), ("lengths", lengths, (B,))):
-            fits = x is None or (x.shape == shape and x.device == frames.device)
-            require(fits, f"{name}: {what} must be {list(shape)} on the device of frames", x, frames)
-        with plain(frames.device.type):
-            bank = clip_bank(frames, seconds, lengths, self._likeness, self.whole_frame)
-            for left in range(T, self.capacity, -1):
-                on = None if lengths is None else bank.length == left
-                merge_once_(bank, self._likeness, self._how, on, self.anchors)
-            bound = min(T, self.capacity)
-            return dataclasses.replace(bank, bound=bound, ragged=lengths is not None).entries()
+        name, likeness = f"{self.name}.shrink", self._likeness
+        whole = self.whole_frame
+        return shrunk(name, frames, seconds, lengths, self.capacity, likeness, self._how, whole, self.anchors)
 
     @property
     def _likeness(self):

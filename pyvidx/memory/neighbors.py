@@ -6,14 +6,18 @@ values between neighbors are kept in Bank.similarity, so a merge costs two of th
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from pyvidx.memory.bank import Bank
+from pyvidx.memory.bank import Bank, Entries
+from pyvidx.memory.clips import check_clip
 from pyvidx.memory.layout import new_bank
+from pyvidx.memory.policy import plain
 from pyvidx.memory.slots import join_, put_, rows_at, set_, slot_of, wide
+from pyvidx.ops._library import require
 from pyvidx.ops.memory_merge import cosine
 
 Likeness = Callable[[Tensor, Tensor, int], Tensor]
@@ -70,23 +74,36 @@ def merge_once_(bank: Bank, likeness: Likeness, how: str, on: Tensor | None, fir
         relate_(bank, e, likeness, on)
 
 
-def clip_bank(frames: Tensor, seconds: Tensor | None, lengths: Tensor | None, likeness: Likeness, whole: bool) -> Bank:
-    """A bank that holds all frames of a clip [B, T, N, C], of which video b has the first lengths[b]."""
+def shrunk(
+    name: str,
+    frames: Tensor,
+    seconds: Tensor | None,
+    lengths: Tensor | None,
+    capacity: int,
+    likeness: Likeness,
+    how: str,
+    whole: bool,
+    first: int = 0,
+) -> Entries:
+    """A whole clip [B, T, N, C] merged down to `capacity` entries, the best pair of all first; of video b the first
+    lengths[b] frames. whole: frames merge as they are; False: each position for itself. first: as in merge_once_."""
+    there = check_clip(name, frames, lengths)
+    fits = seconds is None or (seconds.shape == there.shape and seconds.device == frames.device)
+    require(fits, f"{name}: seconds must be [B, T] on the device of frames", seconds, frames)
     B, T, N, C = frames.shape
     common = dict(dtype=frames.dtype, device=frames.device, attached=(), attached_dtype=frames.dtype, times=True)
     bank = new_bank(B, max(T, 2), N, C, whole_frame=whole, similarity=True, **common)
-    number = torch.arange(T, device=frames.device)
-    there = torch.ones(B, T, dtype=torch.bool, device=frames.device)
-    if lengths is not None:
-        there = number < lengths[:, None]
-    bank.length.add_(there.sum(1))
-    bank.seen.add_(there.sum(1))
-    bank.rows[:, :T] = frames.reshape(B, T, *bank.rows.shape[2:])
-    bank.sizes[..., :T] = there[:, None]
-    when = number.double().expand(B, T) if seconds is None else seconds.double()
-    for times in (bank.first, bank.last):
-        times[..., :T] = when[:, None]
-    if T > 1:
-        x, y = (rows.flatten(0, 1) for rows in (bank.rows[:, : T - 1], bank.rows[:, 1:T]))
-        bank.similarity[..., : T - 1] = likeness(x, y, N).unflatten(0, (B, T - 1)).transpose(1, 2)
-    return bank
+    with plain(frames.device.type):
+        bank.length.add_(there.sum(1))
+        bank.seen.add_(bank.length)
+        bank.rows[:, :T] = frames.reshape(B, T, *bank.rows.shape[2:])
+        bank.sizes[..., :T] = there[:, None]
+        when = torch.arange(T, device=frames.device).expand(B, T) if seconds is None else seconds
+        for times in (bank.first, bank.last):
+            times[..., :T] = when[:, None]
+        if T > 1:
+            x, y = (rows.flatten(0, 1) for rows in (bank.rows[:, : T - 1], bank.rows[:, 1:T]))
+            bank.similarity[..., : T - 1] = likeness(x, y, N).unflatten(0, (B, T - 1)).transpose(1, 2)
+        for left in range(T, capacity, -1):
+            merge_once_(bank, likeness, how, None if lengths is None else bank.length == left, first)
+    return dataclasses.replace(bank, bound=min(T, capacity), ragged=lengths is not None).entries()

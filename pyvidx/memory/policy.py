@@ -193,11 +193,17 @@ class Policy:
         for a, b in pairs:
             mine, given = a.tensors(), b.tensors()
             fits &= mine.keys() == given.keys() and a.positions == b.positions
+            fits &= a.sparse == b.sparse and len(a.counts) == len(b.counts)
             fits = fits and all(self._fits(mine[name], x) for name, x in given.items())
+            fits = fits and all(x.dtype == b.extra[name].dtype for name, x in a.extra.items())
         require(
             fits, f"{self.name}.check: the bank was made by another policy or with other options than {self.spec()}"
         )
         return bank
+
+    def check_extra(self, bank: Bank) -> None:
+        """ValueError where what this policy keeps beside the entries has values that it never leaves there; waits for
+        the device."""
 
     def _fits(self, mine: Tensor, given: Tensor) -> bool:
         return mine.shape == given.shape

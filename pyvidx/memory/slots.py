@@ -72,6 +72,18 @@ def join_(bank: Bank, i: Tensor, j: Tensor, on: Tensor | None, how: str) -> None
     remove_(bank, j, on)
 
 
+def copy_(bank: Bank, entry: Tensor, on: Tensor | None) -> None:
+    """Append a copy of an entry; there is a free slot."""
+    slot = slot_of(bank, entry)
+    to = slot_of(bank, bank.length[:, None].long().expand_as(slot))
+    for rows in (bank.rows, *bank.attached):
+        set_rows_(rows, to, rows_at(rows, slot), on)
+    for values in (bank.sizes, bank.first, bank.last):
+        if values is not None:
+            set_(values, to, values.gather(2, slot[..., None]).squeeze(2), on)
+    count_(bank, 1, on)
+
+
 def span_(bank: Bank, keep: Tensor, gone: Tensor, on: Tensor | None) -> None:
     """The times of slots `keep` reach over those of `gone` as well. on: bool [B] or [B, G]."""
     if bank.first is not None:
@@ -91,6 +103,11 @@ def remove_(bank: Bank, entry: Tensor, on: Tensor | None) -> None:
     shifted[..., -1] = slot
     bank.order.copy_(shifted if on is None else torch.where(on[:, None, None], shifted, bank.order))
     count_(bank, -1, on)
+
+
+def may(on: Tensor) -> bool:
+    """False where it is known that no element is True: on a CPU. A GPU is not waited for."""
+    return not on.is_cpu or torch.compiler.is_compiling() or bool(on.any())
 
 
 def count_(bank: Bank, change: int, on: Tensor | None) -> None:

@@ -59,3 +59,43 @@ def vidcom2(file, run, variant, check):
             keep = memory.vidcom2(frames[None], 1 - options["base_scale"], form="authors")[0]
         assert keep.sum() == options["count"]
         check.equal(f"{run}.keep.{i}", keep)
+
+
+def level(bank, last):
+    """The rows of a bank of one video: all, and the last ones."""
+    rows = bank.entries().rows[0]
+    return rows[: len(rows) - last], rows[len(rows) - last :]
+
+
+@method("moviechat_fragments")
+def moviechat_fragments(file, run, variant, check):
+    frames, case = file.tensors[f"{run}.frames"], file.meta["cases"][run]
+    used, short, merged = case["n_frame"], case["short_memory_length"], case["short_memory_merge"]
+    policy = memory.create("moviechat", fragment=100, used=used, short=short, merged=merged)
+    bank = policy.new(1, *frames.shape[1:])
+    for i, (fragment, length) in enumerate(zip(frames.split(case["fragments"]), case["long_lengths"])):
+        bank = policy.extend(bank, fragment[None])
+        check(f"{run}.recent.{i}", level(bank, int(bank.extra["recent"]))[1], 0)
+        bank = policy.flush(bank)
+        rows = bank.entries().rows[0]
+        check(f"{run}.long", rows, 1e-6, part=(slice(length),))
+    assert bank.frames == len(frames) and len(rows) == case["long_lengths"][-1]
+
+
+@method("moviechat_onevision")
+def moviechat_onevision(file, run, variant, check):
+    frames, case = file.tensors[f"{run}.frames"], file.meta["cases"][run]
+    options = dict(short=case["short_memory_length"], merged=case["merge_frame_length"])
+    policy = memory.create("moviechat", form="onevision", **options)
+    bank = policy.new(1, *frames.shape[1:])
+    for window, long, short in zip(frames.split(case["window"]), case["long_lengths"], case["short_lengths"]):
+        bank = policy.extend(bank, window[None])
+        old, new = level(bank, short)
+        check(f"{run}.long", old, 1e-6, part=(slice(long),))
+    check(f"{run}.short", new, 1e-6)
+
+
+@method("moviechat_consolidate")
+def moviechat_consolidate(file, run, variant, check):
+    frames, L = file.tensors[f"{run}.frames"][None], file.meta["cases"][run]["long_memory_length"]
+    check(f"{run}.long", memory.moviechat_consolidate(frames, L, compat="official").rows[0], 1e-6)
