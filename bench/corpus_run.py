@@ -17,14 +17,18 @@ import tempfile
 import time
 from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
 
 from pyvidx import corpus
+from pyvidx.corpus.engines import Job
 from pyvidx.corpus.folder import manifest, parts
+from pyvidx.corpus.rates import Rates, measure
 from pyvidx.data import motion
 from pyvidx.files import whole, write_json
+from pyvidx.models import TextVideo
 from pyvidx.video import write
 
 ROOT = Path(__file__).parents[1]
@@ -53,13 +57,14 @@ def main(argv: Sequence[str] | None = None) -> dict:
             for name, kills in (("killed", options.kills), ("undisturbed", 0))
         }
         compared = compare(folder / "killed", folder / "undisturbed", made)
+        rates = asdict(measured(folder / "clips"))
     result = {
         "about": {
             "machine": platform.processor() or platform.machine(), "cores": os.cpu_count(), "torch": torch.__version__,
             "load_average": os.getloadavg(), "clips": f"{2 * FRAMES} frames of {SIZE} x {SIZE}", "job": " ".join(JOB),
             "part_rows": options.part_rows, "seed": options.seed, **made,
         },
-        "compared": compared,
+        "compared": compared, "rates": rates,
         "runs": runs,
     }  # fmt: skip
     if options.out:
@@ -133,6 +138,13 @@ def run(folder: Path, name: str, videos: int, kills: int, options: argparse.Name
         "last summary": last, "parts": len(parts(out)), "bytes_per_row": round(bytes_kept / videos, 1),
         "flat": flat(samples), "samples": samples[:: max(1, len(samples) // 200)],
     }  # fmt: skip
+
+
+def measured(clips: Path) -> Rates:
+    """On 200 of the clips, one core, for `pyvidx plan encode --rates`."""
+    paths = sorted(map(str, clips.rglob("*.mp4")))
+    job = Job(frames=FRAMES, outputs=("pooled",), batch=8)
+    return measure(paths[:: max(1, len(paths) // 200)], TextVideo.default().model.fold(), job)
 
 
 def flat(samples: list[dict]) -> dict:

@@ -13,10 +13,9 @@ import torch
 from pyvidx.cli import arguments
 from pyvidx.corpus import embeddings, engines, stores
 from pyvidx.corpus.encode import Encoded, Timing, encode_videos, widths
-from pyvidx.corpus.folder import DTYPES, Corpus, Manifest, check
+from pyvidx.corpus.folder import DTYPES, Corpus, Manifest, check, made_of
 from pyvidx.files import printable
 from pyvidx.models import BTAdapter, TextVideo
-from pyvidx.models.files import digest
 from pyvidx.preprocess import PRESETS
 from pyvidx.video import find_videos, sampling
 from pyvidx.video.pool import shared
@@ -35,6 +34,22 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("videos", nargs="+", type=arguments.file, help="video files, or folders that are searched for them")
     p.add_argument("--out", help="where the embeddings go: a folder, which takes a corpus of any size part by part and "
                    f"can be resumed, or a file: {', '.join(embeddings.FORMATS)}")  # fmt: skip
+    add_job(p)
+    p.add_argument("--workers", type=arguments.count, default=1, help="how many read ahead")
+    arguments.add_overwrite(p)
+    f = p.add_argument_group("if --out is a folder")
+    f.add_argument("--resume", action="store_true", help="go on: videos that have a row there are left out")
+    f.add_argument("--retry-errors", action="store_true", help="with --resume, encode again what failed")
+    f.add_argument("--store", choices=list(stores.STORES), default="parquet", help="format of its parts")
+    f.add_argument("--part-rows", type=arguments.count, default=1000, help="rows of a part at most; of large "
+                   "embeddings it has fewer, 64 MB, and one is written at least every 5 minutes")  # fmt: skip
+    f.add_argument("--engine", choices=list(engines.ENGINES), default="local",
+                   help="local: this machine; ray: Ray Data, on this machine or the cluster it is part of")  # fmt: skip
+    return p
+
+
+def add_job(p: argparse.ArgumentParser) -> None:
+    """The model, and what is done to every video."""
     p.add_argument("--model", type=arguments.weights, help="weights of BTAdapter.save, or a published file (.pth, "
                    ".bin, .safetensors); without: a small built-in model")  # fmt: skip
     p.add_argument("--compat", choices=["official", "paper"], help="compute as the public code does, or as the paper "
@@ -50,20 +65,14 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--outputs", type=arguments.outputs, default="pooled,tokens",
                    help="pooled (video embedding), tokens (for a language model)")  # fmt: skip
     p.add_argument("--batch", type=arguments.count, default=1, help="videos encoded together")
-    p.add_argument("--workers", type=arguments.count, default=1, help="how many read ahead")
     p.add_argument("--device", type=arguments.device, default="cuda" if torch.cuda.is_available() else "cpu")
     p.add_argument("--dtype", choices=list(DTYPES), help="default: float16 on a GPU, float32 on a CPU")
     p.add_argument("--dtype-out", choices=list(DTYPES), default="float32", help="of the embeddings that are written")
-    arguments.add_overwrite(p)
-    f = p.add_argument_group("if --out is a folder")
-    f.add_argument("--resume", action="store_true", help="go on: videos that have a row there are left out")
-    f.add_argument("--retry-errors", action="store_true", help="with --resume, encode again what failed")
-    f.add_argument("--store", choices=list(stores.STORES), default="parquet", help="format of its parts")
-    f.add_argument("--part-rows", type=arguments.count, default=1000, help="rows of a part at most; of large "
-                   "embeddings it has fewer, 64 MB, and one is written at least every 5 minutes")  # fmt: skip
-    f.add_argument("--engine", choices=list(engines.ENGINES), default="local",
-                   help="local: this machine; ray: Ray Data, on this machine or the cluster it is part of")  # fmt: skip
-    return p
+
+
+def job_of(options: argparse.Namespace) -> engines.Job:
+    names = ("frames", "sampler", "reader", "preset", "start", "end", "outputs", "batch")
+    return engines.Job(**{n: getattr(options, n) for n in names}, dtype=DTYPES[options.dtype_out])
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -83,16 +92,14 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise ValueError(f"--model must read pixels, {options.model} reads stored features")
         if lacking := [name for name in options.outputs if name not in loaded.outputs]:
             raise ValueError(f"--outputs must be {','.join(loaded.outputs)} with this model, got {','.join(lacking)}")
-        random, weights = loaded.is_random, digest(loaded.state_dict()) if folder else None
+        random, made = loaded.is_random, made_of(loaded) if folder else {}
         model = folded(loaded, options.device, options.dtype)
-        corpus = _corpus(options, model, weights, random) if folder else None
+        corpus = _corpus(options, model, made, random) if folder else None
     except (OSError, RuntimeError, ValueError) as error:
         p.error(str(error))
     if left_out:
         print(f"NOTE: {left_out}", file=sys.stderr)
-    names = ("frames", "sampler", "reader", "preset", "start", "end", "outputs", "batch")
-    job = engines.Job(**{n: getattr(options, n) for n in names}, dtype=DTYPES[options.dtype_out])
-    timing = Timing()
+    job, timing = job_of(options), Timing()
     if corpus is not None:
         _into_folder(options, corpus, engine, model, job, paths, timing)
     else:
@@ -127,25 +134,25 @@ def _check_output(p: argparse.ArgumentParser, options: argparse.Namespace, folde
 
 
 def _made(options: argparse.Namespace) -> dict[str, str]:
-    """What embeddings depend on, but for the weights."""
+    """What embeddings depend on, but for the model."""
     names = ("compat", "frames", "sampler", "start", "end", "reader", "preset", "outputs", "dtype", "dtype_out")
     given = {name: getattr(options, name) for name in names}
     given |= {"outputs": ",".join(options.outputs), "dtype": dtype_of(options.device, options.dtype)}
     return {name: str(value).removeprefix("torch.") for name, value in given.items() if value is not None}
 
 
-def _corpus(options: argparse.Namespace, model: BTAdapter, weights: str, random: bool) -> Corpus:
+def _corpus(options: argparse.Namespace, model: BTAdapter, made: dict[str, str], random: bool) -> Corpus:
     notes = {"model": str(options.model), "is_random": str(random), "device": options.device}
-    made = Manifest(
+    manifest = Manifest(
         options.store,
         widths(model, options.frames, options.outputs),
         options.dtype_out,
-        _made(options) | {"weights": weights},
+        _made(options) | made,
         {name: value for name, value in notes.items() if value != "None"},
     )
     return Corpus(
         options.out,
-        made,
+        manifest,
         resume=options.resume,
         overwrite=options.overwrite,
         retry_errors=options.retry_errors,
