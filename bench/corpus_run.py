@@ -153,10 +153,11 @@ def flat(samples: list[dict]) -> dict:
     settled = [s for s in longest if s["processes"] > 1] or longest
     n = max(1, len(settled) // 4)
     early, late = settled[n : 2 * n] or settled, settled[-n:]
-    return {
-        name: [statistics.median(s[name] for s in part) for part in (early, late)] + [max(s[name] for s in settled)]
-        for name in ("run_mib", "decoders_mib", "open_files", "processes")
-    } | {"rows": [early[0]["rows"], late[-1]["rows"]]}
+    found = {"rows": {"second quarter": early[0]["rows"], "last quarter": late[-1]["rows"]}}
+    for name in ("run_mib", "decoders_mib", "open_files", "processes"):
+        before, after = (statistics.median(s[name] for s in part) for part in (early, late))
+        found[name] = {"second quarter": before, "last quarter": after, "most": max(s[name] for s in settled)}
+    return found
 
 
 def compare(one: Path, other: Path, made: dict[str, int]) -> dict:
