@@ -7,8 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from pyvidx.backbones.clip import CLIPVision
-from pyvidx.layers.patch import patch_grid
+from pyvidx.backbones.vit import ViT
 from pyvidx.layers.plain import held
 from pyvidx.models import files
 from pyvidx.models.config import BTAdapterConfig
@@ -44,7 +43,7 @@ class BTAdapter(nn.Module):
         self.config, self.compat, self.tower = config, compat, tower
         self.is_random, self.folded = True, False
         v, full = config.vision, config.part == "full"
-        self.backbone = CLIPVision(v, layers=config.backbone_layers, embeddings=config.part != "features", head=full)
+        self.backbone = ViT(v, layers=config.backbone_layers, embeddings=config.part != "features", head=full)
         self.backbone.requires_grad_(False)
         self.branch = BTAdapterBranch(
             v.width,
@@ -123,11 +122,11 @@ class BTAdapter(nn.Module):
         real = check_frame_mask("BTAdapter", frame_mask, *x.shape[:2], x.device)
         # Refuses a wrong shape or frame count before the work.
         group = self.grouping(x, frame_mask=real, interpolate=interpolate)
-        x = real_only(x, real)
+        table, x = self._table(x, interpolate), self.backbone.own(real_only(x, real))
         for i in self._branch_inputs(wanted):
             x = self.backbone.blocks[str(i)](x)
-            xs.append(x)
-        return self._encode(xs, self._table(x, interpolate), group, wanted, times)
+            xs.append(self.backbone.with_class(x))
+        return self._encode(xs, table, group, wanted, times)
 
     def encode_layers(
         self,
@@ -199,7 +198,7 @@ class BTAdapter(nn.Module):
         return self._group(x.shape[1], x.shape[2] - 1, mask, x.device, wanted, frame_mask)
 
     def _position_of(self, pixels: Tensor, interpolate: bool) -> Tensor:
-        rows, columns = patch_grid("BTAdapter", pixels, self.config.vision.patch_size)
+        rows, columns = self.backbone.grid_of(pixels, "BTAdapter")
         return self.backbone.positions(rows, columns, interpolate=interpolate)
 
     def _table(self, x: Tensor, interpolate: bool | tuple[int, int]) -> Tensor:

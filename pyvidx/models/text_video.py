@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pyvidx.backbones.clip_text import CLIPText, CLIPTextConfig
+from pyvidx.backbones.text import TextConfig, TextTower
 from pyvidx.backbones.words import Words
 from pyvidx.layers.plain import held
 from pyvidx.models import files
@@ -33,7 +33,7 @@ class TextVideo:
     """
 
     model: BTAdapter
-    text: CLIPText
+    text: TextTower
     words: Words
     about: dict
 
@@ -69,7 +69,7 @@ class TextVideo:
             if not all(isinstance(word, str) for word in words) or not isinstance(about, dict):
                 raise TypeError("vocabulary must be words, and about an object")
             model = BTAdapter(BTAdapterConfig.from_dict(header["config"]), compat=compat, tower=tower)
-            text = CLIPText(CLIPTextConfig(**known(CLIPTextConfig, header["text"])))
+            text = TextTower(TextConfig(**known(TextConfig, header["text"])))
             if len(Words(words, text.config.context)) > text.config.vocab:
                 raise ValueError(f"vocabulary has more words than the {text.config.vocab} rows of the text tower")
             return nn.ModuleDict({"model": model, "text": text})

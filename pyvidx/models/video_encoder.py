@@ -1,4 +1,4 @@
-"""A frozen CLIP tower and a temporal module of any kind: videos to tokens and one vector."""
+"""A frozen image tower and a temporal module of any kind: videos to tokens and one vector."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -8,8 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from pyvidx import temporal
-from pyvidx.backbones.clip import CLIPVision, CLIPVisionConfig
-from pyvidx.layers.patch import patch_grid
+from pyvidx.backbones.vit import ViT, ViTConfig
 from pyvidx.models import files
 from pyvidx.models.config import BTAdapterConfig, known
 from pyvidx.ops._library import require_tensors
@@ -33,7 +32,7 @@ class VideoEncoder(nn.Module):
         is_random: the weights came from no file.
     """
 
-    def __init__(self, tower: CLIPVision, temporal: TemporalModule):
+    def __init__(self, tower: ViT, temporal: TemporalModule):
         super().__init__()
         whole = hasattr(tower, "patch") and tower.norm_post is not None and tower.layers == range(tower.config.layers)
         if not whole or temporal.vision != tower.config:
@@ -73,7 +72,7 @@ class VideoEncoder(nn.Module):
         pixels, real, wanted = self._read(pixels), self._real(frame_mask, pixels), self._wanted(outputs)
         reads = self.temporal.reads
         reads = reads if "pooled" in wanted else reads[:-1]
-        grid = _grid_option(patch_grid("VideoEncoder", pixels, self.tower.config.patch_size), interpolate)
+        grid = _grid_option(self.tower.grid_of(pixels, "VideoEncoder"), interpolate)
         if self.temporal.reads_only:
             xs = self._run_tower(pixels, real, reads, interpolate)
         else:
@@ -130,7 +129,7 @@ class VideoEncoder(nn.Module):
         for i in range(reads.stop):
             x = self.temporal.block(i, self.tower.blocks[str(i)], x, real, **grid)
             if i in reads:
-                found.append(x)
+                found.append(self.temporal.rows(x, self.tower, real, **grid))
         return tuple(found)
 
     def _need_reads_only(self) -> None:
@@ -171,8 +170,8 @@ class VideoEncoder(nn.Module):
         """
 
         def build(header: dict) -> VideoEncoder:
-            vision = CLIPVisionConfig(**known(CLIPVisionConfig, header["vision"]))
-            return cls(CLIPVision(vision), temporal.create(vision=vision, **header["temporal"]))
+            vision = ViTConfig(**known(ViTConfig, header["vision"]))
+            return cls(ViT(vision), temporal.create(vision=vision, **header["temporal"]))
 
         model, header = files.load(path, "video_encoder", build)
         model.tower.requires_grad_(False)
@@ -185,7 +184,7 @@ class VideoEncoder(nn.Module):
         vision = BTAdapterConfig.named(size).vision
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
-            return cls(CLIPVision(vision), temporal.create(name, vision, **options)).eval()
+            return cls(ViT(vision), temporal.create(name, vision, **options)).eval()
 
 
 def _grid_option(grid: tuple[int, int], interpolate: bool | tuple[int, int]) -> dict:

@@ -5,8 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from pyvidx.backbones.clip import CLIPVision, CLIPVisionConfig
-from pyvidx.layers.linear import dense
+from pyvidx.backbones.vit import ViT, ViTConfig
 from pyvidx.layers.norm import foldable
 from pyvidx.layers.plain import held
 from pyvidx.ops import output_gate
@@ -37,7 +36,7 @@ class Branch(TemporalModule):
 
     def __init__(
         self,
-        vision: CLIPVisionConfig,
+        vision: ViTConfig,
         *,
         depth: int = 4,
         time_length: int = 64,
@@ -69,7 +68,7 @@ class Branch(TemporalModule):
     def reads(self) -> range:
         return range(self.vision.layers - len(self.branch.spatial), self.vision.layers)
 
-    def init_from(self, tower: CLIPVision) -> None:
+    def init_from(self, tower: ViT) -> None:
         """The official start of training: space attention and MLP copied from the backbone layers read."""
         for i, layer in zip(self.reads, self.branch.spatial):
             layer.load_state_dict(tower.blocks[str(i)].state_dict())
@@ -77,21 +76,22 @@ class Branch(TemporalModule):
     def encode(
         self,
         xs: Sequence[Tensor],
-        tower: CLIPVision,
+        tower: ViT,
         frame_mask: Tensor | None = None,
         outputs: Sequence[str] = OUTPUTS,
         grid: Grid | None = None,
     ) -> Encoding:
         """tokens: backbone and branch after the last layer but one, averaged over time and with each other."""
         wanted, group = list(xs if "pooled" in outputs else xs[:-1]), self._group(xs[0], frame_mask)
-        position = held(tower, "position") if grid is None else tower.positions(*grid, interpolate=True)
+        side = tower.config.side
+        position = tower.positions(*(grid or (side, side)), interpolate=grid is not None)
         return encode_branch(self.branch, wanted, tower, position, group, outputs, **self._heads(tower))
 
     def _group(self, x: Tensor, frame_mask: Tensor | None) -> Grouping:
         T, P, rows = x.shape[1], x.shape[2] - 1, len(self.branch.time)
         return grouping(T, P, time_length=rows, frame_mask=frame_mask, device=x.device)
 
-    def _heads(self, tower: CLIPVision) -> dict:
+    def _heads(self, tower: ViT) -> dict:
         return {"gate": held(self, "output_gate"), "gate_scale": self.output_gate_scale}
 
 
@@ -101,7 +101,7 @@ class BTAdapterModule(Branch):
 
     def __init__(
         self,
-        vision: CLIPVisionConfig,
+        vision: ViTConfig,
         *,
         depth: int = 4,
         time_length: int = 64,
@@ -116,7 +116,7 @@ class BTAdapterModule(Branch):
 def encode_branch(
     branch: BTAdapterBranch,
     xs: Sequence[Tensor],
-    tower: CLIPVision,
+    tower: ViT,
     position: Tensor,
     group: Grouping,
     outputs: Sequence[str],
@@ -145,9 +145,9 @@ def encode_branch(
         z, cls = split_rows(layers[-1])
         tokens = fused_tokens(xs[last - 1], group.patch_mean(z), cls, real)
     frames = frame_vectors(xs[last], branch.spatial[last].class_token(mixed, real), tower, gate, gate_scale)
-    # The projection has no bias: the mean of the frames' projections is the projection of their mean.
-    frames = real_only(frames, real) if per_frame else frame_mean(frames, real)
-    return Encoding(tokens, frames if tower.projection is None else dense(frames, tower.projection))
+    # The projection is linear: the mean of the frames' projections is the projection of their mean.
+    pooled = real_only(tower.project(frames), real) if per_frame else tower.project(frame_mean(frames, real))
+    return Encoding(tokens, pooled)
 
 
 def until_last(
@@ -158,14 +158,15 @@ def until_last(
     return layers, branch.mix(len(xs) - 1, xs[-1], layers[-1] if layers else None, position, group, seed=seed)
 
 
-def frame_vectors(x: Tensor, cls: Tensor, tower: CLIPVision, gate: Tensor | None, gate_scale: float) -> Tensor:
-    """LN((1 - w) cls + w X_cls) of every frame, w = sigmoid(gate_scale * gate); without a gate LN(cls + X_cls).
+def frame_vectors(x: Tensor, cls: Tensor, tower: ViT, gate: Tensor | None, gate_scale: float) -> Tensor:
+    """The tower's head of (1 - w) cls + w X_cls of every frame, w = sigmoid(gate_scale * gate); without a gate of
+    cls + X_cls. The head is a LayerNorm, or SigLIP's residual MLP.
 
     x [B, T, 1+P, C] of the last backbone layer, cls [B, C] of the last branch layer -> [B, T, C].
     """
-    norm = foldable(tower.norm_post, x)
+    norm = foldable(tower.norm_post, x) if tower.pool is None else None
     frames = output_gate(x[:, :, 0], cls, gate, scale=gate_scale, norm=norm)
-    return tower.norm_post(frames) if norm is None else frames
+    return tower.head(frames) if norm is None else frames
 
 
 def fused_tokens(x: Tensor, patches: Tensor, cls: Tensor, frame_mask: Tensor | None = None) -> Tensor:
