@@ -186,5 +186,5 @@ def test_transformers(kind):
 def test_transformers_refused():
     with pytest.raises(ValueError, match="must be an InstructBLIP or BLIP-2"):
         huggingface.malmm(nn.Linear(2, 2))
-    with pytest.raises(ValueError, match="must be an InstructBLIP or BLIP-2"):
+    with pytest.raises(ValueError, match="must be one of transformers"):
         huggingface.vision_tower(nn.Linear(2, 2))

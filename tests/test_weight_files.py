@@ -38,7 +38,7 @@ def test_wrappers(prefix):
     if not prefix.startswith(("image", "visual", "trunk")) and "vision" not in prefix:
         counted = clip_keys() | {"n_averaged": torch.tensor(3)}
         clip = vision_tower({prefix + key: value for key, value in counted.items()}, **QUICK)
-        assert torch.equal(clip.blocks["3"].fc1.weight, model.backbone.blocks["3"].fc1.weight)
+        assert torch.equal(clip.blocks["3"].fc1.weight, model.tower.blocks["3"].fc1.weight)
         ours = MALMM.default()
         wrapped = {prefix + key: value for key, value in export_malmm(ours, "lavis").items()}
         found, report = load_malmm(wrapped, vision_heads=4, heads=4)
@@ -182,7 +182,7 @@ def test_activation_is_told_or_warned_of(tmp_path):
         vision = load_official(tmp_path, tuned, part="tokens")[0].config.vision
         assert (vision.hidden_act, vision.heads) == ("gelu", 2)
     (tmp_path / "config.json").write_text('{"vision_config": {"num_attention_heads": 2, "hidden_act": "mish"}}')
-    with pytest.raises(ValueError, match="hidden_act must be quick_gelu or gelu"):
+    with pytest.raises(ValueError, match="hidden_act must be one of quick_gelu, gelu.*mish"):
         load_official(tmp_path, tuned, part="tokens")
 
 

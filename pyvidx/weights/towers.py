@@ -156,7 +156,7 @@ def tower_names(state: Mapping[str, Tensor]) -> Renamed:
     """The weights of the image tower in a state dict of any known naming under ViT's names."""
     is_eva = any(map(EVA.match, state))
     renamed = malmm_keys.rename(state) if is_eva else rename(state)
-    start = "vision." if is_eva else "backbone."
+    start = "vision." if is_eva else "tower."
     weights = {n.removeprefix(start): w for n, w in renamed.weights.items() if n.startswith(start) or not is_eva}
     if is_eva and "norm_post.weight" not in weights:
         weights |= _eva_head(state)
