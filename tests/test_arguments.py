@@ -44,7 +44,7 @@ def refused(command, given, capsys) -> str:
         command(given)
     said = capsys.readouterr()
     assert stop.value.code == 2 and not said.out
-    assert said.err.count("\n") == 1 and said.err.startswith("python -m pyvidx")
+    assert said.err.count("\n") == 1 and said.err.startswith("pyvidx")
     return said.err
 
 
@@ -161,11 +161,11 @@ def test_ends(capsys):
         def command():
             raise error
 
-        return arguments.ended("python -m pyvidx x", command)
+        return arguments.ended("pyvidx x", command)
 
-    assert raising(KeyboardInterrupt()) == 130 and capsys.readouterr().err == "python -m pyvidx x: interrupted\n"
+    assert raising(KeyboardInterrupt()) == 130 and capsys.readouterr().err == "pyvidx x: interrupted\n"
     assert raising(OSError(28, "No space left on device")) == 1
-    assert capsys.readouterr().err == "python -m pyvidx x: OSError: [Errno 28] No space left on device\n"
+    assert capsys.readouterr().err == "pyvidx x: OSError: [Errno 28] No space left on device\n"
     assert arguments.ended("x", lambda: None) == 0 and arguments.ended("x", lambda: 1) == 1
     with pytest.raises(ZeroDivisionError):  # a fault of ours is shown as one
         raising(ZeroDivisionError())
@@ -201,5 +201,5 @@ def test_ctrl_c_leaves_one_line_and_no_file(tmp_path):
     process.send_signal(signal.SIGINT)
     assert process.wait(60) == 130
     os.close(writer)
-    assert process.stderr.read() == "python -m pyvidx eval: interrupted\n"
+    assert process.stderr.read() == "pyvidx eval: interrupted\n"
     assert [p.name for p in tmp_path.iterdir()] == ["t.csv"]

@@ -1,4 +1,4 @@
-"""python -m pyvidx memory: a video in, a picture of its slots out."""
+"""pyvidx memory: a video in, a picture of its slots out."""
 
 from pathlib import Path
 

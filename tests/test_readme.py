@@ -30,7 +30,7 @@ SNIPPETS = blocks("python")
 def commands() -> list[str]:
     """Lines of the sh blocks, and commands in the text."""
     lines = [line.split("#")[0].strip() for _, block in blocks("sh") for line in block.splitlines()]
-    return [line for line in lines if line] + re.findall(r"`((?:python -m|make|pytest) [^`]+)`", README)
+    return [line for line in lines if line] + re.findall(r"`((?:pyvidx|python -m|make|pytest) [^`]+)`", README)
 
 
 @pytest.fixture(scope="module")
@@ -94,10 +94,10 @@ def test_a_command_parses(line, capsys, monkeypatch):
         assert all(re.search(rf"^{name} = ", known, re.MULTILINE) for e in extras for name in e.split(",")), line
     elif words[0] == "pytest":
         assert (ROOT / words[1]).exists(), line
-    elif words[:2] == ["python", "-m"] and words[2] == "pyvidx":
-        assert words[3] in COMMANDS, line
-        module = importlib.import_module(f"pyvidx.cli.{words[3]}")
-        given = [word for word in words[4:] if word != "..."]
+    elif words[0] == "pyvidx":
+        assert words[1] in COMMANDS, line
+        module = importlib.import_module(f"pyvidx.cli.{words[1]}")
+        given = [word for word in words[2:] if word != "..."]
         if hasattr(module, "parser"):
             module.parser().parse_args(given)
         else:

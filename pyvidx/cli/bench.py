@@ -1,4 +1,4 @@
-"""python -m pyvidx bench report FILE.json [--plot FILE.png]: a table and a plot of what the benches measured."""
+"""pyvidx bench report FILE.json [--plot FILE.png]: a table and a plot of what the benches measured."""
 
 import sys
 from collections.abc import Sequence
@@ -91,7 +91,7 @@ def plot(cases: list[dict], path: Path) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = Parser(prog="python -m pyvidx bench", description=__doc__)
+    parser = Parser(prog="pyvidx bench", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     report = commands.add_parser("report", help="print a table and draw a plot")
     report.add_argument("file", type=Path, help="what pytest bench --benchmark-json wrote")
@@ -110,4 +110,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(ended("python -m pyvidx bench", main))
+    sys.exit(ended("pyvidx bench", main))

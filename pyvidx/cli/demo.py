@@ -1,4 +1,4 @@
-"""python -m pyvidx demo [VIDEO]: one video through the whole library, with a picture and a speed test."""
+"""pyvidx demo [VIDEO]: one video through the whole library, with a picture and a speed test."""
 
 import importlib.util
 import statistics
@@ -37,7 +37,7 @@ CAPTIONS = (
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    p = arguments.Parser(prog="python -m pyvidx demo", description=__doc__)
+    p = arguments.Parser(prog="pyvidx demo", description=__doc__)
     p.add_argument(
         "video",
         nargs="?",

@@ -1,4 +1,4 @@
-"""python -m pyvidx encode VIDEO... --out FILE"""
+"""pyvidx encode VIDEO... --out FILE"""
 
 import argparse
 import sys
@@ -24,7 +24,7 @@ DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.
 
 def parser() -> argparse.ArgumentParser:
     p = arguments.Parser(
-        prog="python -m pyvidx encode",
+        prog="pyvidx encode",
         description="Encode video files with BT-Adapter. Files that fail are named and do not stop the rest.",
         epilog="Exit code: 0, 1 if videos failed, 2 for arguments that do not fit. Nothing is read from a network.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,

@@ -1,4 +1,4 @@
-"""python -m pyvidx eval: numbers of a benchmark from videos, embeddings, answers or a judge's replies."""
+"""pyvidx eval: numbers of a benchmark from videos, embeddings, answers or a judge's replies."""
 
 import argparse
 import sys
@@ -19,7 +19,7 @@ from pyvidx.files import check_output, printable
 
 def parser() -> argparse.ArgumentParser:
     p = arguments.Parser(
-        prog="python -m pyvidx eval",
+        prog="pyvidx eval",
         description=__doc__,
         epilog="Nothing uses a network but `judge --url`, which sends questions and answers to that service.",
     )

@@ -1,4 +1,4 @@
-"""python -m pyvidx flops --size clip-l-14 --frames 8 16 64"""
+"""pyvidx flops --size clip-l-14 --frames 8 16 64"""
 
 import argparse
 from collections.abc import Sequence
@@ -16,7 +16,7 @@ DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch
 
 def parser() -> argparse.ArgumentParser:
     p = arguments.Parser(
-        prog="python -m pyvidx flops",
+        prog="pyvidx flops",
         description="Parameters, arithmetic and memory of every temporal module over one CLIP tower, counted from the "
         "code on tensors without values. FLOPs: matrix products and attention of a forward pass over one clip, 2 per "
         "multiply-add. peak: the most bytes of activations alive at once in that pass, without gradients.",

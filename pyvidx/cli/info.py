@@ -1,4 +1,4 @@
-"""python -m pyvidx info [--json]: what this installation is, and for every op and device whether a kernel or the
+"""pyvidx info [--json]: what this installation is, and for every op and device whether a kernel or the
 reference will run, and why. The first lines of any bug report.
 
 What the environment decides is shown, too: PYVIDX_STRICT=1 makes a missing kernel an error, PYVIDX_ISA and
@@ -141,7 +141,7 @@ def as_text(info: dict, kernels: bool = False) -> str:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = Parser(prog="python -m pyvidx info", description=__doc__)
+    parser = Parser(prog="pyvidx info", description=__doc__)
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.add_argument("--kernels", action="store_true", help="also print registers and shared memory per CUDA kernel")
     options, info = parser.parse_args(argv), collect()
@@ -149,4 +149,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(ended("python -m pyvidx info", main))
+    sys.exit(ended("pyvidx info", main))

@@ -1,4 +1,4 @@
-"""python -m pyvidx memory VIDEO --out slots.png"""
+"""pyvidx memory VIDEO --out slots.png"""
 
 import argparse
 import math
@@ -20,7 +20,7 @@ GRID, CELL = 4, 8  # "colors": a frame is 4 x 4 positions of 8 x 8 mean colors
 
 def parser() -> argparse.ArgumentParser:
     p = arguments.Parser(
-        prog="python -m pyvidx memory",
+        prog="pyvidx memory",
         description="Stream a video of any length through a memory bank, in constant memory (but for the policies that "
         "keep everything), and draw which frames each slot holds.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,

@@ -1,4 +1,4 @@
-"""python -m pyvidx plan pretrain --cards 8 --card v100"""
+"""pyvidx plan pretrain --cards 8 --card v100"""
 
 import argparse
 import math
@@ -20,7 +20,7 @@ SHARES = cost.Shares()
 
 def parser() -> argparse.ArgumentParser:
     p = arguments.Parser(
-        prog="python -m pyvidx plan",
+        prog="pyvidx plan",
         description="Predict the hours of one epoch of BT-Adapter's pretraining. The work is counted by running the "
         "real step on tensors without data; cards are data-sheet numbers; the shares of them that are reached are "
         "assumptions, no GPU having been measured: --products-share, --memory-share, --link-share.",

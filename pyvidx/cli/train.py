@@ -1,4 +1,4 @@
-"""python -m pyvidx train malmm|btadapter --config FILE"""
+"""pyvidx train malmm|btadapter --config FILE"""
 
 import argparse
 import contextlib
@@ -26,7 +26,7 @@ KINDS = {"malmm": "fine-tune MA-LMM on answers", "btadapter": "pretrain BT-Adapt
 
 def parser() -> argparse.ArgumentParser:
     p = arguments.Parser(
-        prog="python -m pyvidx train",
+        prog="pyvidx train",
         description="Train a model; on several devices with torchrun --nproc-per-node N -m pyvidx train ... . A run "
         "that was ended goes on where its last checkpoint was written, with the same command.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,

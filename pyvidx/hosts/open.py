@@ -1,0 +1,219 @@
+"""One door for every model: what a command's --model and --module name becomes an encoder, and a word on what it is.
+
+encoder, loaded = open_model("clip-vit-large-patch14", "stan:depth=2")
+print(loaded)
+encoder(pixels).pooled  # [B, T, 3, h, w] -> [B, E]
+"""
+
+import ast
+import inspect
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from pyvidx import temporal
+from pyvidx.backbones.clip import CLIPVision
+from pyvidx.hosts import open_clip
+from pyvidx.models import BTAdapter, TextVideo, VideoEncoder, files
+from pyvidx.weights.bt_adapter import load_official
+from pyvidx.weights.clip import clip_vision, told_by
+from pyvidx.weights.keys import is_official
+from pyvidx.weights.place import Report
+from pyvidx.weights.state import naming, state_of
+
+SAVED = {
+    "bt_adapter": BTAdapter.from_pretrained,
+    "video_encoder": VideoEncoder.from_pretrained,
+    "text_video": lambda path, **compat: TextVideo.load(path, **compat).model,
+}
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """What was opened; str() of it is the two lines that commands show.
+
+    Attributes:
+        model: where the tower is from, and its sizes.
+        module: the temporal module, its options, and where its weights are from.
+        report: what became of every key, where published names were read.
+    """
+
+    model: str
+    module: str
+    report: Report | None = None
+
+    def __str__(self) -> str:
+        return f"model: {self.model}\nmodule: {self.module}"
+
+
+def open_model(
+    source: str | os.PathLike[str] | None = None,
+    module: str | None = None,
+    *,
+    compat: str | None = None,
+    **options,
+) -> tuple[VideoEncoder | BTAdapter, Loaded]:
+    """The encoder that a source and a module's name mean, in eval mode, and what was loaded.
+
+    Nothing is downloaded, but by open_clip where a source is open_clip:NAME:TAG.
+
+    Args:
+        source: a file or folder that `save` of BTAdapter, VideoEncoder or TextVideo wrote; a folder of transformers; a
+            published file (BT-Adapter's, STAN's, a CLIP's, TorchScript or not); open_clip:NAME, with random weights, or
+            open_clip:NAME:FILE. None: the model that ships with pyvidx.
+        module: a temporal module, NAME or NAME:OPTION=VALUE,..., see `parse_module`. Default the source's own, and
+            "mean" for a tower alone. Another one than the source's is made for its tower, with random weights, always
+            the same ones.
+        compat: of BT-Adapter, see BTAdapter; default as saved, and "official" for published weights.
+        options: what published weights do not tell, see pyvidx.weights.bt_adapter.load_official (gated, part, heads,
+            ...) and pyvidx.weights.clip.clip_vision (heads, hidden_act, eps).
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it cannot be read or is no encoder; a module, an option or a combination of them is unknown.
+        RuntimeError: open_clip is asked for and not installed, or cannot get its weights.
+    """
+    name, sizes = (None, {}) if module is None else parse_module(module)
+    found, said, report = _opened(source, compat, options)
+    if isinstance(found, CLIPVision):
+        return _joined(found, name or "mean", sizes, False, said, report)
+    own = _own_module(found)
+    if name is None or name == own["name"]:
+        if differing := {k: v for k, v in sizes.items() if own.get(k, v) != v}:
+            raise ValueError(f"open_model: {source} holds {_named(own)}, which cannot become {_named(differing, name)}")
+        said, random = f"{_sizes(_tower(found))} {said}", "random weights" if found.is_random else "its own weights"
+        return found, Loaded(said, f"{_named(own)}, {random}", report)
+    return _joined(_tower(found), name, sizes, found.is_random, said, report)
+
+
+def parse_module(text: str) -> tuple[str, dict]:
+    """A temporal module and its options: "stan" or "stan:depth=2,per_frame=True".
+
+    Raises:
+        ValueError: the name or an option is unknown, or a value does not read.
+    """
+    name, _, rest = text.partition(":")
+    if name not in temporal.MODULES:
+        raise ValueError(f"module: it must be one of {', '.join(temporal.names())}, got {name!r}")
+    known = [p.name for p in inspect.signature(temporal.MODULES[name]).parameters.values()][1:]
+    options = {}
+    for part in _split(rest) if rest else ():
+        option, equals, value = part.partition("=")
+        if not equals or option not in known or option in options:
+            takes = f"takes {', '.join(known)}" if known else "takes no options"
+            raise ValueError(f"module: {name} {takes}, each once as NAME=VALUE, got {part!r}")
+        try:
+            options[option] = ast.literal_eval(value)
+        except (ValueError, SyntaxError):
+            options[option] = value  # a word
+    return name, options
+
+
+def check_source(source: str) -> None:
+    """Raise before anything is loaded if there is no such model to open.
+
+    Raises:
+        FileNotFoundError: there is no such file or folder.
+        ValueError: it is a URL, or open_clip knows no such name.
+        RuntimeError: open_clip is asked for and not installed.
+    """
+    if source.startswith(open_clip.SCHEME):
+        open_clip.parse(source)
+        return
+    if "://" in source:
+        raise ValueError(f"pyvidx reads files: download {source} and give its path")
+    path = Path(source)
+    if path.exists():
+        return
+    hub = source.count("/") == 1 and not path.parent.is_dir() and not path.suffix
+    hint = "; pyvidx downloads nothing: if it is a name on a hub, download it and give the folder" if hub else ""
+    raise FileNotFoundError(f"there is no {path}{hint}")
+
+
+def _opened(source, compat: str | None, options: dict):
+    """A whole encoder, or a tower; where it is from; the report of its keys."""
+    given = {} if compat is None else {"compat": compat}
+    if source is None:
+        _none_of(options, "the model that ships with pyvidx")
+        return TextVideo.default(**given).model, "that ships with pyvidx", None
+    source = os.fspath(source)
+    check_source(source)
+    if source.startswith(open_clip.SCHEME):
+        _none_of(options | given, source)
+        model, said = open_clip.named(source)
+        return open_clip.clip_vision(model), said, None
+    if files.is_ours(source):
+        kind = files.kind(source)
+        if kind not in SAVED:
+            raise ValueError(
+                f"open_model: {source} holds a model of kind {kind!r}, which encodes no clip by itself: MA-LMM's are "
+                "opened by MALMM.from_pretrained, and used by `pyvidx eval predict` and `pyvidx train malmm`"
+                if kind == "malmm"
+                else f"open_model: {source} holds {kind!r}, which is no encoder of videos"
+            )
+        _none_of(options | (given if kind == "video_encoder" else {}), source)
+        return SAVED[kind](source, **given), f"of {source}", None
+    with naming([source]):
+        return _published(source, given, options)
+
+
+def _published(source: str, given: dict, options: dict):
+    state = state_of(source)
+    if is_official(state):
+        model, report = load_official(state, **given, **options)
+        return model, f"published BT-Adapter weights of {source}", report
+    _none_of(given, f"{source}, which holds no BT-Adapter")
+    told = told_by(source)
+    tower = clip_vision(state, **({} if told is None else told._asdict()) | options)
+    return tower, f"of {source}", None
+
+
+def _joined(tower: CLIPVision, name: str, sizes: dict, random: bool, said: str, report: Report | None):
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)  # the same in every process
+        module = temporal.create(name, tower.config, **sizes)
+    weight = next(tower.parameters())
+    encoder = VideoEncoder(tower, module.to(weight.device, weight.dtype)).eval()
+    has_weights = any(True for _ in module.parameters())
+    encoder.is_random = random or has_weights
+    what = "random weights, never trained" if has_weights else "without weights of its own"
+    return encoder, Loaded(f"{_sizes(tower)} {said}", f"{_named(module.spec)}, {what}", report)
+
+
+def _tower(encoder: VideoEncoder | BTAdapter) -> CLIPVision:
+    return encoder.backbone if isinstance(encoder, BTAdapter) else encoder.tower
+
+
+def _own_module(encoder: VideoEncoder | BTAdapter) -> dict:
+    if isinstance(encoder, BTAdapter):
+        return {"name": "bt_adapter", "depth": encoder.config.depth, "time_length": encoder.config.time_length}
+    return encoder.temporal.spec
+
+
+def _named(spec: dict, name: str | None = None) -> str:
+    options = ", ".join(f"{k}={v}" for k, v in spec.items() if k != "name")
+    return (name or spec["name"]) + (f" ({options})" if options else "")
+
+
+def _sizes(tower: CLIPVision) -> str:
+    c = tower.config
+    return f"ViT of {c.layers} layers, width {c.width}, {c.image_size} pixels in patches of {c.patch_size},"
+
+
+def _split(text: str) -> list[str]:
+    """At commas that are in no bracket: kernel=(3,1,1),width=64."""
+    parts, depth = [""], 0
+    for c in text:
+        depth += (c in "([") - (c in ")]")
+        if c == "," and not depth:
+            parts.append("")
+        else:
+            parts[-1] += c
+    return parts
+
+
+def _none_of(options: dict, what: str) -> None:
+    if options:
+        raise ValueError(f"open_model: {', '.join(options)} must not be given for {what}")
