@@ -1,4 +1,4 @@
-"""pyvidx COMMAND, or python -m pyvidx COMMAND: encode videos, train, evaluate, convert weights, say what is installed."""
+"""pyvidx COMMAND, also as python -m pyvidx COMMAND: encode videos, train, evaluate, convert weights."""
 
 import importlib
 import importlib.metadata

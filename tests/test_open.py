@@ -91,7 +91,7 @@ def test_what_pyvidx_saved(tmp_path):
 
 def test_what_encodes_no_clip(tmp_path):
     MALMM.default().save(tmp_path / "malmm")
-    with pytest.raises(ValueError, match="MALMM.from_pretrained, and used by `pyvidx eval predict`"):
+    with pytest.raises(ValueError, match="MALMM.from_pretrained opens it, `pyvidx eval predict`"):
         open_model(tmp_path / "malmm")
 
 

@@ -10,14 +10,14 @@ from pathlib import Path
 import torch
 
 from pyvidx.cli import arguments
+from pyvidx.cli.models import load
 from pyvidx.corpus import embeddings
 from pyvidx.corpus.encode import Timing, encode_videos
 from pyvidx.files import printable
-from pyvidx.models import BTAdapter, TextVideo
+from pyvidx.models import VideoEncoder
 from pyvidx.preprocess import PRESETS
 from pyvidx.video import find_videos, sampling
 from pyvidx.video.pool import shared
-from pyvidx.weights import bt_adapter as checkpoints
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -25,29 +25,31 @@ DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.
 def parser() -> argparse.ArgumentParser:
     p = arguments.Parser(
         prog="pyvidx encode",
-        description="Encode video files with BT-Adapter. Files that fail are named and do not stop the rest.",
+        description="Encode video files with any tower and any temporal module. Files that fail are named and do "
+        "not stop the rest.",
         epilog="Exit code: 0, 1 if videos failed, 2 for arguments that do not fit. Nothing is read from a network.",
+        example="pyvidx encode videos/ --model clip-vit-large-patch14/ --module stan --frames 8 --out out.parquet",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     p.add_argument("videos", nargs="+", type=arguments.file, help="video files, or folders that are searched for them")
     p.add_argument("--out", type=Path, help=f"where the embeddings go: {', '.join(embeddings.FORMATS)}")
-    p.add_argument("--model", type=arguments.weights, help="weights of BTAdapter.save, or a published file (.pth, "
-                   ".bin, .safetensors); without: a small built-in model")  # fmt: skip
+    arguments.add_model(p)
     p.add_argument("--compat", choices=["official", "paper"], help="compute as the public code does, or as the paper "
                    "says; default: as saved, published weights as the public code")  # fmt: skip
-    p.add_argument("--frames", type=arguments.count, default=8, help="frames per video")
+    p.add_argument("--frames", type=arguments.frames, default=8, help="frames per video")
     p.add_argument("--sampler", default="uniform", choices=sampling.names(aliases=True), metavar="NAME",
                    help=f"which frames: {', '.join(sampling.names())}")  # fmt: skip
     p.add_argument("--start", type=arguments.seconds, help="second of every video to take frames from")
     p.add_argument("--end", type=arguments.seconds, help="second of every video to take frames up to, e.g. 30 for"
                    " DiDeMo")  # fmt: skip
-    p.add_argument("--reader", default="auto", choices=["auto", "decord", "pyav", "torchcodec"])
+    p.add_argument("--reader", default="auto", choices=["auto", "decord", "pyav", "torchcodec"],
+                   help="what decodes")  # fmt: skip
     p.add_argument("--preset", default="clip", choices=list(PRESETS), help="preprocessing")
     p.add_argument("--outputs", type=arguments.outputs, default="pooled,tokens",
                    help="pooled (video embedding), tokens (for a language model)")  # fmt: skip
     p.add_argument("--batch", type=arguments.count, default=1, help="videos encoded together")
-    p.add_argument("--workers", type=arguments.count, default=1, help="how many read ahead")
-    p.add_argument("--device", type=arguments.device, default="cuda" if torch.cuda.is_available() else "cpu")
+    p.add_argument("--workers", type=arguments.workers, default=1, help="how many read ahead")
+    arguments.add_device(p)
     p.add_argument("--dtype", choices=list(DTYPES), help="default: float16 on a GPU, float32 on a CPU")
     arguments.add_overwrite(p)
     return p
@@ -61,10 +63,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if options.out is not None:
             embeddings.check_format(options.out)
-        arguments.check_outputs(p, options.overwrite, options.out)
+        arguments.check_outputs(p, options.overwrite, options.out, inputs=[*options.videos, options.model])
         paths, left_out = find(options.videos)
         shared(options.workers)  # they start while the model is loaded
-        model = load_model(options.model, options.device, options.dtype, options.compat)
+        model = load_model(options.model, options.device, options.dtype, options.compat, options.module)
         if model.config.part == "features":
             raise ValueError(f"--model must read pixels, {options.model} reads stored features")
         if lacking := [name for name in options.outputs if name not in model.outputs]:
@@ -131,26 +133,13 @@ def find(given: Sequence[Path]) -> tuple[list[str], str]:
     return list(map(str, videos)), said
 
 
-def load_model(path: Path | None, device: str, dtype: str | None, compat: str | None = None) -> BTAdapter:
-    """The model folded for inference, and a note where its embeddings say little about a video.
-
-    Raises:
-        FileNotFoundError, ValueError: see pyvidx.weights.bt_adapter.load_model.
-    """
-    if path is None:
-        model = TextVideo.default(**({"compat": compat} if compat else {})).model
-    else:
-        model = checkpoints.load_model(path, compat=compat)
-    if path is None:
-        print(
-            "NOTE: the built-in model knows a small world of moving shapes (pyvidx.data.motion). For other videos the "
-            "embeddings show that and how fast everything runs, not what is in them. Give weights with --model.",
-            file=sys.stderr,
-        )
-    elif model.is_random:
-        print("NOTE: these weights were never trained: the embeddings do not show what is in a video.", file=sys.stderr)
+def load_model(
+    model: str | None, device: str, dtype: str | None, compat: str | None = None, module: str | None = None
+) -> VideoEncoder:
+    """The model folded for inference, see pyvidx.cli.models.load."""
+    encoder = load(model, module, **({} if compat is None else {"compat": compat}))
     wanted = DTYPES[dtype] if dtype else (torch.float16 if device.startswith("cuda") else torch.float32)
-    return model.to(device).fold(wanted)
+    return encoder.to(device).fold(wanted)
 
 
 def progress(items, total: int):

@@ -8,8 +8,10 @@ encoder(pixels).pooled  # [B, T, 3, h, w] -> [B, E]
 import ast
 import inspect
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -18,7 +20,7 @@ from pyvidx.backbones.clip import CLIPVision
 from pyvidx.hosts import open_clip
 from pyvidx.models import BTAdapter, TextVideo, VideoEncoder, files
 from pyvidx.weights.bt_adapter import load_official
-from pyvidx.weights.clip import clip_vision, told_by
+from pyvidx.weights.clip import clip_vision, told_by, tower_report
 from pyvidx.weights.keys import is_official
 from pyvidx.weights.place import Report
 from pyvidx.weights.state import naming, state_of
@@ -48,8 +50,13 @@ class Loaded:
         return f"model: {self.model}\nmodule: {self.module}"
 
 
+Source = str | os.PathLike[str]
+OFFICIAL = ("part", "allow_missing", "variant", "depth", "layers", "heads", "gated", "hidden_act")
+CLIP = ("heads", "hidden_act", "eps")
+
+
 def open_model(
-    source: str | os.PathLike[str] | None = None,
+    source: Source | Sequence[Source] | None = None,
     module: str | None = None,
     *,
     compat: str | None = None,
@@ -62,7 +69,8 @@ def open_model(
     Args:
         source: a file or folder that `save` of BTAdapter, VideoEncoder or TextVideo wrote; a folder of transformers; a
             published file (BT-Adapter's, STAN's, a CLIP's, TorchScript or not); open_clip:NAME, with random weights, or
-            open_clip:NAME:FILE. None: the model that ships with pyvidx.
+            open_clip:NAME:FILE. None: the model that ships with pyvidx. Several: published files, later ones over
+            earlier ones, such as a CLIP and the branch that was trained on it.
         module: a temporal module, NAME or NAME:OPTION=VALUE,..., see `parse_module`. Default the source's own, and
             "mean" for a tower alone. Another one than the source's is made for its tower, with random weights, always
             the same ones.
@@ -76,16 +84,27 @@ def open_model(
         RuntimeError: open_clip is asked for and not installed, or cannot get its weights.
     """
     name, sizes = (None, {}) if module is None else parse_module(module)
-    found, said, report = _opened(source, compat, options)
-    if isinstance(found, CLIPVision):
-        return _joined(found, name or "mean", sizes, False, said, report)
-    own = _own_module(found)
-    if name is None or name == own["name"]:
-        if differing := {k: v for k, v in sizes.items() if own.get(k, v) != v}:
-            raise ValueError(f"open_model: {source} holds {_named(own)}, which cannot become {_named(differing, name)}")
-        said, random = f"{_sizes(_tower(found))} {said}", "random weights" if found.is_random else "its own weights"
-        return found, Loaded(said, f"{_named(own)}, {random}", report)
-    return _joined(_tower(found), name, sizes, found.is_random, said, report)
+    sources = [] if source is None else [source] if isinstance(source, str | os.PathLike) else list(source)
+    found = _opened([os.fspath(source) for source in sources], compat, options)
+    if isinstance(found.what, CLIPVision):
+        return _joined(found, found.what, name or "mean", sizes)
+    own = _own_module(found.what)
+    if name is not None and name != own["name"]:
+        return _joined(found, _tower(found.what), name, sizes)
+    if differing := {k: v for k, v in sizes.items() if own.get(k, v) != v}:
+        raise ValueError(f"open_model: {source} holds {_named(own)}, which cannot become {_named(differing, name)}")
+    weights = "random weights" if found.random else "its own weights"
+    said = Loaded(f"{_sizes(_tower(found.what))} {found.said}", f"{_named(own)}, {weights}", found.report)
+    return found.what, said
+
+
+class _Opened(NamedTuple):
+    """A whole encoder, or a tower alone; where it is from; what became of its keys; whether it is from no file."""
+
+    what: VideoEncoder | BTAdapter | CLIPVision
+    said: str
+    report: Report | None = None
+    random: bool = False
 
 
 def parse_module(text: str) -> tuple[str, dict]:
@@ -125,61 +144,73 @@ def check_source(source: str) -> None:
     if "://" in source:
         raise ValueError(f"pyvidx reads files: download {source} and give its path")
     path = Path(source)
-    if path.exists():
+    if source and os.path.exists(path):
         return
     hub = source.count("/") == 1 and not path.parent.is_dir() and not path.suffix
     hint = "; pyvidx downloads nothing: if it is a name on a hub, download it and give the folder" if hub else ""
-    raise FileNotFoundError(f"there is no {path}{hint}")
+    raise FileNotFoundError(f"there is no {source or repr(source)}{hint}")
 
 
-def _opened(source, compat: str | None, options: dict):
-    """A whole encoder, or a tower; where it is from; the report of its keys."""
+def _opened(sources: list[str], compat: str | None, options: dict) -> _Opened:
     given = {} if compat is None else {"compat": compat}
-    if source is None:
-        _none_of(options, "the model that ships with pyvidx")
-        return TextVideo.default(**given).model, "that ships with pyvidx", None
-    source = os.fspath(source)
-    check_source(source)
-    if source.startswith(open_clip.SCHEME):
-        _none_of(options | given, source)
-        model, said = open_clip.named(source)
-        return open_clip.clip_vision(model), said, None
-    if files.is_ours(source):
-        kind = files.kind(source)
-        if kind not in SAVED:
-            raise ValueError(
-                f"open_model: {source} holds a model of kind {kind!r}, which encodes no clip by itself: MA-LMM's are "
-                "opened by MALMM.from_pretrained, and used by `pyvidx eval predict` and `pyvidx train malmm`"
-                if kind == "malmm"
-                else f"open_model: {source} holds {kind!r}, which is no encoder of videos"
-            )
-        _none_of(options | (given if kind == "video_encoder" else {}), source)
-        return SAVED[kind](source, **given), f"of {source}", None
-    with naming([source]):
-        return _published(source, given, options)
+    for source in sources:
+        check_source(source)
+    if not sources:
+        _only((), options, "the model that ships with pyvidx")
+        return _Opened(TextVideo.default(**given).model, "that ships with pyvidx")
+    if len(sources) == 1 and sources[0].startswith(open_clip.SCHEME):
+        _only((), options | given, sources[0])
+        model, said = open_clip.named(sources[0])
+        return _Opened(open_clip.clip_vision(model), said, random=sources[0].count(":") == 1)
+    if len(sources) == 1 and files.is_ours(sources[0]):
+        return _saved(sources[0], given, options)
+    if wrong := [s for s in sources if s.startswith(open_clip.SCHEME) or files.is_ours(s)]:
+        raise ValueError(f"open_model: several sources must be published files, {wrong[0]} is none")
+    with naming(sources):
+        return _published(sources, given, options)
 
 
-def _published(source: str, given: dict, options: dict):
-    state = state_of(source)
-    if is_official(state):
-        model, report = load_official(state, **given, **options)
-        return model, f"published BT-Adapter weights of {source}", report
-    _none_of(given, f"{source}, which holds no BT-Adapter")
-    told = told_by(source)
-    tower = clip_vision(state, **({} if told is None else told._asdict()) | options)
-    return tower, f"of {source}", None
+def _saved(source: str, given: dict, options: dict) -> _Opened:
+    kind = files.kind(source)
+    if kind == "malmm":
+        raise ValueError(
+            f"open_model: {source} holds an MA-LMM, which answers questions and encodes no clip by itself: "
+            "MALMM.from_pretrained opens it, `pyvidx eval predict` and `pyvidx train malmm` use it"
+        )
+    if kind not in SAVED:
+        raise ValueError(f"open_model: {source} holds {kind!r:.100}, which is no encoder of videos")
+    _only((), options | (given if kind == "video_encoder" else {}), source)
+    encoder = SAVED[kind](source, **given)
+    return _Opened(encoder, f"of {source}", random=encoder.is_random)
 
 
-def _joined(tower: CLIPVision, name: str, sizes: dict, random: bool, said: str, report: Report | None):
+def _published(sources: list[str], given: dict, options: dict) -> _Opened:
+    states, said = [state_of(source) for source in sources], f"of {', '.join(sources)}"
+    if any(map(is_official, states)):
+        _only(OFFICIAL, options, said)
+        # Paths where they bring a config.json, which the weights alone do not have.
+        known = [source if told_by(source) else state for source, state in zip(sources, states)]
+        model, report = load_official(*known, **given, **options)
+        return _Opened(model, f"published BT-Adapter weights {said}", report)
+    if len(sources) > 1:
+        raise ValueError(f"open_model: none of {', '.join(sources)} holds a branch; give one of them")
+    _only(CLIP, options | given, f"{sources[0]}, which holds no BT-Adapter")
+    told = told_by(sources[0])
+    tower = clip_vision(states[0], **({} if told is None else told._asdict()) | options)
+    return _Opened(tower, said, tower_report(tower, states[0]))
+
+
+def _joined(found: _Opened, tower: CLIPVision, name: str, sizes: dict) -> tuple[VideoEncoder, Loaded]:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)  # the same in every process
         module = temporal.create(name, tower.config, **sizes)
     weight = next(tower.parameters())
     encoder = VideoEncoder(tower, module.to(weight.device, weight.dtype)).eval()
     has_weights = any(True for _ in module.parameters())
-    encoder.is_random = random or has_weights
+    encoder.is_random = found.random or has_weights
     what = "random weights, never trained" if has_weights else "without weights of its own"
-    return encoder, Loaded(f"{_sizes(tower)} {said}", f"{_named(module.spec)}, {what}", report)
+    said = Loaded(f"{_sizes(tower)} {found.said}", f"{_named(module.spec)}, {what}", found.report)
+    return encoder, said
 
 
 def _tower(encoder: VideoEncoder | BTAdapter) -> CLIPVision:
@@ -214,6 +245,6 @@ def _split(text: str) -> list[str]:
     return parts
 
 
-def _none_of(options: dict, what: str) -> None:
-    if options:
-        raise ValueError(f"open_model: {', '.join(options)} must not be given for {what}")
+def _only(allowed: Sequence[str], options: dict, what: str) -> None:
+    if wrong := [name for name in options if name not in allowed]:
+        raise ValueError(f"open_model: {', '.join(wrong)} must not be given for {what}")

@@ -4,6 +4,7 @@ import json
 import math
 import warnings
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from pyvidx.backbones.clip import CLIPVision, CLIPVisionConfig
 from pyvidx.weights.keys import check_plain, count_layers, groups, rename
-from pyvidx.weights.place import assign
+from pyvidx.weights.place import MissingWeights, Report, assign, match
 from pyvidx.weights.state import Source, state_of
 
 AXES = {"position": 2, "patch": 4, "blocks.0.fc1.weight": 2, "projection.weight": 2}
@@ -82,7 +83,9 @@ def clip_vision(
     state = state_of(state)
     names = {name.removeprefix("backbone."): value for name, value in rename(state).weights.items()}
     if absent := [name for name in ("position", "patch", "blocks.0.fc1.weight") if name not in names]:
-        raise ValueError(f"CLIP weights: no sizes without {', '.join(absent)}; the keys are {', '.join(groups(state))}")
+        raise MissingWeights(
+            f"CLIP weights: no sizes without {', '.join(absent)}; the keys are {', '.join(groups(state))}"
+        )
     check_plain(names, AXES)
     (tokens, width), patch = names["position"].shape, names["patch"].shape[-1]
     if heads is None and width % 64:
@@ -100,6 +103,15 @@ def clip_vision(
         eps=eps,
     )
     return fill(config, state)
+
+
+def tower_report(tower: CLIPVision, state: Mapping[str, Tensor]) -> Report:
+    """What became of the keys of the weights that a tower was filled with."""
+    table = rename(state)
+    bare = {name: name.removeprefix("backbone.") for name in table.weights}
+    weights = {bare[name]: value for name, value in table.weights.items()}
+    origin = {bare[name]: keys for name, keys in table.origin.items()}
+    return match(tower, [replace(table, weights=weights, origin=origin)])[0]
 
 
 def fill(config: CLIPVisionConfig, state: Mapping[str, Tensor]) -> CLIPVision:
