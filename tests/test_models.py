@@ -270,7 +270,7 @@ def test_save_and_load(tmp_path):
     with pytest.raises(FileNotFoundError):
         BTAdapter.from_pretrained(tmp_path / "nothing")
     save_file({"x": torch.zeros(1)}, tmp_path / "other.safetensors")
-    with pytest.raises(ValueError, match="did not write.*checkpoints"):
+    with pytest.raises(ValueError, match="did not write.*weights.bt_adapter"):
         BTAdapter.from_pretrained(tmp_path / "other.safetensors")
 
 
