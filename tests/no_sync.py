@@ -118,10 +118,10 @@ def test_memory_policies(name):
 # ---- models ----
 
 
-@pytest.mark.parametrize("compat, tower", [("paper", "mma"), ("official", "mma"), ("official", "llava")])
-def test_bt_adapter_forward(compat, tower):
+@pytest.mark.parametrize("compat, variant", [("paper", "mma"), ("official", "mma"), ("official", "llava")])
+def test_bt_adapter_forward(compat, variant):
     with gpu(), torch.no_grad():
-        model = BTAdapter(CONFIG, compat=compat, tower=tower).eval()
+        model = BTAdapter(CONFIG, compat=compat, variant=variant).eval()
         with NoTraffic():
             model(torch.randn(B, T, 3, 12, 12))
             model(torch.randn(B, T, 3, 12, 12), outputs=("pooled",))

@@ -140,7 +140,6 @@ def test_encode(there, given, message, capsys):
     (evaluate, "retrieval t.csv --config t.csv", "not allowed with"),
     (evaluate, "retrieval", "one of the arguments --config embeddings is required"),
     (evaluate, "anticipation --segments t.csv --predictions t.csv", "--predictions needs --verbs"),
-    (evaluate, "anticipation --segments t.csv --scores t.csv --nouns t.csv", "--nouns needs --predictions"),
     (evaluate, "anticipation --segments t.csv --scores t.csv --submission s.json", "--submission needs --levels"),
     (evaluate, "anticipation --segments t.csv --scores t.csv --submission s --levels 1 2 9", "of at most 5"),
     (evaluate, "rows --task coin --annotations t.csv --out o.jsonl", "required: --format"),

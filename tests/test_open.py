@@ -80,7 +80,10 @@ def test_what_pyvidx_saved(tmp_path):
     model.model.save(tmp_path / "video.safetensors")
     for name in ("both", "video"):
         found, loaded = open_model(tmp_path / f"{name}.safetensors")
-        assert torch.equal(found.branch.seed, model.model.branch.seed) and "its own weights" in loaded.module
+        assert (
+            torch.equal(found.temporal.branch.seed, model.model.temporal.branch.seed)
+            and "its own weights" in loaded.module
+        )
     found, _ = open_model(tmp_path / "video.safetensors", "bt_adapter", compat="official")
     assert found.compat == "official"
     other, loaded = open_model(tmp_path / "video.safetensors", "mean")

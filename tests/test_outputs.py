@@ -81,7 +81,9 @@ FULL = """
 import os, resource, signal, sys
 import torch
 from pathlib import Path
-from pyvidx import embeddings, flops, memory
+from pyvidx import memory
+from pyvidx.corpus import embeddings
+from pyvidx.models import flops
 from pyvidx.cli.bench import plot as bench_plot
 from pyvidx.data.captions import shards
 from pyvidx.corpus.encode import Encoded

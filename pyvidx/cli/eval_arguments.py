@@ -15,7 +15,6 @@ NEEDED = (
     ("retrieval", "broken", "config"),
     ("answers", "reference", "format"), ("answers", "option", "format"),
     ("anticipation", "predictions", "verbs"), ("anticipation", "predictions", "nouns"),
-    ("anticipation", "verbs", "predictions"), ("anticipation", "nouns", "predictions"),
     ("anticipation", "submission", "levels"), ("anticipation", "levels", "submission"),
     ("judge", "url", "model"), ("judge", "model", "url"), ("judge", "key_file", "url"),
 )  # fmt: skip

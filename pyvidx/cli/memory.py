@@ -125,13 +125,12 @@ def model_features(source: str | None, device: str) -> Callable[[Tensor], Tensor
     from pyvidx.cli.models import load
     from pyvidx.preprocess import clip_preprocess
 
-    model = load(source)
-    backbone = (model.backbone if hasattr(model, "backbone") else model.tower).to(device)
-    size, last = backbone.config.image_size, backbone.config.layers - 1
+    tower = load(source).tower.to(device)
+    size, last = tower.config.image_size, tower.config.layers - 1
 
     @torch.inference_mode()
     def features(frames: Tensor) -> Tensor:
-        (tokens,) = backbone(clip_preprocess(frames, size), [last])
+        (tokens,) = tower(clip_preprocess(frames, size), [last])
         return tokens[:, 1:].float()
 
     return features

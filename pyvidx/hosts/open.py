@@ -61,7 +61,7 @@ def open_model(
     *,
     compat: str | None = None,
     **options,
-) -> tuple[VideoEncoder | BTAdapter, Loaded]:
+) -> tuple[VideoEncoder, Loaded]:
     """The encoder that a source and a module's name mean, in eval mode, and what was loaded.
 
     Nothing is downloaded, but by open_clip where a source is open_clip:NAME:TAG.
@@ -90,18 +90,18 @@ def open_model(
         return _joined(found, found.what, name or "mean", sizes)
     own = _own_module(found.what)
     if name is not None and name != own["name"]:
-        return _joined(found, _tower(found.what), name, sizes)
+        return _joined(found, found.what.tower, name, sizes)
     if differing := {k: v for k, v in sizes.items() if own.get(k, v) != v}:
         raise ValueError(f"open_model: {source} holds {_named(own)}, which cannot become {_named(differing, name)}")
     weights = "random weights" if found.random else "its own weights"
-    said = Loaded(f"{_sizes(_tower(found.what))} {found.said}", f"{_named(own)}, {weights}", found.report)
+    said = Loaded(f"{_sizes(found.what.tower)} {found.said}", f"{_named(own)}, {weights}", found.report)
     return found.what, said
 
 
 class _Opened(NamedTuple):
     """A whole encoder, or a tower alone; where it is from; what became of its keys; whether it is from no file."""
 
-    what: VideoEncoder | BTAdapter | CLIPVision
+    what: VideoEncoder | CLIPVision
     said: str
     report: Report | None = None
     random: bool = False
@@ -213,11 +213,7 @@ def _joined(found: _Opened, tower: CLIPVision, name: str, sizes: dict) -> tuple[
     return encoder, said
 
 
-def _tower(encoder: VideoEncoder | BTAdapter) -> CLIPVision:
-    return encoder.backbone if isinstance(encoder, BTAdapter) else encoder.tower
-
-
-def _own_module(encoder: VideoEncoder | BTAdapter) -> dict:
+def _own_module(encoder: VideoEncoder) -> dict:
     if isinstance(encoder, BTAdapter):
         return {"name": "bt_adapter", "depth": encoder.config.depth, "time_length": encoder.config.time_length}
     return encoder.temporal.spec

@@ -81,7 +81,7 @@ def clip_vision(
             give the heads.
     """
     state = state_of(state)
-    names = {name.removeprefix("backbone."): value for name, value in rename(state).weights.items()}
+    names = {name.removeprefix("tower."): value for name, value in rename(state).weights.items()}
     if absent := [name for name in ("position", "patch", "blocks.0.fc1.weight") if name not in names]:
         raise MissingWeights(
             f"CLIP weights: no sizes without {', '.join(absent)}; the keys are {', '.join(groups(state))}"
@@ -108,7 +108,7 @@ def clip_vision(
 def tower_report(tower: CLIPVision, state: Mapping[str, Tensor]) -> Report:
     """What became of the keys of the weights that a tower was filled with."""
     table = rename(state)
-    bare = {name: name.removeprefix("backbone.") for name in table.weights}
+    bare = {name: name.removeprefix("tower.") for name in table.weights}
     weights = {bare[name]: value for name, value in table.weights.items()}
     origin = {bare[name]: keys for name, keys in table.origin.items()}
     return match(tower, [replace(table, weights=weights, origin=origin)])[0]
@@ -123,6 +123,6 @@ def fill(config: CLIPVisionConfig, state: Mapping[str, Tensor]) -> CLIPVision:
     renamed = rename(state)
     with torch.device("meta"):
         tower = CLIPVision(config)
-    weights = {name.removeprefix("backbone."): value for name, value in renamed.weights.items()}
+    weights = {name.removeprefix("tower."): value for name, value in renamed.weights.items()}
     assign(tower, weights, "CLIP weights", renamed.unexpected)
     return tower.eval()
