@@ -8,9 +8,9 @@ from pyvidx.cli.convert import main
 from pyvidx.hosts.convert import to_published, to_pyvidx
 from pyvidx.hosts.open import open_model
 from pyvidx.models import MALMM, BTAdapter, TextVideo, VideoEncoder
-from pyvidx.weights.clip_text import clip_text
 from pyvidx.weights.malmm import export_malmm
 from pyvidx.weights.place import MissingWeights
+from pyvidx.weights.text_towers import text_tower
 from tests.test_backbones import SIZES, hf_clip, randomized
 from tests.test_published import chat_files, vectors
 
@@ -39,7 +39,7 @@ def test_the_text_tower_goes_with_it(tmp_path):
     own.save(tmp_path / "both.safetensors")
     converted = to_published(str(tmp_path / "both.safetensors"), "official")
     converted.save(tmp_path / "official.pth")
-    found = clip_text(tmp_path / "official.pth", heads=own.text.config.heads)
+    found = text_tower(tmp_path / "official.pth", heads=own.text.config.heads)
     same(found, own.text)
 
 

@@ -16,14 +16,14 @@ from typing import NamedTuple
 import torch
 
 from pyvidx import temporal
-from pyvidx.backbones.clip import CLIPVision
+from pyvidx.backbones.vit import ViT
 from pyvidx.hosts import open_clip
 from pyvidx.models import BTAdapter, TextVideo, VideoEncoder, files
 from pyvidx.weights.bt_adapter import load_official
-from pyvidx.weights.clip import clip_vision, told_by, tower_report
 from pyvidx.weights.keys import is_official
-from pyvidx.weights.place import Report
+from pyvidx.weights.place import Report, match
 from pyvidx.weights.state import naming, state_of
+from pyvidx.weights.towers import told_by, tower_names, vision_tower
 
 SAVED = {
     "bt_adapter": BTAdapter.from_pretrained,
@@ -52,7 +52,7 @@ class Loaded:
 
 Source = str | os.PathLike[str]
 OFFICIAL = ("part", "allow_missing", "variant", "depth", "layers", "heads", "gated", "hidden_act")
-CLIP = ("heads", "hidden_act", "eps")
+TOWER = ("heads", "hidden_act", "eps", "image_size")
 
 
 def open_model(
@@ -76,7 +76,8 @@ def open_model(
             the same ones.
         compat: of BT-Adapter, see BTAdapter; default as saved, and "official" for published weights.
         options: what published weights do not tell, see pyvidx.weights.bt_adapter.load_official (gated, part, heads,
-            ...) and pyvidx.weights.clip.clip_vision (heads, hidden_act, eps).
+            ...) and pyvidx.weights.towers.vision_tower (heads,
+            hidden_act, eps, image_size).
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -86,7 +87,7 @@ def open_model(
     name, sizes = (None, {}) if module is None else parse_module(module)
     sources = [] if source is None else [source] if isinstance(source, str | os.PathLike) else list(source)
     found = _opened([os.fspath(source) for source in sources], compat, options)
-    if isinstance(found.what, CLIPVision):
+    if isinstance(found.what, ViT):
         return _joined(found, found.what, name or "mean", sizes)
     own = _own_module(found.what)
     if name is not None and name != own["name"]:
@@ -101,7 +102,7 @@ def open_model(
 class _Opened(NamedTuple):
     """A whole encoder, or a tower alone; where it is from; what became of its keys; whether it is from no file."""
 
-    what: VideoEncoder | CLIPVision
+    what: VideoEncoder | ViT
     said: str
     report: Report | None = None
     random: bool = False
@@ -161,7 +162,7 @@ def _opened(sources: list[str], compat: str | None, options: dict) -> _Opened:
     if len(sources) == 1 and sources[0].startswith(open_clip.SCHEME):
         _only((), options | given, sources[0])
         model, said = open_clip.named(sources[0])
-        return _Opened(open_clip.clip_vision(model), said, random=sources[0].count(":") == 1)
+        return _Opened(open_clip.vision_tower(model), said, random=sources[0].count(":") == 1)
     if len(sources) == 1 and files.is_ours(sources[0]):
         return _saved(sources[0], given, options)
     if wrong := [s for s in sources if s.startswith(open_clip.SCHEME) or files.is_ours(s)]:
@@ -194,13 +195,13 @@ def _published(sources: list[str], given: dict, options: dict) -> _Opened:
         return _Opened(model, f"published BT-Adapter weights {said}", report)
     if len(sources) > 1:
         raise ValueError(f"open_model: none of {', '.join(sources)} holds a branch; give one of them")
-    _only(CLIP, options | given, f"{sources[0]}, which holds no BT-Adapter")
+    _only(TOWER, options | given, f"{sources[0]}, which holds no BT-Adapter")
     told = told_by(sources[0])
-    tower = clip_vision(states[0], **({} if told is None else told._asdict()) | options)
-    return _Opened(tower, said, tower_report(tower, states[0]))
+    tower = vision_tower(states[0], **({} if told is None else told._asdict()) | options)
+    return _Opened(tower, said, match(tower, [tower_names(states[0])])[0])
 
 
-def _joined(found: _Opened, tower: CLIPVision, name: str, sizes: dict) -> tuple[VideoEncoder, Loaded]:
+def _joined(found: _Opened, tower: ViT, name: str, sizes: dict) -> tuple[VideoEncoder, Loaded]:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)  # the same in every process
         module = temporal.create(name, tower.config, **sizes)
@@ -224,7 +225,7 @@ def _named(spec: dict, name: str | None = None) -> str:
     return (name or spec["name"]) + (f" ({options})" if options else "")
 
 
-def _sizes(tower: CLIPVision) -> str:
+def _sizes(tower: ViT) -> str:
     c = tower.config
     return f"ViT of {c.layers} layers, width {c.width}, {c.image_size} pixels in patches of {c.patch_size},"
 

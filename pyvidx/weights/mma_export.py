@@ -44,7 +44,7 @@ INNER = {
 
 def export_mma(step: Pretraining) -> dict[str, Tensor]:
     """Copies of all weights, text tower and head included, as the official code saves them; read by
-    pyvidx.weights.bt_adapter.load_official and pyvidx.weights.clip_text.clip_text."""
+    pyvidx.weights.bt_adapter.load_official and pyvidx.weights.text_towers.text_tower."""
     return export_names(dict(step.named_parameters()))
 
 
