@@ -170,7 +170,7 @@ def test_outputs_that_the_model_has_not(tmp_path, capsys):
     config = {**model.config.to_dict(), "part": "tokens"}
     BTAdapter(type(model.config).from_dict(config)).save(tmp_path / "m.safetensors")
     (tmp_path / "a.mp4").write_bytes(b"x")
-    given = [str(tmp_path / "a.mp4"), "--model", str(tmp_path / "m.safetensors")]
+    given = [str(tmp_path / "a.mp4"), "--model", str(tmp_path / "m.safetensors"), "--outputs", "pooled,tokens"]
     with pytest.raises(SystemExit) as stop:
         encode(given)
     assert stop.value.code == 2

@@ -67,7 +67,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.video is None:
         ranking(video, backwards, device)
 
-    model = folded(load(None), device, None)
+    model = folded(load(None)[0], device, None)
     timing = Timing()
     (result,) = encode_videos([str(video)], model, frames=options.frames, timing=timing)
     if result.error:

@@ -48,9 +48,9 @@ def parser() -> argparse.ArgumentParser:
                    " DiDeMo")  # fmt: skip
     p.add_argument("--reader", default="auto", choices=["auto", "decord", "pyav", "torchcodec"],
                    help="what decodes")  # fmt: skip
-    p.add_argument("--preset", default="clip", choices=list(PRESETS), help="preprocessing")
-    p.add_argument("--outputs", type=arguments.outputs, default="pooled,tokens",
-                   help="pooled (video embedding), tokens (for a language model)")  # fmt: skip
+    p.add_argument("--preset", choices=list(PRESETS), help="preprocessing; default: what the tower was trained with")
+    p.add_argument("--outputs", type=arguments.outputs, help="pooled (video embedding), tokens (for a language model); "
+                   "default: what the model has")  # fmt: skip
     p.add_argument("--batch", type=arguments.count, default=1, help="videos encoded together")
     p.add_argument("--workers", type=arguments.workers, default=1, help="how many read ahead")
     arguments.add_device(p)
@@ -80,9 +80,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         paths, left_out = find(options.videos)
         if options.engine == "local":
             shared(options.workers)  # they start while the model is loaded
-        loaded = load(options.model, options.module, compat=options.compat)
+        loaded, preset = load(options.model, options.module, compat=options.compat)
+        options.preset = options.preset or preset
         if not hasattr(loaded.tower, "patch"):
             raise ValueError(f"--model must read pixels, {options.model} reads stored features")
+        options.outputs = options.outputs or list(loaded.outputs)
         if lacking := [name for name in options.outputs if name not in loaded.outputs]:
             raise ValueError(f"--outputs must be {','.join(loaded.outputs)} with this model, got {','.join(lacking)}")
         random, weights = loaded.is_random, digest(loaded.state_dict()) if folder else None
@@ -131,21 +133,10 @@ def _check_output(p: argparse.ArgumentParser, options: argparse.Namespace, folde
 
 def _made(options: argparse.Namespace) -> dict[str, str]:
     """What embeddings depend on, but for the weights."""
-    names = (
-        "module",
-        "compat",
-        "frames",
-        "sampler",
-        "start",
-        "end",
-        "reader",
-        "preset",
-        "outputs",
-        "dtype",
-        "dtype_out",
-    )
+    names = ("module", "compat", "frames", "sampler", "start", "end", "reader", "preset", "dtype_out")
     given = {name: getattr(options, name) for name in names}
-    given |= {"outputs": ",".join(options.outputs), "dtype": dtype_of(options.device, options.dtype)}
+    given |= {"outputs": options.outputs and ",".join(options.outputs)}
+    given |= {"dtype": dtype_of(options.device, options.dtype)}
     return {name: str(value).removeprefix("torch.") for name, value in given.items() if value is not None}
 
 

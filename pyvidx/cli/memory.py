@@ -123,14 +123,15 @@ def colors(frames: Tensor) -> Tensor:
 def model_features(source: str | None, device: str) -> Callable[[Tensor], Tensor]:
     """Frames uint8 [T, H, W, 3] -> patch tokens [T, P, C] of the last layer of a model's tower, float32."""
     from pyvidx.cli.models import load
-    from pyvidx.preprocess import clip_preprocess
+    from pyvidx.corpus.encode import sized
+    from pyvidx.preprocess import preprocess
 
-    tower = load(source).tower.to(device)
-    size, last = tower.config.image_size, tower.config.layers - 1
+    model, name = load(source)
+    tower, preset, last = model.tower.to(device), sized(name, model), model.tower.layers[-1]
 
     @torch.inference_mode()
     def features(frames: Tensor) -> Tensor:
-        (tokens,) = tower(clip_preprocess(frames, size), [last])
+        (tokens,) = tower(preprocess(frames, preset), [last])
         return tokens[:, 1:].float()
 
     return features

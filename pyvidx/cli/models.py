@@ -7,8 +7,11 @@ from pyvidx.hosts.open import open_model
 from pyvidx.models import VideoEncoder
 
 
-def load(model: str | None, module: str | None = None, **options) -> VideoEncoder:
+def load(model: str | None, module: str | None = None, **options) -> tuple[VideoEncoder, str]:
     """open_model, with what was loaded on stderr, and a note where its embeddings say little about a video.
+
+    Returns:
+        the encoder, and the name of its preprocessing in pyvidx.preprocess.PRESETS.
 
     Raises:
         FileNotFoundError, RuntimeError, ValueError: see pyvidx.hosts.open.open_model.
@@ -27,4 +30,4 @@ def load(model: str | None, module: str | None = None, **options) -> VideoEncode
             "NOTE: these weights were never trained, or some of them: the embeddings do not show what is in a video.",
             file=sys.stderr,
         )
-    return encoder
+    return encoder, loaded.preset

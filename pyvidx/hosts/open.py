@@ -17,6 +17,7 @@ import torch
 
 from pyvidx import temporal
 from pyvidx.backbones.vit import ViT
+from pyvidx.data.tables import read_json
 from pyvidx.hosts import open_clip
 from pyvidx.models import BTAdapter, TextVideo, VideoEncoder, files
 from pyvidx.weights.bt_adapter import load_official
@@ -39,15 +40,17 @@ class Loaded:
     Attributes:
         model: where the tower is from, and its sizes.
         module: the temporal module, its options, and where its weights are from.
+        preset: the preprocessing that the tower was trained with, of pyvidx.preprocess.PRESETS.
         report: what became of every key, where published names were read.
     """
 
     model: str
     module: str
+    preset: str
     report: Report | None = None
 
     def __str__(self) -> str:
-        return f"model: {self.model}\nmodule: {self.module}"
+        return f"model: {self.model}, pixels as {self.preset}\nmodule: {self.module}"
 
 
 Source = str | os.PathLike[str]
@@ -95,17 +98,18 @@ def open_model(
     if differing := {k: v for k, v in sizes.items() if own.get(k, v) != v}:
         raise ValueError(f"open_model: {source} holds {_named(own)}, which cannot become {_named(differing, name)}")
     weights = "random weights" if found.random else "its own weights"
-    said = Loaded(f"{_sizes(found.what.tower)} {found.said}", f"{_named(own)}, {weights}", found.report)
-    return found.what, said
+    return found.what, _told(found, found.what.tower, f"{_named(own)}, {weights}")
 
 
 class _Opened(NamedTuple):
-    """A whole encoder, or a tower alone; where it is from; what became of its keys; whether it is from no file."""
+    """A whole encoder, or a tower alone; where it is from; what became of its keys; whether it is from no file; whether
+    a configuration beside it says that its images are resized bilinearly."""
 
     what: VideoEncoder | ViT
     said: str
     report: Report | None = None
     random: bool = False
+    bilinear: bool = False
 
 
 def parse_module(text: str) -> tuple[str, dict]:
@@ -198,7 +202,18 @@ def _published(sources: list[str], given: dict, options: dict) -> _Opened:
     _only(TOWER, options | given, f"{sources[0]}, which holds no BT-Adapter")
     told = told_by(sources[0])
     tower = vision_tower(states[0], **({} if told is None else told._asdict()) | options)
-    return _Opened(tower, said, match(tower, [tower_names(states[0])])[0])
+    report, _ = match(tower, [tower_names(states[0])])
+    return _Opened(tower, said, report, bilinear=_bilinear(Path(sources[0])))
+
+
+def _bilinear(folder: Path) -> bool:
+    """What the preprocessor_config.json of transformers or the open_clip_config.json in a folder says."""
+    if (file := folder / "preprocessor_config.json").is_file():
+        return read_json(file, dict).get("resample") == 2  # Pillow's number
+    if (file := folder / "open_clip_config.json").is_file():
+        values = read_json(file, dict).get("preprocess_cfg")
+        return isinstance(values, dict) and values.get("interpolation") == "bilinear"
+    return False
 
 
 def _joined(found: _Opened, tower: ViT, name: str, sizes: dict) -> tuple[VideoEncoder, Loaded]:
@@ -210,8 +225,7 @@ def _joined(found: _Opened, tower: ViT, name: str, sizes: dict) -> tuple[VideoEn
     has_weights = any(True for _ in module.parameters())
     encoder.is_random = found.random or has_weights
     what = "random weights, never trained" if has_weights else "without weights of its own"
-    said = Loaded(f"{_sizes(tower)} {found.said}", f"{_named(module.spec)}, {what}", found.report)
-    return encoder, said
+    return encoder, _told(found, tower, f"{_named(module.spec)}, {what}")
 
 
 def _own_module(encoder: VideoEncoder) -> dict:
@@ -225,9 +239,11 @@ def _named(spec: dict, name: str | None = None) -> str:
     return (name or spec["name"]) + (f" ({options})" if options else "")
 
 
-def _sizes(tower: ViT) -> str:
+def _told(found: _Opened, tower: ViT, module: str) -> Loaded:
     c = tower.config
-    return f"ViT of {c.layers} layers, width {c.width}, {c.image_size} pixels in patches of {c.patch_size},"
+    sizes = f"ViT of {c.layers} layers, width {c.width}, {c.image_size} pixels in patches of {c.patch_size}"
+    preset = "clip" if c.pool == "class" else "siglip2" if found.bilinear else "siglip"
+    return Loaded(f"{sizes}, {found.said}", module, preset, found.report)
 
 
 def _split(text: str) -> list[str]:
