@@ -1,4 +1,4 @@
-"""python -m pyvidx plan encode SAMPLE... --videos 1e6"""
+"""pyvidx plan encode SAMPLE... --videos 1e6"""
 
 import argparse
 import json
@@ -9,17 +9,19 @@ from dataclasses import asdict
 from pathlib import Path
 
 from pyvidx.cli import arguments
-from pyvidx.cli.encode import add_job, find, folded, job_of, load_model
+from pyvidx.cli.encode import add_job, find, folded, job_of, opened
 from pyvidx.corpus import stores
+from pyvidx.corpus.folder import DTYPES
 from pyvidx.corpus.rates import Rates, measure, report
 from pyvidx.files import write_json
 
 
 def parser() -> argparse.ArgumentParser:
     p = arguments.Parser(
-        prog="python -m pyvidx plan encode",
+        prog="pyvidx plan encode",
         description="Predict the hours of cores and the storage that `pyvidx encode` takes for a corpus, from what it "
         "takes for a few of its videos, measured here, or from the rates in a file.",
+        example="pyvidx plan encode some_videos/ --model clip-vit-large-patch14/ --module stan --videos 1e6 --cores 32",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     p.add_argument("samples", nargs="*", type=arguments.file, help="videos of the corpus, or folders of them")
@@ -54,12 +56,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _measured(options: argparse.Namespace) -> Rates:
-    stores.named(options.store)
     paths, left_out = find(options.samples)
     if left_out:
         print(f"NOTE: {left_out}", file=sys.stderr)
     paths = paths[:: -(-len(paths) // options.most)]
-    model = folded(load_model(options.model, options.compat), options.device, options.dtype)
+    if DTYPES[options.dtype_out] not in stores.named(options.store).dtypes:
+        raise ValueError(f"--dtype-out {options.dtype_out} cannot be kept in {options.store}")
+    model = folded(opened(options), options.device, options.dtype)
     return measure(paths, model, job_of(options), options.store)
 
 

@@ -28,7 +28,7 @@ from pyvidx.models import files
 from pyvidx.models.bt_adapter import BTAdapter
 from pyvidx.models.config import BTAdapterConfig
 from pyvidx.weights.keys import Renamed, check_plain, groups, is_official, rename
-from pyvidx.weights.place import Report, match, place
+from pyvidx.weights.place import MissingWeights, Report, match, place
 from pyvidx.weights.state import Source as AnySource
 from pyvidx.weights.state import naming, state_of
 from pyvidx.weights.state import read as read
@@ -161,7 +161,7 @@ def infer_config(
     needed = ["tower.position", "temporal.branch.time", "temporal.branch.spatial.0.fc1.weight"]
     absent = [n for n in needed + ["tower.patch"] * (part != "features") if n not in names]
     if absent:
-        raise ValueError(f"checkpoint: no sizes without {', '.join(absent)}; {_remedy(tables)}")
+        raise MissingWeights(f"checkpoint: no sizes without {', '.join(absent)}; {_remedy(tables)}")
     check_plain(names, AXES)
     tokens, width = names["tower.position"].shape
     heads = clip.heads if heads is None and clip else heads

@@ -22,7 +22,7 @@ from torch import Tensor
 from pyvidx.backbones.vit import EVA_G, SIGLIP_B, ViT, ViTConfig
 from pyvidx.weights import malmm_keys
 from pyvidx.weights.keys import Renamed, check_plain, count_layers, groups, rename
-from pyvidx.weights.place import assign
+from pyvidx.weights.place import MissingWeights, assign
 from pyvidx.weights.state import Source, state_of
 
 AXES = {"position": 2, "patch": 4, "blocks.0.fc1.weight": 2, "projection.weight": 2}
@@ -157,19 +157,27 @@ def tower_names(state: Mapping[str, Tensor]) -> Renamed:
     is_eva = any(map(EVA.match, state))
     renamed = malmm_keys.rename(state) if is_eva else rename(state)
     start = "vision." if is_eva else "tower."
-    weights = {n.removeprefix(start): w for n, w in renamed.weights.items() if n.startswith(start) or not is_eva}
+    names = {n: n.removeprefix(start) for n in renamed.weights if n.startswith(start) or not is_eva}
+    weights = {name: renamed.weights[n] for n, name in names.items()}
+    origin = {name: renamed.origin[n] for n, name in names.items()}
+    left_out = [key for n, keys in renamed.origin.items() if n not in names for key in keys]
     if is_eva and "norm_post.weight" not in weights:
-        weights |= _eva_head(state)
-    return replace(renamed, weights=weights)
+        head = _eva_head(state)
+        weights |= {name: state[key] for name, key in head.items()}
+        origin |= {name: [key] for name, key in head.items()}
+    placed = {key for keys in origin.values() for key in keys}
+    left_out += [key for key in renamed.left_out if key not in placed]
+    return replace(renamed, weights=weights, origin=origin, left_out=left_out)
 
 
-def _eva_head(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The LayerNorm and the projection of an EVA-CLIP, in whose place BLIP-2's family has its ln_vision."""
+def _eva_head(state: Mapping[str, Tensor]) -> dict[str, str]:
+    """The LayerNorm and the projection of an EVA-CLIP, in whose place BLIP-2's family has its ln_vision: our names, and
+    the keys."""
     found = {}
-    for key, value in state.items():
+    for key in state:
         if match := re.fullmatch(r"(?:.*\.)?(norm|head)\.(weight|bias)", key):
             if ".blocks." not in key:
-                found[f"{ {'norm': 'norm_post', 'head': 'projection'}[match[1]] }.{match[2]}"] = value
+                found[f"{ {'norm': 'norm_post', 'head': 'projection'}[match[1]] }.{match[2]}"] = key
     return found
 
 
@@ -181,7 +189,7 @@ def tower_config(renamed: Renamed, told: Told) -> ViTConfig:
     """
     weights, keys = renamed.weights, renamed.keys
     if absent := [name for name in ("position", "patch", "blocks.0.fc1.weight") if name not in weights]:
-        raise ValueError(f"weights: no sizes without {', '.join(absent)}; the keys are {', '.join(groups(keys))}")
+        raise MissingWeights(f"weights: no sizes without {', '.join(absent)}; the keys are {', '.join(groups(keys))}")
     check_plain(weights, AXES)
     (tokens, width), patch = weights["position"].shape, weights["patch"].shape[-1]
     pool = "class" if "class_token" in weights else "attention" if "pool.probe" in weights else "mean"
