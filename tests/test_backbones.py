@@ -1,18 +1,18 @@
-"""CLIPVision against transformers and open_clip, on tiny random towers."""
+"""ViT against transformers and open_clip, on tiny random towers."""
 
 import dataclasses
 
 import pytest
 import torch
 
-from pyvidx.backbones.clip import CLIPVision, CLIPVisionConfig
+from pyvidx.backbones.vit import ViT, ViTConfig
 from pyvidx.hosts import huggingface
 from pyvidx.hosts import open_clip as open_clip_weights
 from tests.torchvision_shim import mend_torchvision
 
 mend_torchvision()
 
-SIZES = CLIPVisionConfig(
+SIZES = ViTConfig(
     image_size=28, patch_size=7, width=32, heads=4, layers=3, mlp_width=64, embed_dim=24, hidden_act="quick_gelu"
 )
 
@@ -131,7 +131,7 @@ def test_open_clip_refuses_what_differs():
 
 def test_the_activation_matters(pixels):
     """Same names, same shapes, other numbers: why every source must say its activation."""
-    quick, plain = CLIPVision(SIZES), CLIPVision(dataclasses.replace(SIZES, hidden_act="gelu"))
+    quick, plain = ViT(SIZES), ViT(dataclasses.replace(SIZES, hidden_act="gelu"))
     plain.load_state_dict(quick.state_dict())
     assert (quick(pixels)[0] - plain(pixels)[0]).abs().max() > 1e-3
     with pytest.raises(ValueError, match="hidden_act"):
@@ -139,7 +139,7 @@ def test_the_activation_matters(pixels):
 
 
 def test_layers_and_leading_axes(pixels):
-    tower = CLIPVision(SIZES)
+    tower = ViT(SIZES)
     video = pixels.view(2, 2, 3, 28, 28)
     first, last = tower(video, [0, 2])
     assert first.shape == last.shape == (2, 2, 17, 32)
@@ -151,8 +151,8 @@ def test_layers_and_leading_axes(pixels):
 
 
 def test_a_part_of_the_tower():
-    tower = CLIPVision(SIZES, layers=range(1, 3), embeddings=False, head=False)
-    whole = CLIPVision(SIZES)
+    tower = ViT(SIZES, layers=range(1, 3), embeddings=False, head=False)
+    whole = ViT(SIZES)
     tower.load_state_dict({k: v for k, v in whole.state_dict().items() if k in tower.state_dict()})
     x = torch.randn(2, 17, 32)
     close(tower.run(x)[0], whole.blocks["2"](whole.blocks["1"](x)))
@@ -162,7 +162,7 @@ def test_a_part_of_the_tower():
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 def test_dtypes(dtype, pixels):
-    tower = CLIPVision(SIZES)
+    tower = ViT(SIZES)
     want = tower(pixels)[0]
     got = tower.to(dtype)(pixels)[0]
     assert got.dtype == dtype
@@ -174,4 +174,4 @@ def test_dtypes(dtype, pixels):
 )
 def test_rejects(shape, dtype):
     with pytest.raises(ValueError, match="pixels must be"):
-        CLIPVision(SIZES)(torch.zeros(shape, dtype=dtype))
+        ViT(SIZES)(torch.zeros(shape, dtype=dtype))

@@ -1,16 +1,16 @@
-"""CLIPText against transformers and open_clip, on tiny random towers."""
+"""TextTower against transformers and open_clip, on tiny random towers."""
 
 import pytest
 import torch
 
-from pyvidx.backbones import CLIPText, CLIPTextConfig
+from pyvidx.backbones import TextConfig, TextTower
 from pyvidx.weights.clip_text import clip_text
 from tests.test_backbones import close, randomized
 from tests.torchvision_shim import mend_torchvision
 
 mend_torchvision()
 
-SIZES = CLIPTextConfig(vocab=30, context=10, width=24, heads=3, layers=3, mlp_width=96, embed_dim=20)
+SIZES = TextConfig(vocab=30, context=10, width=24, heads=3, layers=3, mlp_width=96, embed_dim=20)
 IDS = torch.tensor([[27, 4, 9, 29, 0, 0, 0], [27, 29, 3, 3, 3, 3, 3], [27, 5, 6, 7, 8, 2, 29]])
 
 
@@ -49,7 +49,7 @@ def test_equals_open_clip(quick):
 
 @torch.no_grad()
 def test_what_follows_the_end_has_no_effect():
-    tower = randomized(CLIPText(SIZES))
+    tower = randomized(TextTower(SIZES))
     other = IDS.clone()
     other[0, 4:] = torch.tensor([11, 12, 13])
     close(tower(other), tower(IDS))

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from pyvidx import temporal
-from pyvidx.backbones import CLIPVision
+from pyvidx.backbones import ViT
 from pyvidx.hosts import huggingface
 from pyvidx.layers.patch import resize_positions
 from pyvidx.models import BTAdapter, VideoEncoder
@@ -64,8 +64,8 @@ def test_bt_adapter(compat, variant, folded):
 @pytest.mark.parametrize("name", temporal.names())
 def test_temporal_modules(name):
     options = OPTIONS.get(name, {})
-    model = randomized(VideoEncoder(CLIPVision(VISION), temporal.create(name, VISION, **options))).double()
-    larger = VideoEncoder(CLIPVision(LARGER), temporal.create(name, LARGER, **options))
+    model = randomized(VideoEncoder(ViT(VISION), temporal.create(name, VISION, **options))).double()
+    larger = VideoEncoder(ViT(LARGER), temporal.create(name, LARGER, **options))
     resized(model, larger, "tower.position")
     pixels = torch.randn(2, 3, 3, 20, 20).double()
     mask = torch.tensor([[True, True, True], [True, False, True]])

@@ -6,14 +6,14 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from pyvidx.backbones.clip import CLIPVisionConfig
+from pyvidx.backbones.vit import ViTConfig
 from pyvidx.models import BTAdapter, BTAdapterConfig
 from pyvidx.reference.bt_adapter import ReferenceBTAdapter
 from pyvidx.temporal.branch import fused_tokens
 from pyvidx.temporal.grouping import grouping
 from pyvidx.weights.bt_adapter import load_weights
 
-VISION = CLIPVisionConfig(image_size=12, patch_size=4, width=16, heads=2, layers=5, mlp_width=24, embed_dim=6)
+VISION = ViTConfig(image_size=12, patch_size=4, width=16, heads=2, layers=5, mlp_width=24, embed_dim=6)
 CONFIG = BTAdapterConfig(VISION, depth=3, time_length=8)
 P = VISION.patches
 

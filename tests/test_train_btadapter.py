@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import pyvidx.train
-from pyvidx.backbones import CLIPText, CLIPTextConfig
+from pyvidx.backbones import TextConfig, TextTower
 from pyvidx.cli.train import Shown
 from pyvidx.cli.train import main as train_command
 from pyvidx.models import BTAdapter
@@ -31,13 +31,13 @@ from pyvidx.weights.mma_export import export_mma
 from tests.test_models import CONFIG, P, clip, randomized
 from tests.torchvision_shim import mend_torchvision
 
-TEXT = CLIPTextConfig(vocab=49408, context=77, width=16, heads=2, layers=1, mlp_width=16, embed_dim=6)
+TEXT = TextConfig(vocab=49408, context=77, width=16, heads=2, layers=1, mlp_width=16, embed_dim=6)
 CAPTIONS = ["a red wall", "night", "something green that is not grass", "snow", "a broken file", "sea", "sand", "ash"]
 
 
 def step(seed=1, **options):
     torch.manual_seed(seed)
-    return randomized(Pretraining(BTAdapter(CONFIG), CLIPText(TEXT), **options))
+    return randomized(Pretraining(BTAdapter(CONFIG), TextTower(TEXT), **options))
 
 
 def some_tokenizer(texts):
@@ -96,7 +96,7 @@ def test_the_example_is_the_paper():
     factors = [learning_rate(recipe, 0, p * 10, batches) / 2e-6 for p in (0, 10, 25, 50, 75, 100)]
     assert factors == pytest.approx([0.05, 0.24, 0.525, 1, 0.992, 0.970], abs=1e-3)
     torch.manual_seed(0)
-    pretraining = Pretraining(BTAdapter(CONFIG), CLIPText(replace(TEXT, vocab=9)))
+    pretraining = Pretraining(BTAdapter(CONFIG), TextTower(replace(TEXT, vocab=9)))
     rates = {}
     for group in groups(pretraining, recipe):
         assert group["weight_decay"] == 0.05

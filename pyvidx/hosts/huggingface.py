@@ -1,11 +1,12 @@
 """transformers' CLIP and BLIP-2 family into pyvidx. Works on the model object; transformers itself is needed only to
 load by name."""
 
+from dataclasses import replace
+
 import torch
 from torch import nn
 
-from pyvidx.backbones.clip import CLIPVision, CLIPVisionConfig
-from pyvidx.backbones.eva import EVAVision, EVAVisionConfig
+from pyvidx.backbones.vit import EVA_G, ViT, ViTConfig
 from pyvidx.hosts.importing import LOCAL, importing
 from pyvidx.memory.qformer import QFormerConfig
 from pyvidx.models.malmm import MALMM
@@ -17,8 +18,8 @@ from pyvidx.weights.place import place
 EVA_TYPES = ("blip_2_vision_model", "instructblip_vision_model", "instructblipvideo_vision_model")
 
 
-def clip_vision(model: nn.Module | str, **kwargs) -> CLIPVision:
-    """CLIPVision with the weights of a CLIPModel, CLIPVisionModel or CLIPVisionModelWithProjection.
+def clip_vision(model: nn.Module | str, **kwargs) -> ViT:
+    """ViT with the weights of a CLIPModel, CLIPVisionModel or CLIPVisionModelWithProjection.
 
     Args:
         model: the transformers model (4.x or 5.x), or a folder, or a name for CLIPModel.from_pretrained(model,
@@ -41,7 +42,7 @@ def clip_vision(model: nn.Module | str, **kwargs) -> CLIPVision:
         raise ValueError(f"huggingface: model must be a CLIP of transformers, got {type(model).__name__}")
     projection = getattr(model, "visual_projection", None)
     return fill(
-        CLIPVisionConfig(
+        ViTConfig(
             image_size=vision.image_size,
             patch_size=vision.patch_size,
             width=vision.hidden_size,
@@ -56,8 +57,8 @@ def clip_vision(model: nn.Module | str, **kwargs) -> CLIPVision:
     )
 
 
-def eva_vision(model: nn.Module) -> EVAVision:
-    """EVAVision with the weights of the vision model of an InstructBLIP, InstructBLIP-Video or BLIP-2.
+def eva_vision(model: nn.Module) -> ViT:
+    """ViT with the weights of the vision model of an InstructBLIP, InstructBLIP-Video or BLIP-2.
 
     Args:
         model: the transformers model (4.x or 5.x), whole or its vision model.
@@ -70,7 +71,7 @@ def eva_vision(model: nn.Module) -> EVAVision:
     """
     module = getattr(model, "vision_model", model)
     config = _eva_config(module)
-    tower = _empty(EVAVision, config, module)
+    tower = _empty(ViT, config, module)
     renamed = rename({f"vision_model.{name}": value for name, value in module.state_dict().items()})
     inner = {name.removeprefix("vision."): value for name, value in renamed.weights.items()}
     tower.load_state_dict(inner)
@@ -125,11 +126,12 @@ def malmm(model: nn.Module, *, time_length: int = 0, compat: str = "official") -
     return result
 
 
-def _eva_config(vision: nn.Module) -> EVAVisionConfig:
+def _eva_config(vision: nn.Module) -> ViTConfig:
     config = getattr(vision, "config", None)
     if getattr(config, "model_type", None) not in EVA_TYPES or config.hidden_act != "gelu":
         raise ValueError(f"huggingface: model must be an InstructBLIP or BLIP-2 with GELU, got {type(vision).__name__}")
-    return EVAVisionConfig(
+    return replace(
+        EVA_G,
         image_size=config.image_size,
         patch_size=config.patch_size,
         width=config.hidden_size,

@@ -2,12 +2,12 @@
 
 from torch import nn
 
-from pyvidx.backbones.clip import CLIPVision, CLIPVisionConfig
+from pyvidx.backbones.vit import ViT, ViTConfig
 from pyvidx.weights.clip import fill
 
 
-def clip_vision(model: nn.Module) -> CLIPVision:
-    """CLIPVision with the weights of an open_clip model (CLIP, CustomTextCLIP) or of its VisionTransformer.
+def clip_vision(model: nn.Module) -> ViT:
+    """ViT with the weights of an open_clip model (CLIP, CustomTextCLIP) or of its VisionTransformer.
 
     Returns:
         the tower in eval mode, with the dtype of the model, its weights copied.
@@ -29,9 +29,9 @@ def clip_vision(model: nn.Module) -> CLIPVision:
     }
     odd = [what for what, ok in plain.items() if not ok]
     if odd:
-        raise ValueError(f"open_clip: this tower has {', '.join(odd)}, which CLIPVision does not")
+        raise ValueError(f"open_clip: this tower has {', '.join(odd)}, which ViT does not")
     return fill(
-        CLIPVisionConfig(
+        ViTConfig(
             image_size=tower.image_size[0],
             patch_size=tower.patch_size[0],
             width=tower.conv1.out_channels,

@@ -9,8 +9,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from pyvidx.backbones.clip import CLIPVision
-from pyvidx.backbones.clip_text import CLIPText
+from pyvidx.backbones.text import TextTower
+from pyvidx.backbones.vit import ViT
 from pyvidx.data.captions import KINDS, captioned
 from pyvidx.hosts.importing import LOCAL, importing
 from pyvidx.models import files
@@ -61,7 +61,7 @@ class Config:
             folder of transformers' CLIP, a CLIP's state dict (transformers, open_clip), or
             {"open_clip": NAME, "pretrained": FILE}.
         text: the text tower's, one of the last four; None: `weights` holds it.
-        hidden_act: of a CLIP from a state dict, see CLIPVisionConfig; None: OpenAI's, with a warning.
+        hidden_act: of a CLIP from a state dict, see ViTConfig; None: OpenAI's, with a warning.
         heads: of such a CLIP and of its text tower; None: width / 64.
         depth, time_length, gated: of a branch that starts from a CLIP, see BTAdapterConfig.
         tokenizer: folder of transformers; None: open_clip's.
@@ -266,7 +266,7 @@ def datasets(config: Config, task: BTAdapterTask, ranks: Ranks) -> tuple[Dataset
     return StoredPairs(config.features, about), held_out
 
 
-def _model(config: Config) -> tuple[BTAdapter, CLIPText | None, dict[str, Tensor]]:
+def _model(config: Config) -> tuple[BTAdapter, TextTower | None, dict[str, Tensor]]:
     """The model, the text tower if it is with it, and the state dict it is from, if it is."""
     # Both codes give the same numbers here but where the public one takes 3 frames for 3 channels.
     modes = {"compat": "paper", "variant": "mma"}
@@ -289,7 +289,7 @@ def _model(config: Config) -> tuple[BTAdapter, CLIPText | None, dict[str, Tensor
     return model, text, {}
 
 
-def _clip(config: Config, weights: str | dict, *, image: bool = True) -> tuple[CLIPVision | None, CLIPText | None]:
+def _clip(config: Config, weights: str | dict, *, image: bool = True) -> tuple[ViT | None, TextTower | None]:
     """The towers of a CLIP, in any of the forms of Config.weights and Config.text, or of a state dict; image=False
     leaves that one in a state dict, which may be more than CLIP's."""
     heads, text_heads = config.heads or (None, None)
@@ -305,7 +305,7 @@ def _clip(config: Config, weights: str | dict, *, image: bool = True) -> tuple[C
     return vision, clip_text(state, heads=text_heads, hidden_act=hidden_act) if has_text else None
 
 
-def _transformers(folder: str) -> tuple[CLIPVision, CLIPText]:
+def _transformers(folder: str) -> tuple[ViT, TextTower]:
     from pyvidx.hosts import huggingface
 
     with importing("train: a folder of transformers", "transformers"):
@@ -316,7 +316,7 @@ def _transformers(folder: str) -> tuple[CLIPVision, CLIPText]:
     return huggingface.clip_vision(model), clip_text(model.state_dict(), **options)
 
 
-def _open_clip(open_clip: str, pretrained: str) -> tuple[CLIPVision, CLIPText]:
+def _open_clip(open_clip: str, pretrained: str) -> tuple[ViT, TextTower]:
     from pyvidx.hosts import open_clip as ours
 
     if not Path(pretrained).is_file():

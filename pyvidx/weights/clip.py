@@ -1,4 +1,4 @@
-"""A CLIPVision from the weights of a host library's CLIP."""
+"""A ViT from the weights of a host library's CLIP."""
 
 import json
 import math
@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pyvidx.backbones.clip import CLIPVision, CLIPVisionConfig
+from pyvidx.backbones.vit import ViT, ViTConfig
 from pyvidx.weights.keys import check_plain, count_layers, groups, rename
 from pyvidx.weights.place import assign
 from pyvidx.weights.state import Source, state_of
@@ -62,10 +62,8 @@ def activation(hidden_act: str | None, stacklevel: int = 3) -> str:
     return hidden_act or "quick_gelu"
 
 
-def clip_vision(
-    state: Source, *, heads: int | None = None, hidden_act: str | None = None, eps: float = 1e-5
-) -> CLIPVision:
-    """CLIPVision with a copy of these weights, sizes inferred; in eval mode.
+def clip_vision(state: Source, *, heads: int | None = None, hidden_act: str | None = None, eps: float = 1e-5) -> ViT:
+    """ViT with a copy of these weights, sizes inferred; in eval mode.
 
     Args:
         state: file, folder, module or state dict, in any naming that keys.rename knows; the text tower of a whole
@@ -88,7 +86,7 @@ def clip_vision(
     if heads is None and width % 64:
         raise ValueError(f"CLIP weights: width {width} is not a multiple of 64, so pass heads=")
     projection = names.get("projection.weight")
-    config = CLIPVisionConfig(
+    config = ViTConfig(
         image_size=math.isqrt(tokens - 1) * patch,
         patch_size=patch,
         width=width,
@@ -102,15 +100,15 @@ def clip_vision(
     return fill(config, state)
 
 
-def fill(config: CLIPVisionConfig, state: Mapping[str, Tensor]) -> CLIPVision:
-    """CLIPVision of these sizes with a copy of these weights, in any naming that keys.rename knows; in eval mode.
+def fill(config: ViTConfig, state: Mapping[str, Tensor]) -> ViT:
+    """ViT of these sizes with a copy of these weights, in any naming that keys.rename knows; in eval mode.
 
     Raises:
         ValueError: a weight is missing or not understood, or a shape differs.
     """
     renamed = rename(state)
     with torch.device("meta"):
-        tower = CLIPVision(config)
+        tower = ViT(config)
     weights = {name.removeprefix("tower."): value for name, value in renamed.weights.items()}
     assign(tower, weights, "CLIP weights", renamed.unexpected)
     return tower.eval()

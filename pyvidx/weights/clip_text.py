@@ -1,10 +1,10 @@
-"""A CLIPText from the weights of transformers' CLIP, open_clip or the official BT-Adapter pretraining file."""
+"""A TextTower from the weights of transformers' CLIP, open_clip or the official BT-Adapter pretraining file."""
 
 import re
 
 import torch
 
-from pyvidx.backbones.clip_text import CLIPText, CLIPTextConfig
+from pyvidx.backbones.text import TextConfig, TextTower
 from pyvidx.weights.clip import activation
 from pyvidx.weights.keys import (
     THIRDS,
@@ -43,8 +43,10 @@ AXES = {"token.weight": 2, "position": 2, "projection.weight": 2, "blocks.0.fc1.
 BUFFERS = re.compile(r"(.*\.)?position_ids$|attn_mask$")
 
 
-def clip_text(state: Source, *, heads: int | None = None, hidden_act: str | None = None, eps: float = 1e-5) -> CLIPText:
-    """CLIPText with a copy of these weights, sizes inferred; frozen and in eval mode.
+def clip_text(
+    state: Source, *, heads: int | None = None, hidden_act: str | None = None, eps: float = 1e-5
+) -> TextTower:
+    """TextTower with a copy of these weights, sizes inferred; frozen and in eval mode.
 
     Args:
         state: file, folder, module or state dict; the image tower and the head of a whole model are passed over.
@@ -84,7 +86,7 @@ def clip_text(state: Source, *, heads: int | None = None, hidden_act: str | None
     vocab, width = weights["token.weight"].shape
     if heads is None and width % 64:
         raise ValueError(f"CLIP text weights: width {width} is not a multiple of 64, so pass heads=")
-    config = CLIPTextConfig(
+    config = TextConfig(
         vocab=vocab,
         context=len(weights["position"]),
         width=width,
@@ -96,7 +98,7 @@ def clip_text(state: Source, *, heads: int | None = None, hidden_act: str | None
         eps=eps,
     )
     with torch.device("meta"):
-        tower = CLIPText(config)
+        tower = TextTower(config)
     assign(tower, weights, "CLIP text weights")
     return tower.requires_grad_(False).eval()
 

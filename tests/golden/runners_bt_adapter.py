@@ -5,7 +5,7 @@ from contextlib import nullcontext
 import pytest
 import torch
 
-from pyvidx.backbones.clip import CLIPVisionConfig
+from pyvidx.backbones.vit import ViTConfig
 from pyvidx.models.bt_adapter import BTAdapter
 from pyvidx.models.config import BTAdapterConfig
 from pyvidx.models.pretraining import Pretraining
@@ -29,7 +29,7 @@ def config(meta, gates=None, **changes):
     scales = [gates.get("middle_norm"), gates.get("out_norm")]
     if None not in scales:
         changes |= {"gate_scale": scales[0], "output_gate_scale": scales[1]}
-    vision = CLIPVisionConfig(
+    vision = ViTConfig(
         image_size=v["image_size"],
         patch_size=v["patch_size"],
         width=v["hidden_size"],
