@@ -211,7 +211,7 @@ def separate(file, run, variant, check):
             return "time", None
         name = re.sub("temporal_attn", "self_attn", name).replace("temporal_layer_norm1", "layer_norm1")
         target, third = locate(f"btadapter_T_layers.0.{name}")
-        return target.removeprefix("branch."), third
+        return target.removeprefix("temporal.branch."), third
 
     parameters = dict(module.named_parameters())
     for name, value in weights.items():
