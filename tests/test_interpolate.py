@@ -33,7 +33,7 @@ def resized(model, other, name):
 def test_as_transformers_does(size):
     transformers = pytest.importorskip("transformers")
     theirs = randomized(transformers.CLIPVisionModel(hf_config(SIZES)))
-    tower = huggingface.clip_vision(theirs)
+    tower = huggingface.vision_tower(theirs)
     pixels = torch.randn(2, 3, *size)
     want = theirs(pixels, interpolate_pos_encoding=True, output_hidden_states=True).hidden_states[-1]
     close(tower(pixels, interpolate=True)[0], want, 1e-5)

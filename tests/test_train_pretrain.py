@@ -26,8 +26,8 @@ from pyvidx.train.recipe import groups, learning_rate, load
 from pyvidx.train.tokens import tokenizer
 from pyvidx.video import write
 from pyvidx.weights.bt_adapter import load_official
-from pyvidx.weights.clip_text import clip_text
 from pyvidx.weights.mma_export import export_mma
+from pyvidx.weights.text_towers import text_tower
 from tests.test_models import CONFIG, P, clip, randomized
 from tests.torchvision_shim import mend_torchvision
 
@@ -234,7 +234,7 @@ def test_the_command_resumes_to_the_same_bits(run, monkeypatch, capsys, amp):
         assert torch.equal(p, q), name
     assert not report.missing and not report.unexpected and not report.unused
     state = torch.load(folder / "official.pth", weights_only=True)["state_dict"]
-    text = clip_text({key: value for key, value in state.items() if key.startswith("text_")}, heads=2)
+    text = text_tower({key: value for key, value in state.items() if key.startswith("text_")}, heads=2)
     assert torch.equal(text.token.weight, step().text.token.weight)
 
 

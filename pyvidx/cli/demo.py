@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pyvidx.cli import arguments
-from pyvidx.cli.encode import load_model
+from pyvidx.cli.encode import folded, load_model
 from pyvidx.corpus.encode import Timing, encode_videos
 from pyvidx.data import motion
 from pyvidx.files import printable, whole
@@ -59,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.video is None:
         ranking(video, backwards, device)
 
-    model = load_model(None, device, None)
+    model = folded(load_model(None), device, None)
     timing = Timing()
     (result,) = encode_videos([str(video)], model, frames=options.frames, timing=timing)
     if result.error:

@@ -195,7 +195,7 @@ def frame_vectors(x: Tensor, cls: Tensor, tower: ViT, gate: Tensor | None, gate_
 
     x [B, T, 1+P, C] of the last backbone layer, cls [B, C] of the last branch layer -> [B, T, C].
     """
-    norm = foldable(tower.norm_post, x) if tower.pool is None else None
+    norm = foldable(tower.norm_post, x) if tower.config.class_token else None
     frames = output_gate(x[:, :, 0], cls, gate, scale=gate_scale, norm=norm)
     return tower.head(frames) if norm is None else frames
 

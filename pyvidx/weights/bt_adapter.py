@@ -27,12 +27,12 @@ from pyvidx.backbones.vit import ViT, ViTConfig
 from pyvidx.models import files
 from pyvidx.models.bt_adapter import BTAdapter
 from pyvidx.models.config import BTAdapterConfig
-from pyvidx.weights.clip import Told, activation, told_by
 from pyvidx.weights.keys import Renamed, check_plain, groups, is_official, rename
 from pyvidx.weights.place import Report, match, place
 from pyvidx.weights.state import Source as AnySource
 from pyvidx.weights.state import naming, state_of
 from pyvidx.weights.state import read as read
+from pyvidx.weights.towers import Told, activation, told_by
 
 Source = AnySource | ViT
 HALF = "0.5 in every channel, as in the public chat tower: its files hold no gates"
@@ -222,7 +222,7 @@ def _remedy(tables: Sequence[Renamed]) -> str:
     elif names:
         remedy = (
             "they are a CLIP alone: give the branch after it, or make an image tower of it with "
-            "pyvidx.weights.clip.clip_vision(path)"
+            "pyvidx.weights.towers.vision_tower(path)"
         )
     else:
         remedy = "none of them is understood"

@@ -13,8 +13,8 @@ from pyvidx.reference.bt_adapter import ReferenceBTAdapter
 from pyvidx.reference.pretraining import ReferencePretraining
 from pyvidx.temporal.branch import fused_tokens
 from pyvidx.temporal.bt_adapter import split_rows
+from pyvidx.weights import text_towers
 from pyvidx.weights.bt_adapter import load_official, load_weights
-from pyvidx.weights.clip_text import clip_text
 from pyvidx.weights.keys import THIRDS, locate
 from tests.golden.vectors import Check, runner
 
@@ -163,7 +163,7 @@ def mma_train(file, run, variant, check):
 def text_tower(file):
     sizes, weights = file.meta["clip"]["text"], file.part("weights.")
     options = {"hidden_act": sizes["hidden_act"], "eps": sizes["layer_norm_eps"]}
-    return clip_text(weights, heads=sizes["num_attention_heads"], **options)
+    return text_towers.text_tower(weights, heads=sizes["num_attention_heads"], **options)
 
 
 def keeps_to_drops(case, tensors, depth):

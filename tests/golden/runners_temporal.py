@@ -16,8 +16,8 @@ from pyvidx.temporal.grid_pool import grid_pool, with_newlines
 from pyvidx.temporal.st_adapter import Adapter
 from pyvidx.temporal.st_pool import space_time_means
 from pyvidx.video.sampling import sample
-from pyvidx.weights.clip import fill
 from pyvidx.weights.keys import THIRDS, locate, rename
+from pyvidx.weights.towers import filled, tower_names
 from tests.golden.vectors import runner
 
 GRADIENT_TOLERANCE = 1e-4
@@ -118,7 +118,7 @@ def st_adapter_vit(file, run, variant, check):
     tower = {k: v for k, v in weights.items() if "adapter" not in k and not k.startswith("fc.")}
     with_adapters = {k.split(".")[2] for k in weights if "adapter" in k}
     options = {"layers": len(with_adapters), "width": file.meta["Ca"]}
-    model = VideoEncoder(fill(sizes, tower), temporal.create("st_adapter", sizes, **options))
+    model = VideoEncoder(filled(sizes, tower_names(tower)), temporal.create("st_adapter", sizes, **options))
     for i in with_adapters:
         j = int(i) - model.temporal.first
         for place, adapters in (("attn", model.temporal.attention), ("mlp", model.temporal.mlp)):
@@ -186,7 +186,7 @@ def clipvip_vision(file, run, variant, check):
     sizes = vision(weights, heads=meta["heads"], image_size=meta["image"])
     tower = {k: v for k, v in weights.items() if not k.endswith(("added_cls", "temporal_embedding"))}
     options = {"proxies": 1 + meta["add_cls_num"], "time_length": meta["temporal_size"]}
-    model = VideoEncoder(fill(sizes, tower), temporal.create("clip_vip", sizes, **options))
+    model = VideoEncoder(filled(sizes, tower_names(tower)), temporal.create("clip_vip", sizes, **options))
     model.temporal.added.copy_(weights["embeddings.added_cls"])
     model.temporal.time.copy_(weights["embeddings.temporal_embedding"][0])
     check("out.embeddings", model.temporal.embed(model.tower.tokens(video), model.tower))
