@@ -174,7 +174,7 @@ class VideoEncoder(nn.Module):
 
     def hidden(self, pixels: Tensor, keep: Tensor, last: int) -> list[Tensor]:
         """Patch tokens of the last layers, of an encoder that sees some of the patches: of every frame of a clip the
-        same. A branch sees those, and the backbone beside it all; otherwise the tower sees those, with the module in it.
+        same. A branch sees those, and the backbone beside it all; otherwise those are all that the tower sees.
 
         Args:
             keep: int64 [B, K], the patches.
