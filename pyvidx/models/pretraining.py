@@ -147,6 +147,18 @@ class Pretraining(nn.Module):
         """
         with torch.no_grad():
             text = self.text(ids)
+        return self.from_pixels(pixels, text, mask=mask, drops=drops, generator=generator)
+
+    def from_pixels(
+        self,
+        pixels: Tensor,
+        text: Tensor,
+        *,
+        mask: Tensor | None = None,
+        drops: Drops | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Losses:
+        """The same from text embeddings [B, E]."""
         if self.has_branch:
             with nullcontext() if self.train_tower else torch.no_grad():
                 xs = self.model.layers(pixels, outputs=("pooled",))
