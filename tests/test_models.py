@@ -22,7 +22,8 @@ def randomized(model):
     """Every parameter of ordinary size; gates such that sigmoid(scale * gate) is neither 0 nor 1."""
     with torch.no_grad():
         for name, p in model.named_parameters():
-            spread = {"balance1": 1e-4, "output_gate": 1e-4, "balance2": 0.01, "branch.gate": 0.01}.get(name, 0.2)
+            spread = {"balance1": 1e-4, "output_gate": 1e-4, "balance2": 0.01, "branch.gate": 0.01}
+            spread = spread.get(name.removeprefix("temporal."), 0.2)
             p.add_(torch.randn_like(p), alpha=spread)
     return model.eval()
 
