@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 
 from pyvidx.backbones.text import SIGLIP_TEXT_B, TextConfig, TextTower
+from pyvidx.weights.big_vision import as_transformers, is_big_vision
 from pyvidx.weights.keys import (
     THIRDS,
     TOWER,
@@ -55,8 +56,7 @@ def text_tower(
     Args:
         source: file, folder, module or state dict of a CLIP or a SigLIP, known by its projection's bias; the image
             tower and the head of a whole model are passed over.
-        heads: default what a config beside the weights tells, or the published: 16 of widths 1152 and 1536, else
-            width / 64.
+        heads: default what a config beside the weights tells, or the published: 16 of width 1152, else width / 64.
         hidden_act, eps: default what a config tells, or the published; of a CLIP that tells nothing OpenAI's
             "quick_gelu", with a warning where the weights are a CLIP's alone: LAION's and DataComp's have "gelu".
 
@@ -68,6 +68,7 @@ def text_tower(
     told = (told_by(source, "text") if isinstance(source, str | Path) else None) or Told()
     told = Told(*(theirs if mine is None else mine for mine, theirs in zip((heads, hidden_act, eps), told)))
     state, weights, thirds = state_of(source), {}, {}
+    state = as_transformers(state) if is_big_vision(state) else state
     names = without_wrappers(list(state), lambda name: bool(_elsewhere(name) or _locate(name)[0]))
     for (key, value), name in zip(state.items(), names):
         if _elsewhere(name) or is_counter(value):
@@ -103,7 +104,7 @@ def text_tower(
         vocab=vocab,
         context=len(weights["position"]),
         width=width,
-        heads=told.heads or (16 if width in (1152, 1536) else width // 64),
+        heads=told.heads or (16 if width == 1152 else width // 64),
         layers=count_layers(weights, "blocks."),
         mlp_width=len(weights["blocks.0.fc1.weight"]),
         embed_dim=len(weights["projection.weight"]),

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from pyvidx.backbones.vit import EVA_G, SIGLIP_B, ViT, ViTConfig
 from pyvidx.weights import malmm_keys
+from pyvidx.weights.big_vision import as_transformers, is_big_vision
 from pyvidx.weights.keys import Renamed, check_plain, count_layers, groups, rename
 from pyvidx.weights.place import assign
 from pyvidx.weights.state import Source, state_of
@@ -120,6 +121,17 @@ def activation(hidden_act: str | None, stacklevel: int = 3) -> str:
     return hidden_act or "quick_gelu"
 
 
+def published_heads(width: int) -> int:
+    """Heads of the published image towers of a width: 64 channels each, but in the largest, which have 16.
+
+    Raises:
+        ValueError: it is not a multiple of 64.
+    """
+    if width % 64:
+        raise ValueError(f"weights: width {width} is not a multiple of 64, so pass heads=")
+    return 16 if width >= 1152 else width // 64
+
+
 def vision_tower(
     source: Source,
     *,
@@ -133,8 +145,7 @@ def vision_tower(
     Args:
         source: file, folder, module or state dict of a CLIP, a SigLIP or an EVA, in any naming that keys.rename or
             malmm_keys.rename knows; the text tower and what else a whole model has are passed over.
-        heads: default what a config beside the weights tells, or the published: 16 of widths 1152, 1408 and 1536,
-            else width / 64.
+        heads: default what a config beside the weights tells, or the published, see published_heads.
         hidden_act, eps: default what a config tells, or the published; of a CLIP that tells nothing OpenAI's
             "quick_gelu", with a warning: LAION's and DataComp's have "gelu".
         image_size: pixels; default what a config tells, or whole patches.
@@ -154,6 +165,7 @@ def vision_tower(
 
 def tower_names(state: Mapping[str, Tensor]) -> Renamed:
     """The weights of the image tower in a state dict of any known naming under ViT's names."""
+    state = as_transformers(state) if is_big_vision(state) else state
     is_eva = any(map(EVA.match, state))
     renamed = malmm_keys.rename(state) if is_eva else rename(state)
     start = "vision." if is_eva else "tower."
@@ -182,21 +194,20 @@ def tower_config(renamed: Renamed, told: Told) -> ViTConfig:
     weights, keys = renamed.weights, renamed.keys
     if absent := [name for name in ("position", "patch", "blocks.0.fc1.weight") if name not in weights]:
         raise ValueError(f"weights: no sizes without {', '.join(absent)}; the keys are {', '.join(groups(keys))}")
+    if weights["patch"].dim() == 2:
+        raise ValueError("weights: patches must be of a fixed image size; SigLIP 2 of any size (NaFlex) is not read")
     check_plain(weights, AXES)
     (tokens, width), patch = weights["position"].shape, weights["patch"].shape[-1]
     pool = "class" if "class_token" in weights else "attention" if "pool.probe" in weights else "mean"
     norm_pre, patch_bias = "norm_pre.weight" in weights, "patch_bias" in weights
     like = SIGLIP_B if pool != "class" else EVA_G if patch_bias else None
-    heads = told.heads or (16 if width in (1152, 1408, 1536) else width // 64)
-    if told.heads is None and width % 64:
-        raise ValueError(f"weights: width {width} is not a multiple of 64, so pass heads=")
     projection = weights.get("projection.weight")
     eps = told.eps if told.eps is not None else like.eps if like else 1e-5
     return ViTConfig(
         image_size=told.image_size or math.isqrt(tokens - (pool == "class")) * patch,
         patch_size=patch,
         width=width,
-        heads=heads,
+        heads=told.heads or published_heads(width),
         layers=count_layers(weights, "blocks."),
         mlp_width=len(weights["blocks.0.fc1.weight"]),
         embed_dim=None if projection is None else len(projection),
