@@ -97,7 +97,8 @@ def test_bodies_are_checked(tmp_path):
     changes = {
         "lacks temporal.branch.time": {k: v for k, v in weights.items() if k != "temporal.branch.time"},
         "has more that is no part": weights | {"more": torch.zeros(1)},
-        "temporal.branch.time must be floating": weights | {"temporal.branch.time": weights["temporal.branch.time"].int()},
+        "temporal.branch.time must be floating": weights
+        | {"temporal.branch.time": weights["temporal.branch.time"].int()},
         "temporal.branch.time is .* in the model, .* in the file": weights | {"temporal.branch.time": torch.zeros(3)},
     }
     for said, body in changes.items():

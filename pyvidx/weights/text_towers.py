@@ -1,7 +1,6 @@
 """Text towers from the weights of transformers' CLIP and SigLIP, open_clip, or BT-Adapter's official pretraining."""
 
 import re
-from pathlib import Path
 
 import torch
 
@@ -22,7 +21,7 @@ from pyvidx.weights.keys import (
 )
 from pyvidx.weights.place import assign
 from pyvidx.weights.state import Source, state_of
-from pyvidx.weights.towers import Told, activation, told_by
+from pyvidx.weights.towers import Told, activation, completed
 
 TOP = {
     "embeddings.token_embedding.weight": "token.weight",
@@ -65,8 +64,7 @@ def text_tower(
         ValueError: it cannot be read, a weight is missing, not understood or there twice, a shape differs, or the
             width does not give the heads.
     """
-    told = (told_by(source, "text") if isinstance(source, str | Path) else None) or Told()
-    told = Told(*(theirs if mine is None else mine for mine, theirs in zip((heads, hidden_act, eps), told)))
+    told = completed(Told(heads, hidden_act, eps), source, "text")
     state, weights, thirds = state_of(source), {}, {}
     state = as_transformers(state) if is_big_vision(state) else state
     names = without_wrappers(list(state), lambda name: bool(_elsewhere(name) or _locate(name)[0]))
@@ -93,7 +91,7 @@ def text_tower(
         )
     check_plain(weights, AXES)
     vocab, width = weights["token.weight"].shape
-    siglip = "projection.bias" in weights
+    siglip = any(name.endswith(("projection.bias", "head.weight")) for name in names)
     hidden_act = told.hidden_act or (SIGLIP_TEXT_B.hidden_act if siglip else None)
     if hidden_act is None:
         hidden_act = "quick_gelu" if is_official(state) else activation(None)
