@@ -24,7 +24,6 @@ import torch
 from torch import Tensor
 
 from pyvidx.backbones.vit import ViT, ViTConfig
-from pyvidx.models import files
 from pyvidx.models.bt_adapter import BTAdapter
 from pyvidx.models.config import BTAdapterConfig
 from pyvidx.weights.keys import Renamed, check_plain, groups, is_official, rename
@@ -90,24 +89,6 @@ def load_official(
             match(BTAdapter(config, compat=compat, variant=variant), _shifted(tables, config), allow_missing, assumed)
         model = BTAdapter(config, compat=compat, variant=variant)
         return model, place(model, _shifted(tables, config), allow_missing, assumed)
-
-
-def load_model(path: str | Path, *, compat: str | None = None, variant: str | None = None, **options) -> BTAdapter:
-    """A BTAdapter from a file or folder of either kind: written by BTAdapter.save, or published.
-
-    Args:
-        compat, variant: in place of those saved; of published weights see load_official.
-        options: of load_official, such as gated=False for the public zero-shot evaluation, which adds plain sums. What
-            BTAdapter.save wrote takes none.
-
-    Raises:
-        FileNotFoundError, ValueError: see BTAdapter.from_pretrained and load_official.
-    """
-    if Path(path).exists() and not files.is_ours(path):
-        return load_official(path, compat=compat or "official", variant=variant, **options)[0]
-    if options:
-        raise ValueError(f"load_model: {path} says by itself what it is, so {', '.join(options)} must not be given")
-    return BTAdapter.from_pretrained(path, compat=compat, variant=variant)
 
 
 def load_weights(model: BTAdapter, *sources: Source, allow_missing: Sequence[str] = ()) -> Report:
