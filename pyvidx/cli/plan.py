@@ -1,4 +1,4 @@
-"""python -m pyvidx plan pretrain --cards 8 --card v100"""
+"""pyvidx plan pretrain --cards 8 --card v100"""
 
 import argparse
 import math
@@ -20,19 +20,20 @@ SHARES = cost.Shares()
 
 def parser() -> argparse.ArgumentParser:
     p = arguments.Parser(
-        prog="python -m pyvidx plan",
+        prog="pyvidx plan",
         description="Predict the hours of one epoch of BT-Adapter's pretraining. The work is counted by running the "
         "real step on tensors without data; cards are data-sheet numbers; the shares of them that are reached are "
         "assumptions, no GPU having been measured: --products-share, --memory-share, --link-share.",
+        example="pyvidx plan pretrain --cards 8 --card v100 --decode-seconds 0.1",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    p.add_argument("what", choices=["pretrain"])
-    p.add_argument("--cards", type=arguments.count, default=8)
-    p.add_argument("--card", choices=list(cost.cards()["cards"]), default="v100")
+    p.add_argument("what", choices=["pretrain"], help="pretrain: one epoch of BT-Adapter's pretraining")
+    p.add_argument("--cards", type=arguments.count, default=8, help="how many")
+    p.add_argument("--card", choices=list(cost.cards()["cards"]), default="v100", help="of which kind")
     p.add_argument("--videos", type=arguments.amount, default=2.5e6, help="video-text pairs of the epoch")
-    p.add_argument("--frames", type=arguments.count, default=8)
+    p.add_argument("--frames", type=arguments.frames, default=8, help="of a video")
     p.add_argument("--batch", type=arguments.count, default=52, help="videos of one step on one card")
-    p.add_argument("--size", choices=BTAdapterConfig.names(), default="clip-l-14")
+    p.add_argument("--size", choices=BTAdapterConfig.names(), default="clip-l-14", help="of the model")
     p.add_argument("--mask-rate", type=float, default=0.7, help="part of the patches the branch does not see")
     p.add_argument("--no-mask", dest="mask_rate", action="store_const", const=0.0, help="the same as --mask-rate 0")
     p.add_argument("--checkpoint", action=argparse.BooleanOptionalAction, default=True,

@@ -1,4 +1,4 @@
-"""python -m pyvidx train malmm|pretrain --config FILE"""
+"""pyvidx train malmm|pretrain --config FILE"""
 
 import argparse
 import contextlib
@@ -26,13 +26,14 @@ KINDS = {"malmm": "fine-tune MA-LMM on answers", "pretrain": "pretrain an encode
 
 def parser() -> argparse.ArgumentParser:
     p = arguments.Parser(
-        prog="python -m pyvidx train",
+        prog="pyvidx train",
         description="Train a model; on several devices with torchrun --nproc-per-node N -m pyvidx train ... . A run "
         "that was ended goes on where its last checkpoint was written, with the same command.",
+        example="pyvidx train malmm --config pyvidx/train/configs/malmm-classification.json",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     p.add_argument("what", choices=list(KINDS), help="; ".join(f"{name}: {what}" for name, what in KINDS.items()))
-    p.add_argument("--config", type=Path, required=True, help=".json or .toml, see pyvidx/train/configs")
+    p.add_argument("--config", type=arguments.existing, required=True, help=".json or .toml, see pyvidx/train/configs")
     p.add_argument("--device", choices=["cuda", "cpu"], help="default: GPUs if there are any")
     p.add_argument("--export", type=Path, help="also write the weights under the public code's names, .safetensors or"
                    " .pth as the public code does")  # fmt: skip

@@ -1,6 +1,7 @@
 """A pretrained BT-Adapter under the names of the official pretraining file (mma): the way back of keys.rename."""
 
 import re
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -43,9 +44,14 @@ INNER = {
 
 def export_mma(step: Pretraining) -> dict[str, Tensor]:
     """Copies of all weights, text tower and head included, as the official code saves them; read by
-    bt_adapter.load_official and text_towers.text_tower."""
+    pyvidx.weights.bt_adapter.load_official and pyvidx.weights.text_towers.text_tower."""
+    return export_names(dict(step.named_parameters()))
+
+
+def export_names(parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Copies under the official names, of "model.*", a whole BTAdapter's, "text.*", its text tower's, and "head.*"."""
     weights = {}
-    for name, p in step.named_parameters():
+    for name, p in parameters.items():
         value = p.detach().clone()
         if name == "model.temporal.branch.seed":
             value = value.view(1, 1, -1)

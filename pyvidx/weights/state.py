@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from pyvidx.tensor_files import opened
+from pyvidx.weights.place import MissingWeights
 from pyvidx.weights.torchscript import is_torchscript, read_torchscript
 
 # Where training code puts the weights in what it saves; the first that is there is read.
@@ -86,7 +87,8 @@ def naming(sources: Sequence) -> Iterator[None]:
         paths = [str(source) for source in sources if isinstance(source, str | Path)]
         if not paths or any(path in str(error) for path in paths):
             raise
-        raise ValueError(f"{error}\nread from {', '.join(paths)}") from error
+        kind = MissingWeights if isinstance(error, MissingWeights) else ValueError
+        raise kind(f"{error}\nread from {', '.join(paths)}") from error
 
 
 def _content(path: Path):

@@ -23,7 +23,7 @@ from pyvidx.backbones.vit import EVA_G, SIGLIP_B, ViT, ViTConfig
 from pyvidx.weights import malmm_keys
 from pyvidx.weights.big_vision import as_transformers, is_big_vision
 from pyvidx.weights.keys import Renamed, check_plain, count_layers, groups, rename
-from pyvidx.weights.place import assign
+from pyvidx.weights.place import MissingWeights, assign
 from pyvidx.weights.state import Source, state_of
 
 AXES = {"position": 2, "patch": 4, "blocks.0.fc1.weight": 2, "projection.weight": 2}
@@ -177,17 +177,25 @@ def tower_names(state: Mapping[str, Tensor]) -> Renamed:
     is_eva = any(map(EVA.match, state))
     renamed = malmm_keys.rename(state) if is_eva else rename(state)
     start = "vision." if is_eva else "tower."
-    weights = {n.removeprefix(start): w for n, w in renamed.weights.items() if n.startswith(start) or not is_eva}
+    names = {n: n.removeprefix(start) for n in renamed.weights if n.startswith(start) or not is_eva}
+    weights = {name: renamed.weights[n] for n, name in names.items()}
+    origin = {name: renamed.origin[n] for n, name in names.items()}
+    left_out = [key for n, keys in renamed.origin.items() if n not in names for key in keys]
     if is_eva and "norm_post.weight" not in weights:
-        weights |= _eva_head(state)
-    return replace(renamed, weights=weights)
+        head = _eva_head(state)
+        weights |= {name: state[key] for name, key in head.items()}
+        origin |= {name: [key] for name, key in head.items()}
+    placed = {key for keys in origin.values() for key in keys}
+    left_out += [key for key in renamed.left_out if key not in placed]
+    return replace(renamed, weights=weights, origin=origin, left_out=left_out)
 
 
-def _eva_head(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The LayerNorm and the projection of an EVA-CLIP, in whose place BLIP-2's family has its ln_vision."""
+def _eva_head(state: Mapping[str, Tensor]) -> dict[str, str]:
+    """The keys of the LayerNorm and the projection of an EVA-CLIP, in whose place BLIP-2's family has its ln_vision, by
+    our names."""
     names = {"norm": "norm_post", "head": "projection"}
-    matches = [(EVA_END.fullmatch(key), value) for key, value in state.items()]
-    return {f"{names[match[1]]}.{match[2]}": value for match, value in matches if match}
+    matches = [(EVA_END.fullmatch(key), key) for key in state]
+    return {f"{names[match[1]]}.{match[2]}": key for match, key in matches if match}
 
 
 def tower_config(renamed: Renamed, told: Told) -> ViTConfig:
@@ -198,7 +206,7 @@ def tower_config(renamed: Renamed, told: Told) -> ViTConfig:
     """
     weights, keys = renamed.weights, renamed.keys
     if absent := [name for name in ("position", "patch", "blocks.0.fc1.weight") if name not in weights]:
-        raise ValueError(f"weights: no sizes without {', '.join(absent)}; the keys are {', '.join(groups(keys))}")
+        raise MissingWeights(f"weights: no sizes without {', '.join(absent)}; the keys are {', '.join(groups(keys))}")
     if weights["patch"].dim() == 2:
         raise ValueError("weights: patches must be of a fixed image size; SigLIP 2 of any size (NaFlex) is not read")
     check_plain(weights, AXES)
