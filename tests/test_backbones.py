@@ -66,7 +66,7 @@ def close(got, want):
 @torch.no_grad()
 def test_equals_transformers(sizes, pixels):
     theirs = randomized(hf_clip(sizes))
-    ours = huggingface.clip_vision(theirs)
+    ours = huggingface.vision_tower(theirs)
     assert ours.config == sizes
     hidden = theirs.vision_model(pixels, output_hidden_states=True).hidden_states
     for got, want in zip(ours(pixels, range(sizes.layers)), hidden[1:]):
@@ -81,7 +81,7 @@ def test_equals_transformers(sizes, pixels):
 def test_equals_transformers_vision_models(name, pixels):
     transformers = pytest.importorskip("transformers")
     theirs = randomized(getattr(transformers, name)(hf_config(SIZES)))
-    ours = huggingface.clip_vision(theirs)
+    ours = huggingface.vision_tower(theirs)
     result = theirs(pixels)
     close(ours(pixels)[0], result.last_hidden_state)
     projected = name.endswith("Projection")
@@ -92,7 +92,7 @@ def test_equals_transformers_vision_models(name, pixels):
 @torch.no_grad()
 def test_another_image_size_as_transformers(pixels):
     theirs = randomized(hf_clip(SIZES)).vision_model
-    ours = huggingface.clip_vision(theirs)
+    ours = huggingface.vision_tower(theirs)
     wide = torch.randn(2, 3, 35, 42)
     close(ours(wide, interpolate=True)[0], theirs(wide, interpolate_pos_encoding=True).last_hidden_state)
     with pytest.raises(ValueError, match="28x28.*interpolate"):
@@ -107,7 +107,7 @@ def test_equals_open_clip(sizes, pixels, whole):
     text = {"context_length": 8, "vocab_size": 9, "width": 16, "heads": 2, "layers": 1}
     quick = sizes.hidden_act == "quick_gelu"
     theirs = randomized(open_clip.model.CLIP(embed_dim=24, quick_gelu=quick, vision_cfg=vision, text_cfg=text))
-    ours = open_clip_weights.clip_vision(theirs if whole else theirs.visual)
+    ours = open_clip_weights.vision_tower(theirs if whole else theirs.visual)
     assert ours.config == sizes
     found = theirs.visual.forward_intermediates(
         pixels, indices=[0, 1, 2], normalize_intermediates=False, output_fmt="NLC", output_extra_tokens=True
@@ -124,9 +124,9 @@ def test_open_clip_refuses_what_differs():
     vision = {"layers": 1, "width": 32, "head_width": 8, "patch_size": 7, "image_size": 28, "ls_init_value": 0.1}
     text = {"context_length": 8, "vocab_size": 9, "width": 16, "heads": 2, "layers": 1}
     with pytest.raises(ValueError, match="layer scale"):
-        open_clip_weights.clip_vision(open_clip.model.CLIP(embed_dim=24, vision_cfg=vision, text_cfg=text))
+        open_clip_weights.vision_tower(open_clip.model.CLIP(embed_dim=24, vision_cfg=vision, text_cfg=text))
     with pytest.raises(ValueError, match="VisionTransformer"):
-        open_clip_weights.clip_vision(torch.nn.Linear(2, 2))
+        open_clip_weights.vision_tower(torch.nn.Linear(2, 2))
 
 
 def test_the_activation_matters(pixels):

@@ -163,7 +163,7 @@ def test_transformers(kind):
     ours, pixels = huggingface.malmm(theirs), torch.randn(3, 3, 28, 28)
     features = theirs.vision_model(pixels).last_hidden_state
     for source in (theirs, theirs.vision_model):
-        tower = huggingface.eva_vision(source)
+        tower = huggingface.vision_tower(source)
         torch.testing.assert_close(tower.norm(tower(pixels)[0]), features, atol=2e-5, rtol=1e-5)
     query = theirs.query_tokens.expand(3, -1, -1)
     if kind == "blip2":
@@ -186,5 +186,5 @@ def test_transformers(kind):
 def test_transformers_refused():
     with pytest.raises(ValueError, match="must be an InstructBLIP or BLIP-2"):
         huggingface.malmm(nn.Linear(2, 2))
-    with pytest.raises(ValueError, match="must be an InstructBLIP or BLIP-2"):
-        huggingface.eva_vision(nn.Linear(2, 2))
+    with pytest.raises(ValueError, match="must be one of transformers"):
+        huggingface.vision_tower(nn.Linear(2, 2))

@@ -22,7 +22,7 @@ from pyvidx.layers.plain import held, plain
 from pyvidx.sizes import check
 
 ACTIVATIONS = ("quick_gelu", "gelu", "gelu_tanh")
-POOLS = ("class", "attention")
+POOLS = ("class", "attention", "mean")
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,8 @@ class ViTConfig:
             numbers.
         eps: of the LayerNorms. norm_eps: of the last one, after the blocks; None: eps.
         pool: "class": a class token in front of the patches. "attention": none; a learned probe attends to the
-            normalized tokens, and an MLP follows.
+            normalized tokens, and an MLP follows. "mean": none, and the mean of the normalized tokens: SigLIP without
+            its head, as language models see with it.
         norm_pre: a LayerNorm before the blocks.
         patch_bias, projection_bias: whether these products have one.
     """
@@ -162,7 +163,8 @@ class ViT(nn.Module):
         self.blocks = nn.ModuleDict({str(i): Block(C, c.heads, c.mlp_width, c.hidden_act, c.eps) for i in indices})
         norm_eps = c.eps if c.norm_eps is None else c.norm_eps
         self.norm_post = nn.LayerNorm(C, eps=norm_eps) if head or not c.class_token else None
-        self.pool = None if c.class_token else AttentionPool(C, c.heads, c.mlp_width, c.hidden_act, c.eps)
+        attends = c.pool == "attention"
+        self.pool = AttentionPool(C, c.heads, c.mlp_width, c.hidden_act, c.eps) if attends else None
         has_projection = head and c.embed_dim is not None
         self.projection = nn.Linear(C, c.embed_dim, bias=c.projection_bias) if has_projection else None
 
@@ -227,23 +229,32 @@ class ViT(nn.Module):
     def with_class(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """The tower's own tokens of any layer with a class row in front. [..., N, C] -> [..., 1+P, C].
 
-        Without a class token it is what the pooling probe gives of the tokens, MHA(probe, LN x): after the last layer
-        `embedding` makes the tower's own of it.
+        Without a class token it is what the pooling probe gives of the tokens, MHA(probe, LN x), or the mean of LN x:
+        after the last layer `embedding` makes the tower's own of it.
 
         Args:
             mask: bool, True = a token that the probe attends to, of a shape that broadcasts to [..., N].
         """
         if self.config.class_token:
             return x
-        return torch.cat([self.pool.attend(self.norm(x), mask)[..., None, :], x], dim=-2)
+        normed = self.norm(x)
+        if self.pool is not None:
+            row = self.pool.attend(normed, mask)
+        elif mask is None:
+            row = normed.mean(dim=-2)
+        else:
+            row = normed.masked_fill(~mask[..., None], 0).sum(dim=-2) / mask.sum(dim=-1, keepdim=True)
+        return torch.cat([row[..., None, :].to(x.dtype), x], dim=-2)
 
     def own(self, x: Tensor) -> Tensor:
         """The other way: [..., 1+P, C] -> the tower's own tokens [..., N, C]."""
         return x if self.config.class_token else x[..., 1:, :]
 
     def class_seed(self) -> Tensor:
-        """[C], the vector that a class token starts from; the pooling probe where there is none."""
-        return held(self, "class_token") if self.config.class_token else held(self.pool, "probe")
+        """[C], the vector that a class token starts from; the pooling probe where there is none, or zeros."""
+        if self.config.class_token:
+            return held(self, "class_token")
+        return torch.zeros_like(self.norm_post.weight) if self.pool is None else held(self.pool, "probe")
 
     def positions(self, rows: int, columns: int, *, interpolate: bool = False) -> Tensor:
         """The position table for a grid of patches, [1 + rows * columns, C], class token first, or zeros for it.
@@ -305,8 +316,13 @@ class ViT(nn.Module):
         return F.layer_norm(x.to(wide), n.normalized_shape, n.weight.to(wide), n.bias.to(wide), n.eps).to(x.dtype)
 
     def head(self, row: Tensor) -> Tensor:
-        """What is projected, of a class row: LN x, or x + MLP(LN x) of what the probe gave. [..., C] -> [..., C]."""
-        return self.norm(row) if self.pool is None else self.pool.feed_forward(row)
+        """What is projected, of a class row: LN x; x + MLP(LN x) of what the probe gave; or the mean as it is.
+
+        [..., C] -> [..., C].
+        """
+        if self.config.class_token:
+            return self.norm(row)
+        return row if self.pool is None else self.pool.feed_forward(row)
 
     def project(self, x: Tensor) -> Tensor:
         """[..., C] -> [..., E]; without a projection E is C."""

@@ -46,6 +46,10 @@ class Joint(TemporalModule):
         self.leading = int(class_token and vision.class_token)  # M
         self.time = None if sincos else nn.Parameter(torch.zeros(time_length, vision.width))
 
+    def check(self, T: int, P: int, frame_mask: Tensor | None = None) -> None:
+        if self.time is not None and T > len(self.time):
+            raise ValueError(f"Joint: T must be at most {len(self.time)}, the rows of the time table, got {T}")
+
     def embed(self, x: Tensor, tower: ViT, frame_mask: Tensor | None = None, grid: Grid | None = None) -> Tensor:
         B, T, N, C = x.shape
         patches = x[:, :, self.before :]
@@ -53,8 +57,6 @@ class Joint(TemporalModule):
             P = N - self.before
             patches = patches + sincos_table(T * P, C, x).view(T, P, C)
         else:
-            if T > len(self.time):
-                raise ValueError(f"Joint: T must be at most {len(self.time)}, the rows of the time table, got {T}")
             patches = patches + held(self, "time")[:T, None]
         # The class rows of all frames are the same here.
         return torch.cat([x[:, 0, : self.leading], patches.flatten(1, 2)], dim=1)

@@ -12,7 +12,7 @@ from torch.utils.data import Dataset
 from pyvidx.backbones.text import TextTower
 from pyvidx.backbones.vit import ViT
 from pyvidx.data.captions import KINDS, captioned
-from pyvidx.hosts.importing import LOCAL, importing
+from pyvidx.hosts.importing import importing
 from pyvidx.models import files
 from pyvidx.models.bt_adapter import BTAdapter
 from pyvidx.models.config import BTAdapterConfig
@@ -32,9 +32,9 @@ from pyvidx.train.recipe import Recipe
 from pyvidx.train.task import Task
 from pyvidx.train.tokens import CONTEXT, ENDS, Tokenize, tokenizer, vocabulary
 from pyvidx.weights.bt_adapter import load_official, state_of
-from pyvidx.weights.clip import clip_vision
-from pyvidx.weights.clip_text import clip_text
 from pyvidx.weights.mma_export import export_mma, load_head
+from pyvidx.weights.text_towers import text_tower
+from pyvidx.weights.towers import vision_tower
 
 MASKS = ("tube", "random")
 CHOICES = {
@@ -157,7 +157,7 @@ class BTAdapterTask(Task):
 
     @property
     def device(self) -> torch.device:
-        return self.model.branch.seed.device
+        return next(self.model.parameters()).device
 
     def count(self, batch: Pairs) -> int:
         return len(batch)
@@ -253,7 +253,7 @@ def datasets(config: Config, task: BTAdapterTask, ranks: Ranks) -> tuple[Dataset
     if config.features is None:
         return data, held_out
     about = {name: getattr(config, name) for name in SEEN}
-    about |= {"rows": data.source.digest(), "towers": digest(task.model.backbone, task.step.text), "seed": recipe.seed,
+    about |= {"rows": data.source.digest(), "towers": digest(task.model.tower, task.step.text), "seed": recipe.seed,
               "depth": task.model.config.depth, "tokenizer": config.tokenizer, "amp": recipe.amp}  # fmt: skip
 
     def frozen(batch: Pairs):
@@ -269,7 +269,7 @@ def datasets(config: Config, task: BTAdapterTask, ranks: Ranks) -> tuple[Dataset
 def _model(config: Config) -> tuple[BTAdapter, TextTower | None, dict[str, Tensor]]:
     """The model, the text tower if it is with it, and the state dict it is from, if it is."""
     # Both codes give the same numbers here but where the public one takes 3 frames for 3 channels.
-    modes = {"compat": "paper", "tower": "mma"}
+    modes = {"compat": "paper", "variant": "mma"}
     if isinstance(config.weights, str) and files.is_ours(config.weights):
         return BTAdapter.from_pretrained(config.weights, **modes), None, {}
     state = {} if isinstance(config.weights, dict) or Path(config.weights).is_dir() else state_of(config.weights)
@@ -278,14 +278,14 @@ def _model(config: Config) -> tuple[BTAdapter, TextTower | None, dict[str, Tenso
         model, _ = load_official(state, heads=heads, hidden_act=config.hidden_act, **modes)
         text = {key: value for key, value in state.items() if "text_" in key}
         options = {"heads": text_heads, "hidden_act": model.config.vision.hidden_act}
-        return model, clip_text(text, **options) if text else None, state
+        return model, text_tower(text, **options) if text else None, state
     vision, text = _clip(config, state or config.weights)
     if vision is None:
         raise ValueError(f"Config: {config.weights} holds no image tower")
     sizes = {"depth": config.depth, "time_length": config.time_length, "gated": config.gated}
     model = BTAdapter(BTAdapterConfig(vision.config, **sizes), **modes)
-    model.backbone.load_state_dict(vision.state_dict())
-    model.init_from_backbone()
+    model.tower.load_state_dict(vision.state_dict())
+    model.temporal.init_from(model.tower)
     return model, text, {}
 
 
@@ -296,24 +296,13 @@ def _clip(config: Config, weights: str | dict, *, image: bool = True) -> tuple[V
     if isinstance(weights, dict) and "open_clip" in weights:
         return _open_clip(**weights)
     if isinstance(weights, str) and Path(weights).is_dir():
-        return _transformers(weights)
+        return vision_tower(weights) if image else None, text_tower(weights)
     state = state_of(weights)
     has_vision = image and any("class_embedding" in key for key in state)
-    vision = clip_vision(state, heads=heads, hidden_act=config.hidden_act) if has_vision else None
+    vision = vision_tower(state, heads=heads, hidden_act=config.hidden_act) if has_vision else None
     has_text = any("token_embedding" in key for key in state)
     hidden_act = config.hidden_act or (vision and vision.config.hidden_act)
-    return vision, clip_text(state, heads=text_heads, hidden_act=hidden_act) if has_text else None
-
-
-def _transformers(folder: str) -> tuple[ViT, TextTower]:
-    from pyvidx.hosts import huggingface
-
-    with importing("train: a folder of transformers", "transformers"):
-        from transformers import CLIPModel
-    model = CLIPModel.from_pretrained(folder, **LOCAL)
-    c = model.config.text_config
-    options = {"heads": c.num_attention_heads, "hidden_act": c.hidden_act, "eps": c.layer_norm_eps}
-    return huggingface.clip_vision(model), clip_text(model.state_dict(), **options)
+    return vision, text_tower(state, heads=text_heads, hidden_act=hidden_act) if has_text else None
 
 
 def _open_clip(open_clip: str, pretrained: str) -> tuple[ViT, TextTower]:
@@ -324,7 +313,4 @@ def _open_clip(open_clip: str, pretrained: str) -> tuple[ViT, TextTower]:
     with importing("train", "open_clip"):
         from open_clip import create_model
     model = create_model(open_clip, pretrained=pretrained)
-    vision = ours.clip_vision(model)
-    state = {key: value for key, value in model.state_dict().items() if not key.startswith("visual.")}
-    heads = getattr(model, "text", model).transformer.resblocks[0].attn.num_heads
-    return vision, clip_text(state, heads=heads, hidden_act=vision.config.hidden_act)
+    return ours.vision_tower(model), ours.text_tower(model)
