@@ -21,7 +21,6 @@ from pyvidx.layers.patch import patch_grid, patch_rows, resize_positions
 from pyvidx.layers.plain import held, plain
 from pyvidx.sizes import check
 
-ACTIVATIONS = ("quick_gelu", "gelu", "gelu_tanh")
 POOLS = ("class", "attention", "mean")
 
 
