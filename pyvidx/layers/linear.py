@@ -11,7 +11,7 @@ from torch.autograd.function import once_differentiable
 
 from pyvidx.layers import products
 from pyvidx.layers.int8 import Int8Linear
-from pyvidx.layers.plain import plain, untouched
+from pyvidx.layers.plain import plain
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -28,8 +28,8 @@ def dense(x: Tensor, layer: nn.Module) -> Tensor:
 
 def dense_rows(x: Tensor, layer: nn.Module, rows: slice) -> Tensor:
     """layer(x)[..., rows] without the work for the others."""
-    if type(layer) is Int8Linear and untouched(layer):
-        return layer.rows(x, rows)
+    if type(layer) is Int8Linear:
+        return layer(x, rows)
     if not plain(layer):
         return layer(x)[..., rows]
     return linear(x, layer.weight[rows], None if layer.bias is None else layer.bias[rows])
