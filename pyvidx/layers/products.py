@@ -30,12 +30,12 @@ def _choose(wish: str, cpuinfo: str) -> str:
     return wish or ("onednn" if OP is not None and fit else "torch")
 
 
-def _cpuinfo() -> str:
+def cpuinfo() -> str:
     path = Path("/proc/cpuinfo")
     return path.read_text() if path.exists() else ""
 
 
-LIBRARY = _choose(os.environ.get("PYVIDX_PRODUCTS", ""), _cpuinfo())
+LIBRARY = _choose(os.environ.get("PYVIDX_PRODUCTS", ""), cpuinfo())
 
 
 def onednn(x: Tensor, matrix: Tensor) -> bool:
