@@ -99,11 +99,21 @@ def test_ops(name):
 # ---- memories ----
 
 
-@pytest.mark.parametrize("name", memory.names())
-def test_memory_policies(name):
-    """Push to an empty and a full bank, all videos and some of them; compress; read."""
+MEMORIES = [{"name": name} for name in memory.names()] + [
+    {"name": "merge", "capacity": M},
+    {"name": "merge", "capacity": M, "unit": "synchronized"},
+    {"name": "merge", "capacity": M, "hard": True},
+    {"name": "fifo", "capacity": M, "anchors": 1},
+    {"name": "tome", "capacity": M},
+    {"name": "uniform", "capacity": M},
+]
+
+
+@pytest.mark.parametrize("options", MEMORIES, ids=lambda o: "_".join(map(str, o.values())))
+def test_memory_policies(options):
+    """Push to an empty and a full bank, all videos and some of them, one frame and several; compress; read."""
     with gpu():
-        policy = memory.create(name, **({} if name in ("concat", "average") else {"capacity": M}))
+        policy = memory.create(**options)
         bank = policy.new(B, 6, 16, device="cuda:0", attached=[8])
         active, seconds = torch.ones(B, dtype=torch.bool), torch.zeros(B)
         with NoTraffic():
@@ -111,17 +121,37 @@ def test_memory_policies(name):
                 frame, rows = torch.randn(B, 6, 16), torch.randn(B, 6, 8)
                 bank = policy.push(bank, frame, seconds, None if step % 2 else active, [rows])
             bank = policy.compress(policy.append(bank, torch.randn(B, 6, 16), attached=[torch.randn(B, 6, 8)]))
+            clip, rows = torch.randn(B, M + 3, 6, 16), torch.randn(B, M + 3, 6, 8)
+            bank = policy.flush(policy.extend(bank, clip, attached=[rows]))
             bank.entries()
             bank.slots()
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda x, n: memory.evs(x, 0.5, n),
+        lambda x, n: memory.vidcom2(x, 0.5, n),
+        lambda x, n: memory.vidcom2(x, 0.5, n, form="authors"),
+        lambda x, n: memory.keyframes(x, 2, lengths=n),
+        lambda x, n: memory.create("merge", capacity=2).shrink(x, lengths=n),
+    ],
+)
+def test_functions_of_a_clip(call):
+    with gpu():
+        clip, lengths = torch.randn(B, 5, 6, 16), torch.ones(B, dtype=torch.int64)
+        with NoTraffic():
+            call(clip, None)
+            call(clip, lengths)
 
 
 # ---- models ----
 
 
-@pytest.mark.parametrize("compat, tower", [("paper", "mma"), ("official", "mma"), ("official", "llava")])
-def test_bt_adapter_forward(compat, tower):
+@pytest.mark.parametrize("compat, variant", [("paper", "mma"), ("official", "mma"), ("official", "llava")])
+def test_bt_adapter_forward(compat, variant):
     with gpu(), torch.no_grad():
-        model = BTAdapter(CONFIG, compat=compat, tower=tower).eval()
+        model = BTAdapter(CONFIG, compat=compat, variant=variant).eval()
         with NoTraffic():
             model(torch.randn(B, T, 3, 12, 12))
             model(torch.randn(B, T, 3, 12, 12), outputs=("pooled",))

@@ -33,7 +33,7 @@ def there(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name in ("a.mp4", "taken.npz", "taken.png", "taken.json", "t.csv"):
         (tmp_path / name).write_bytes(b"x")
-    monkeypatch.setattr(BTAdapter, "default", None)
+    monkeypatch.setattr(TextVideo, "default", None)
     monkeypatch.setattr(BTAdapter, "from_pretrained", None)
     return tmp_path
 

@@ -23,8 +23,8 @@ def doors():
     pixels = torch.zeros(ARRAY.shape)
     return {
         "BTAdapter": lambda: model(ARRAY),
-        "BTAdapter.encode_features": lambda: model.encode_features(ARRAY[:, :, 0]),
-        "BTAdapter.encode_layers": lambda: model.encode_layers([ARRAY] * 3),
+        "BTAdapter.encode_features": lambda: model.from_features(ARRAY[:, :, 0]),
+        "BTAdapter.encode_layers": lambda: model.from_layers([ARRAY] * 3),
         "BTAdapter frame_mask": lambda: model(pixels, frame_mask=MASK),
         "BTAdapter mask": lambda: model(pixels, mask=MASK, outputs=["pooled"]),
         "VideoEncoder": lambda: encoder(ARRAY),

@@ -41,24 +41,23 @@ def test_as_transformers_does(size):
 
 @torch.no_grad()
 @pytest.mark.parametrize("folded", [False, True])
-@pytest.mark.parametrize("compat, tower", [("paper", "mma"), ("official", "llava")])
-def test_bt_adapter(compat, tower, folded):
-    model = randomized(BTAdapter(CONFIG, compat=compat, tower=tower)).double()
-    larger = BTAdapter(dataclasses.replace(CONFIG, vision=LARGER), compat=compat, tower=tower)
-    resized(model, larger, "backbone.position")
+@pytest.mark.parametrize("compat, variant", [("paper", "mma"), ("official", "llava")])
+def test_bt_adapter(compat, variant, folded):
+    model = randomized(BTAdapter(CONFIG, compat=compat, variant=variant)).double()
+    larger = BTAdapter(dataclasses.replace(CONFIG, vision=LARGER), compat=compat, variant=variant)
+    resized(model, larger, "tower.position")
     model = model.fold() if folded else model
     pixels = torch.randn(2, 4, 3, 20, 20).double()
     got, want = model(pixels, interpolate=True), larger(pixels)
     close(got.tokens, want.tokens)
     close(got.pooled, want.pooled)
-    close(model.encode_frames(pixels, interpolate=True), larger.encode_frames(pixels))
-    xs = model.backbone(pixels, range(CONFIG.fork - 1, VISION.layers), interpolate=True)
-    close(model.encode_features(xs[0], interpolate=True).pooled, want.pooled)
-    close(model.encode_layers(xs[1:], interpolate=True).tokens, want.tokens)
+    xs = model.tower(pixels, range(CONFIG.fork - 1, VISION.layers), interpolate=True)
+    close(model.from_features(xs[0], interpolate=True).pooled, want.pooled)
+    close(model.from_layers(xs[1:], interpolate=True).tokens, want.tokens)
     with pytest.raises(ValueError, match="12x12.*interpolate=True"):
         model(pixels)
     with pytest.raises(ValueError, match="interpolate=True"):
-        model.encode_layers(xs[1:])
+        model.from_layers(xs[1:])
 
 
 @torch.no_grad()

@@ -121,7 +121,7 @@ def test_teachers(mask_order):
     step, T = build(mask_order=mask_order), 4
     group = step.grouping(clip_tokens := torch.randn(2, T, 1 + P, CONFIG.vision.width).double(), tube_mask(2, P))
     keep = group.keep[:, None] + torch.arange(T)[:, None] * P if group.keep.dim() == 2 else group.keep
-    full = step.model.backbone.projection(step.model.backbone.norm_post(clip_tokens[:, :, 1:])).flatten(1, 2)
+    full = step.model.tower.projection(step.model.tower.norm_post(clip_tokens[:, :, 1:])).flatten(1, 2)
     own = torch.stack([f[k] for f, k in zip(full, keep)])
     assert torch.allclose(step.teacher(clip_tokens, group), own) == (mask_order == "tube")
 
@@ -131,9 +131,7 @@ def test_only_branch_gates_and_head_train():
     step(*batch()[:2]).total.backward()
     trained = {n for n, p in step.named_parameters() if p.grad is not None and p.grad.abs().sum() > 0}
     assert trained == {n for n, p in step.named_parameters() if p.requires_grad}
-    assert {n.split(".")[0] + "." + n.split(".")[1] for n in trained} == {
-        "model.branch", "model.output_gate", "head.0", "head.1"
-    }  # fmt: skip
+    assert {n.split(".")[0] + "." + n.split(".")[1] for n in trained} == {"model.temporal", "head.0", "head.1"}
 
 
 def test_training_mode_drops_and_draws():
@@ -153,7 +151,7 @@ def test_cached_layers_are_the_same():
     pixels, ids, mask = batch()
     step = build()
     with torch.no_grad():
-        xs = step.model.backbone(pixels, range(CONFIG.fork, CONFIG.vision.layers))
+        xs = step.model.tower(pixels, range(CONFIG.fork, CONFIG.vision.layers))
         text = step.text(ids)
     assert step.from_layers(xs, text, mask=mask) == step(pixels, ids, mask=mask)
     with pytest.raises(ValueError, match="outputs of backbone layers"):

@@ -12,9 +12,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from pyvidx import embeddings, memory
+from pyvidx import memory
 from pyvidx.cli.encode import main as encode
 from pyvidx.cli.eval import main as evaluate
+from pyvidx.corpus import embeddings
 from pyvidx.data.captions import shards
 from pyvidx.eval.annotations import parse
 from pyvidx.eval.files import Named, read_tensors

@@ -133,7 +133,7 @@ def test_stored_layers(name, options):
         assert torch.equal(x, model.tower(pixels, [i])[0]), "the tower runs untouched"
     got = model.from_layers(xs)
     assert torch.equal(got.tokens, want.tokens) and torch.equal(got.pooled, want.pooled)
-    with pytest.raises(ValueError, match="xs must be"):
+    with pytest.raises(ValueError, match="need the outputs of backbone layers"):
         model.from_layers(xs[1:])
 
 
@@ -287,7 +287,7 @@ def test_registry_errors():
     with pytest.raises(ValueError, match="name must be one of .*bt_adapter.*'avg'"):
         temporal.create("avg", VISION)
     refused = [
-        ("branch", {"depth": 1}), ("branch", {"depth": 6}), ("separate", {"layers": 0}), ("clip_vip", {"proxies": 0}),
+        ("branch", {"depth": 0}), ("branch", {"depth": 6}), ("separate", {"layers": 0}), ("clip_vip", {"proxies": 0}),
         ("separate", {"class_token": "none"}), ("st_adapter", {"kernel": (2, 1, 1)}), ("st_adapter", {"places": "x"}),
         ("st_adapter", {"layers": 9}), ("grid_pool", {"mode": "min"}), ("grid_pool", {"stride": 4}),
     ]  # fmt: skip
@@ -311,11 +311,10 @@ def test_more_frames_than_the_time_table(name):
 @pytest.mark.parametrize("T", [1, 4, 10], ids=["T1", "T4", "T10_in_pairs"])
 @torch.no_grad()
 def test_bt_adapter_is_the_model(T):
-    """The numbers of models.BTAdapter, whose weights have the same names."""
+    """models.BTAdapter is this encoder, with the same numbers and names of weights."""
     model = encoder("bt_adapter", {"depth": 3, "time_length": 8})
     other = BTAdapter(BTAdapterConfig(VISION, depth=3, time_length=8)).double().eval()
-    other.backbone.load_state_dict(model.tower.state_dict())
-    other.load_state_dict(model.temporal.state_dict(), strict=False)
+    other.load_state_dict(model.state_dict())
     pixels = clips(T=T)
     close(model(pixels).tokens, other(pixels).tokens)
     close(model(pixels).pooled, other(pixels).pooled)
@@ -327,16 +326,16 @@ def test_frame_masks_of_the_bt_adapter_model(compat):
     """Pixels, stored layers and stored features; with patches removed as well; folded."""
     config = BTAdapterConfig(VISION, depth=3, time_length=8)
     model, pixels = BTAdapter(config, compat=compat).double().eval(), clips(T=4)
-    for p in model.branch.parameters():
+    for p in model.temporal.branch.parameters():
         p.add_(torch.randn_like(p), alpha=0.3)
     real = torch.tensor([[True] * 4, [True, True, False, False]])
     alone = model(pixels[1:, :2])
     pixels[1, 2:] = math.nan
-    xs = model.backbone(pixels, range(config.fork - 1, VISION.layers))
+    xs = model.tower(pixels, range(config.fork - 1, VISION.layers))
     ways = {
         "pixels": lambda m: m(pixels, frame_mask=real),
-        "layers": lambda m: m.encode_layers(xs[1:], frame_mask=real),
-        "features": lambda m: m.encode_features(xs[0], frame_mask=real),
+        "layers": lambda m: m.from_layers(xs[1:], frame_mask=real),
+        "features": lambda m: m.from_features(xs[0], frame_mask=real),
     }
     for m in (model, model.fold()):
         for way, run in ways.items():
@@ -347,7 +346,7 @@ def test_frame_masks_of_the_bt_adapter_model(compat):
         tube, pooled = torch.arange(P) < 5, {"outputs": ("pooled",)}
         got = model(pixels, mask=tube, frame_mask=real, **pooled).pooled[1:]
         close(got, model(pixels[1:, :2], mask=tube, **pooled).pooled)
-    mixed = [(BTAdapter(config, compat="official", tower="llava").double(), 4)]
+    mixed = [(BTAdapter(config, compat="official", variant="llava").double(), 4)]
     mixed += [(model, 10)] if compat == "paper" else []  # in pairs
     for refused, T in mixed:
         with pytest.raises(ValueError, match="frame_mask needs slots that are frames"):

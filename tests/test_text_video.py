@@ -26,11 +26,11 @@ def test_the_file(default):
 
 
 def test_the_default_is_that_model(default):
-    model = TextVideo.default(compat="official", tower="llava").model
-    assert not model.is_random and not model.training and (model.compat, model.tower) == ("official", "llava")
+    model = TextVideo.default(compat="official", variant="llava").model
+    assert not model.is_random and not model.training and (model.compat, model.variant) == ("official", "llava")
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), default.model.parameters()))
     assert next(model.parameters()).dtype == torch.float32
-    assert not model.backbone.position.requires_grad and model.branch.time.requires_grad
+    assert not model.tower.position.requires_grad and model.temporal.branch.time.requires_grad
 
 
 @torch.inference_mode()
@@ -45,7 +45,7 @@ def test_it_tells_events_from_their_opposites(default):
         captions = [motion.caption(s) for s in both]
         cosines = default.similarity(default.model(pixels, outputs=["pooled"]).pooled, captions)
         right += int((cosines.argmax(dim=1) == torch.arange(2)).sum())
-        backbone = default.model.backbone
+        backbone = default.model.tower
         mean = backbone.embedding(backbone(pixels)[0]).mean(dim=1)
         told += not torch.allclose(*default.similarity(mean, captions), atol=1e-5)
     assert right / 128 > 0.8, "chance is 0.5"

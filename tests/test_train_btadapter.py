@@ -136,7 +136,7 @@ def test_checkpointing_gives_the_same_gradients(mask, mask_order):
         task = BTAdapterTask(step(**options), some_tokenizer, mask=mask)
         task.train()
         calls = []
-        for layer in (*task.model.branch.temporal, *task.model.branch.spatial):
+        for layer in (*task.model.temporal.branch.temporal, *task.model.temporal.branch.spatial):
             layer.register_forward_pre_hook(lambda *_, calls=calls: calls.append(1))
         losses = task(batch)
         sum(losses.values()).backward()
@@ -228,7 +228,7 @@ def test_the_command_resumes_to_the_same_bits(run, monkeypatch, capsys, amp):
 
     start, last = (BTAdapter.from_pretrained(p) for p in (folder / "start.safetensors", out / "last.safetensors"))
     moved = {n for (n, p), q in zip(start.named_parameters(), last.parameters()) if not torch.equal(p, q)}
-    assert moved == {n for n in dict(start.named_parameters()) if not n.startswith("backbone.")}
+    assert moved == {n for n in dict(start.named_parameters()) if not n.startswith("tower.")}
     official, report = load_official(folder / "official.pth", heads=2)
     for (name, p), q in zip(official.named_parameters(), last.parameters()):
         assert torch.equal(p, q), name

@@ -26,7 +26,7 @@ def tokenizers():
 
 def same(task, want):
     """The towers of a task are those of a step, float32."""
-    for name in ("model.backbone", "text"):
+    for name in ("model.tower", "text"):
         for (key, p), q in zip(task.step.get_submodule(name).named_parameters(), want.get_submodule(name).parameters()):
             assert torch.equal(p, q), f"{name}.{key}"
 
@@ -77,17 +77,17 @@ def test_weights_of_a_clip(tmp_path):
     task = build(Config.from_dict(values), torch.device("cpu"))
     config = task.model.config
     assert (config.depth, config.time_length, config.gated, config.vision.layers) == (2, 5, False, 3)
-    assert torch.equal(task.model.branch.spatial[1].fc1.weight, task.model.backbone.blocks["2"].fc1.weight)
-    assert not task.model.branch.temporal[0].fc.weight.any()
+    assert torch.equal(task.model.temporal.branch.spatial[1].fc1.weight, task.model.tower.blocks["2"].fc1.weight)
+    assert not task.model.temporal.branch.temporal[0].fc.weight.any()
     with torch.no_grad():
         pixels, ids = torch.randn(2, 3, 12, 12), torch.tensor([[1, 49, 0]])
         want = model.visual_projection(model.vision_model(pixels).pooler_output)
-        backbone = task.model.backbone
+        backbone = task.model.tower
         torch.testing.assert_close(backbone.embedding(backbone(pixels)[0]), want, rtol=1e-4, atol=1e-5)
     values["weights"] = str(tmp_path / "clip/model.safetensors")
     again = build(Config.from_dict(values), torch.device("cpu"))
     same(again, task.step)
-    assert torch.equal(again.model.branch.time, task.model.branch.time)  # the seed's
+    assert torch.equal(again.model.temporal.branch.time, task.model.temporal.branch.time)  # the seed's
     values |= {"text": values["weights"], "weights": str(tmp_path / "ours")}
     BTAdapter(config).save(tmp_path / "ours")
     assert torch.equal(build(Config.from_dict(values), torch.device("cpu")).step.text(ids), task.step.text(ids))
@@ -111,6 +111,6 @@ def test_weights_of_open_clip(tmp_path):
     same(build(Config.from_dict({**values, "weights": str(tmp_path / "w.pt")}), torch.device("cpu")), task.step)
     with torch.no_grad():
         pixels, ids = torch.randn(2, 3, 12, 12), torch.tensor([[1, 49, 0, 0, 0, 0, 0, 0, 0]])
-        backbone = task.model.backbone
+        backbone = task.model.tower
         torch.testing.assert_close(backbone.embedding(backbone(pixels)[0]), model.encode_image(pixels))
         torch.testing.assert_close(task.step.text(ids), model.encode_text(ids))

@@ -38,7 +38,7 @@ def test_wrappers(prefix):
     if not prefix.startswith(("image", "visual", "trunk")) and "vision" not in prefix:
         counted = clip_keys() | {"n_averaged": torch.tensor(3)}
         clip = clip_vision({prefix + key: value for key, value in counted.items()}, **QUICK)
-        assert torch.equal(clip.blocks["3"].fc1.weight, model.backbone.blocks["3"].fc1.weight)
+        assert torch.equal(clip.blocks["3"].fc1.weight, model.tower.blocks["3"].fc1.weight)
         ours = MALMM.default()
         wrapped = {prefix + key: value for key, value in export_malmm(ours, "lavis").items()}
         found, report = load_malmm(wrapped, vision_heads=4, heads=4)

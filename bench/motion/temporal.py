@@ -52,8 +52,8 @@ class Budget:
 def bt_adapter(clip: TinyCLIP) -> BTAdapter:
     """BT-Adapter over the CLIP, as it starts."""
     model = BTAdapter(BTAdapterConfig(clip.vision.config, depth=DEPTH))
-    model.backbone.load_state_dict(clip.vision.state_dict())
-    model.init_from_backbone()
+    model.tower.load_state_dict(clip.vision.state_dict())
+    model.temporal.init_from(model.tower)
     return model
 
 
@@ -65,13 +65,12 @@ def build(clip: TinyCLIP, row: Row) -> tuple[nn.Module, Callable, Callable]:
         return (
             pretraining,
             lambda pixels, xs, text, generator: pretraining.from_layers(xs, text, generator=generator).total,
-            lambda pixels, xs: model.encode_layers(xs, outputs=("pooled",)).pooled,
+            lambda pixels, xs: model.from_layers(xs, outputs=("pooled",)).pooled,
         )
     if row.module == "last":
         return clip, None, lambda pixels, xs: clip.vision.embedding(xs[-1][:, -1])
     module = temporal.create(row.module, clip.vision.config, **row.options)
-    if hasattr(module, "init_from"):
-        module.init_from(clip.vision)
+    module.init_from(clip.vision)
     encoder = VideoEncoder(copy.deepcopy(clip.vision), module)
     encoder.tower.requires_grad_(row.tower)
 

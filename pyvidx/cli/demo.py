@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pyvidx.cli import arguments
-from pyvidx.cli.encode import load_model
+from pyvidx.cli.encode import folded, load_model
 from pyvidx.corpus.encode import Timing, encode_videos
 from pyvidx.data import motion
 from pyvidx.files import printable, whole
@@ -59,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.video is None:
         ranking(video, backwards, device)
 
-    model = load_model(None, device, None)
+    model = folded(load_model(None), device, None)
     timing = Timing()
     (result,) = encode_videos([str(video)], model, frames=options.frames, timing=timing)
     if result.error:
@@ -89,9 +89,9 @@ def ranking(video: Path, backwards: Path, device: str) -> None:
     for path, scene in ((video, SCENE), (backwards, motion.opposite(SCENE))):
         motion.write_clip(path, scene)
         pixels = clip_preprocess(read(path, frames=frames).frames.to(device), size)[None]
-        xs = model.backbone(pixels, [model.config.vision.layers - 1])
+        (x,) = model.tower(pixels)
         scores["BT-Adapter", path] = clip_text.similarity(model(pixels, outputs=["pooled"]).pooled, CAPTIONS)[0]
-        scores["frame mean", path] = clip_text.similarity(model.backbone.embedding(xs[-1]).mean(dim=1), CAPTIONS)[0]
+        scores["frame mean", path] = clip_text.similarity(model.tower.embedding(x).mean(dim=1), CAPTIONS)[0]
     print(f"video: wrote {video}, and {backwards}, the same frames in the other order\n")
     print(f"cosine of {frames} frames' embedding with captions (1 = ranked first)")
     print(f"{'':30}" + "".join(f"{name:>12}{'':10}" for name in names))
@@ -107,11 +107,12 @@ def ranking(video: Path, backwards: Path, device: str) -> None:
 
 @torch.inference_mode()
 def frame_similarity(model: BTAdapter, clip: Clip) -> Tensor:
-    """Cosine between every two frames' vectors (output gate and last LayerNorm), [T, T] float32 on the CPU."""
+    """Cosine between every two frames' embeddings, whose mean is the clip's, [T, T] float32 on the CPU."""
     weight = next(model.parameters())
     size = model.config.vision.image_size
     pixels = clip_preprocess(clip.frames.to(weight.device), size, dtype=weight.dtype)[None]
-    vectors = model.encode_frames(pixels)[0].float()  # [T, C]
+    xs = model.layers(pixels, outputs=("pooled",))
+    vectors = model.temporal.encode(xs, model.tower, outputs=("pooled",), per_frame=True).pooled[0].float()  # [T, E]
     vectors = F.normalize(vectors - vectors.mean(dim=0), dim=-1)  # without what all frames share
     return (vectors @ vectors.T).cpu()
 

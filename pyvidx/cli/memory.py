@@ -124,7 +124,7 @@ def model_features(path: Path | None, device: str) -> Callable[[Tensor], Tensor]
         print(
             f"NOTE: the model {what}: the merges show that everything runs, not what is in the video.", file=sys.stderr
         )
-    backbone = model.backbone.to(device).eval()
+    backbone = model.tower.to(device).eval()
 
     @torch.inference_mode()
     def features(frames: Tensor) -> Tensor:

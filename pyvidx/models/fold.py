@@ -12,28 +12,31 @@ import copy
 import torch
 from torch import nn
 
+from pyvidx.layers.block import Block
 from pyvidx.layers.plain import BIASES, unhooked
+from pyvidx.temporal.bt_adapter import TemporalLayer
 
 
 def fold(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
-    """An inference copy of a BTAdapter; the model itself is not changed.
+    """An inference copy of an encoder; the model itself is not changed.
 
     Products are taken in float64 and rounded once. Parameters that stay the same are shared with the model where the
     dtype allows, so later changes of the model leave the copy in an undefined state: fold again.
 
     Args:
-        model: a BTAdapter that is not folded.
+        model: a VideoEncoder that is not folded, of any tower and temporal module.
         dtype: of the copy; default the model's own.
 
     Returns:
-        a BTAdapter in eval mode whose parameters ask for no gradient. It refuses to be trained, saved or loaded into.
+        a model of the same class in eval mode whose parameters ask for no gradient. It refuses to be trained, saved or
+        loaded into.
 
     Raises:
         RuntimeError: the model is folded.
         ValueError: a layer is not as pyvidx made it: an adapter, a hook, a quantized weight.
     """
     if model.folded:
-        raise RuntimeError("BTAdapter: this is a folded copy already")
+        raise RuntimeError(f"{type(model).__name__}: this is a folded copy already")
     for name, module in model.named_modules():
         _check_own(name, module)
     shared = {
@@ -41,17 +44,15 @@ def fold(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
         for p in model.parameters()
     }
     folded = copy.deepcopy(model, shared)
-    sources = dict(model.named_modules())
-    for name, module in folded.named_modules():
-        source = sources.get(name)
-        if getattr(module, "hidden_act", None) == "quick_gelu":
+    for module, source in list(zip(folded.modules(), model.modules())):
+        if isinstance(module, Block) and module.hidden_act == "quick_gelu":
             _set(module.fc1, source.fc1.weight.double() * 1.702, source.fc1.bias.double() * 1.702)
             _set(module.fc2, source.fc2.weight.double() / 1.702, source.fc2.bias)
             module.hidden_act = "silu"
-    for layer, source in zip(folded.branch.temporal, model.branch.temporal):
-        fc, out = source.fc.weight.double(), source.out
-        _set(layer.out, fc @ out.weight.double(), fc @ out.bias.double() + source.fc.bias.double())
-        layer.fc = None
+        elif isinstance(module, TemporalLayer) and module.fc is not None:
+            fc, out = source.fc.weight.double(), source.out
+            _set(module.out, fc @ out.weight.double(), fc @ out.bias.double() + source.fc.bias.double())
+            module.fc = None
     folded.folded = True
     return folded.eval()
 

@@ -10,12 +10,11 @@ from torch.utils.checkpoint import checkpoint
 
 from pyvidx.backbones.clip_text import CLIPText
 from pyvidx.layers.linear import dense
-from pyvidx.layers.plain import held
 from pyvidx.models.bt_adapter import BTAdapter
 from pyvidx.models.losses import GRADIENTS, alignment, contrastive, gather
 from pyvidx.ops import token_gather
 from pyvidx.temporal.bt_adapter import split_rows
-from pyvidx.temporal.grouping import MASK_ORDERS, Grouping, grouping
+from pyvidx.temporal.grouping import MASK_ORDERS, Grouping
 from pyvidx.temporal.masking import Drops, drop_path_draws, tube_mask
 
 
@@ -79,7 +78,7 @@ class Pretraining(nn.Module):
     ):
         super().__init__()
         v = model.config.vision
-        if model.folded or model.backbone.projection is None:
+        if model.folded or model.tower.projection is None:
             raise ValueError("Pretraining: model must be a full one with a projection, and not folded")
         if text.config.embed_dim != v.embed_dim:
             raise ValueError(
@@ -93,8 +92,8 @@ class Pretraining(nn.Module):
         if micro_batch is not None and micro_batch < 1:
             raise ValueError(f"Pretraining: micro_batch must be at least 1 or None, got {micro_batch}")
         self.model, self.text = model, text.requires_grad_(False)
-        self.model.backbone.requires_grad_(False)
-        self.model.branch.checkpointing = checkpointing
+        self.model.tower.requires_grad_(False)
+        self.model.temporal.branch.checkpointing = checkpointing
         self.head = nn.Sequential(nn.Linear(v.width, v.embed_dim), nn.LayerNorm(v.embed_dim))
         self.mask_rate, self.mask_order, self.gradient = mask_rate, mask_order, gradient
         self.weights, self.scale, self.drop_path, self.micro_batch = weights, scale, drop_path, micro_batch
@@ -122,7 +121,7 @@ class Pretraining(nn.Module):
     @torch.no_grad()
     def frozen(self, pixels: Tensor, ids: Tensor) -> tuple[tuple[Tensor, ...], Tensor]:
         """What `from_layers` takes, from what `forward` takes: the part that no training changes."""
-        return self.model.backbone(self.model.read_pixels(pixels), self._layers), self.text(ids)
+        return self.model.layers(pixels), self.text(ids)
 
     def from_layers(
         self,
@@ -171,10 +170,10 @@ class Pretraining(nn.Module):
     def embed(self, xs: Sequence[Tensor], group: Grouping, drops: Drops | None) -> tuple[Tensor, Tensor, Tensor]:
         """Of each video two embeddings [B, E], of its class token and of its kept tokens, and the token loss of all."""
         z, cls, mean = split_rows(self.rows(xs, group, drops)[-1], mean=True)  # [B, S, K, C], [B, C] twice
-        project, (first, norm) = self.model.backbone.projection, self.head
-        video = dense(self.model.frame_vectors(xs[-1], cls).mean(dim=1), project)
+        tower, (first, norm) = self.model.tower, self.head
+        video = dense(self.model.temporal.frame_vectors(xs[-1], cls, tower).mean(dim=1), tower.projection)
         # The projection has no bias: the mean of the tokens' projections is the projection of their mean.
-        return video, dense(mean, project), alignment(norm(dense(z, first)), self.teacher(xs[-1], group))
+        return video, dense(mean, tower.projection), alignment(norm(dense(z, first)), self.teacher(xs[-1], group))
 
     def _in_parts(self, xs, group, drops):
         """embed, of micro_batch videos at a time."""
@@ -198,19 +197,19 @@ class Pretraining(nn.Module):
             return None
         B, S, K = x.shape[0], group.frames, group.keep.shape[-1]
         where = {"device": x.device, "generator": generator}
-        return drop_path_draws(self.drop_path, self.model.config.depth, B, S, K, **where)
+        return drop_path_draws(self.drop_path, self.model.temporal.depth, B, S, K, **where)
 
     def rows(self, xs: Sequence[Tensor], group: Grouping, drops: Drops | None) -> list[Tensor]:
         """Every branch layer's tokens [B, S, 1 + K, C], as BTAdapterBranch.rows gives them."""
-        return self.model.branch.rows(xs, held(self.model.backbone, "position"), group, drops)
+        return self.model.temporal.branch.rows(xs, self.model.temporal.positions(self.model.tower), group, drops)
 
     def grouping(self, x: Tensor, mask: Tensor | None, generator: torch.Generator | None = None) -> Grouping:
         """Of the tokens that the branch keeps of backbone tokens x [B, T, 1+P, C]."""
-        unmasked = self.model.grouping(x)  # refuses a wrong shape or frame count
-        B, T, P = x.shape[0], x.shape[1], unmasked.patches
-        if unmasked.pair:
+        self.model.grid_of([x], False)  # refuses a wrong shape
+        B, T, P = x.shape[0], x.shape[1], x.shape[2] - 1
+        if self.model.temporal.grouping(T, P).pair:
             raise ValueError(
-                f"Pretraining: T must be at most {self.model.config.time_length}, the rows of the time table, got {T}"
+                f"Pretraining: T must be at most {self.model.temporal.time_length}, the rows of the time table, got {T}"
             )
         kept = None
         if mask is None:
@@ -222,8 +221,8 @@ class Pretraining(nn.Module):
             raise ValueError(f"Pretraining: mask must be [B, P] or [B, T*P] with B = {B}, got {tuple(mask.shape)}")
         if self.mask_order == "official" and mask.shape[1] == P:
             mask, kept = mask.repeat(1, T), kept and kept * T  # frame-major, as it is drawn there
-        modes = {"compat": self.model.compat, "tower": self.model.tower, "time_length": self.model.config.time_length}
-        return grouping(T, P, mask=mask, mask_order=self.mask_order, kept=kept, device=x.device, **modes)
+        options = {"mask": mask, "mask_order": self.mask_order, "kept": kept, "device": x.device}
+        return self.model.temporal.grouping(T, P, **options)
 
     @torch.no_grad()
     def teacher(self, x: Tensor, group: Grouping) -> Tensor:
@@ -232,8 +231,8 @@ class Pretraining(nn.Module):
         if self.mask_order == "official":  # the patch-major index of the kept token, read as a frame-major one
             keep = keep % P * T + keep // P
         tokens = token_gather(x[:, :, 1:], keep)
-        return dense(self.model.backbone.norm_post(tokens), self.model.backbone.projection)
+        return dense(self.model.tower.norm_post(tokens), self.model.tower.projection)
 
     @property
     def _layers(self) -> range:
-        return range(self.model.config.fork, self.model.config.vision.layers)
+        return self.model.temporal.reads

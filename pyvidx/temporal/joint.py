@@ -44,14 +44,16 @@ class Joint(TemporalModule):
         self.before = int(class_token)
         self.time = None if sincos else nn.Parameter(torch.zeros(time_length, vision.width))
 
+    def check(self, T: int, P: int, frame_mask: Tensor | None = None) -> None:
+        if self.time is not None and T > len(self.time):
+            raise ValueError(f"Joint: T must be at most {len(self.time)}, the rows of the time table, got {T}")
+
     def embed(self, x: Tensor, tower: CLIPVision, frame_mask: Tensor | None = None, grid: Grid | None = None) -> Tensor:
         B, T, N, C = x.shape
         patches = x[:, :, 1:]
         if self.time is None:
             patches = patches + sincos_table(T * (N - 1), C, x).view(T, N - 1, C)
         else:
-            if T > len(self.time):
-                raise ValueError(f"Joint: T must be at most {len(self.time)}, the rows of the time table, got {T}")
             patches = patches + held(self, "time")[:T, None]
         # The class rows of all frames are the same here.
         return torch.cat([x[:, 0, : self.before], patches.flatten(1, 2)], dim=1)

@@ -31,12 +31,18 @@ class TemporalModule(nn.Module):
     None, and then left out of the call.
 
     Attributes:
+        name: under which it is registered.
+        outputs: what `encode` can give, of OUTPUTS.
         reads: original indices of the backbone layers whose outputs `encode` wants.
         reads_only: the tower runs untouched, `embed` and `block` are not called: its outputs may be cached.
+        masks: `check` and `encode` take a mask of patches to leave out; see pyvidx.temporal.branch.
         spec: {"name": ..., options}, what `pyvidx.temporal.create` made it of.
     """
 
+    name: str
+    outputs: tuple[str, ...] = OUTPUTS
     reads_only = True
+    masks = False
     spec: dict
 
     def __init__(self, vision: CLIPVisionConfig):
@@ -48,6 +54,16 @@ class TemporalModule(nn.Module):
     @property
     def reads(self) -> range:
         return range(self.vision.layers - 2, self.vision.layers)
+
+    def init_from(self, tower: CLIPVision) -> None:
+        """Take over from the tower what training starts from; a module that starts by itself takes nothing."""
+
+    def check(self, T: int, P: int, frame_mask: Tensor | None = None) -> None:
+        """Refuse, before any work, clips of T frames of P patches that `encode` would refuse.
+
+        Raises:
+            ValueError: T, or frame_mask, does not fit.
+        """
 
     def embed(self, x: Tensor, tower: CLIPVision, frame_mask: Tensor | None = None, grid: Grid | None = None) -> Tensor:
         """The tokens before the tower's first LayerNorm, positions added: [B, T, N, C] -> the same, or the module's own

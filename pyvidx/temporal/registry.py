@@ -8,14 +8,14 @@ from pyvidx.backbones.clip import CLIPVisionConfig
 from pyvidx.ops._library import require
 from pyvidx.temporal.module import TemporalModule
 
-MODULES: dict[str, Callable[..., TemporalModule]] = {}
+MODULES: dict[str, type[TemporalModule]] = {}
 
 
 def register(name: str) -> Callable:
     """Decorator: make a module known to `create` under a name."""
 
     def known(module):
-        MODULES[name] = module
+        MODULES[name], module.name = module, name
         return module
 
     return known

@@ -53,14 +53,17 @@ class Separate(TemporalModule):
         sizes = (vision.width, vision.heads, vision.eps)
         self.temporal = nn.ModuleList(TemporalLayer(*sizes, fc=fc) for _ in range(layers))
 
+    def check(self, T: int, P: int, frame_mask: Tensor | None = None) -> None:
+        rows = self.time.shape[1]
+        if T > rows:
+            raise ValueError(f"Separate: T must be at most {rows}, the rows of the time table, got {T}")
+
     def block(
         self, i: int, block: Block, x: Tensor, frame_mask: Tensor | None = None, grid: Grid | None = None
     ) -> Tensor:
-        j, T, rows = i - self.first, x.shape[1], self.time.shape[1]
+        j, T = i - self.first, x.shape[1]
         if j < 0:
             return block(x)
-        if T > rows:
-            raise ValueError(f"Separate: T must be at most {rows}, the rows of the time table, got {T}")
         time = held(self, "time")[j, :T, None] if j < len(self.time) else None
         layer = self.temporal[j]
         if self.class_token == "frame":

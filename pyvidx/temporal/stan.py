@@ -24,5 +24,5 @@ class STAN(Branch):
         super().__init__(vision, depth=depth, time_length=time_length, gated=False)
         self.per_frame = per_frame
 
-    def _heads(self, tower: CLIPVision) -> dict[str, Tensor | bool]:
-        return {"seed": held(tower, "class_token"), "per_frame": self.per_frame}
+    def _seed(self, tower: CLIPVision) -> Tensor:
+        return held(tower, "class_token")

@@ -157,7 +157,7 @@ class BTAdapterTask(Task):
 
     @property
     def device(self) -> torch.device:
-        return self.model.branch.seed.device
+        return next(self.model.parameters()).device
 
     def count(self, batch: Pairs) -> int:
         return len(batch)
@@ -253,7 +253,7 @@ def datasets(config: Config, task: BTAdapterTask, ranks: Ranks) -> tuple[Dataset
     if config.features is None:
         return data, held_out
     about = {name: getattr(config, name) for name in SEEN}
-    about |= {"rows": data.source.digest(), "towers": digest(task.model.backbone, task.step.text), "seed": recipe.seed,
+    about |= {"rows": data.source.digest(), "towers": digest(task.model.tower, task.step.text), "seed": recipe.seed,
               "depth": task.model.config.depth, "tokenizer": config.tokenizer, "amp": recipe.amp}  # fmt: skip
 
     def frozen(batch: Pairs):
@@ -269,7 +269,7 @@ def datasets(config: Config, task: BTAdapterTask, ranks: Ranks) -> tuple[Dataset
 def _model(config: Config) -> tuple[BTAdapter, CLIPText | None, dict[str, Tensor]]:
     """The model, the text tower if it is with it, and the state dict it is from, if it is."""
     # Both codes give the same numbers here but where the public one takes 3 frames for 3 channels.
-    modes = {"compat": "paper", "tower": "mma"}
+    modes = {"compat": "paper", "variant": "mma"}
     if isinstance(config.weights, str) and files.is_ours(config.weights):
         return BTAdapter.from_pretrained(config.weights, **modes), None, {}
     state = {} if isinstance(config.weights, dict) or Path(config.weights).is_dir() else state_of(config.weights)
@@ -284,8 +284,8 @@ def _model(config: Config) -> tuple[BTAdapter, CLIPText | None, dict[str, Tensor
         raise ValueError(f"Config: {config.weights} holds no image tower")
     sizes = {"depth": config.depth, "time_length": config.time_length, "gated": config.gated}
     model = BTAdapter(BTAdapterConfig(vision.config, **sizes), **modes)
-    model.backbone.load_state_dict(vision.state_dict())
-    model.init_from_backbone()
+    model.tower.load_state_dict(vision.state_dict())
+    model.temporal.init_from(model.tower)
     return model, text, {}
 
 

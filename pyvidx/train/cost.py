@@ -152,7 +152,7 @@ def parts(plan: Plan) -> dict[str, Cost]:
         pixels = torch.empty(B, T, 3, v.image_size, v.image_size, **half)
         ids = torch.empty(B, TEXT_LENGTH, dtype=torch.int64, device="meta")
         with torch.no_grad():
-            found["backbone"] = count(lambda: step.model.backbone(pixels, range(plan.config.fork, v.layers)))
+            found["backbone"] = count(lambda: step.model.tower(pixels, range(plan.config.fork, v.layers)))
             found["text tower"] = count(lambda: step.text(ids))
     branch = count(lambda: step.rows(xs, group, step.draw_drops(xs[0], group)))
     found["branch forward"] = branch

@@ -80,7 +80,7 @@ def clip_vision(
             give the heads.
     """
     state = state_of(state)
-    names = {name.removeprefix("backbone."): value for name, value in rename(state).weights.items()}
+    names = {name.removeprefix("tower."): value for name, value in rename(state).weights.items()}
     if absent := [name for name in ("position", "patch", "blocks.0.fc1.weight") if name not in names]:
         raise ValueError(f"CLIP weights: no sizes without {', '.join(absent)}; the keys are {', '.join(groups(state))}")
     check_plain(names, AXES)
@@ -111,6 +111,6 @@ def fill(config: CLIPVisionConfig, state: Mapping[str, Tensor]) -> CLIPVision:
     renamed = rename(state)
     with torch.device("meta"):
         tower = CLIPVision(config)
-    weights = {name.removeprefix("backbone."): value for name, value in renamed.weights.items()}
+    weights = {name.removeprefix("tower."): value for name, value in renamed.weights.items()}
     assign(tower, weights, "CLIP weights", renamed.unexpected)
     return tower.eval()

@@ -113,4 +113,4 @@ def _locate(name: str) -> tuple[str | None, str | None]:
         return TOP[name], None
     layer = re.search(r"(?:^|\.)((?:layers|resblocks)\.\d+\..+)", name)
     target, third = locate(layer[1]) if layer else (None, None)
-    return target and target.removeprefix("backbone."), third
+    return target and target.removeprefix("tower."), third

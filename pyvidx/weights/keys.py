@@ -45,21 +45,21 @@ BLOCK = {
 }
 TEMPORAL = {"layer_norm1": "norm", "self_attn.out_proj": "out", "temporal_fc": "fc"}
 TOP = {
-    "class_embedding": "backbone.class_token",
-    "patch_embedding.weight": "backbone.patch",
-    "conv1.weight": "backbone.patch",
-    "position_embedding.weight": "backbone.position",
-    "positional_embedding": "backbone.position",
-    "pre_layrnorm": "backbone.norm_pre",
-    "ln_pre": "backbone.norm_pre",
-    "post_layernorm": "backbone.norm_post",
-    "ln_post": "backbone.norm_post",
-    "visual_projection": "backbone.projection",
-    "proj": "backbone.projection.weight",
-    "btadapter_time_embed.weight": "branch.time",
-    "btadapter_cls_token": "branch.seed",
-    "balance1": "output_gate",
-    "balance2": "branch.gate",
+    "class_embedding": "tower.class_token",
+    "patch_embedding.weight": "tower.patch",
+    "conv1.weight": "tower.patch",
+    "position_embedding.weight": "tower.position",
+    "positional_embedding": "tower.position",
+    "pre_layrnorm": "tower.norm_pre",
+    "ln_pre": "tower.norm_pre",
+    "post_layernorm": "tower.norm_post",
+    "ln_post": "tower.norm_post",
+    "visual_projection": "tower.projection",
+    "proj": "tower.projection.weight",
+    "btadapter_time_embed.weight": "temporal.branch.time",
+    "btadapter_cls_token": "temporal.branch.seed",
+    "balance1": "temporal.output_gate",
+    "balance2": "temporal.branch.gate",
 }
 LAYER = re.compile(r"(layers|resblocks|btadapter_S_layers|btadapter_T_layers)\.(\d+)\.(.+)")
 THIRDS = {"q": 0, "k": 1, "v": 2}
@@ -114,8 +114,8 @@ def rename(state: Mapping[str, Tensor]) -> Renamed:
             (result.left_out if known else result.unexpected).append(key)
         elif third is None:
             add(result, target, _shaped(result, name, target, value), key)
-            if stan and target == "backbone.class_token":  # STAN starts the branch's class token from CLIP's
-                add(result, "branch.seed", value, key)
+            if stan and target == "tower.class_token":  # STAN starts the branch's class token from CLIP's
+                add(result, "temporal.branch.seed", value, key)
         else:
             if third in thirds.setdefault(target, {}):
                 raise ValueError(f"checkpoint: {key} and another key both mean {third} of {target}")
@@ -204,9 +204,8 @@ def locate(name: str) -> tuple[str | None, str | None]:
     if not match:
         return None, None
     kind, index, inner = match.groups()
-    base = {"btadapter_S_layers": "branch.spatial", "btadapter_T_layers": "branch.temporal"}.get(
-        kind, "backbone.blocks"
-    )
+    base = {"btadapter_S_layers": "temporal.branch.spatial", "btadapter_T_layers": "temporal.branch.temporal"}
+    base = base.get(kind, "tower.blocks")
     packed = re.fullmatch(r"self_attn\.([qkv])_proj\.(weight|bias)|attn\.in_proj_(weight|bias)", inner)
     if packed:
         third, leaf, fused_leaf = packed.groups()
@@ -218,7 +217,7 @@ def locate(name: str) -> tuple[str | None, str | None]:
 
 def _shaped(result: Renamed, name: str, target: str, value: Tensor) -> Tensor:
     before = tuple(value.shape)
-    if target == "branch.seed":
+    if target == "temporal.branch.seed":
         value = value.reshape(-1)  # stored as [1, 1, C]
     elif name == "proj" and value.dim() == 2:
         value = value.t()  # open_clip multiplies from the right

@@ -10,19 +10,19 @@ from pyvidx.weights.keys import THIRDS
 
 # Ours -> theirs, the first that fits; what follows is kept.
 NAMES = (
-    (r"model\.backbone\.class_token$", "backbone.class_embedding"),
-    (r"model\.backbone\.patch$", "backbone.patch_embedding.weight"),
-    (r"model\.backbone\.position$", "backbone.position_embedding.weight"),
-    (r"model\.backbone\.norm_pre\.", "backbone.pre_layrnorm."),
-    (r"model\.backbone\.norm_post\.", "backbone.post_layernorm."),
-    (r"model\.backbone\.projection\.", "backbone.visual_projection."),
-    (r"model\.backbone\.blocks\.(\d+)\.", r"backbone.layers.\1."),
-    (r"model\.branch\.spatial\.(\d+)\.", r"backbone.btadapter_S_layers.\1."),
-    (r"model\.branch\.temporal\.(\d+)\.", r"backbone.btadapter_T_layers.\1."),
-    (r"model\.branch\.time$", "backbone.btadapter_time_embed.weight"),
-    (r"model\.branch\.seed$", "backbone.btadapter_cls_token"),
-    (r"model\.branch\.gate$", "backbone.balance2"),
-    (r"model\.output_gate$", "backbone.balance1"),
+    (r"model\.tower\.class_token$", "backbone.class_embedding"),
+    (r"model\.tower\.patch$", "backbone.patch_embedding.weight"),
+    (r"model\.tower\.position$", "backbone.position_embedding.weight"),
+    (r"model\.tower\.norm_pre\.", "backbone.pre_layrnorm."),
+    (r"model\.tower\.norm_post\.", "backbone.post_layernorm."),
+    (r"model\.tower\.projection\.", "backbone.visual_projection."),
+    (r"model\.tower\.blocks\.(\d+)\.", r"backbone.layers.\1."),
+    (r"model\.temporal\.branch\.spatial\.(\d+)\.", r"backbone.btadapter_S_layers.\1."),
+    (r"model\.temporal\.branch\.temporal\.(\d+)\.", r"backbone.btadapter_T_layers.\1."),
+    (r"model\.temporal\.branch\.time$", "backbone.btadapter_time_embed.weight"),
+    (r"model\.temporal\.branch\.seed$", "backbone.btadapter_cls_token"),
+    (r"model\.temporal\.branch\.gate$", "backbone.balance2"),
+    (r"model\.temporal\.output_gate$", "backbone.balance1"),
     (r"text\.token\.", "text_backbone.text_model.embeddings.token_embedding."),
     (r"text\.position$", "text_backbone.text_model.embeddings.position_embedding.weight"),
     (r"text\.norm\.", "text_backbone.text_model.final_layer_norm."),
@@ -47,7 +47,7 @@ def export_mma(step: Pretraining) -> dict[str, Tensor]:
     weights = {}
     for name, p in step.named_parameters():
         value = p.detach().clone()
-        if name == "model.branch.seed":
+        if name == "model.temporal.branch.seed":
             value = value.view(1, 1, -1)
         theirs, inner = _renamed(name)
         if inner.startswith("qkv."):

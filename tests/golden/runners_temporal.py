@@ -41,7 +41,7 @@ def vision(weights, *, heads, image_size, prefix="encoder.layers", hidden_act="q
 def load_block(weights, heads):
     """A Block from the unprefixed weights of one CLIP layer; what is not of a block is left out."""
     renamed = rename({f"layers.0.{k}": v for k, v in weights.items()})
-    own = {k.removeprefix("backbone.blocks.0."): v for k, v in renamed.weights.items()}
+    own = {k.removeprefix("tower.blocks.0."): v for k, v in renamed.weights.items()}
     block = Block(own["out.bias"].shape[0], heads, own["fc1.bias"].shape[0])
     block.load_state_dict(own)
     return block
@@ -50,7 +50,7 @@ def load_block(weights, heads):
 def block_gradient(block, name):
     """Of an original name inside a layer."""
     target, third = locate(f"layers.0.{name}")
-    grad = dict(block.named_parameters())[target.removeprefix("backbone.blocks.0.")].grad
+    grad = dict(block.named_parameters())[target.removeprefix("tower.blocks.0.")].grad
     return grad.chunk(3)[THIRDS[third]] if third else grad
 
 
@@ -134,27 +134,31 @@ def stan_branch(file, run, variant, check):
     weights, meta = file.part("weights."), file.meta
     own = rename(weights).weights
     side = int((meta["tokens"] - 1) ** 0.5)
-    mlp = own["backbone.blocks.0.fc1.bias"].shape[0]
+    mlp = own["tower.blocks.0.fc1.bias"].shape[0]
     sizes = CLIPVisionConfig(side, 1, meta["C"], meta["heads"], meta["backbone_layers"], mlp)
     tower = CLIPVision(sizes)
     loaded = tower.load_state_dict(
-        {k.removeprefix("backbone."): v for k, v in own.items() if k.startswith("backbone.")}, strict=False
+        {k.removeprefix("tower."): v for k, v in own.items() if k.startswith("tower.")}, strict=False
     )
     assert loaded.missing_keys == ["patch"] and not loaded.unexpected_keys
     module = temporal.create("stan", sizes, depth=meta["depth"], per_frame=True)
-    module.load_state_dict({k: v for k, v in own.items() if k.startswith("branch.") and k != "branch.seed"})
+    module.load_state_dict(
+        {k.removeprefix("temporal."): v for k, v in own.items() if k.startswith("temporal.") and not k.endswith("seed")}
+    )
     x = file.tensors["in.x"].requires_grad_()
     xs = tower.run(tower.norm_pre(clip_frames(file, x)), module.reads)
     check("out.backbone", xs[-1].flatten(0, 1))
     cls = module.encode(xs, tower).pooled.flatten(0, 1)
     check("out.cls", cls)
     (cls * file.tensors["in.dout"]).sum().backward()
-    z, z_cls = module.branch(xs, tower.position, module._group(xs[0], None), seed=tower.class_token)[-1]
+    z, z_cls = module.branch(
+        xs, tower.position, module.grouping(meta["T"], meta["tokens"] - 1), seed=tower.class_token
+    )[-1]
     check("out.branch", torch.cat([z_cls[:, None], z.transpose(1, 2).flatten(1, 2)], dim=1))
     check("out.d_x", x.grad, GRADIENT_TOLERANCE)
     for name in file.part("out.grad."):
         target, third = locate(name.replace("STAN_", "btadapter_"))
-        grad = dict(module.named_parameters())[target].grad
+        grad = dict(module.named_parameters())[target.removeprefix("temporal.")].grad
         check(f"out.grad.{name}", grad.chunk(3)[THIRDS[third]] if third else grad, GRADIENT_TOLERANCE)
 
 

@@ -1,0 +1,101 @@
+"""Memory and pruning methods of the field: what their authors' functions make of small clips."""
+
+from pyvidx import memory
+from tests.golden.vectors import runner
+
+INPUTS = ("*.frames", "*.start", "*.start.*")
+
+
+def method(pattern):
+    """A runner for a file in which every tensor is named after its case, one run per case."""
+    return runner(pattern, runs=lambda file: list(file.meta["cases"]), inputs=INPUTS)
+
+
+@method("mallm")
+def mallm(file, run, variant, check):
+    frames, M = file.tensors[f"{run}.frames"], file.meta["cases"][run]["target"]
+    lengths = {int(name.split(".")[2]) for name in file.tensors if name.startswith(f"{run}.") and name.count(".") == 3}
+    for unit, ours in (("free", "token"), ("sync", "synchronized")):
+        for t in lengths:
+            entries = memory.create("merge", capacity=t, unit=ours).shrink(frames)
+            hard = memory.create("merge", capacity=t, unit=ours, hard=True).shrink(frames)
+            check(f"{run}.{unit}.{t}.rows", entries.rows, 1e-6)
+            check(f"{run}.{unit}.{t}.hard", hard.rows, 1e-6)
+            if run == "identical":  # rounding says which pair merges
+                check.excuse(f"{run}.{unit}.{t}.sizes")
+                assert (entries.sizes.sum(1) == frames.shape[1]).all()
+            else:
+                check.equal(f"{run}.{unit}.{t}.sizes", entries.sizes)
+    if frames.shape[0] == 1:
+        for unit, ours in (("free", "token"), ("sync", "synchronized")):
+            got = memory.keyframes(frames, M, unit=ours)
+            check(f"{run}.{unit}.keyframe", got.rows, 0)
+            check.equal(f"{run}.{unit}.peak", got.peak[0])
+
+
+@method("evs")
+def evs(file, run, variant, check):
+    frames, case = file.tensors[f"{run}.frames"], file.meta["cases"][run]
+    T, N, merge = len(frames), case["h"] * case["w"], case["spatial_merge_size"]
+    for i, options in enumerate(case["runs"]):
+        assert memory.compute_retained_tokens_count(N, T, options["q"]) == options["count"]
+        size = (T, case["h"] * merge, case["w"] * merge)
+        keep = memory.compute_retention_mask(frames.flatten(0, 1), size, merge, options["q"]).view(T, N)
+        assert keep.sum() == options["count"]
+        check.equal(f"{run}.keep.{i}", keep)
+
+
+@method("vidcom2_vllm")
+@method("vidcom2_authors")
+def vidcom2(file, run, variant, check):
+    frames, case = file.tensors[f"{run}.frames"], file.meta["cases"][run]
+    T, N, merge = len(frames), case["h"] * case["w"], case["spatial_merge_size"]
+    for i, options in enumerate(case["runs"]):
+        if "q" in options:
+            size = (T, case["h"] * merge, case["w"] * merge)
+            keep = memory.compute_retention_mask(frames.flatten(0, 1), size, merge, options["q"], "vidcom2").view(T, N)
+            assert memory.compute_retained_tokens_count(N, T, options["q"], "vidcom2") == options["count"]
+        else:
+            keep = memory.vidcom2(frames[None], 1 - options["base_scale"], form="authors")[0]
+        assert keep.sum() == options["count"]
+        check.equal(f"{run}.keep.{i}", keep)
+
+
+def level(bank, last):
+    """The rows of a bank of one video: all, and the last ones."""
+    rows = bank.entries().rows[0]
+    return rows[: len(rows) - last], rows[len(rows) - last :]
+
+
+@method("moviechat_fragments")
+def moviechat_fragments(file, run, variant, check):
+    frames, case = file.tensors[f"{run}.frames"], file.meta["cases"][run]
+    used, short, merged = case["n_frame"], case["short_memory_length"], case["short_memory_merge"]
+    policy = memory.create("moviechat", fragment=100, used=used, short=short, merged=merged)
+    bank = policy.new(1, *frames.shape[1:])
+    for i, (fragment, length) in enumerate(zip(frames.split(case["fragments"]), case["long_lengths"])):
+        bank = policy.extend(bank, fragment[None])
+        check(f"{run}.recent.{i}", level(bank, int(bank.extra["recent"]))[1], 0)
+        bank = policy.flush(bank)
+        rows = bank.entries().rows[0]
+        check(f"{run}.long", rows, 1e-6, part=(slice(length),))
+    assert bank.frames == len(frames) and len(rows) == case["long_lengths"][-1]
+
+
+@method("moviechat_onevision")
+def moviechat_onevision(file, run, variant, check):
+    frames, case = file.tensors[f"{run}.frames"], file.meta["cases"][run]
+    options = dict(short=case["short_memory_length"], merged=case["merge_frame_length"])
+    policy = memory.create("moviechat", form="onevision", **options)
+    bank = policy.new(1, *frames.shape[1:])
+    for window, long, short in zip(frames.split(case["window"]), case["long_lengths"], case["short_lengths"]):
+        bank = policy.extend(bank, window[None])
+        old, new = level(bank, short)
+        check(f"{run}.long", old, 1e-6, part=(slice(long),))
+    check(f"{run}.short", new, 1e-6)
+
+
+@method("moviechat_consolidate")
+def moviechat_consolidate(file, run, variant, check):
+    frames, L = file.tensors[f"{run}.frames"][None], file.meta["cases"][run]["long_memory_length"]
+    check(f"{run}.long", memory.moviechat_consolidate(frames, L, compat="official").rows[0], 1e-6)
