@@ -5,12 +5,13 @@ one frame per call. An answer is asked for after every run.
 """
 
 import functools
+from dataclasses import replace
 
 import pytest
 import torch
 
 from bench.harness import Case, nbytes
-from pyvidx.backbones.eva import EVAVisionConfig
+from pyvidx.backbones.vit import EVA_G
 from pyvidx.memory.qformer import QFormerConfig
 from pyvidx.models.malmm import MALMM
 from pyvidx.models.malmm_config import MALMMConfig
@@ -20,13 +21,13 @@ from pyvidx.weights.malmm import export_malmm
 TEXT, CLIP_FRAMES = 12, 16
 SIZES = {
     "small": MALMMConfig(
-        EVAVisionConfig(image_size=112, width=128, heads=2, layers=0),
+        replace(EVA_G, image_size=112, width=128, heads=2, layers=0),
         QFormerConfig(width=64, heads=4, layers=4, mlp_width=128, encoder_width=128, vocab=100),
         llm_width=8,
         time_length=1000,
     ),
     # No image encoder, and a short list of words: neither is timed.
-    "real": MALMMConfig(EVAVisionConfig(layers=0), QFormerConfig(vocab=100), llm_width=8, time_length=1000),
+    "real": MALMMConfig(replace(EVA_G, layers=0), QFormerConfig(vocab=100), llm_width=8, time_length=1000),
 }
 
 

@@ -7,13 +7,13 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from pyvidx.backbones.clip import CLIPVision, CLIPVisionConfig
+from pyvidx.backbones.vit import ViT, ViTConfig
 from pyvidx.models import BTAdapter, BTAdapterConfig
 from pyvidx.reference.bt_adapter import ReferenceBTAdapter
 from pyvidx.weights.bt_adapter import load_official, load_weights, read
 from pyvidx.weights.keys import rename
 
-VISION = CLIPVisionConfig(image_size=8, patch_size=4, width=64, heads=1, layers=6, mlp_width=96, embed_dim=12)
+VISION = ViTConfig(image_size=8, patch_size=4, width=64, heads=1, layers=6, mlp_width=96, embed_dim=12)
 CONFIG = BTAdapterConfig(VISION, depth=4, time_length=16)
 CLIP_LAYER = [
     f"{name}.{leaf}"
@@ -201,7 +201,7 @@ def test_tuned_branch_on_a_clip():
 
 
 def test_a_clip_brings_what_weights_do_not_tell():
-    clip = CLIPVision(dataclasses.replace(VISION, heads=4, hidden_act="gelu", eps=1e-6))
+    clip = ViT(dataclasses.replace(VISION, heads=4, hidden_act="gelu", eps=1e-6))
     tuned = state(*tower(0, 3, head=False, embeddings=False, gates=False))
     model, report = load_official(clip, tuned, part="tokens", gated=True, allow_missing=["temporal.branch.gate"])
     vision = model.config.vision

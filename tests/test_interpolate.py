@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from pyvidx import temporal
-from pyvidx.backbones import CLIPVision
+from pyvidx.backbones import ViT
 from pyvidx.hosts import huggingface
 from pyvidx.layers.patch import resize_positions
 from pyvidx.models import BTAdapter, VideoEncoder
@@ -33,7 +33,7 @@ def resized(model, other, name):
 def test_as_transformers_does(size):
     transformers = pytest.importorskip("transformers")
     theirs = randomized(transformers.CLIPVisionModel(hf_config(SIZES)))
-    tower = huggingface.clip_vision(theirs)
+    tower = huggingface.vision_tower(theirs)
     pixels = torch.randn(2, 3, *size)
     want = theirs(pixels, interpolate_pos_encoding=True, output_hidden_states=True).hidden_states[-1]
     close(tower(pixels, interpolate=True)[0], want, 1e-5)
@@ -64,8 +64,8 @@ def test_bt_adapter(compat, variant, folded):
 @pytest.mark.parametrize("name", temporal.names())
 def test_temporal_modules(name):
     options = OPTIONS.get(name, {})
-    model = randomized(VideoEncoder(CLIPVision(VISION), temporal.create(name, VISION, **options))).double()
-    larger = VideoEncoder(CLIPVision(LARGER), temporal.create(name, LARGER, **options))
+    model = randomized(VideoEncoder(ViT(VISION), temporal.create(name, VISION, **options))).double()
+    larger = VideoEncoder(ViT(LARGER), temporal.create(name, LARGER, **options))
     resized(model, larger, "tower.position")
     pixels = torch.randn(2, 3, 3, 20, 20).double()
     mask = torch.tensor([[True, True, True], [True, False, True]])

@@ -6,14 +6,14 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from pyvidx.backbones.clip import CLIPVisionConfig
+from pyvidx.backbones.vit import ViTConfig
 from pyvidx.models import BTAdapter, BTAdapterConfig
 from pyvidx.reference.bt_adapter import ReferenceBTAdapter
 from pyvidx.temporal.branch import fused_tokens
 from pyvidx.temporal.grouping import grouping
 from pyvidx.weights.bt_adapter import load_weights
 
-VISION = CLIPVisionConfig(image_size=12, patch_size=4, width=16, heads=2, layers=5, mlp_width=24, embed_dim=6)
+VISION = ViTConfig(image_size=12, patch_size=4, width=16, heads=2, layers=5, mlp_width=24, embed_dim=6)
 CONFIG = BTAdapterConfig(VISION, depth=3, time_length=8)
 P = VISION.patches
 
@@ -22,7 +22,8 @@ def randomized(model):
     """Every parameter of ordinary size; gates such that sigmoid(scale * gate) is neither 0 nor 1."""
     with torch.no_grad():
         for name, p in model.named_parameters():
-            spread = {"balance1": 1e-4, "output_gate": 1e-4, "balance2": 0.01, "branch.gate": 0.01}.get(name, 0.2)
+            spread = {"balance1": 1e-4, "output_gate": 1e-4, "balance2": 0.01, "branch.gate": 0.01}
+            spread = spread.get(name.removeprefix("temporal."), 0.2)
             p.add_(torch.randn_like(p), alpha=spread)
     return model.eval()
 

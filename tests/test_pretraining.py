@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import distributed as dist
 
-from pyvidx.backbones import CLIPText, CLIPTextConfig
+from pyvidx.backbones import TextConfig, TextTower
 from pyvidx.models import BTAdapter
 from pyvidx.models.losses import _unit, alignment, contrastive, gather
 from pyvidx.models.pretraining import Pretraining
@@ -14,14 +14,14 @@ from pyvidx.temporal.masking import drop_path_draws, random_mask, tube_mask
 from tests.test_models import CONFIG, P, clip, close, randomized
 from tests.two import two_processes
 
-TEXT = CLIPTextConfig(vocab=20, context=8, width=12, heads=2, layers=2, mlp_width=16, embed_dim=6)
+TEXT = TextConfig(vocab=20, context=8, width=12, heads=2, layers=2, mlp_width=16, embed_dim=6)
 IDS = torch.tensor([[1, 5, 19, 0, 0, 0], [1, 8, 3, 2, 19, 0], [1, 4, 4, 19, 0, 0], [1, 19, 0, 0, 0, 0]])
 
 
 def build(compat="paper", **options):
     """A training step in float64, always with the same weights."""
     torch.manual_seed(1)
-    step = randomized(Pretraining(BTAdapter(CONFIG, compat=compat), CLIPText(TEXT), **options))
+    step = randomized(Pretraining(BTAdapter(CONFIG, compat=compat), TextTower(TEXT), **options))
     return step.double()
 
 

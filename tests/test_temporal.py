@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from pyvidx import temporal
-from pyvidx.backbones.clip import CLIPVision, CLIPVisionConfig
+from pyvidx.backbones.vit import ViT, ViTConfig
 from pyvidx.layers.sincos import sincos_table
 from pyvidx.models import BTAdapter, BTAdapterConfig, VideoEncoder
 from pyvidx.models.flops import count
@@ -16,7 +16,7 @@ from pyvidx.temporal.clip_vip import proxy_attention
 from pyvidx.temporal.grid_pool import grid_pool, with_newlines
 from pyvidx.temporal.st_adapter import temporal_scale
 
-VISION = CLIPVisionConfig(image_size=12, patch_size=4, width=16, heads=2, layers=5, mlp_width=24, embed_dim=6)
+VISION = ViTConfig(image_size=12, patch_size=4, width=16, heads=2, layers=5, mlp_width=24, embed_dim=6)
 P, C, E = VISION.patches, VISION.width, VISION.embed_dim
 VARIANTS = [
     *((name, {"width": 8} if name == "st_adapter" else {}) for name in temporal.names()),
@@ -49,7 +49,7 @@ UNCHANGED = [
 
 
 def tower():
-    return CLIPVision(VISION).eval()
+    return ViT(VISION).eval()
 
 
 def encoder(name, options, randomize=True):

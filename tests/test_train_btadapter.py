@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import pyvidx.train
-from pyvidx.backbones import CLIPText, CLIPTextConfig
+from pyvidx.backbones import TextConfig, TextTower
 from pyvidx.cli.train import Shown
 from pyvidx.cli.train import main as train_command
 from pyvidx.models import BTAdapter
@@ -26,18 +26,18 @@ from pyvidx.train.recipe import groups, learning_rate, load
 from pyvidx.train.tokens import tokenizer
 from pyvidx.video import write
 from pyvidx.weights.bt_adapter import load_official
-from pyvidx.weights.clip_text import clip_text
 from pyvidx.weights.mma_export import export_mma
+from pyvidx.weights.text_towers import text_tower
 from tests.test_models import CONFIG, P, clip, randomized
 from tests.torchvision_shim import mend_torchvision
 
-TEXT = CLIPTextConfig(vocab=49408, context=77, width=16, heads=2, layers=1, mlp_width=16, embed_dim=6)
+TEXT = TextConfig(vocab=49408, context=77, width=16, heads=2, layers=1, mlp_width=16, embed_dim=6)
 CAPTIONS = ["a red wall", "night", "something green that is not grass", "snow", "a broken file", "sea", "sand", "ash"]
 
 
 def step(seed=1, **options):
     torch.manual_seed(seed)
-    return randomized(Pretraining(BTAdapter(CONFIG), CLIPText(TEXT), **options))
+    return randomized(Pretraining(BTAdapter(CONFIG), TextTower(TEXT), **options))
 
 
 def some_tokenizer(texts):
@@ -96,7 +96,7 @@ def test_the_example_is_the_paper():
     factors = [learning_rate(recipe, 0, p * 10, batches) / 2e-6 for p in (0, 10, 25, 50, 75, 100)]
     assert factors == pytest.approx([0.05, 0.24, 0.525, 1, 0.992, 0.970], abs=1e-3)
     torch.manual_seed(0)
-    pretraining = Pretraining(BTAdapter(CONFIG), CLIPText(replace(TEXT, vocab=9)))
+    pretraining = Pretraining(BTAdapter(CONFIG), TextTower(replace(TEXT, vocab=9)))
     rates = {}
     for group in groups(pretraining, recipe):
         assert group["weight_decay"] == 0.05
@@ -234,7 +234,7 @@ def test_the_command_resumes_to_the_same_bits(run, monkeypatch, capsys, amp):
         assert torch.equal(p, q), name
     assert not report.missing and not report.unexpected and not report.unused
     state = torch.load(folder / "official.pth", weights_only=True)["state_dict"]
-    text = clip_text({key: value for key, value in state.items() if key.startswith("text_")}, heads=2)
+    text = text_tower({key: value for key, value in state.items() if key.startswith("text_")}, heads=2)
     assert torch.equal(text.token.weight, step().text.token.weight)
 
 

@@ -6,7 +6,7 @@ import json
 import pytest
 import torch
 
-from pyvidx.backbones import CLIPText, CLIPTextConfig
+from pyvidx.backbones import TextConfig, TextTower
 from pyvidx.models import BTAdapter, BTAdapterConfig
 from pyvidx.models.pretraining import Pretraining
 from pyvidx.reference.bt_adapter import ReferenceBTAdapter
@@ -51,10 +51,10 @@ def test_weights_from_the_official_file_and_back(tmp_path):
 
 def test_the_official_names_are_the_published_ones():
     with torch.device("meta"):
-        text = CLIPText(CLIPTextConfig(49408, 77, 768, 12, 12, 3072, 768))
+        text = TextTower(TextConfig(49408, 77, 768, 12, 12, 3072, 768))
         weights = export_mma(Pretraining(BTAdapter(BTAdapterConfig.named("clip-l-14")), text))
         tower = ReferenceBTAdapter(CONFIG)
-        tiny = export_mma(Pretraining(BTAdapter(CONFIG), CLIPText(TEXT)))
+        tiny = export_mma(Pretraining(BTAdapter(CONFIG), TextTower(TEXT)))
     assert (len(weights), sum(value.numel() for value in weights.values())) == (709, 499_858_944)
     shapes = {name: value.shape for name, value in tiny.items()}
     for name, value in tower.state_dict().items():

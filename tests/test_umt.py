@@ -6,16 +6,16 @@ import math
 import pytest
 import torch
 
-from pyvidx.backbones.clip import CLIPVision, CLIPVisionConfig
+from pyvidx.backbones.vit import ViT, ViTConfig
 from pyvidx.models.umt import UMTConfig, UMTStudent, UnmaskedTeacher, class_attention
 
-TEACHER = CLIPVisionConfig(image_size=12, patch_size=4, width=16, heads=2, layers=3, mlp_width=24, embed_dim=6)
+TEACHER = ViTConfig(image_size=12, patch_size=4, width=16, heads=2, layers=3, mlp_width=24, embed_dim=6)
 STUDENT = UMTConfig(image_size=12, patch_size=4, width=20, heads=2, layers=3, mlp_width=40)
 P = STUDENT.patches
 
 
 def step(**options):
-    return UnmaskedTeacher(UMTStudent(STUDENT), CLIPVision(TEACHER), **{"taps": 2, "mask_ratio": 0.6, **options})
+    return UnmaskedTeacher(UMTStudent(STUDENT), ViT(TEACHER), **{"taps": 2, "mask_ratio": 0.6, **options})
 
 
 def clips(B=2, T=4):
@@ -62,7 +62,7 @@ def test_draws():
 
 @torch.no_grad()
 def test_class_attention():
-    tower, x = CLIPVision(TEACHER), torch.randn(2, 4, 1 + P, 16)
+    tower, x = ViT(TEACHER), torch.randn(2, 4, 1 + P, 16)
     block = tower.blocks["2"]
     q, k, _ = block.qkv(block.norm1(x)).view(2, 4, 1 + P, 3, 2, 8).permute(3, 0, 1, 4, 2, 5)
     want = ((q @ k.transpose(-1, -2)) / math.sqrt(8)).softmax(-1)[..., 0, 1:].mean(2)
@@ -99,7 +99,7 @@ def test_errors():
         with pytest.raises(ValueError, match="taps must be in"):
             step(**options)
     with pytest.raises(ValueError, match="teacher must be whole.* with 9 patches"):
-        UnmaskedTeacher(UMTStudent(STUDENT), CLIPVision(dataclasses.replace(TEACHER, patch_size=6)))
+        UnmaskedTeacher(UMTStudent(STUDENT), ViT(dataclasses.replace(TEACHER, patch_size=6)))
     for pixels in (clips()[0], clips()[..., :8]):
         with pytest.raises(ValueError, match="pixels must be"):
             UMTStudent(STUDENT)(pixels)

@@ -13,8 +13,8 @@ from safetensors.torch import save_file
 from pyvidx import memory
 from pyvidx.models import BTAdapter, TextVideo
 from pyvidx.weights.bt_adapter import load_official
-from pyvidx.weights.clip import clip_vision
 from pyvidx.weights.state import read
+from pyvidx.weights.towers import vision_tower
 from tests.test_checkpoints import CONFIG, clip_keys, state, tower
 
 NOT_WEIGHTS = {
@@ -54,7 +54,7 @@ def test_wrong_tensors(tmp_path):
             load_official(weights | change)
     far = {key.replace("layers.3", "layers.99999999"): value for key, value in clip_keys().items()}
     with pytest.raises(ValueError, match="must be numbered from 0"):
-        clip_vision(far, hidden_act="quick_gelu")
+        vision_tower(far, hidden_act="quick_gelu")
     with zipfile.ZipFile(tmp_path / "bomb.pt", "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("bomb/data.pkl", bytes(10_000_000))
     with pytest.raises(ValueError, match="compressed archive"):

@@ -32,8 +32,8 @@ from pyvidx.tensor_files import note, opened
 from pyvidx.train.recipe import load as load_values
 from pyvidx.video import sampling
 from pyvidx.video.pool import shared
-from pyvidx.weights.bt_adapter import load_model, read
-from pyvidx.weights.clip_text import clip_text
+from pyvidx.weights.bt_adapter import load_model
+from pyvidx.weights.text_towers import text_tower
 
 CONFIGS = Path(__file__).parent / "configs"
 BROKEN = ("fail", "exclude")
@@ -267,7 +267,7 @@ def text_embeddings(config: Config, texts: Sequence[str]) -> tuple[Tensor, dict]
     if config.text is None and Path(weights).suffix not in PICKLES:
         raise ValueError(f"eval: text must name the weights of the text tower, {weights} holds none")
     device, _ = config.where
-    tower = clip_text(read(weights), **config.text_options).float().to(device)
+    tower = text_tower(weights, **config.text_options).float().to(device)
     if config.text_length > tower.config.context:
         raise ValueError(f"eval: text_length must be at most {tower.config.context}, got {config.text_length}")
     ids, about["cut texts"] = token_ids(texts, load_tokenizer(config.tokenizer), config.text_length, cut=config.cut)

@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pyvidx.layers import products
-from pyvidx.layers.linear import project_qkv
+from pyvidx.layers.linear import linear, project_qkv
 from pyvidx.ops import bank_attention
 from pyvidx.ops._library import has_kernel
 from pyvidx.ops.bank_attention import MAX_WIDTH
@@ -46,3 +46,33 @@ def _fits_kernel(x: Tensor, width: int) -> bool:
     """
     fits = width % 8 == 0 and width <= MAX_WIDTH and x.dtype in MOST
     return KERNEL and x.is_cpu and fits and (products.MKL_IS_SLOW or x.shape[1] <= MOST[x.dtype])
+
+
+def gather(query: Tensor, x: Tensor, layer: nn.Module, heads: int, mask: Tensor | None = None) -> Tensor:
+    """What one query per head gathers of tokens: `gathered_values` makes the attention's result of it.
+
+    With q = Wq query + bq the scores are x . (Wk^T q) up to a constant, and the values' sum is Wv (sum p x) + bv: the
+    per-token work is two products with H vectors instead of two with C.
+
+    Args:
+        query: [..., C], of axes that broadcast with those of x. x: [..., N, C]. layer: from C to 3C, plain.
+        mask: bool, True = attended to, of a shape that broadcasts to [..., N].
+
+    Returns:
+        [..., H, C], sum_n softmax(scores)_n x_n of every head.
+    """
+    C = x.shape[-1]
+    q = linear(query, layer.weight[:C], None if layer.bias is None else layer.bias[:C]).unflatten(-1, (heads, -1))
+    keys = layer.weight[C : 2 * C].view(heads, -1, C)
+    probes = torch.einsum("...hd,hdc->...hc", q * q.shape[-1] ** -0.5, keys)
+    scores = x @ probes.transpose(-1, -2)  # [..., N, H]
+    if mask is not None:
+        scores = scores.masked_fill(~mask[..., None], float("-inf"))
+    return scores.softmax(dim=-2).transpose(-1, -2) @ x
+
+
+def gathered_values(rows: Tensor, layer: nn.Module) -> Tensor:
+    """The values of what `gather` gave, or of means of it. [..., H, C] -> [..., C]."""
+    *_, H, C = rows.shape
+    y = torch.einsum("...hc,hdc->...hd", rows, layer.weight[2 * C :].view(H, -1, C)).flatten(-2)
+    return y if layer.bias is None else y + layer.bias[2 * C :]

@@ -20,13 +20,17 @@ def _gelu(x: Tensor, layer: nn.Module) -> Tensor:
     return F.gelu(dense(x, layer))
 
 
+def _gelu_tanh(x: Tensor, layer: nn.Module) -> Tensor:
+    return F.gelu(dense(x, layer), approximate="tanh")
+
+
 def _silu(x: Tensor, layer: nn.Module) -> Tensor:
     """What quick_gelu becomes when its two factors are folded into the weights beside it. In place as well."""
     h = dense(x, layer)
     return F.silu(h, inplace=plain(layer) and not wants_grad(h))  # a hook may have kept what the layer gave
 
 
-ACTIVATED = {"quick_gelu": _quick_gelu, "gelu": _gelu, "silu": _silu}  # of a linear layer
+ACTIVATED = {"quick_gelu": _quick_gelu, "gelu": _gelu, "gelu_tanh": _gelu_tanh, "silu": _silu}  # of a linear layer
 
 
 class Block(nn.Module):
@@ -35,7 +39,7 @@ class Block(nn.Module):
     One GEMM makes q, k and v, rows packed as [3, H, D].
 
     Args:
-        hidden_act: "quick_gelu" or "gelu"; the published weights need the one they were trained with.
+        hidden_act: "quick_gelu", "gelu" or "gelu_tanh"; the published weights need the one they were trained with.
         causal: a token attends to itself and those before it.
     """
 
@@ -51,7 +55,7 @@ class Block(nn.Module):
     ):
         super().__init__()
         if hidden_act not in ACTIVATED:
-            raise ValueError(f"Block: hidden_act must be quick_gelu or gelu, got {hidden_act!r}")
+            raise ValueError(f"Block: hidden_act must be one of quick_gelu, gelu and gelu_tanh, got {hidden_act!r}")
         if width % heads:
             raise ValueError(f"Block: width must be a multiple of heads, got {width} and {heads}")
         self.heads, self.hidden_act, self.causal = heads, hidden_act, causal

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from pyvidx.backbones.clip import CLIPVision
+from pyvidx.backbones.vit import ViT
 from pyvidx.models.config import BTAdapterConfig
 from pyvidx.models.video_encoder import VideoEncoder
 from pyvidx.ops._library import require_tensors
@@ -63,14 +63,12 @@ class BTAdapter(VideoEncoder):
     def __init__(self, config: BTAdapterConfig, *, compat: str = "paper", variant: str = "mma"):
         grouping(2, 1, compat=compat, variant=variant)  # refuses unknown names
         full = config.part == "full"
-        tower = CLIPVision(
-            config.vision, layers=config.backbone_layers, embeddings=config.part != "features", head=full
-        )
+        tower = ViT(config.vision, layers=config.backbone_layers, embeddings=config.part != "features", head=full)
         super().__init__(tower, OfficialBranch(config, compat, variant))
         self.config = config
 
     @staticmethod
-    def _check(tower: CLIPVision, temporal: OfficialBranch) -> None:
+    def _check(tower: ViT, temporal: OfficialBranch) -> None:
         """Both are of one configuration."""
 
     @property

@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 from pyvidx import temporal
-from pyvidx.backbones.clip import CLIPVision, CLIPVisionConfig
+from pyvidx.backbones.vit import ViT, ViTConfig
 from pyvidx.files import whole
 from pyvidx.layers import products
 from pyvidx.models.video_encoder import VideoEncoder
@@ -147,7 +147,7 @@ class Cost:
     activation_bytes: int
 
 
-def family(vision: CLIPVisionConfig, frames: list[int], dtype: torch.dtype = torch.float16) -> list[Cost]:
+def family(vision: ViTConfig, frames: list[int], dtype: torch.dtype = torch.float16) -> list[Cost]:
     """Costs of every module at every number of frames.
 
     Raises:
@@ -178,10 +178,10 @@ def family(vision: CLIPVisionConfig, frames: list[int], dtype: torch.dtype = tor
     return costs
 
 
-def meta_encoder(vision: CLIPVisionConfig, name: str, options: dict, dtype: torch.dtype = torch.float32) -> nn.Module:
+def meta_encoder(vision: ViTConfig, name: str, options: dict, dtype: torch.dtype = torch.float32) -> nn.Module:
     """A VideoEncoder without values, on the device "meta"."""
     with torch.device("meta"):
-        return VideoEncoder(CLIPVision(vision), temporal.create(name, vision, **options)).to(dtype).eval()
+        return VideoEncoder(ViT(vision), temporal.create(name, vision, **options)).to(dtype).eval()
 
 
 def table(costs: list[Cost]) -> str:

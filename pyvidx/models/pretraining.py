@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from pyvidx.backbones.clip_text import CLIPText
+from pyvidx.backbones.text import TextTower
 from pyvidx.layers.linear import dense
 from pyvidx.models.bt_adapter import BTAdapter
 from pyvidx.models.losses import GRADIENTS, alignment, contrastive, gather
@@ -65,7 +65,7 @@ class Pretraining(nn.Module):
     def __init__(
         self,
         model: BTAdapter,
-        text: CLIPText,
+        text: TextTower,
         *,
         mask_rate: float = 0.7,
         mask_order: str = "tube",

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pyvidx.backbones.clip_text import CLIPText, CLIPTextConfig
+from pyvidx.backbones.text import TextConfig, TextTower
 from pyvidx.backbones.words import Words
 from pyvidx.layers.plain import held
 from pyvidx.models import files
@@ -35,7 +35,7 @@ class TextVideo:
     """
 
     model: VideoEncoder
-    text: CLIPText
+    text: TextTower
     words: Words
     about: dict
 
@@ -77,7 +77,7 @@ class TextVideo:
             if unknown := changes.keys() - encoder.keys():
                 raise ValueError(f"a {encoder['model']} has no {' and '.join(sorted(unknown))} that could be changed")
             model = ENCODERS[encoder["model"]].built(encoder | changes)
-            text = CLIPText(CLIPTextConfig(**known(CLIPTextConfig, header["text"])))
+            text = TextTower(TextConfig(**known(TextConfig, header["text"])))
             if len(Words(words, text.config.context)) > text.config.vocab:
                 raise ValueError(f"vocabulary has more words than the {text.config.vocab} rows of the text tower")
             return nn.ModuleDict({"model": model, "text": text})

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from pyvidx.backbones.clip import CLIPVision
+from pyvidx.backbones.vit import ViT
 from pyvidx.layers.block import Block
 from pyvidx.layers.linear import dense
 from pyvidx.layers.patch import patch_rows
@@ -150,7 +150,7 @@ class UnmaskedTeacher(nn.Module):
         ValueError: sizes or an option do not fit.
     """
 
-    def __init__(self, student: UMTStudent, teacher: CLIPVision, *, taps: int = 6, mask_ratio: float = 0.8):
+    def __init__(self, student: UMTStudent, teacher: ViT, *, taps: int = 6, mask_ratio: float = 0.8):
         super().__init__()
         s, t = student.config, teacher.config
         if teacher.norm_post is None or t.layers < 2 or (s.image_size, s.patches) != (t.image_size, t.patches):
@@ -214,7 +214,7 @@ class UnmaskedTeacher(nn.Module):
         return drawn.view(B, T, count) + P * torch.arange(T, device=drawn.device)[:, None]
 
 
-def class_attention(tower: CLIPVision, x: Tensor) -> Tensor:
+def class_attention(tower: ViT, x: Tensor) -> Tensor:
     """What the last layer's class token attends to among the patches, averaged over the heads.
 
     x: the input of that layer, [..., 1+P, C] -> [..., P].

@@ -8,8 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from pyvidx import temporal
-from pyvidx.backbones.clip import CLIPVision, CLIPVisionConfig
-from pyvidx.layers.patch import patch_grid
+from pyvidx.backbones.vit import ViT, ViTConfig
 from pyvidx.models import files
 from pyvidx.models.config import BTAdapterConfig, known
 from pyvidx.models.fold import fold
@@ -37,7 +36,7 @@ class VideoEncoder(nn.Module):
 
     kind = "video_encoder"  # in the header of its files
 
-    def __init__(self, tower: CLIPVision, temporal: TemporalModule):
+    def __init__(self, tower: ViT, temporal: TemporalModule):
         super().__init__()
         self._check(tower, temporal)
         self.tower, self.temporal = tower, temporal
@@ -45,7 +44,7 @@ class VideoEncoder(nn.Module):
         self.is_random, self.folded = True, False
 
     @staticmethod
-    def _check(tower: CLIPVision, temporal: TemporalModule) -> None:
+    def _check(tower: ViT, temporal: TemporalModule) -> None:
         whole = hasattr(tower, "patch") and tower.norm_post is not None and tower.layers == range(tower.config.layers)
         if not whole or temporal.vision != tower.config:
             raise ValueError(
@@ -83,7 +82,7 @@ class VideoEncoder(nn.Module):
         """
         wanted, pixels = self._wanted(outputs, mask), self.read_pixels(pixels)
         real = self._real(frame_mask, pixels)
-        rows, columns = patch_grid(self._name, pixels, self.tower.config.patch_size)
+        rows, columns = self.tower.grid_of(pixels, self._name)
         self.tower.positions(rows, columns, interpolate=interpolate)  # refuses what does not fit before the work
         self._check_clip(pixels.shape[1], rows * columns, real, mask)
         grid = _grid_option((rows, columns), interpolate)
@@ -210,14 +209,14 @@ class VideoEncoder(nn.Module):
         for i in range(reads.stop):
             x = self.temporal.block(i, self.tower.blocks[str(i)], x, real, **grid)
             if i in reads:
-                found.append(x)
+                found.append(self.temporal.rows(x, self.tower, real, **grid))
         return tuple(found)
 
     def _run_blocks(self, x: Tensor, layers: range) -> tuple[Tensor, ...]:
-        found = []
+        found, x = [], self.tower.own(x)
         for i in layers:
             x = self.tower.blocks[str(i)](x)
-            found.append(x)
+            found.append(self.tower.with_class(x))
         return tuple(found)
 
     @property
@@ -297,8 +296,8 @@ class VideoEncoder(nn.Module):
         Raises:
             Exception: of any kind, where the header describes no model; see pyvidx.models.files.REFUSALS.
         """
-        vision = CLIPVisionConfig(**known(CLIPVisionConfig, header["vision"]))
-        return cls(CLIPVision(vision), temporal.create(vision=vision, **header["temporal"]))
+        vision = ViTConfig(**known(ViTConfig, header["vision"]))
+        return cls(ViT(vision), temporal.create(vision=vision, **header["temporal"]))
 
     def save(self, path: str | Path) -> Path:
         """Write one safetensors file, configuration included. A path without that ending is a folder."""
@@ -329,7 +328,7 @@ class VideoEncoder(nn.Module):
         vision = BTAdapterConfig.named(size).vision
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
-            return cls(CLIPVision(vision), temporal.create(name, vision, **options)).eval()
+            return cls(ViT(vision), temporal.create(name, vision, **options)).eval()
 
 
 def _grid_option(grid: tuple[int, int], interpolate: bool | tuple[int, int]) -> dict:

@@ -5,8 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from pyvidx.backbones.clip import CLIPVision, CLIPVisionConfig
-from pyvidx.layers.linear import dense
+from pyvidx.backbones.vit import ViT, ViTConfig
 from pyvidx.layers.norm import foldable
 from pyvidx.layers.plain import held
 from pyvidx.ops import output_gate
@@ -41,7 +40,7 @@ class Branch(TemporalModule):
 
     def __init__(
         self,
-        vision: CLIPVisionConfig,
+        vision: ViTConfig,
         *,
         depth: int = 4,
         time_length: int = 64,
@@ -75,7 +74,7 @@ class Branch(TemporalModule):
     def reads(self) -> range:
         return range(self.vision.layers - self.depth, self.vision.layers)
 
-    def init_from(self, tower: CLIPVision) -> None:
+    def init_from(self, tower: ViT) -> None:
         """The official start of training: space attention and MLP copied from the backbone layers read."""
         for i, layer in zip(self.reads, self.branch.spatial):
             layer.load_state_dict(tower.blocks[str(i)].state_dict())
@@ -90,7 +89,7 @@ class Branch(TemporalModule):
     def encode(
         self,
         xs: Sequence[Tensor],
-        tower: CLIPVision,
+        tower: ViT,
         frame_mask: Tensor | None = None,
         outputs: Sequence[str] = OUTPUTS,
         grid: Grid | None = None,
@@ -117,15 +116,16 @@ class Branch(TemporalModule):
             per_frame=self.per_frame if per_frame is None else per_frame,
         )
 
-    def positions(self, tower: CLIPVision, grid: Grid | None = None) -> Tensor:
+    def positions(self, tower: ViT, grid: Grid | None = None) -> Tensor:
         """The tower's position table, [1+P, C], of the grid that the patches are on."""
-        return held(tower, "position") if grid is None else tower.positions(*grid, interpolate=True)
+        side = tower.config.side
+        return tower.positions(*(grid or (side, side)), interpolate=grid is not None)
 
-    def frame_vectors(self, x: Tensor, cls: Tensor, tower: CLIPVision) -> Tensor:
+    def frame_vectors(self, x: Tensor, cls: Tensor, tower: ViT) -> Tensor:
         """What the projection makes of every frame's embedding, [B, T, C]; see `frame_vectors` below."""
         return frame_vectors(x, cls, tower, held(self, "output_gate"), self.output_gate_scale)
 
-    def _seed(self, tower: CLIPVision) -> Tensor | None:
+    def _seed(self, tower: ViT) -> Tensor | None:
         """[C], in place of the branch's own."""
         return None
 
@@ -137,7 +137,7 @@ class BTAdapterModule(Branch):
 
     def __init__(
         self,
-        vision: CLIPVisionConfig,
+        vision: ViTConfig,
         *,
         depth: int = 4,
         time_length: int = 64,
@@ -153,7 +153,7 @@ class BTAdapterModule(Branch):
 def encode_branch(
     branch: BTAdapterBranch,
     xs: Sequence[Tensor],
-    tower: CLIPVision,
+    tower: ViT,
     position: Tensor,
     group: Grouping,
     outputs: Sequence[str],
@@ -184,19 +184,20 @@ def encode_branch(
         z, cls = split_rows(layers[-1])
         tokens = fused_tokens(xs[last - 1], group.patch_mean(z), cls, real)
     frames = frame_vectors(xs[last], branch.spatial[last].class_token(mixed, real), tower, gate, gate_scale)
-    # The projection has no bias: the mean of the frames' projections is the projection of their mean.
-    frames = real_only(frames, real) if per_frame else frame_mean(frames, real)
-    return Encoding(tokens, frames if tower.projection is None else dense(frames, tower.projection))
+    # The projection is linear: the mean of the frames' projections is the projection of their mean.
+    pooled = real_only(tower.project(frames), real) if per_frame else tower.project(frame_mean(frames, real))
+    return Encoding(tokens, pooled)
 
 
-def frame_vectors(x: Tensor, cls: Tensor, tower: CLIPVision, gate: Tensor | None, gate_scale: float) -> Tensor:
-    """LN((1 - w) cls + w X_cls) of every frame, w = sigmoid(gate_scale * gate); without a gate LN(cls + X_cls).
+def frame_vectors(x: Tensor, cls: Tensor, tower: ViT, gate: Tensor | None, gate_scale: float) -> Tensor:
+    """The tower's head of (1 - w) cls + w X_cls of every frame, w = sigmoid(gate_scale * gate); without a gate of
+    cls + X_cls. The head is a LayerNorm, or SigLIP's residual MLP.
 
     x [B, T, 1+P, C] of the last backbone layer, cls [B, C] of the last branch layer -> [B, T, C].
     """
-    norm = foldable(tower.norm_post, x)
+    norm = foldable(tower.norm_post, x) if tower.config.class_token else None
     frames = output_gate(x[:, :, 0], cls, gate, scale=gate_scale, norm=norm)
-    return tower.norm_post(frames) if norm is None else frames
+    return tower.head(frames) if norm is None else frames
 
 
 def fused_tokens(x: Tensor, patches: Tensor, cls: Tensor, frame_mask: Tensor | None = None) -> Tensor:

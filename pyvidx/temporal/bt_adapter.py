@@ -17,12 +17,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from pyvidx.layers.attention import gather, gathered_values
 from pyvidx.layers.block import Block
 from pyvidx.layers.linear import (
     add_linear,
     composed_product,
     dense,
-    linear,
     product,
     project_qkv,
     residual,
@@ -178,23 +178,12 @@ class SpatialLayer(Block):
         return patches, x[:, 0, 0] + dense(h[:, 0, 0], self.fc2)
 
     def class_token(self, mixed: Mixed, frame_mask: Tensor | None = None) -> Tensor:
-        """forward's cls [B, C] alone: one query per slot, and no projection of the patches.
-
-        With q = Wq n_cls + bq the scores are n . (Wk^T q) up to a constant, and the values' sum is Wv (sum p n) + bv:
-        the per-token work is two products with H vectors instead of two with C.
-        """
-        if not (untouched(self) and plain(self.qkv) and self.qkv.bias is not None):
+        """forward's cls [B, C] alone: one query per slot, and no projection of the patches."""
+        if not (untouched(self) and plain(self.qkv)):
             return self(mixed, frame_mask=frame_mask)[:, 0, 0]
-        B, S, K, C = mixed.z.shape
-        H, D = self.heads, C // self.heads
         n = mixed.with_class(self.norm1)[1]  # [B, S, 1 + K, C]
-        wq, wk, wv = self.qkv.weight.view(3, H, D, C)
-        bq, _, bv = self.qkv.bias.view(3, H, D)
-        q = linear(n[:, 0, 0], wq.flatten(0, 1), bq.flatten()).view(B, H, D)
-        probe = torch.einsum("bhd,hdc->bch", q * D**-0.5, wk)
-        weights = (n @ probe[:, None]).softmax(dim=2)  # [B, S, 1 + K, H]
-        weighted = frame_mean(weights.transpose(2, 3) @ n, frame_mask)  # [B, H, C], over the slots
-        y = (torch.einsum("bhc,hdc->bhd", weighted, wv) + bv).reshape(B, C)
+        rows = gather(n[:, :1, 0], n, self.qkv, self.heads)
+        y = gathered_values(frame_mean(rows, frame_mask), self.qkv)  # over the slots
         return self.feed_forward(add_linear(mixed.cls, y, self.out))
 
 

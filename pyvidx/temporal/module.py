@@ -1,18 +1,21 @@
 """What gives an image tower a sense of time: the interface of every temporal module.
 
-A frozen CLIP tower encodes frames one by one; a TemporalModule works beside it (it only reads the outputs of some
+A frozen image tower encodes frames one by one; a TemporalModule works beside it (it only reads the outputs of some
 layers) or inside it (it changes what goes in, or wraps the blocks). pyvidx.models.VideoEncoder joins the two:
 
-    x = embed(tokens + positions)                  [B, T, N, C], class token first, before the tower's first LayerNorm
+    x = embed(tokens + positions)                  [B, T, N, C], before the tower's first LayerNorm
     x = block(i, tower block i, x)                 for every layer up to the last that is read
     encode([outputs of the layers in `reads`])     tokens [B, *, C] and pooled [B, E]
+
+Inside the tower N = 1+P, the class token first, or P where it has none: `self.before` is 1 or 0. What `encode` gets has
+a class row in any case, [B, T, 1+P, C]: what stands for a class token is said in pyvidx.backbones.vit.
 """
 
 from collections.abc import Sequence
 
 from torch import Tensor, nn
 
-from pyvidx.backbones.clip import CLIPVision, CLIPVisionConfig
+from pyvidx.backbones.vit import ViT, ViTConfig
 from pyvidx.layers.block import Block
 from pyvidx.temporal.encoding import Encoding
 from pyvidx.temporal.frames import frame_mean
@@ -45,17 +48,17 @@ class TemporalModule(nn.Module):
     masks = False
     spec: dict
 
-    def __init__(self, vision: CLIPVisionConfig):
+    def __init__(self, vision: ViTConfig):
         super().__init__()
         if vision.layers < 2:  # tokens are those of the last layer but one
             raise ValueError(f"TemporalModule: the tower must have at least 2 layers, got {vision.layers}")
-        self.vision = vision
+        self.vision, self.before = vision, vision.before
 
     @property
     def reads(self) -> range:
         return range(self.vision.layers - 2, self.vision.layers)
 
-    def init_from(self, tower: CLIPVision) -> None:
+    def init_from(self, tower: ViT) -> None:
         """Take over from the tower what training starts from; a module that starts by itself takes nothing."""
 
     def check(self, T: int, P: int, frame_mask: Tensor | None = None) -> None:
@@ -65,7 +68,7 @@ class TemporalModule(nn.Module):
             ValueError: T, or frame_mask, does not fit.
         """
 
-    def embed(self, x: Tensor, tower: CLIPVision, frame_mask: Tensor | None = None, grid: Grid | None = None) -> Tensor:
+    def embed(self, x: Tensor, tower: ViT, frame_mask: Tensor | None = None, grid: Grid | None = None) -> Tensor:
         """The tokens before the tower's first LayerNorm, positions added: [B, T, N, C] -> the same, or the module's own
         layout [B, ..., L, C], which its `block` and `encode` then take."""
         return x
@@ -76,10 +79,14 @@ class TemporalModule(nn.Module):
         """Backbone layer i with whatever the module does around it. x as `embed` left it."""
         return block(x)
 
+    def rows(self, x: Tensor, tower: ViT, frame_mask: Tensor | None = None, grid: Grid | None = None) -> Tensor:
+        """What `encode` gets of a layer's output: x as `block` left it, with a class row where the tower has none."""
+        return tower.with_class(x)
+
     def encode(
         self,
         xs: Sequence[Tensor | None],
-        tower: CLIPVision,
+        tower: ViT,
         frame_mask: Tensor | None = None,
         outputs: Sequence[str] = OUTPUTS,
         grid: Grid | None = None,

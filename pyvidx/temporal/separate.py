@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from pyvidx.backbones.clip import CLIPVisionConfig
+from pyvidx.backbones.vit import ViTConfig
 from pyvidx.layers.block import Block
 from pyvidx.layers.linear import residual
 from pyvidx.layers.plain import held, plain
@@ -34,7 +34,7 @@ class Separate(TemporalModule):
 
     def __init__(
         self,
-        vision: CLIPVisionConfig,
+        vision: ViTConfig,
         *,
         layers: int | None = None,
         time_length: int = 64,
@@ -48,6 +48,8 @@ class Separate(TemporalModule):
             raise ValueError(f"Separate: layers must be in [1, {vision.layers}], got {layers}")
         if class_token not in CLASS_TOKENS:
             raise ValueError(f"Separate: class_token must be one of {CLASS_TOKENS}, got {class_token!r}")
+        if class_token == "clip" and not vision.class_token:
+            raise ValueError("Separate: class_token must be 'frame' for a tower without a class token, got 'clip'")
         self.first, self.class_token = vision.layers - layers, class_token
         self.time = nn.Parameter(torch.zeros(layers if every else 1, time_length, vision.width))
         sizes = (vision.width, vision.heads, vision.eps)

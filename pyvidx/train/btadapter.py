@@ -9,10 +9,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from pyvidx.backbones.clip import CLIPVision
-from pyvidx.backbones.clip_text import CLIPText
+from pyvidx.backbones.text import TextTower
+from pyvidx.backbones.vit import ViT
 from pyvidx.data.captions import KINDS, captioned
-from pyvidx.hosts.importing import LOCAL, importing
+from pyvidx.hosts.importing import importing
 from pyvidx.models import files
 from pyvidx.models.bt_adapter import BTAdapter
 from pyvidx.models.config import BTAdapterConfig
@@ -32,9 +32,9 @@ from pyvidx.train.recipe import Recipe
 from pyvidx.train.task import Task
 from pyvidx.train.tokens import CONTEXT, ENDS, Tokenize, tokenizer, vocabulary
 from pyvidx.weights.bt_adapter import load_official, state_of
-from pyvidx.weights.clip import clip_vision
-from pyvidx.weights.clip_text import clip_text
 from pyvidx.weights.mma_export import export_mma, load_head
+from pyvidx.weights.text_towers import text_tower
+from pyvidx.weights.towers import vision_tower
 
 MASKS = ("tube", "random")
 CHOICES = {
@@ -61,7 +61,7 @@ class Config:
             folder of transformers' CLIP, a CLIP's state dict (transformers, open_clip), or
             {"open_clip": NAME, "pretrained": FILE}.
         text: the text tower's, one of the last four; None: `weights` holds it.
-        hidden_act: of a CLIP from a state dict, see CLIPVisionConfig; None: OpenAI's, with a warning.
+        hidden_act: of a CLIP from a state dict, see ViTConfig; None: OpenAI's, with a warning.
         heads: of such a CLIP and of its text tower; None: width / 64.
         depth, time_length, gated: of a branch that starts from a CLIP, see BTAdapterConfig.
         tokenizer: folder of transformers; None: open_clip's.
@@ -266,7 +266,7 @@ def datasets(config: Config, task: BTAdapterTask, ranks: Ranks) -> tuple[Dataset
     return StoredPairs(config.features, about), held_out
 
 
-def _model(config: Config) -> tuple[BTAdapter, CLIPText | None, dict[str, Tensor]]:
+def _model(config: Config) -> tuple[BTAdapter, TextTower | None, dict[str, Tensor]]:
     """The model, the text tower if it is with it, and the state dict it is from, if it is."""
     # Both codes give the same numbers here but where the public one takes 3 frames for 3 channels.
     modes = {"compat": "paper", "variant": "mma"}
@@ -278,7 +278,7 @@ def _model(config: Config) -> tuple[BTAdapter, CLIPText | None, dict[str, Tensor
         model, _ = load_official(state, heads=heads, hidden_act=config.hidden_act, **modes)
         text = {key: value for key, value in state.items() if "text_" in key}
         options = {"heads": text_heads, "hidden_act": model.config.vision.hidden_act}
-        return model, clip_text(text, **options) if text else None, state
+        return model, text_tower(text, **options) if text else None, state
     vision, text = _clip(config, state or config.weights)
     if vision is None:
         raise ValueError(f"Config: {config.weights} holds no image tower")
@@ -289,34 +289,23 @@ def _model(config: Config) -> tuple[BTAdapter, CLIPText | None, dict[str, Tensor
     return model, text, {}
 
 
-def _clip(config: Config, weights: str | dict, *, image: bool = True) -> tuple[CLIPVision | None, CLIPText | None]:
+def _clip(config: Config, weights: str | dict, *, image: bool = True) -> tuple[ViT | None, TextTower | None]:
     """The towers of a CLIP, in any of the forms of Config.weights and Config.text, or of a state dict; image=False
     leaves that one in a state dict, which may be more than CLIP's."""
     heads, text_heads = config.heads or (None, None)
     if isinstance(weights, dict) and "open_clip" in weights:
         return _open_clip(**weights)
     if isinstance(weights, str) and Path(weights).is_dir():
-        return _transformers(weights)
+        return vision_tower(weights) if image else None, text_tower(weights)
     state = state_of(weights)
     has_vision = image and any("class_embedding" in key for key in state)
-    vision = clip_vision(state, heads=heads, hidden_act=config.hidden_act) if has_vision else None
+    vision = vision_tower(state, heads=heads, hidden_act=config.hidden_act) if has_vision else None
     has_text = any("token_embedding" in key for key in state)
     hidden_act = config.hidden_act or (vision and vision.config.hidden_act)
-    return vision, clip_text(state, heads=text_heads, hidden_act=hidden_act) if has_text else None
+    return vision, text_tower(state, heads=text_heads, hidden_act=hidden_act) if has_text else None
 
 
-def _transformers(folder: str) -> tuple[CLIPVision, CLIPText]:
-    from pyvidx.hosts import huggingface
-
-    with importing("train: a folder of transformers", "transformers"):
-        from transformers import CLIPModel
-    model = CLIPModel.from_pretrained(folder, **LOCAL)
-    c = model.config.text_config
-    options = {"heads": c.num_attention_heads, "hidden_act": c.hidden_act, "eps": c.layer_norm_eps}
-    return huggingface.clip_vision(model), clip_text(model.state_dict(), **options)
-
-
-def _open_clip(open_clip: str, pretrained: str) -> tuple[CLIPVision, CLIPText]:
+def _open_clip(open_clip: str, pretrained: str) -> tuple[ViT, TextTower]:
     from pyvidx.hosts import open_clip as ours
 
     if not Path(pretrained).is_file():
@@ -324,7 +313,4 @@ def _open_clip(open_clip: str, pretrained: str) -> tuple[CLIPVision, CLIPText]:
     with importing("train", "open_clip"):
         from open_clip import create_model
     model = create_model(open_clip, pretrained=pretrained)
-    vision = ours.clip_vision(model)
-    state = {key: value for key, value in model.state_dict().items() if not key.startswith("visual.")}
-    heads = getattr(model, "text", model).transformer.resblocks[0].attn.num_heads
-    return vision, clip_text(state, heads=heads, hidden_act=vision.config.hidden_act)
+    return ours.vision_tower(model), ours.text_tower(model)

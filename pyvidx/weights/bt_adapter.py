@@ -23,18 +23,18 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from pyvidx.backbones.clip import CLIPVision, CLIPVisionConfig
+from pyvidx.backbones.vit import ViT, ViTConfig
 from pyvidx.models import files
 from pyvidx.models.bt_adapter import BTAdapter
 from pyvidx.models.config import BTAdapterConfig
-from pyvidx.weights.clip import Told, activation, told_by
 from pyvidx.weights.keys import Renamed, check_plain, groups, is_official, rename
 from pyvidx.weights.place import Report, match, place
 from pyvidx.weights.state import Source as AnySource
 from pyvidx.weights.state import naming, state_of
 from pyvidx.weights.state import read as read
+from pyvidx.weights.towers import Told, activation, told_by
 
-Source = AnySource | CLIPVision
+Source = AnySource | ViT
 HALF = "0.5 in every channel, as in the public chat tower: its files hold no gates"
 AXES = {
     "tower.position": 2, "tower.patch": 4, "tower.projection.weight": 2, "temporal.branch.time": 2,
@@ -56,7 +56,7 @@ def load_official(
         sources: files, folders, state dicts or modules; later ones replace weights of earlier ones (e.g. a CLIP, then a
             branch). Understood: the mma pretraining file, the llava tower (inference or training), the
             instruction-tuned branch, STAN, transformers', open_clip's and OpenAI's CLIP; in any wrappers and old
-            spellings. Or a CLIPVision (from pyvidx.hosts.huggingface or open_clip), which, as a folder with its
+            spellings. Or a ViT (from pyvidx.hosts.huggingface or open_clip), which, as a folder with its
             config.json, also brings its heads, activation and eps.
         part: see BTAdapterConfig; "tokens" for the tuned branch (3 of 4 layers) on a CLIP.
         allow_missing: see load_weights.
@@ -136,7 +136,7 @@ def infer_config(
     tables: Sequence[Renamed],
     *,
     part: str = "full",
-    clip: Told | CLIPVisionConfig | None = None,
+    clip: Told | ViTConfig | None = None,
     depth: int | None = None,
     layers: int | None = None,
     heads: int | None = None,
@@ -179,7 +179,7 @@ def infer_config(
         raise ValueError("checkpoint: no source holds a whole CLIP, so pass layers=L of the one it was")
     patch = names["tower.patch"].shape[-1] if "tower.patch" in names else 1  # not needed behind the embeddings
     projection = names.get("tower.projection.weight") if part == "full" else None
-    vision = CLIPVisionConfig(
+    vision = ViTConfig(
         image_size=math.isqrt(tokens - 1) * patch,
         patch_size=patch,
         width=width,
@@ -222,21 +222,21 @@ def _remedy(tables: Sequence[Renamed]) -> str:
     elif names:
         remedy = (
             "they are a CLIP alone: give the branch after it, or make an image tower of it with "
-            "pyvidx.weights.clip.clip_vision(path)"
+            "pyvidx.weights.towers.vision_tower(path)"
         )
     else:
         remedy = "none of them is understood"
     return f"the keys are {', '.join(groups(keys)) or 'none'}; {remedy}"
 
 
-def _told(source: Source) -> Told | CLIPVisionConfig | None:
-    if isinstance(source, CLIPVision):
+def _told(source: Source) -> Told | ViTConfig | None:
+    if isinstance(source, ViT):
         return source.config
     return told_by(source) if isinstance(source, str | Path) else None
 
 
 def _table(source: Source) -> Renamed:
-    if isinstance(source, CLIPVision):
+    if isinstance(source, ViT):
         weights = {f"tower.{name}": p.detach() for name, p in source.named_parameters()}
         return Renamed(weights, origin={name: [name] for name in weights})
     return rename(state_of(source))

@@ -22,7 +22,6 @@ def _under(prefixes, *rows):
 # pyvidx, LAVIS, transformers. {i} is a layer, [k] a part of a tensor that is stacked of several here. These rows name
 # modules, with .weight and .bias ...
 MODULES = (
-    ("vision.patch", "visual_encoder.patch_embed.proj", "vision_model.embeddings.patch_embedding"),
     *_under(
         _BLOCK,
         ("norm1", "norm1", "layer_norm1"),
@@ -59,6 +58,8 @@ MODULES = (
 )
 # ... and these tensors.
 TENSORS = (
+    ("vision.patch", "visual_encoder.patch_embed.proj.weight", "vision_model.embeddings.patch_embedding.weight"),
+    ("vision.patch_bias", "visual_encoder.patch_embed.proj.bias", "vision_model.embeddings.patch_embedding.bias"),
     ("vision.class_token", "visual_encoder.cls_token", "vision_model.embeddings.class_embedding"),
     ("vision.position", "visual_encoder.pos_embed", "vision_model.embeddings.position_embedding"),
     *_under(

@@ -43,7 +43,7 @@ INNER = {
 
 def export_mma(step: Pretraining) -> dict[str, Tensor]:
     """Copies of all weights, text tower and head included, as the official code saves them; read by
-    checkpoints.load_official and clip_text_weights.clip_text."""
+    bt_adapter.load_official and text_towers.text_tower."""
     weights = {}
     for name, p in step.named_parameters():
         value = p.detach().clone()

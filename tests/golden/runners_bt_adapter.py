@@ -5,7 +5,7 @@ from contextlib import nullcontext
 import pytest
 import torch
 
-from pyvidx.backbones.clip import CLIPVisionConfig
+from pyvidx.backbones.vit import ViTConfig
 from pyvidx.models.bt_adapter import BTAdapter
 from pyvidx.models.config import BTAdapterConfig
 from pyvidx.models.pretraining import Pretraining
@@ -13,8 +13,8 @@ from pyvidx.reference.bt_adapter import ReferenceBTAdapter
 from pyvidx.reference.pretraining import ReferencePretraining
 from pyvidx.temporal.branch import fused_tokens
 from pyvidx.temporal.bt_adapter import split_rows
+from pyvidx.weights import text_towers
 from pyvidx.weights.bt_adapter import load_official, load_weights
-from pyvidx.weights.clip_text import clip_text
 from pyvidx.weights.keys import THIRDS, locate
 from tests.golden.vectors import Check, runner
 
@@ -29,7 +29,7 @@ def config(meta, gates=None, **changes):
     scales = [gates.get("middle_norm"), gates.get("out_norm")]
     if None not in scales:
         changes |= {"gate_scale": scales[0], "output_gate_scale": scales[1]}
-    vision = CLIPVisionConfig(
+    vision = ViTConfig(
         image_size=v["image_size"],
         patch_size=v["patch_size"],
         width=v["hidden_size"],
@@ -163,7 +163,7 @@ def mma_train(file, run, variant, check):
 def text_tower(file):
     sizes, weights = file.meta["clip"]["text"], file.part("weights.")
     options = {"hidden_act": sizes["hidden_act"], "eps": sizes["layer_norm_eps"]}
-    return clip_text(weights, heads=sizes["num_attention_heads"], **options)
+    return text_towers.text_tower(weights, heads=sizes["num_attention_heads"], **options)
 
 
 def keeps_to_drops(case, tensors, depth):
