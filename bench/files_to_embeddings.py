@@ -26,7 +26,7 @@ from bench.encode_workers import clips, cpu
 from bench.towers import about, frames_of, transformers_tower
 from pyvidx.corpus.encode import encode_videos
 from pyvidx.files import check_output, write_json
-from pyvidx.hosts.huggingface import clip_vision
+from pyvidx.hosts.huggingface import vision_tower
 from pyvidx.models.config import BTAdapterConfig
 from pyvidx.video import sampling
 from tests.torchvision_shim import mend_torchvision
@@ -38,7 +38,7 @@ HEIGHTS = (360, 720)  # those of encode_workers.clips
 
 
 def pyvidx(tower: nn.Module):
-    model = frames_of(clip_vision(tower)).fold()
+    model = frames_of(vision_tower(tower))
 
     def encode(paths: list[str]) -> Iterator[Tensor]:
         for result in encode_videos(paths, model, frames=FRAMES, outputs=("pooled",)):

@@ -19,7 +19,7 @@ from pathlib import Path
 SECONDS_PER_TURN = 0.02
 OPS = (
     "token_gather", "temporal_scale", "st_pool", "quick_gelu", "gated_fusion", "residual_norm", "temporal_attention",
-    "memory_merge", "memory_scan", "bank_attention",
+    "memory_merge", "memory_scan", "bank_attention", "resize_normalize",
 )  # fmt: skip
 
 

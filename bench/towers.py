@@ -83,7 +83,7 @@ def pooled(model: nn.Module, pixels: Tensor) -> Run:
 
 
 def frames_of(tower: nn.Module) -> VideoEncoder:
-    return VideoEncoder(tower, temporal.create("mean", tower.config)).eval()
+    return VideoEncoder(tower, temporal.create("mean", tower.config)).eval().fold()
 
 
 def openvino(module: nn.Module, pixels: Tensor, threads: int, folder: Path, *, int8: bool = False) -> Run:
@@ -140,7 +140,7 @@ def contenders(kind: str, config: BTAdapterConfig, pixels: Tensor, threads: int,
     if kind == "frames":
         tower = transformers_tower(config)
         public, name = Frames(tower).eval(), "transformers"
-        ours = pooled(frames_of(huggingface.clip_vision(tower)), pixels)
+        ours = pooled(frames_of(huggingface.vision_tower(tower)), pixels)
     else:
         public, name = ReferenceBTAdapter(config, "mma").eval(), "official"
         model = BTAdapter(config).eval()
@@ -152,7 +152,7 @@ def contenders(kind: str, config: BTAdapterConfig, pixels: Tensor, threads: int,
     if kind == "frames":
         visual = functools.cache(lambda: open_clip_tower(config))
         run = lambda: visual()(pixels[0]).mean(dim=0, keepdim=True)  # noqa: E731
-        same = lambda: pooled(frames_of(open_clip.clip_vision(visual())), pixels)()  # noqa: E731
+        same = lambda: pooled(frames_of(open_clip.vision_tower(visual())), pixels)()  # noqa: E731
         yield Contender("open_clip", lambda: visual() and run, same)
     for library in (openvino, onnxruntime):
         for int8 in (False, True):

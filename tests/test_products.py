@@ -10,7 +10,7 @@ from torch import nn
 from pyvidx.layers import attention, products
 from pyvidx.layers.attention import self_attention
 from pyvidx.layers.block import Block
-from pyvidx.layers.linear import add_linear, composed_product, dense, linear, project_qkv, shifted_product
+from pyvidx.layers.linear import dense, linear
 from pyvidx.layers.products import _amd, _choose
 from pyvidx.models import flops
 from pyvidx.ops import bank_attention
@@ -61,42 +61,6 @@ def test_views(calls):
     module, x = layer(C, 3 * C), torch.randn(3, N + 1, 2 * C)[:, 1:, ::2].requires_grad_()
     part = module.weight[C:], module.bias[C:]
     agree(gradients(linear(x, *part), x, *module.parameters()), gradients(F.linear(x, *part), x, *module.parameters()))
-
-
-def test_add_linear(calls):
-    module = layer(2 * C, C)
-    x, h = (torch.randn(ROWS, N, width, requires_grad=True) for width in (C, 2 * C))
-    want = gradients(x + F.linear(h, module.weight, module.bias), x, h, *module.parameters())
-    agree(gradients(add_linear(x, h, module), x, h, *module.parameters()), want)
-    kept = x.detach().clone()
-    with torch.no_grad():
-        agree([add_linear(x, h, module)], want[:1])
-    assert x.equal(kept)
-
-
-def test_projections(calls):
-    module, x = layer(C, 3 * C), torch.randn(ROWS, N, C, requires_grad=True)
-    want = gradients(F.linear(x, module.weight, module.bias), x, *module.parameters())
-    keys = slice(C, 2 * C)
-    want[3][keys] = 0
-    for parts in (3,), (1, 2), (1, 1, 1):
-        got = gradients(torch.cat(project_qkv(x, module, parts), dim=-1), x, *module.parameters())
-        assert (got[3][keys] == 0).all()
-        if calls is None:  # a key's bias is left out, which no softmax sees
-            got[0][..., keys] += module.bias.detach()[keys]
-        agree(got, want)
-
-
-def test_products_that_make_up_for_a_bias(calls):
-    first, last, shift = layer(C, 2 * C), layer(2 * C, C), torch.randn(C, requires_grad=True)
-    x = torch.randn(ROWS, N, C, requires_grad=True)
-    leaves = x, shift, *first.parameters(), *last.parameters()
-    for got, want, count in (
-        (sum(shifted_product(x, first, shift)), first(x + shift), 4),
-        (sum(composed_product(x, first, last, shift)), last(first(x + shift)) - last.bias, 5),
-    ):
-        used = leaves[:count]
-        agree(gradients(got, *used), gradients(want, *used))
 
 
 def test_block(calls):

@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pyvidx.layers.attention import gather, gathered_values
-from pyvidx.layers.block import ACTIVATED, Block
-from pyvidx.layers.linear import add_linear, dense
+from pyvidx.layers.block import ACTIVATIONS, Block
+from pyvidx.layers.linear import dense
 from pyvidx.layers.patch import patch_grid, patch_rows, resize_positions
 from pyvidx.layers.plain import held, plain
 from pyvidx.sizes import check
@@ -131,7 +131,7 @@ class AttentionPool(nn.Module):
 
     def feed_forward(self, x: Tensor) -> Tensor:
         """x + MLP(LN x). [..., C] -> [..., C]."""
-        return add_linear(x, ACTIVATED[self.hidden_act](self.norm(x), self.fc1), self.fc2)
+        return x + dense(ACTIVATIONS[self.hidden_act](dense(self.norm(x), self.fc1)), self.fc2)
 
 
 class ViT(nn.Module):

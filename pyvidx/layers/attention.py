@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pyvidx.layers import products
-from pyvidx.layers.linear import linear, project_qkv
+from pyvidx.layers.linear import dense, linear
 from pyvidx.ops import bank_attention
 from pyvidx.ops._library import has_kernel
 from pyvidx.ops.bank_attention import MAX_WIDTH
@@ -14,27 +14,16 @@ MOST = {torch.float32: 640, torch.float16: 128, torch.bfloat16: 128}  # tokens, 
 KERNEL = has_kernel("bank_attention", "cpu")  # asked once: the compiler cannot see through the question
 
 
-def self_attention(
-    x: Tensor,
-    layer: nn.Module,
-    heads: int,
-    mask: Tensor | None = None,
-    causal: bool = False,
-    *,
-    biased_values: bool = True,
-) -> Tensor:
+def self_attention(x: Tensor, layer: nn.Module, heads: int, mask: Tensor | None = None, causal: bool = False) -> Tensor:
     """x [rows, N, C], layer from C to 3C -> [rows, N, C].
 
     mask: bool, True = attended to, of a shape that broadcasts to [rows, H, N, N]; not together with causal.
-    biased_values: see pyvidx.layers.linear.value_bias.
     """
-    rows, N, C = x.shape
+    (rows, N, C), qkv = x.shape, dense(x, layer)
     if mask is None and not causal and _fits_kernel(x, C // heads):
         # A memory of one slot with N positions.
-        q, keys_values = project_qkv(x, layer, (1, 2), biased_values=biased_values)
-        return bank_attention(q[:, None], keys_values[:, None], None, heads).squeeze(1)
-    qkv = project_qkv(x, layer, (1, 1, 1), biased_values=biased_values)
-    q, k, v = (part.view(rows, N, heads, -1).transpose(1, 2) for part in qkv)
+        return bank_attention(qkv[:, None, :, :C], qkv[:, None, :, C:], None, heads).squeeze(1)
+    q, k, v = (part.view(rows, N, heads, -1).transpose(1, 2) for part in qkv.chunk(3, dim=-1))
     y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
     return y.transpose(1, 2).reshape(rows, N, C)
 

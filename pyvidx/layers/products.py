@@ -1,10 +1,9 @@
 """Which library multiplies float32 matrices on a CPU: MKL, as torch has it, or oneDNN, which torch carries as well.
 
-Two things speak for oneDNN. On AMD's CPUs MKL runs 256-bit code and oneDNN 512-bit code. From Zen 5 on that is twice as
-fast, 220 GFLOP/s a thread against 105. On Zen 4, whose units are 256 bits wide, a tower's layers run at 98 against
-85, at any number of rows, and their gradients as fast by both. And it adds a bias and a residual on the way out, where
-MKL is given a matrix that was filled with them. On other CPUs torch's choice stands: with AVX2 both run at 90, but
-oneDNN's gradients at 50 to 80. PYVIDX_PRODUCTS=torch|onednn decides otherwise.
+On AMD's CPUs MKL runs 256-bit code and oneDNN 512-bit code. From Zen 5 on that is twice as fast, 220 GFLOP/s a thread
+against 105. On Zen 4, whose units are 256 bits wide, a tower's layers run at 98 against 85, at any number of rows, and
+their gradients as fast by both. On other CPUs torch's choice stands: with AVX2 both run at 90, but oneDNN's gradients
+at 50 to 80. PYVIDX_PRODUCTS=torch|onednn decides otherwise.
 
 Nothing here knows gradients; pyvidx.layers.linear does.
 """
@@ -62,51 +61,24 @@ def onednn(x: Tensor, matrix: Tensor) -> bool:
     )
 
 
-def mkl(x: Tensor, matrix: Tensor) -> bool:
-    """Whether MKL does, which knows no bias and no 16 bits."""
-    wide = x.dtype in (torch.float32, torch.float64)
-    return x.is_cpu and wide and not torch.is_autocast_enabled("cpu") and not onednn(x, matrix)
+def forward(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x W^T + bias. x [..., K], weight [N, K], bias [N] -> [..., N]."""
+    return _onednn(x, weight, bias) if onednn(x, weight) else F.linear(x, weight, bias)
 
 
-def forward(x: Tensor, weight: Tensor, bias: Tensor | None = None, add: Tensor | None = None) -> Tensor:
-    """x W^T + bias + add. x [..., K], weight [N, K], bias [N], add [..., N] -> [..., N]."""
-    if onednn(x, weight):
-        return _onednn(x, weight, bias, add)
-    if add is None:
-        return F.linear(x, weight, bias)
-    out = add.new_empty(add.shape)
-    out = out.copy_(add) if bias is None else torch.add(add, bias, out=out)
-    _add_product(out.view(-1, out.shape[-1]), x.flatten(0, -2), weight.t())
-    return out
+def input_gradient(grad: Tensor, weight: Tensor) -> Tensor:
+    """grad W. grad [M, N], weight [N, K] -> [M, K]."""
+    return _onednn(grad, weight.t()) if onednn(grad, weight) else torch.mm(grad, weight)
 
 
-def input_gradient(grad: Tensor, weight: Tensor, onto: Tensor | None = None) -> Tensor:
-    """grad W, added to `onto`, which may be written into. grad [M, N], weight [N, K], onto [M, K] -> [M, K]."""
-    if onednn(grad, weight):
-        return _onednn(grad, weight.t(), None, onto)
-    if onto is None:
-        return torch.mm(grad, weight)
-    _add_product(onto, grad, weight)
-    return onto
-
-
-def weight_gradient(grad: Tensor, x: Tensor, out: Tensor | None = None, onto: Tensor | None = None) -> Tensor:
-    """grad^T x, written into `out`, or added to `onto`, which may be written into. grad [M, N], x [M, K] -> [N, K]."""
-    if onto is not None:
-        return input_gradient(grad.t(), x, onto)
+def weight_gradient(grad: Tensor, x: Tensor) -> Tensor:
+    """grad^T x. grad [M, N], x [M, K] -> [N, K]."""
     if not onednn(grad.t(), x):
-        return torch.mm(grad.t(), x, out=out) if out is not None else torch.mm(grad.t(), x)
+        return torch.mm(grad.t(), x)
     # oneDNN's left operand is copied where it is a transpose, and a transposed gradient when it is kept: the fewest.
     other = x.numel() + grad.shape[1] * x.shape[1] < grad.numel()
-    found = _onednn(x.t(), grad.t()).t() if other else _onednn(grad.t(), x.t())
-    return found if out is None else out.copy_(found)
+    return _onednn(x.t(), grad.t()).t() if other else _onednn(grad.t(), x.t())
 
 
-def _add_product(out, a, b):
-    torch.addmm(out, a, b, out=out)  # addmm_ is a product that torch counts no FLOPs of
-
-
-def _onednn(x, weight, bias=None, add=None):
-    if add is None:
-        return OP(x, weight, bias, "none", [], "")
-    return OP.binary(x, add, weight, bias, "add")
+def _onednn(x, weight, bias=None):
+    return OP(x, weight, bias, "none", [], "")

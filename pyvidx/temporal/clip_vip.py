@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from pyvidx.backbones.vit import ViT, ViTConfig
 from pyvidx.layers.block import Block
-from pyvidx.layers.linear import add_linear, dense
+from pyvidx.layers.linear import dense
 from pyvidx.layers.plain import held
 from pyvidx.ops import bank_attention
 from pyvidx.ops.bank_attention import MAX_WIDTH
@@ -105,7 +105,7 @@ class CLIPViP(TemporalModule):
     def block(
         self, i: int, block: Block, x: Tensor, frame_mask: Tensor | None = None, grid: Grid | None = None
     ) -> Tensor:
-        return block.feed_forward(add_linear(x, self.attention(block, x, frame_mask, grid), block.out))
+        return block.feed_forward(x + dense(self.attention(block, x, frame_mask, grid), block.out))
 
     def attention(self, block: Block, x: Tensor, frame_mask: Tensor | None = None, grid: Grid | None = None) -> Tensor:
         """What the block's `out` projects: its attention of LN x [B, M + T*P, C], blocked by frame."""

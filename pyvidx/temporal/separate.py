@@ -5,7 +5,6 @@ from torch import Tensor, nn
 
 from pyvidx.backbones.vit import ViTConfig
 from pyvidx.layers.block import Block
-from pyvidx.layers.linear import residual
 from pyvidx.layers.plain import held, plain
 from pyvidx.temporal.bt_adapter import TemporalLayer
 from pyvidx.temporal.frames import frame_mean
@@ -70,14 +69,14 @@ class Separate(TemporalModule):
         layer = self.temporal[j]
         if self.class_token == "frame":
             x = x if time is None else x + time
-            return block(layer(layer.norm(x), frame_mask=frame_mask).onto(x))
+            return block(x + layer(layer.norm(x), frame_mask=frame_mask))
         cls, z = x[:, :, :1], x[:, :, 1:]
         if j == 0:
             cls = frame_mean(cls, frame_mask)[:, None].expand_as(cls)
         z = z if time is None else z + time
-        z = layer(layer.norm(z), frame_mask=frame_mask).onto(z)
+        z = z + layer(layer.norm(z), frame_mask=frame_mask)
         x = torch.cat([cls, z], dim=2)
         y = block.attend(x)
         y = y if plain(block.out) else y.clone()  # a hook may have kept what the layer gave
         y[:, :, 0] = frame_mean(y[:, :, 0], frame_mask)[:, None]
-        return block.feed_forward(residual(x, y))
+        return block.feed_forward(x + y)

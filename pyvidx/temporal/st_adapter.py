@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from pyvidx.backbones.vit import ViT, ViTConfig
 from pyvidx.layers.block import Block
-from pyvidx.layers.linear import add_linear, dense
+from pyvidx.layers.linear import dense
 from pyvidx.ops import temporal_scale
 from pyvidx.temporal.encoding import Encoding
 from pyvidx.temporal.frames import frame_mean, real_only
@@ -38,7 +38,7 @@ class Adapter(nn.Module):
     def forward(self, x: Tensor, frame_mask: Tensor | None = None, grid: Grid | None = None) -> Tensor:
         """x [B, T, before+P, C], a class token first or none -> x + what the adapter makes of its patches."""
         patches = x[:, :, self.before :]
-        y = add_linear(patches, self._conv(dense(patches, self.down), frame_mask, grid), self.up)
+        y = patches + dense(self._conv(dense(patches, self.down), frame_mask, grid), self.up)
         return torch.cat([x[:, :, : self.before], y], dim=2)
 
     def _conv(self, y: Tensor, frame_mask: Tensor | None, grid: Grid | None) -> Tensor:  # [B, T, P, A] -> the same
@@ -102,7 +102,7 @@ class STAdapter(TemporalModule):
             return block(x)
         if self.attention is not None:
             x = self.attention[j](x, frame_mask, grid)
-        x = add_linear(x, block.attention(block.norm1(x)), block.out)
+        x = x + block.attend(x)
         if self.mlp is not None:
             x = self.mlp[j](x, frame_mask, grid)
         return block.feed_forward(x)

@@ -184,7 +184,7 @@ def fast_states(step, pixels, mask, drops):
     for j, following in enumerate(step.rows(xs, group, drops)):
         time = drops[j][0] if drops[j] else None
         mixed = model.temporal.branch.mix(j, xs[j], rows, model.tower.position, group, time)
-        tokens = mixed.z + mixed.added.total()
+        tokens = mixed.z + mixed.added
         trace[f"T.{j}"], trace[f"S.{j}"] = official_order(tokens, mixed.cls), official_order(*split_rows(following))
         trace[f"backbone.{model.config.fork + j}"] = xs[j].flatten(0, 1)
         rows = following

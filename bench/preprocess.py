@@ -1,0 +1,97 @@
+"""Frames to pixels against the processors of transformers: python -m bench.preprocess [--out FILE.json]
+
+pyvidx       clip_preprocess, equal to the next one's pixels to 2e-6
+pil          CLIPImageProcessorPil, which resizes with Pillow
+torchvision  CLIPImageProcessor on torchvision, where that imports; up to a level off
+
+All take 8 frames of noise of one size, decoded, as uint8 [T, H, W, 3], and return float32 [T, 3, 224, 224]. The rounds
+of all are interleaved. The ratios are of the least times, which other processes of the machine disturb least.
+"""
+
+import argparse
+import os
+import platform
+import re
+import statistics
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+
+from bench.bench_resize_normalize import SIZES
+from bench.harness import interleaved
+from pyvidx.files import write_json
+from pyvidx.preprocess import clip_preprocess
+
+FRAMES = 8
+
+
+def cpu() -> str:
+    """Its name, family and model."""
+    file = Path("/proc/cpuinfo")
+    text = file.read_text() if file.exists() else ""
+    found = [re.search(rf"^{key}\s*: (.*)$", text, re.MULTILINE) for key in ("model name", "cpu family", "model")]
+    return ", ".join(f"{m.group(0).split(':')[0].strip()} {m.group(1)}" for m in found if m) or platform.processor()
+
+
+def contenders(frames: torch.Tensor) -> dict:
+    """What turns these frames into pixels, by name."""
+    from transformers import CLIPImageProcessorPil
+
+    arrays, planes = list(frames.numpy()), list(frames.permute(0, 3, 1, 2))
+    slow = CLIPImageProcessorPil()
+    found = {
+        "pyvidx": lambda: clip_preprocess(frames),
+        "pil": lambda: slow(arrays, return_tensors="pt", input_data_format="channels_last")["pixel_values"],
+    }
+    try:
+        from transformers import CLIPImageProcessor
+
+        fast = CLIPImageProcessor()
+    except (ImportError, RuntimeError) as error:  # no torchvision, or one that does not fit this torch
+        print(f"torchvision: left out: {error}")
+        return found
+    return found | {"torchvision": lambda: fast(planes, return_tensors="pt")["pixel_values"]}
+
+
+def measure(name: str, threads: int, seconds: float) -> dict:
+    """One line of the result."""
+    torch.set_num_threads(threads)
+    frames = torch.randint(0, 256, (FRAMES, *SIZES[name], 3), dtype=torch.uint8)
+    run = contenders(frames)
+    pixels = run["pyvidx"]()
+    step = 1 / 255 / 0.26
+    off = {other: float((torch.as_tensor(run[other]()) - pixels).abs().max() / step) for other in run}
+    times = interleaved(run, "cpu", seconds)
+    least = {other: min(t) * 1e3 for other, t in times.items()}
+    return {
+        "size": name,
+        "threads": threads,
+        "frames": FRAMES,
+        "rounds": len(times["pyvidx"]),
+        "least_ms": least,
+        "median_ms": {other: statistics.median(t) * 1e3 for other, t in times.items()},
+        "ratio": {other: least[other] / least["pyvidx"] for other in run if other != "pyvidx"},
+        "levels_off": off,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m bench.preprocess", description=__doc__.splitlines()[0])
+    parser.add_argument("--seconds", type=float, default=10.0, help="for each size and number of threads")
+    parser.add_argument("--out", type=Path)
+    options = parser.parse_args()
+    rows = []
+    for threads in (1, 2):
+        for name in SIZES:
+            rows.append(row := measure(name, threads, options.seconds))
+            times = "  ".join(f"{k} {v:.2f}" for k, v in row["least_ms"].items())
+            print(f"{name:6} {threads} threads, ms: {times}", flush=True)
+    about = {"cpu": cpu(), "cores": os.cpu_count(), "load": os.getloadavg()}
+    about |= {name: version(name) for name in ("torch", "transformers", "pillow")}
+    if options.out:
+        write_json(options.out, {"about": about, "rows": rows}, indent=1)
+
+
+if __name__ == "__main__":
+    main()
