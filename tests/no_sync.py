@@ -99,8 +99,12 @@ def test_ops(name):
 # ---- memories ----
 
 
-MEMORIES = [{"name": name} for name in memory.names()] + [
+MEMORIES = [{"name": name} for name in memory.names() if name != "fluxmem"] + [
     {"name": "merge", "capacity": M},
+    {"name": "moviechat", "fragment": M, "merged": 1},
+    {"name": "moviechat", "form": "onevision", "short": M, "merged": 1},
+    {"name": "fluxmem", "short": 1, "medium": 1, "grid": (2, 3)},
+    {"name": "dtd", "threshold": None, "ratio": 0.5},
     {"name": "merge", "capacity": M, "unit": "synchronized"},
     {"name": "merge", "capacity": M, "hard": True},
     {"name": "fifo", "capacity": M, "anchors": 1},

@@ -10,8 +10,10 @@ the properties of all.
 """
 
 from pyvidx.memory.bank import Bank, Entries, log_size_bias
+from pyvidx.memory.dtd import Dtd, dtd_pixels
 from pyvidx.memory.evs import evs
 from pyvidx.memory.files import load, save
+from pyvidx.memory.fluxmem import FluxMem
 from pyvidx.memory.keyframes import Keyframes, keyframes
 from pyvidx.memory.layout import batched
 from pyvidx.memory.merge import Average, Merge
@@ -30,8 +32,10 @@ __all__ = [
     "Average",
     "Bank",
     "Concat",
+    "Dtd",
     "Entries",
     "Fifo",
+    "FluxMem",
     "History",
     "Keyframes",
     "Merge",
@@ -45,6 +49,7 @@ __all__ = [
     "compute_retained_tokens_count",
     "compute_retention_mask",
     "create",
+    "dtd_pixels",
     "evs",
     "keyframes",
     "load",

@@ -1,9 +1,11 @@
 """Memory and pruning methods of the field: what their authors' functions make of small clips."""
 
+import torch
+
 from pyvidx import memory
 from tests.golden.vectors import runner
 
-INPUTS = ("*.frames", "*.start", "*.start.*")
+INPUTS = ("*.frames", "*.start", "*.start.*", "*.either.*")
 
 
 def method(pattern):
@@ -99,3 +101,61 @@ def moviechat_onevision(file, run, variant, check):
 def moviechat_consolidate(file, run, variant, check):
     frames, L = file.tensors[f"{run}.frames"][None], file.meta["cases"][run]["long_memory_length"]
     check(f"{run}.long", memory.moviechat_consolidate(frames, L, compat="official").rows[0], 1e-6)
+
+
+def tokens(policy, frames):
+    """What a ragged policy keeps of frames [T, N, C]: mask [T, N] and rows [T, N, C], 0 where nothing is."""
+    bank = policy.extend(policy.new(1, *frames.shape[1:]), frames[None])
+    entries = bank.entries()
+    return entries.mask[0], entries.rows[0]
+
+
+def rule(options):
+    absolute = options["absolute"]
+    return {
+        "threshold": options["threshold"] if absolute else None,
+        "ratio": None if absolute else options["threshold"],
+    }
+
+
+@method("dtd_feature")
+def dtd_feature(file, run, variant, check):
+    frames = file.tensors[f"{run}.frames"]
+    for i, options in enumerate(file.meta["cases"][run]["runs"]):
+        keep, rows = tokens(memory.create("dtd", **rule(options)), frames)
+        check.equal(f"{run}.keep.{i}", keep)
+        assert rows.equal(frames.where(keep[..., None], 0))
+
+
+@method("dtd_pixel")
+def dtd_pixel(file, run, variant, check):
+    case = file.meta["cases"][run]
+    grid, norm = [case[n] for n in "Thw"], {"mean": case["mean"], "std": case["std"]}
+    for i, options in enumerate(case["runs"]):
+        check.equal(f"{run}.keep.{i}", memory.dtd_pixels(file.tensors["pixels"], grid, **rule(options), **norm))
+
+
+@method("fluxmem_*")
+def fluxmem(file, run, variant, check):
+    case = file.meta["cases"][run]
+    policy = memory.create(
+        "fluxmem",
+        short=case["short_frames"] // case["temporal_patch_size"],
+        medium=case["medium_frames"] // case["temporal_patch_size"],
+        drop=case["direct_drop"],
+        threshold=case["pair_distance_threshold"],
+        grid=(case["h"], case["w"]),
+    )
+    for n in case["prefixes"]:
+        frames = file.tensors[f"{run}.frames"][:n]
+        keep, rows = tokens(policy, frames)
+        want = file.tensors[f"{run}.keep.{n}"]
+        for t, a, b in file.tensors[f"{run}.either.{n}"].tolist():  # the mean of a and b stands in either place
+            if want[t, a] != keep[t, a]:
+                keep[t, [a, b]], rows[t, [a, b]] = keep[t, [b, a]], rows[t, [b, a]]
+        certain = [t for t in range(n) if t not in case["rounding_decides"]]
+        check.equal(f"{run}.keep.{n}", keep, part=(certain,))
+        dense = torch.zeros_like(frames)
+        dense[want] = file.tensors[f"{run}.rows.{n}"]
+        torch.testing.assert_close(rows[certain], dense[certain], rtol=1e-5, atol=1e-5)
+        check.excuse(f"{run}.rows.{n}")
