@@ -44,7 +44,13 @@ RAGGED = {
     "dtd_ratio": lambda M: dict(name="dtd", threshold=None, ratio=0.5),
     "fluxmem": lambda M: dict(name="fluxmem", short=M, medium=2, grid=(1, N)),
 }
-ALL = {name: options for name, (options, _) in POLICIES.items()} | SPACE | MOVIECHAT | RAGGED
+CLUSTERS = {
+    "flash_vstream": lambda M: dict(name="flash_vstream", capacity=M, clusters=max(1, M // 2)),
+    "flash_vstream_official": lambda M: dict(
+        name="flash_vstream", capacity=M, clusters=max(1, M // 2), compat="official"
+    ),
+}
+ALL = {name: options for name, (options, _) in POLICIES.items()} | SPACE | MOVIECHAT | RAGGED | CLUSTERS
 DROPS = {"fifo", "tome_space_fifo"}
 ENDLESS = {"concat", "tome_space", *MOVIECHAT, *RAGGED}
 REPEATS = {"moviechat_onevision"}  # its entries hold some frames more than once
@@ -136,8 +142,8 @@ def test_frames_are_conserved_within_capacity_and_in_order(name, T, M, anchors, 
         elif name not in REPEATS:
             all_of = entries.sizes.sum((1, 2)) if name in SPACE else entries.sizes.sum(1)
             assert (all_of == (held * N if name in SPACE else held)).all()
-            assert (entries.first[:, 1:] > entries.first[:, :-1]).all()
-            assert name == "tome" or (entries.first[:, 1:] > entries.last[:, :-1]).all()
+            assert name in CLUSTERS or (entries.first[:, 1:] > entries.first[:, :-1]).all()
+            assert name in ("tome", *CLUSTERS) or (entries.first[:, 1:] > entries.last[:, :-1]).all()
         assert (entries.last[entries.mask] <= t).all() and (entries.first[entries.mask] >= 0).all()
 
 

@@ -190,11 +190,87 @@ def test_fluxmem_levels():
     torch.testing.assert_close(entries.rows[0, 1 : T - 5, 0][two], frames[0, 1 : T - 5, :2].mean(1)[two])
 
 
+# ---- flash_vstream ----
+
+
+def kmeans_by_loops(x, K, weights):
+    """x [T, W] float64 -> labels, centers."""
+    centers = x[[k * len(x) // K for k in range(K)]]
+    for _ in range(10):
+        far = (x[:, None] - centers).square().sum(2)
+        label = far.argmin(1)
+        new = [x[label == k].T @ weights[label == k] / weights[label == k].sum() for k in range(K)]
+        own = far.min(1).values.sort(descending=True, stable=True).indices.tolist()
+        new = torch.stack([c if (label == k).any() else x[own.pop(0)] for k, c in enumerate(new)])
+        if (new - centers).norm(dim=1).sum() < 1e-4:
+            break
+        centers = new
+    return label, centers
+
+
+@given(T=st.integers(3, 30), K=st.integers(1, 6), seed=st.integers(0, 99))
+@small
+def test_kmeans_against_loops(T, K, seed):
+    x = randn(2, T, 2, 3, seed=seed)
+    weights = torch.randint(1, 5, (2, T), generator=torch.Generator().manual_seed(seed), dtype=torch.int32)
+    got = memory.ordered_kmeans(x, K, sizes=weights)
+    assert torch.equal(got.sizes.sum(1), weights.sum(1)) and (got.sizes > 0).all()
+    for b in range(2 if T > K else 0):
+        label, centers = kmeans_by_loops(x[b].double().flatten(1), K, weights[b].double())
+        if all((label == k).any() for k in range(K)):
+            w = [weights[b][label == k].double() for k in range(K)]
+            times = torch.stack([(label == k).nonzero()[:, 0].double() @ w[k] / w[k].sum() for k in range(K)])
+            order = times.argsort(stable=True)
+            torch.testing.assert_close(got.rows[b].flatten(1).double(), centers[order], rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(got.times[b], times[order])
+            assert got.sizes[b].tolist() == [int(w[k].sum()) for k in order]
+
+
+def test_no_cluster_is_empty():
+    """A video that stands still, and one with fewer different frames than clusters."""
+    x = torch.cat([randn(1, 1, 2, 3).expand(1, 20, 2, 3), randn(1, 4, 2, 3).repeat_interleave(5, 1)])
+    got = memory.ordered_kmeans(x, 6)
+    assert (got.sizes > 0).all() and (got.sizes.sum(1) == 20).all()
+    assert (got.rows[0] - x[0, :1]).abs().max() < 1e-6 and (got.times[:, 1:] >= got.times[:, :-1]).all()
+    official = memory.ordered_kmeans(x, 6, compat="official")
+    assert (official.sizes == 1).all(), "all count one"
+
+
+def test_flash_vstream_is_kmeans_of_what_is_there():
+    """Clusters keep when their frames were; the official times are places in a list that was clustered."""
+    frames, K = randn(1, 40, 3, 4), 4
+    rows, sizes, times = frames[:, :0], torch.zeros(1, 0, dtype=torch.int32), torch.zeros(1, 0)
+    policy = create("flash_vstream", capacity=10, clusters=K)
+    bank = policy.new(1, 3, 4)
+    for t in range(40):
+        bank = policy.push(bank, frames[:, t])
+        rows = torch.cat([rows, frames[:, t : t + 1]], 1)
+        sizes = torch.cat([sizes, torch.ones(1, 1, dtype=torch.int32)], 1)
+        times = torch.cat([times, torch.full((1, 1), float(t))], 1)
+        if rows.shape[1] > 10 or t == 39:
+            rows, sizes, times = memory.ordered_kmeans(rows, K, sizes=sizes, times=times)
+    entries = policy.flush(bank).entries()
+    torch.testing.assert_close(entries.rows, rows, rtol=1e-5, atol=1e-5)
+    assert torch.equal(entries.sizes[..., 0], sizes) and (entries.sizes[..., 0].sum() == 40)
+    assert (entries.first[0, :, 0] <= times[0]).all() and (times[0] <= entries.last[0, :, 0]).all()
+
+
+def test_retrieve_finds_the_heaviest_clusters_frames():
+    x = randn(2, 9, 3, 4)
+    clusters = x[:, [4, 1, 7]] + 1e-3
+    assert memory.retrieve(x, clusters, torch.tensor([[1, 5, 3], [2, 2, 2]]), 2).tolist() == [[1, 7], [4, 1]]
+
+
 @pytest.mark.parametrize("call, message", [
     (lambda: create("moviechat", form="mine"), "form must be"),
     (lambda: create("moviechat", fragment=0), "must be at least 1"),
     (lambda: create("moviechat", form="onevision", short=2, merged=2), "must be at least 1"),
     (lambda: memory.moviechat_consolidate(randn(1, 2, 3, 4), 1, compat="mine"), "compat must be"),
+    (lambda: create("flash_vstream", capacity=4, clusters=5), "clusters must be in"),
+    (lambda: create("flash_vstream", compat="mine"), "compat must be"),
+    (lambda: memory.ordered_kmeans(randn(1, 5, 2, 3), 2, start=torch.zeros(1, 3)), "start must be"),
+    (lambda: memory.retrieve(randn(1, 5, 2, 3), randn(1, 3, 2, 3), torch.ones(1, 3), 4), "count must be"),
+    (lambda: memory.retrieve(randn(1, 5, 2, 3), randn(1, 3, 3, 3), torch.ones(1, 3), 1), "clusters must be"),
     (lambda: create("dtd", ratio=0.5), "give a threshold or a ratio"),
     (lambda: create("dtd", threshold=None, ratio=2.0), "ratio must be in"),
     (lambda: memory.dtd_pixels(randn(8, 10), (2, 1, 1)), "pixels must be"),

@@ -13,6 +13,7 @@ from pyvidx.memory.bank import Bank, Entries, log_size_bias
 from pyvidx.memory.dtd import Dtd, dtd_pixels
 from pyvidx.memory.evs import evs
 from pyvidx.memory.files import load, save
+from pyvidx.memory.flash_vstream import Clusters, FlashVStream, ordered_kmeans, retrieve
 from pyvidx.memory.fluxmem import FluxMem
 from pyvidx.memory.keyframes import Keyframes, keyframes
 from pyvidx.memory.layout import batched
@@ -31,10 +32,12 @@ __all__ = [
     "PRUNERS",
     "Average",
     "Bank",
+    "Clusters",
     "Concat",
     "Dtd",
     "Entries",
     "Fifo",
+    "FlashVStream",
     "FluxMem",
     "History",
     "Keyframes",
@@ -57,9 +60,11 @@ __all__ = [
     "merge_tokens",
     "moviechat_consolidate",
     "names",
+    "ordered_kmeans",
     "plot",
     "reduce_tokens",
     "register",
+    "retrieve",
     "save",
     "vidcom2",
 ]

@@ -159,3 +159,42 @@ def fluxmem(file, run, variant, check):
         dense[want] = file.tensors[f"{run}.rows.{n}"]
         torch.testing.assert_close(rows[certain], dense[certain], rtol=1e-5, atol=1e-5)
         check.excuse(f"{run}.rows.{n}")
+
+
+def start_of(rows, start):
+    """The numbers of the rows that the authors' random start picked."""
+    return torch.cdist(start.flatten(1)[None].double(), rows.flatten(1)[None].double()).argmin(2)
+
+
+@method("flashvstream_kmeans")
+def flash_vstream(file, run, variant, check):
+    frames, case = file.tensors[f"{run}.frames"], file.meta["cases"][run]
+    start = start_of(frames, file.tensors[f"{run}.start"])
+    start = torch.cat([start, start[:, :1].expand(-1, case["clusters"] - start.shape[1])], 1)  # too few rows differ
+    got = memory.ordered_kmeans(frames[None], case["clusters"], start=start, compat="official")
+    check(f"{run}.rows", got.rows[0], 1e-6)
+    check.equal(f"{run}.weights", got.sizes[0])
+    check(f"{run}.times", got.times[0], 1e-6)
+
+
+@method("flashvstream_chunks")
+def flash_vstream_chunks(file, run, variant, check):
+    frames, case = file.tensors[f"{run}.frames"], file.meta["cases"][run]
+    rows, sizes = frames[None, :0], torch.zeros(1, 0, dtype=torch.int32)
+    for begin, end in zip([0, *case["ends"]], case["ends"]):
+        rows = torch.cat([rows, frames[None, begin:end]], 1)
+        sizes = torch.cat([sizes, torch.ones(1, end - begin, dtype=torch.int32)], 1)
+        start = start_of(rows[0], file.tensors[f"{run}.start.{end}"])
+        got = memory.ordered_kmeans(rows, case["clusters"], start=start, sizes=sizes, compat="official")
+        rows, sizes = got.rows, got.sizes
+        check(f"{run}.rows.{end}", rows[0], 1e-6)
+        check.equal(f"{run}.weights.{end}", sizes[0])
+        check(f"{run}.times.{end}", got.times[0], 1e-6)
+
+
+@runner("flashvstream_retrieve", runs=lambda file: [""], inputs=("x", "pooled", "centroids", "weights"))
+def flash_vstream_retrieve(file, run, variant, check):
+    x, pooled, centroids, weights = (file.tensors[name][None] for name in ("x", "pooled", "centroids", "weights"))
+    places = memory.retrieve(pooled, centroids, weights, file.meta["cases"]["retrieve"]["spatial_length"])[0]
+    check.equal("places", places)
+    check("rows", x[0, places], 0)
