@@ -7,7 +7,7 @@ import torch
 
 from pyvidx import temporal
 from pyvidx.hosts import open_clip as host
-from pyvidx.hosts.open import check_source, open_model, parse_module
+from pyvidx.hosts.open import check_source, open_model, open_text, parse_module
 from pyvidx.models import MALMM, BTAdapter, BTAdapterConfig, TextVideo, VideoEncoder
 from tests.test_backbones import SIZES, hf_clip, randomized
 from tests.test_published import pretraining_file, vectors
@@ -142,13 +142,30 @@ def test_a_tag_of_open_clip_is_told(tiny_open_clip, monkeypatch, capsys):
         open_model("open_clip:pyvidx-open:other_tag")
 
 
+@torch.no_grad()
+def test_text_towers(tmp_path, clip_folder, tiny_open_clip):
+    folder, theirs = clip_folder
+    ids = torch.tensor([[0, 5, 7, 2]])
+    want = theirs.text_projection(theirs.text_model(ids).pooler_output)
+    torch.testing.assert_close(open_text(folder)(ids), want, rtol=1e-4, atol=1e-5)
+    ids = torch.tensor([[1, 49, 0, 0, 0, 0, 0, 0, 0]])
+    named = f"open_clip:pyvidx-open:{tmp_path / 'w.pt'}"
+    torch.testing.assert_close(open_text(named)(ids), tiny_open_clip.encode_text(ids))
+    both = TextVideo.default()
+    both.save(tmp_path / "both.safetensors")
+    assert torch.equal(open_text(tmp_path / "both.safetensors").position, both.text.position)
+    both.model.save(tmp_path / "video.safetensors")
+    with pytest.raises(ValueError, match="holds a bt_adapter, without a text tower"):
+        open_text(tmp_path / "video.safetensors")
+
+
 @pytest.mark.parametrize("source, message", [
     ("no.pth", "there is no no.pth"),
     ("openai/clip-vit", "pyvidx downloads nothing"),
     ("https://host/x.pth", "download https://host/x.pth"),
 ])  # fmt: skip
 def test_sources_that_are_not_there(source, message):
-    for door in (check_source, open_model):
+    for door in (check_source, open_model, open_text):
         with pytest.raises((FileNotFoundError, ValueError), match=message):
             door(source)
 

@@ -26,18 +26,16 @@ from pyvidx.eval.files import Named, read_tensors
 from pyvidx.eval.retrieval import retrieval
 from pyvidx.eval.text import embed, load_tokenizer, token_ids
 from pyvidx.files import check_output, write_tensors
-from pyvidx.hosts.open import check_source, open_model, parse_module
+from pyvidx.hosts.open import check_source, open_model, open_text, parse_module
 from pyvidx.models.config import known
 from pyvidx.preprocess import PRESETS
 from pyvidx.tensor_files import note, opened
 from pyvidx.train.recipe import load as load_values
 from pyvidx.video import sampling
 from pyvidx.video.pool import shared
-from pyvidx.weights.text_towers import text_tower
 
 CONFIGS = Path(__file__).parent / "configs"
 BROKEN = ("fail", "exclude")
-PICKLES = (".pth", ".pt", ".bin")  # the official file, which also has the text tower
 SAVE_EVERY = 100  # videos
 
 
@@ -62,7 +60,7 @@ class Config:
         model, module: see pyvidx.hosts.open.open_model; e.g. the official pretraining file (.pth).
         model_options: of open_model, e.g. {"gated": false}, as the public code evaluates the pretraining file, or
             {"compat": "paper"}.
-        text: weights of the text tower; None: those in `model`.
+        text: of the text tower, see pyvidx.hosts.open.open_text; None: what lies in `model`.
         text_options: heads, hidden_act or eps of the text tower, where they are not CLIP's.
         tokenizer: see pyvidx.eval.text.load_tokenizer.
         frames, sampler, preset, reader: see pyvidx.corpus.encode.
@@ -154,8 +152,11 @@ def check(config: Config) -> None:
     config.where  # noqa: B018
     if config.module is not None:
         parse_module(config.module)
-    if config.model is not None and not (config.videos and Path(config.videos).exists()):
-        check_source(os.fspath(config.model))
+    cached = {"model": config.videos, "text": config.texts}
+    for name, cache in cached.items():
+        source = getattr(config, name)
+        if source is not None and not (cache and Path(cache).exists()):
+            check_source(os.fspath(source))
     for cache in (config.videos, config.texts):
         if cache is not None and not Path(cache).exists():
             check_output(cache)
@@ -274,10 +275,13 @@ def text_embeddings(config: Config, texts: Sequence[str]) -> tuple[Tensor, dict]
     weights = config.text or config.model
     if weights is None or config.tokenizer is None:
         raise ValueError("eval: there must be text weights and a tokenizer, or texts must name a file that exists")
-    if config.text is None and Path(weights).suffix not in PICKLES:
-        raise ValueError(f"eval: text must name the weights of the text tower, {weights} holds none")
     device, _ = config.where
-    tower = text_tower(weights, **config.text_options).float().to(device)
+    tower = open_text(weights, **config.text_options).float().to(device)
+    if tower.config.pool != "end":
+        raise ValueError(
+            f"eval: the text tower of {weights} is SigLIP's, whose tokenizer is not CLIP's: work its embeddings out "
+            "with transformers, and give them as texts (a safetensors file of text [n, E])"
+        )
     if config.text_length > tower.config.context:
         raise ValueError(f"eval: text_length must be at most {tower.config.context}, got {config.text_length}")
     ids, about["cut texts"] = token_ids(texts, load_tokenizer(config.tokenizer), config.text_length, cut=config.cut)

@@ -16,6 +16,7 @@ from typing import NamedTuple
 import torch
 
 from pyvidx import temporal
+from pyvidx.backbones.text import TextTower
 from pyvidx.backbones.vit import ViT
 from pyvidx.data.tables import read_json
 from pyvidx.hosts import open_clip
@@ -24,6 +25,7 @@ from pyvidx.weights.bt_adapter import load_official
 from pyvidx.weights.keys import is_official
 from pyvidx.weights.place import Report, match
 from pyvidx.weights.state import naming, state_of
+from pyvidx.weights.text_towers import text_tower
 from pyvidx.weights.towers import told_by, tower_names, vision_tower
 
 SAVED = {
@@ -110,6 +112,32 @@ class _Opened(NamedTuple):
     report: Report | None = None
     random: bool = False
     bilinear: bool = False
+
+
+def open_text(source: Source, **options) -> TextTower:
+    """The text tower that lies with a model, frozen and in eval mode.
+
+    Args:
+        source: as of open_model: a TextVideo's file, a folder of transformers, a published file with a text tower, or
+            open_clip:NAME[:FILE].
+        options: what published weights do not tell: heads, hidden_act, eps.
+
+    Raises:
+        FileNotFoundError, RuntimeError: see open_model.
+        ValueError: it holds no text tower, or cannot be read.
+    """
+    source = os.fspath(source)
+    check_source(source)
+    if source.startswith(open_clip.SCHEME):
+        _only((), options, source)
+        return open_clip.text_tower(open_clip.named(source)[0])
+    if not files.is_ours(source):
+        with naming([source]):
+            return text_tower(source, **options)
+    if (kind := files.kind(source)) != "text_video":
+        raise ValueError(f"open_text: {source} holds a {kind}, without a text tower: name the file that has it")
+    _only((), options, source)
+    return TextVideo.load(source).text
 
 
 def parse_module(text: str) -> tuple[str, dict]:
