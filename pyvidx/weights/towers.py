@@ -95,7 +95,7 @@ def told_by_config(values: Mapping, part: str = "vision") -> Told:
         values.get("num_attention_heads", vision_heads if part == "vision" else text_heads),
         ACTIVATIONS[act],
         values.get("layer_norm_eps", eps),
-        values.get("image_size"),
+        _side(values.get("image_size")),
     )
 
 
@@ -107,8 +107,17 @@ def _of_open_clip(values: dict, part: str) -> Told:
         return Told(inner["heads"], act, inner.get("norm_kwargs", {}).get("eps", 1e-5))
     if "timm_model_name" in inner:  # whose heads are those of every SigLIP
         act = "gelu_tanh" if TANH.search(inner["timm_model_name"]) else "gelu"
-        return Told(None, act, 1e-6, inner.get("image_size"))
-    return Told(inner["width"] // inner.get("head_width", 64), act, 1e-5, inner.get("image_size"))
+        return Told(None, act, 1e-6, _side(inner.get("image_size")))
+    return Told(inner["width"] // inner.get("head_width", 64), act, 1e-5, _side(inner.get("image_size")))
+
+
+def _side(size: int | list | None) -> int | None:
+    """Pixels of an image, which some configurations write as height and width."""
+    if not isinstance(size, list | tuple):
+        return size
+    if len({*size}) != 1:
+        raise ValueError(f"weights: images must be square, got {size}")
+    return size[0]
 
 
 def completed(given: Told, source: Source, part: str) -> Told:
