@@ -21,7 +21,6 @@ from torch import Tensor
 
 from pyvidx.backbones.vit import EVA_G, SIGLIP_B, ViT, ViTConfig
 from pyvidx.weights import malmm_keys
-from pyvidx.weights.big_vision import as_transformers, is_big_vision
 from pyvidx.weights.keys import Renamed, check_plain, count_layers, groups, rename
 from pyvidx.weights.place import MissingWeights, assign
 from pyvidx.weights.state import Source, state_of
@@ -182,7 +181,6 @@ def vision_tower(
 
 def tower_names(state: Mapping[str, Tensor]) -> Renamed:
     """The weights of the image tower in a state dict of any known naming under ViT's names."""
-    state = as_transformers(state) if is_big_vision(state) else state
     is_eva = any(map(EVA.match, state))
     renamed = malmm_keys.rename(state) if is_eva else rename(state)
     start = "vision." if is_eva else "tower."
