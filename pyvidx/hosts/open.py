@@ -5,7 +5,6 @@ print(loaded)
 encoder(pixels).pooled  # [B, T, 3, h, w] -> [B, E]
 """
 
-import ast
 import inspect
 import os
 from collections.abc import Sequence
@@ -21,6 +20,7 @@ from pyvidx.backbones.vit import ViT
 from pyvidx.data.tables import read_json
 from pyvidx.hosts import open_clip
 from pyvidx.models import BTAdapter, TextVideo, VideoEncoder, files
+from pyvidx.spec import parse
 from pyvidx.weights.bt_adapter import load_official
 from pyvidx.weights.keys import is_official
 from pyvidx.weights.place import Report, match
@@ -144,22 +144,15 @@ def parse_module(text: str) -> tuple[str, dict]:
     """A temporal module and its options: "stan" or "stan:depth=2,per_frame=True".
 
     Raises:
-        ValueError: the name or an option is unknown, or a value does not read.
+        ValueError: the name or an option is unknown, or it does not read.
     """
-    name, _, rest = text.partition(":")
+    name, options = parse(text)
     if name not in temporal.MODULES:
-        raise ValueError(f"module: it must be one of {', '.join(temporal.names())}, got {name!r}")
+        raise ValueError(f"module: it must be one of {', '.join(temporal.names())}, got {name!r:.100}")
     known = [p.name for p in inspect.signature(temporal.MODULES[name]).parameters.values()][1:]
-    options = {}
-    for part in _split(rest) if rest else ():
-        option, equals, value = part.partition("=")
-        if not equals or option not in known or option in options:
-            takes = f"takes {', '.join(known)}" if known else "takes no options"
-            raise ValueError(f"module: {name} {takes}, each once as NAME=VALUE, got {part!r}")
-        try:
-            options[option] = ast.literal_eval(value)
-        except (ValueError, SyntaxError):
-            options[option] = value  # a word
+    if unknown := [option for option in options if option not in known]:
+        takes = f"takes {', '.join(known)}" if known else "takes no options"
+        raise ValueError(f"module: {name} {takes}, got {', '.join(unknown)}")
     return name, options
 
 
@@ -272,18 +265,6 @@ def _told(found: _Opened, tower: ViT, module: str) -> Loaded:
     sizes = f"ViT of {c.layers} layers, width {c.width}, {c.image_size} pixels in patches of {c.patch_size}"
     preset = "clip" if c.pool == "class" else "siglip2" if found.bilinear else "siglip"
     return Loaded(f"{sizes}, {found.said}", module, preset, found.report)
-
-
-def _split(text: str) -> list[str]:
-    """At commas that are in no bracket: kernel=(3,1,1),width=64."""
-    parts, depth = [""], 0
-    for c in text:
-        depth += (c in "([") - (c in ")]")
-        if c == "," and not depth:
-            parts.append("")
-        else:
-            parts[-1] += c
-    return parts
 
 
 def _only(allowed: Sequence[str], options: dict, what: str) -> None:
