@@ -1,4 +1,4 @@
-"""pyvidx train malmm|btadapter --config FILE"""
+"""pyvidx train malmm|pretrain --config FILE"""
 
 import argparse
 import contextlib
@@ -21,7 +21,7 @@ from pyvidx.train.loop import State, Stepped, train
 from pyvidx.train.outputs import written
 
 # Each module has a Config, build(config, device) -> Task and datasets(config, task, ranks) -> training, held out.
-KINDS = {"malmm": "fine-tune MA-LMM on answers", "btadapter": "pretrain BT-Adapter on captions"}
+KINDS = {"malmm": "fine-tune MA-LMM on answers", "pretrain": "pretrain an encoder on captions, or by UMT"}
 
 
 def parser() -> argparse.ArgumentParser:
@@ -55,6 +55,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     with ranks(options.device) as alike:
         try:
             task = kind.build(config, alike.device)
+            if options.export is not None and not task.exportable:
+                raise ValueError("--export: the public code has no names for the weights of this run")
             data, held_out = kind.datasets(config, task, alike)
             out = Path(config.out)
             with Shown(out, alike, config.recipe.epochs) as shown:

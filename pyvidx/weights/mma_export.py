@@ -66,18 +66,29 @@ def export_names(parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return weights
 
 
+def has_official_names(step: Pretraining) -> bool:
+    """Whether `export_mma` has a name for every weight."""
+    return all(_official(name) is not None for name, _ in step.named_parameters())
+
+
 def load_head(step: Pretraining, state: dict[str, Tensor]) -> bool:
     """Fill the head of the token loss from the official names; False: they are not there."""
     head = {key.removeprefix("extra_proj."): value for key, value in state.items() if key.startswith("extra_proj.")}
-    if head:
+    if head and step.head is not None:
         with torch.no_grad():
             step.head.load_state_dict(head)
-    return bool(head)
+    return bool(head and step.head)
 
 
 def _renamed(name: str) -> tuple[str, str]:
     """The official name up to where ours goes on, and the rest."""
+    if (found := _official(name)) is None:
+        raise ValueError(f"export_mma: {name} has no official name")
+    return found
+
+
+def _official(name: str) -> tuple[str, str] | None:
     for ours, theirs in NAMES:
         if match := re.match(ours, name):
             return match.expand(theirs), name[match.end() :]
-    raise ValueError(f"export_mma: {name} has no official name")
+    return None
