@@ -14,10 +14,9 @@ from pyvidx.cli import arguments
 from pyvidx.cli.models import load
 from pyvidx.corpus import embeddings, engines, stores
 from pyvidx.corpus.encode import Encoded, Timing, encode_videos, widths
-from pyvidx.corpus.folder import DTYPES, Corpus, Manifest, check
+from pyvidx.corpus.folder import DTYPES, Corpus, Manifest, check, made_of
 from pyvidx.files import printable
 from pyvidx.models import VideoEncoder
-from pyvidx.models.files import digest
 from pyvidx.preprocess import PRESETS
 from pyvidx.video import find_videos, sampling
 from pyvidx.video.pool import shared
@@ -37,6 +36,22 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("videos", nargs="+", type=arguments.file, help="video files, or folders that are searched for them")
     p.add_argument("--out", help="where the embeddings go: a folder, which takes a corpus of any size part by part and "
                    f"can be resumed, or a file: {', '.join(embeddings.FORMATS)}")  # fmt: skip
+    add_job(p)
+    p.add_argument("--workers", type=arguments.workers, default=1, help="how many read ahead")
+    arguments.add_overwrite(p)
+    f = p.add_argument_group("if --out is a folder")
+    f.add_argument("--resume", action="store_true", help="go on: videos that have a row there are left out")
+    f.add_argument("--retry-errors", action="store_true", help="the same, and encode again what failed")
+    f.add_argument("--store", choices=list(stores.STORES), default="parquet", help="format of its parts")
+    f.add_argument("--part-rows", type=arguments.count, default=1000, help="rows of a part at most; of large "
+                   "embeddings it has fewer, 64 MB, and one is written at least every 5 minutes")  # fmt: skip
+    f.add_argument("--engine", choices=list(engines.ENGINES), default="local",
+                   help="local: this machine; ray: Ray Data, on this machine or the cluster it is part of")  # fmt: skip
+    return p
+
+
+def add_job(p: argparse.ArgumentParser) -> None:
+    """The model, and what is done to every video."""
     arguments.add_model(p)
     p.add_argument("--compat", choices=["official", "paper"], help="compute as the public code does, or as the paper "
                    "says; default: as saved, published weights as the public code")  # fmt: skip
@@ -52,25 +67,20 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--outputs", type=arguments.outputs, help="pooled (video embedding), tokens (for a language model); "
                    "default: what the model has")  # fmt: skip
     p.add_argument("--batch", type=arguments.count, default=1, help="videos encoded together")
-    p.add_argument("--workers", type=arguments.workers, default=1, help="how many read ahead")
     arguments.add_device(p)
     p.add_argument("--dtype", choices=list(DTYPES), help="default: float16 on a GPU, float32 on a CPU")
     p.add_argument("--dtype-out", choices=list(DTYPES), default="float32", help="of the embeddings that are written")
-    arguments.add_overwrite(p)
-    f = p.add_argument_group("if --out is a folder")
-    f.add_argument("--resume", action="store_true", help="go on: videos that have a row there are left out")
-    f.add_argument("--retry-errors", action="store_true", help="with --resume, encode again what failed")
-    f.add_argument("--store", choices=list(stores.STORES), default="parquet", help="format of its parts")
-    f.add_argument("--part-rows", type=arguments.count, default=1000, help="rows of a part at most; of large "
-                   "embeddings it has fewer, 64 MB, and one is written at least every 5 minutes")  # fmt: skip
-    f.add_argument("--engine", choices=list(engines.ENGINES), default="local",
-                   help="local: this machine; ray: Ray Data, on this machine or the cluster it is part of")  # fmt: skip
-    return p
+
+
+def job_of(options: argparse.Namespace) -> engines.Job:
+    names = ("frames", "sampler", "reader", "preset", "start", "end", "outputs", "batch")
+    return engines.Job(**{n: getattr(options, n) for n in names}, dtype=DTYPES[options.dtype_out])
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     p = parser()
     options = p.parse_args(argv)
+    options.resume |= options.retry_errors
     arguments.check_span(p, options.start, options.end)
     arguments.check_reader(p, options.reader)
     folder = _is_folder(options.out)
@@ -80,23 +90,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         paths, left_out = find(options.videos)
         if options.engine == "local":
             shared(options.workers)  # they start while the model is loaded
-        loaded, preset = load(options.model, options.module, compat=options.compat)
-        options.preset = options.preset or preset
-        if not hasattr(loaded.tower, "patch"):
-            raise ValueError(f"--model must read pixels, {options.model} reads stored features")
-        options.outputs = options.outputs or list(loaded.outputs)
-        if lacking := [name for name in options.outputs if name not in loaded.outputs]:
-            raise ValueError(f"--outputs must be {','.join(loaded.outputs)} with this model, got {','.join(lacking)}")
-        random, weights = loaded.is_random, digest(loaded.state_dict()) if folder else None
+        loaded = opened(options)
+        random, made = loaded.is_random, made_of(loaded) if folder else {}
         model = folded(loaded, options.device, options.dtype)
-        corpus = _corpus(options, model, weights, random) if folder else None
+        corpus = _corpus(options, model, made, random) if folder else None
     except (OSError, RuntimeError, ValueError) as error:
         p.error(str(error))
     if left_out:
         print(f"NOTE: {left_out}", file=sys.stderr)
-    names = ("frames", "sampler", "reader", "preset", "start", "end", "outputs", "batch")
-    job = engines.Job(**{n: getattr(options, n) for n in names}, dtype=DTYPES[options.dtype_out])
-    timing = Timing()
+    job, timing = job_of(options), Timing()
     if corpus is not None:
         _into_folder(options, corpus, engine, model, job, paths, timing)
     else:
@@ -105,6 +107,22 @@ def main(argv: Sequence[str] | None = None) -> int:
         _into_file(options, kept, random, timing)
     print(timing)
     return 1 if timing.failed else 0
+
+
+def opened(options: argparse.Namespace) -> VideoEncoder:
+    """The model of `add_job`, and where options do not say, its preset and outputs.
+
+    Raises:
+        FileNotFoundError, RuntimeError, ValueError: see pyvidx.cli.models.load; it does not give what is asked for.
+    """
+    loaded, preset = load(options.model, options.module, compat=options.compat)
+    options.preset = options.preset or preset
+    if not hasattr(loaded.tower, "patch"):
+        raise ValueError(f"--model must read pixels, {options.model} reads stored features")
+    options.outputs = options.outputs or list(loaded.outputs)
+    if lacking := [name for name in options.outputs if name not in loaded.outputs]:
+        raise ValueError(f"--outputs must be {','.join(loaded.outputs)} with this model, got {','.join(lacking)}")
+    return loaded
 
 
 def _is_folder(out: str | None) -> bool:
@@ -140,18 +158,18 @@ def _made(options: argparse.Namespace) -> dict[str, str]:
     return {name: str(value).removeprefix("torch.") for name, value in given.items() if value is not None}
 
 
-def _corpus(options: argparse.Namespace, model: VideoEncoder, weights: str, random: bool) -> Corpus:
+def _corpus(options: argparse.Namespace, model: VideoEncoder, made: dict[str, str], random: bool) -> Corpus:
     notes = {"model": str(options.model), "is_random": str(random), "device": options.device}
-    made = Manifest(
+    manifest = Manifest(
         options.store,
         widths(model, options.frames, options.outputs),
         options.dtype_out,
-        _made(options) | {"weights": weights},
+        _made(options) | made,
         {name: value for name, value in notes.items() if value != "None"},
     )
     return Corpus(
         options.out,
-        made,
+        manifest,
         resume=options.resume,
         overwrite=options.overwrite,
         retry_errors=options.retry_errors,

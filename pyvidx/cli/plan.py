@@ -1,15 +1,16 @@
-"""pyvidx plan pretrain --cards 8 --card v100"""
+"""pyvidx plan pretrain --cards 8 --card v100; for `pyvidx plan encode` see plan_encode.py"""
 
 import argparse
 import math
 import os
 import statistics
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from pyvidx.cli import arguments
+from pyvidx.cli import arguments, plan_encode
 from pyvidx.models.config import BTAdapterConfig
 from pyvidx.train import cost
 
@@ -27,7 +28,8 @@ def parser() -> argparse.ArgumentParser:
         example="pyvidx plan pretrain --cards 8 --card v100 --decode-seconds 0.1",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    p.add_argument("what", choices=["pretrain"], help="pretrain: one epoch of BT-Adapter's pretraining")
+    p.add_argument("what", choices=["pretrain", "encode"], help="pretrain: one epoch of BT-Adapter's pretraining; "
+                   "encode: a corpus, see pyvidx plan encode --help")  # fmt: skip
     p.add_argument("--cards", type=arguments.count, default=8, help="how many")
     p.add_argument("--card", choices=list(cost.cards()["cards"]), default="v100", help="of which kind")
     p.add_argument("--videos", type=arguments.amount, default=2.5e6, help="video-text pairs of the epoch")
@@ -59,6 +61,9 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    argv = sys.argv[1:] if argv is None else list(argv)
+    if argv[:1] == ["encode"]:
+        return plan_encode.main(argv[1:])
     p = parser()
     options = p.parse_args(argv)
     try:

@@ -10,7 +10,7 @@ from torch import nn
 from pyvidx.backbones.text import TextTower
 from pyvidx.backbones.vit import ViT
 from pyvidx.hosts.importing import importing
-from pyvidx.weights.text_towers import text_tower as weights_text_tower
+from pyvidx.weights import text_towers
 from pyvidx.weights.towers import Told, filled, tower_config, tower_names
 
 SCHEME = "open_clip:"
@@ -110,7 +110,7 @@ def text_tower(model: nn.Module) -> TextTower:
     )
     state = {key: value for key, value in text.state_dict().items() if not key.startswith("visual.")}
     act = _activation(first.mlp.gelu)
-    return weights_text_tower(state, heads=first.attn.num_heads, hidden_act=act, eps=text.ln_final.eps)
+    return text_towers.text_tower(state, heads=first.attn.num_heads, hidden_act=act, eps=text.ln_final.eps)
 
 
 def _of_open_clip(tower: nn.Module) -> Told:
@@ -122,6 +122,7 @@ def _of_open_clip(tower: nn.Module) -> Told:
         "tower",
         {
             "layer scale": isinstance(first.ls_1, nn.Identity) and isinstance(first.ls_2, nn.Identity),
+            "no first LayerNorm": isinstance(getattr(tower, "ln_pre", None), nn.LayerNorm),
             "attention pooling": getattr(tower, "attn_pool", None) is None,
             "pooling other than the class token": getattr(tower, "pool_type", "tok") == "tok",
             "LayerNorm before pooling": not getattr(tower, "final_ln_after_pool", False),

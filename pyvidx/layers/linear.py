@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from pyvidx.layers import products
+from pyvidx.layers.int8 import Int8Linear
 from pyvidx.layers.plain import plain
 
 
@@ -27,6 +28,8 @@ def dense(x: Tensor, layer: nn.Module) -> Tensor:
 
 def dense_rows(x: Tensor, layer: nn.Module, rows: slice) -> Tensor:
     """layer(x)[..., rows] without the work for the others."""
+    if type(layer) is Int8Linear:
+        return layer(x, rows)
     if not plain(layer):
         return layer(x)[..., rows]
     return linear(x, layer.weight[rows], None if layer.bias is None else layer.bias[rows])

@@ -24,7 +24,7 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, 
 from pyvidx import temporal
 from pyvidx.backbones.vit import ViT, ViTConfig
 from pyvidx.files import whole
-from pyvidx.layers import products
+from pyvidx.layers import int8, products
 from pyvidx.models.video_encoder import VideoEncoder
 from pyvidx.ops._library import FLOPS
 
@@ -55,6 +55,8 @@ def count(run: Callable[[], object]) -> int:
     formulas[aten._scaled_dot_product_flash_attention_for_cpu_backward] = _cpu_attention_backward
     if products.OP is not None:
         formulas[products.OP] = _onednn_product
+    if int8.OP is not None:
+        formulas[int8.OP] = _onednn_product
     counter = FlopCounterMode(display=False, custom_mapping=formulas)
     # Not torch's, which puts hooks on all modules to know which of them counts: hooked layers are called as they are,
     # so that other ops would run than without it.

@@ -12,6 +12,7 @@ from pyvidx.layers.plain import held
 from pyvidx.memory.qformer import Prompt, QFormer
 from pyvidx.memory.sources import FrameSource, LastSource, Memories, PushSource, ReadSource
 from pyvidx.models import files
+from pyvidx.models.fold import Foldable
 from pyvidx.models.language import Language
 from pyvidx.models.malmm_config import MALMMConfig
 from pyvidx.ops._library import require_tensors
@@ -21,7 +22,7 @@ from pyvidx.temporal.table import rows_at
 COMPATS = ("official", "paper")
 
 
-class MALMM(nn.Module):
+class MALMM(Foldable):
     """Frame encoder, Q-Former, temporal embedding and the projection to a language model.
 
     Whole clips: `forward`, or `encode` from stored features. Streams: `start`, then `push` frames as they come and
@@ -343,6 +344,7 @@ class MALMM(nn.Module):
 
     def save(self, path: str | Path) -> Path:
         """Write one safetensors file, configuration included. A path without that ending is a folder."""
+        self.check_whole()
         header = {"config": self.config.to_dict(), "compat": self.compat, "is_random": self.is_random}
         return files.write(path, "malmm", self, header)
 

@@ -1,17 +1,18 @@
 """An image tower and a temporal module of any kind: videos to tokens and one vector."""
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from pyvidx import temporal
 from pyvidx.backbones.vit import ViT, ViTConfig
 from pyvidx.models import files
 from pyvidx.models.config import BTAdapterConfig, known
-from pyvidx.models.fold import fold
+from pyvidx.models.fold import Foldable
 from pyvidx.ops import token_gather
 from pyvidx.ops._library import require_tensors
 from pyvidx.temporal.branch import Branch
@@ -20,7 +21,7 @@ from pyvidx.temporal.frames import check_frame_mask, on_real_frames, real_only
 from pyvidx.temporal.module import OUTPUTS, TemporalModule
 
 
-class VideoEncoder(nn.Module):
+class VideoEncoder(Foldable):
     """tower and temporal module joined.
 
     The tower starts frozen: its parameters ask for no gradient, so none is recorded where a module only reads its
@@ -33,7 +34,6 @@ class VideoEncoder(nn.Module):
 
     Attributes:
         is_random: the weights came from no file.
-        folded: an inference copy made by `fold`; it can not be trained, saved or loaded into.
     """
 
     kind = "video_encoder"  # in the header of its files
@@ -43,7 +43,7 @@ class VideoEncoder(nn.Module):
         self._check(tower, temporal)
         self.tower, self.temporal = tower, temporal
         self.tower.requires_grad_(False)
-        self.is_random, self.folded = True, False
+        self.is_random = True
 
     @staticmethod
     def _check(tower: ViT, temporal: TemporalModule) -> None:
@@ -89,7 +89,7 @@ class VideoEncoder(nn.Module):
         self._check_clip(pixels.shape[1], rows * columns, real, mask)
         grid = _grid_option((rows, columns), interpolate)
         if self.temporal.reads_only:
-            xs = self._run_tower(pixels, real, wanted, interpolate)
+            xs = self._run_tower(pixels, real, wanted, interpolate, class_row=self.temporal.class_row)
         else:
             xs = self._run_inside(real_only(pixels, real), real, wanted, grid)
         return self._encode(xs, real, wanted, mask, grid, times)
@@ -233,10 +233,16 @@ class VideoEncoder(nn.Module):
         return dataclasses.replace(self.temporal.encode(xs, self.tower, real, wanted, **options), times=times)
 
     def _run_tower(
-        self, pixels: Tensor, real: Tensor | None, wanted: Sequence[str], interpolate: bool
+        self,
+        pixels: Tensor,
+        real: Tensor | None,
+        wanted: Sequence[str],
+        interpolate: bool,
+        class_row: bool = False,
     ) -> tuple[Tensor, ...]:
-        reads = self._reads(wanted)
-        return on_real_frames(lambda x: self.tower(x, reads, interpolate=interpolate), pixels, real)
+        reads, class_row = self._reads(wanted), class_row and "pooled" in wanted
+        run = functools.partial(self.tower, layers=reads, interpolate=interpolate, class_row=class_row)
+        return on_real_frames(run, pixels, real)
 
     def _run_inside(self, pixels: Tensor, real: Tensor | None, wanted: Sequence[str], grid: dict) -> tuple[Tensor, ...]:
         found, reads, tokens = [], self._reads(wanted), self.tower.tokens(pixels, interpolate=bool(grid))
@@ -306,20 +312,6 @@ class VideoEncoder(nn.Module):
             raise ValueError(f"{self._name}: tokens need all patches; with a mask ask for outputs=('pooled',)")
         return wanted
 
-    def fold(self, dtype: torch.dtype | None = None) -> "VideoEncoder":
-        """An inference copy with products of weights worked out beforehand; see pyvidx.models.fold."""
-        return fold(self, dtype)
-
-    def train(self, mode: bool = True) -> "VideoEncoder":
-        if mode and getattr(self, "folded", False):
-            raise RuntimeError(f"{self._name}: a folded copy is for inference; train the model it was made from")
-        return super().train(mode)
-
-    def load_state_dict(self, *args, **kwargs):
-        if self.folded:
-            raise RuntimeError(f"{self._name}: a folded copy does not take weights; load the model and fold again")
-        return super().load_state_dict(*args, **kwargs)
-
     def header(self) -> dict:
         """What `built` makes it of, as data."""
         return {"vision": dataclasses.asdict(self.tower.config), "temporal": self.temporal.spec}
@@ -336,8 +328,7 @@ class VideoEncoder(nn.Module):
 
     def save(self, path: str | Path) -> Path:
         """Write one safetensors file, configuration included. A path without that ending is a folder."""
-        if self.folded:
-            raise RuntimeError(f"{self._name}: save the model itself, not its folded copy")
+        self.check_whole()
         return files.write(path, self.kind, self, {**self.header(), "is_random": self.is_random})
 
     @classmethod

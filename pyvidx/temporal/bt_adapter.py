@@ -19,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 from pyvidx.layers.attention import gather, gathered_values
 from pyvidx.layers.block import Block
+from pyvidx.layers.int8 import is_product
 from pyvidx.layers.linear import dense, wants_grad
 from pyvidx.layers.norm import foldable
 from pyvidx.layers.plain import held, plain, untouched
@@ -109,13 +110,14 @@ class SpatialLayer(Block):
         y = dense(self.attention(normed), self.out)
         share = _share(drop, frame_mask, y)
         # What is in y and normed has been read, and no hook of the modules that made them can have kept it.
-        fresh = all(map(plain, (self.out, self.norm1, self.norm2))) and x.dtype == y.dtype == normed.dtype
+        fresh = is_product(self.out) and plain(self.norm1) and plain(self.norm2)
+        fresh = fresh and x.dtype == y.dtype == normed.dtype
         out = (y, normed) if fresh and not wants_grad(x, y, *self.norm2.parameters()) else None
         return _residual_norm(x, y, self.norm2, factor=drop, share=share, out=out)
 
     def mean_tokens(self, mixed: Mixed, group: Grouping) -> tuple[Tensor, Tensor]:
         """Frame means of forward's z, [B, P, C], and cls. The MLP's second layer, being linear, runs on the means."""
-        if not (untouched(self) and plain(self.fc2)):
+        if not (untouched(self) and is_product(self.fc2)):
             z, cls = split_rows(self(mixed, frame_mask=group.frame_mask))
             return group.patch_mean(z), cls
         x, normed = self.space(mixed, frame_mask=group.frame_mask)

@@ -31,7 +31,7 @@ from pyvidx.weights.place import MissingWeights, Report, match, place
 from pyvidx.weights.state import Source as AnySource
 from pyvidx.weights.state import naming, state_of
 from pyvidx.weights.state import read as read
-from pyvidx.weights.towers import Told, activation, told_by
+from pyvidx.weights.towers import Told, activation, published_heads, told_by
 
 Source = AnySource | ViT
 HALF = "0.5 in every channel, as in the public chat tower: its files hold no gates"
@@ -130,7 +130,7 @@ def infer_config(
         clip: of the backbone, where it is known; in place of the defaults below.
         depth: d; default the branch layers there are, plus one where they come without a whole tower, as in tuning.
         layers: L of the whole CLIP, needed where no source holds a whole one.
-        heads: default width / 64, as in every published CLIP.
+        heads: default that of the published CLIPs, see pyvidx.weights.towers.published_heads.
         gated: default whether there are gates; for parts "tokens" and "features" True but of STAN.
         hidden_act: default "quick_gelu", as the official code always runs OpenAI's CLIP; with a warning where the
             backbone is of another file than the authors'.
@@ -146,8 +146,6 @@ def infer_config(
     check_plain(names, AXES)
     tokens, width = names["tower.position"].shape
     heads = clip.heads if heads is None and clip else heads
-    if heads is None and width % 64:
-        raise ValueError(f"checkpoint: width {width} is not a multiple of 64, so pass heads=")
     if depth is None:
         depth = max(
             _count(table.weights, "temporal.branch.spatial") + (not _is_whole(table))
@@ -164,7 +162,7 @@ def infer_config(
         image_size=math.isqrt(tokens - 1) * patch,
         patch_size=patch,
         width=width,
-        heads=heads or width // 64,
+        heads=heads or published_heads(width),
         layers=layers,
         mlp_width=names["temporal.branch.spatial.0.fc1.weight"].shape[0],
         embed_dim=None if projection is None else projection.shape[0],
