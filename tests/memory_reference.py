@@ -26,9 +26,15 @@ def first_best(scores: dict):
     return max(scores, key=scores.get)
 
 
-def merge(bank: list[Entry], weighted: bool = True) -> list[Entry]:
-    k = first_best({k: cosine(bank[k].row, bank[k + 1].row) for k in range(len(bank) - 1)})
-    return bank[:k] + [mean(bank[k], bank[k + 1], weighted)] + bank[k + 2 :]
+def merge(bank: list[Entry], weighted: bool = True, hard: bool = False, alike=cosine) -> list[Entry]:
+    k = first_best({k: alike(bank[k].row, bank[k + 1].row) for k in range(len(bank) - 1)})
+    both = mean(bank[k], bank[k + 1], weighted)
+    return bank[:k] + [Entry(bank[k + 1].row, both.frames, both.size) if hard else both] + bank[k + 2 :]
+
+
+def mean_of_cosines(x: Tensor, y: Tensor, N: int) -> float:
+    """Of each of the N rows that x and y hold."""
+    return sum(cosine(a, b) for a, b in zip(x.view(N, -1), y.view(N, -1))) / N
 
 
 def fifo(bank: list[Entry]) -> list[Entry]:

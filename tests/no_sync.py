@@ -1,6 +1,7 @@
 """What tests/test_no_sync.py runs: fake tensors that say they are on a GPU, under a mode that refuses to read them."""
 
 from contextlib import contextmanager
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,18 +10,17 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from pyvidx import memory
-from pyvidx.backbones.clip import CLIPVisionConfig
-from pyvidx.backbones.clip_text import CLIPText, CLIPTextConfig
-from pyvidx.backbones.eva import EVAVisionConfig
+from pyvidx.backbones.text import TextConfig, TextTower
+from pyvidx.backbones.vit import EVA_G, ViTConfig
 from pyvidx.memory.qformer import QFormerConfig
 from pyvidx.models import MALMM, BTAdapter, BTAdapterConfig, MALMMConfig
 from pyvidx.models.pretraining import Pretraining
 from tests.op_calls import op_calls
 
-VISION = CLIPVisionConfig(image_size=12, patch_size=4, width=16, heads=2, layers=5, mlp_width=24, embed_dim=6)
+VISION = ViTConfig(image_size=12, patch_size=4, width=16, heads=2, layers=5, mlp_width=24, embed_dim=6)
 CONFIG = BTAdapterConfig(VISION, depth=3, time_length=8)
 SMALL = MALMMConfig(
-    EVAVisionConfig(image_size=12, patch_size=4, width=48, heads=2, layers=1),
+    replace(EVA_G, image_size=12, patch_size=4, width=48, heads=2, layers=1),
     QFormerConfig(width=16, heads=2, layers=4, mlp_width=32, encoder_width=48, vocab=30),
     llm_width=8,
     time_length=30,
@@ -99,11 +99,27 @@ def test_ops(name):
 # ---- memories ----
 
 
-@pytest.mark.parametrize("name", memory.names())
-def test_memory_policies(name):
-    """Push to an empty and a full bank, all videos and some of them; compress; read."""
+MEMORIES = [{"name": name} for name in memory.names() if name != "fluxmem"] + [
+    {"name": "merge", "capacity": M},
+    {"name": "flash_vstream", "capacity": M, "clusters": 2},
+    {"name": "flash_vstream", "capacity": M, "clusters": 2, "compat": "official"},
+    {"name": "moviechat", "fragment": M, "merged": 1},
+    {"name": "moviechat", "form": "onevision", "short": M, "merged": 1},
+    {"name": "fluxmem", "short": 1, "medium": 1, "grid": (2, 3)},
+    {"name": "dtd", "threshold": None, "ratio": 0.5},
+    {"name": "merge", "capacity": M, "unit": "synchronized"},
+    {"name": "merge", "capacity": M, "hard": True},
+    {"name": "fifo", "capacity": M, "anchors": 1},
+    {"name": "tome", "capacity": M},
+    {"name": "uniform", "capacity": M},
+]
+
+
+@pytest.mark.parametrize("options", MEMORIES, ids=lambda o: "_".join(map(str, o.values())))
+def test_memory_policies(options):
+    """Push to an empty and a full bank, all videos and some of them, one frame and several; compress; read."""
     with gpu():
-        policy = memory.create(name, **({} if name in ("concat", "average") else {"capacity": M}))
+        policy = memory.create(**options)
         bank = policy.new(B, 6, 16, device="cuda:0", attached=[8])
         active, seconds = torch.ones(B, dtype=torch.bool), torch.zeros(B)
         with NoTraffic():
@@ -111,17 +127,40 @@ def test_memory_policies(name):
                 frame, rows = torch.randn(B, 6, 16), torch.randn(B, 6, 8)
                 bank = policy.push(bank, frame, seconds, None if step % 2 else active, [rows])
             bank = policy.compress(policy.append(bank, torch.randn(B, 6, 16), attached=[torch.randn(B, 6, 8)]))
+            clip, rows = torch.randn(B, M + 3, 6, 16), torch.randn(B, M + 3, 6, 8)
+            bank = policy.flush(policy.extend(bank, clip, attached=[rows]))
             bank.entries()
             bank.slots()
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda x, n: memory.evs(x, 0.5, n),
+        lambda x, n: memory.vidcom2(x, 0.5, n),
+        lambda x, n: memory.vidcom2(x, 0.5, n, form="authors"),
+        lambda x, n: memory.keyframes(x, 2, lengths=n),
+        lambda x, n: memory.ordered_kmeans(x, 2),
+        lambda x, n: memory.retrieve(x, x, x[..., 0, 0], 2),
+        lambda x, n: memory.moviechat_consolidate(x, 2, n),
+        lambda x, n: memory.create("merge", capacity=2).shrink(x, lengths=n),
+    ],
+)
+def test_functions_of_a_clip(call):
+    with gpu():
+        clip, lengths = torch.randn(B, 5, 6, 16), torch.ones(B, dtype=torch.int64)
+        with NoTraffic():
+            call(clip, None)
+            call(clip, lengths)
 
 
 # ---- models ----
 
 
-@pytest.mark.parametrize("compat, tower", [("paper", "mma"), ("official", "mma"), ("official", "llava")])
-def test_bt_adapter_forward(compat, tower):
+@pytest.mark.parametrize("compat, variant", [("paper", "mma"), ("official", "mma"), ("official", "llava")])
+def test_bt_adapter_forward(compat, variant):
     with gpu(), torch.no_grad():
-        model = BTAdapter(CONFIG, compat=compat, tower=tower).eval()
+        model = BTAdapter(CONFIG, compat=compat, variant=variant).eval()
         with NoTraffic():
             model(torch.randn(B, T, 3, 12, 12))
             model(torch.randn(B, T, 3, 12, 12), outputs=("pooled",))
@@ -140,9 +179,9 @@ def test_bt_adapter_training_step():
 
 
 def test_pretraining_step():
-    text = CLIPTextConfig(width=16, heads=2, layers=2, mlp_width=24, vocab=30, context=7, embed_dim=6)
+    text = TextConfig(width=16, heads=2, layers=2, mlp_width=24, vocab=30, context=7, embed_dim=6)
     with gpu():
-        model = Pretraining(BTAdapter(CONFIG), CLIPText(text)).train()
+        model = Pretraining(BTAdapter(CONFIG), TextTower(text)).train()
         ids = torch.zeros(B, 7, dtype=torch.int64)
         with NoTraffic():
             model(torch.randn(B, T, 3, 12, 12), ids).total.backward()

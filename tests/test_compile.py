@@ -55,7 +55,7 @@ def test_gradients(backend):
         for run in (subject, compiled):
             out = run(pixels)
             loss = out.tokens.square().mean() + out.pooled.square().mean()
-            found.append(torch.autograd.grad(loss, list(subject.branch.parameters())[:8]))
+            found.append(torch.autograd.grad(loss, list(subject.temporal.branch.parameters())[:8]))
         assert differ(*found) < 1e-3
 
 

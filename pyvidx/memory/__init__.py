@@ -10,35 +10,61 @@ the properties of all.
 """
 
 from pyvidx.memory.bank import Bank, Entries, log_size_bias
+from pyvidx.memory.dtd import Dtd, dtd_pixels
+from pyvidx.memory.evs import evs
 from pyvidx.memory.files import load, save
+from pyvidx.memory.flash_vstream import Clusters, FlashVStream, ordered_kmeans, retrieve
+from pyvidx.memory.fluxmem import FluxMem
+from pyvidx.memory.keyframes import Keyframes, keyframes
 from pyvidx.memory.layout import batched
+from pyvidx.memory.merge import Average, Merge
+from pyvidx.memory.moviechat import MovieChat, MovieChatOneVision, moviechat_consolidate
 from pyvidx.memory.plot import History, plot
-from pyvidx.memory.policies import Average, Concat, Fifo, Merge, Uniform
+from pyvidx.memory.policies import Concat, Fifo, Uniform
 from pyvidx.memory.policy import Policy
+from pyvidx.memory.pruning import PRUNERS, compute_retained_tokens_count, compute_retention_mask
 from pyvidx.memory.registry import POLICIES, create, names, register
 from pyvidx.memory.tome import ToMeSpace, ToMeTime, merge_tokens, reduce_tokens
+from pyvidx.memory.vidcom2 import vidcom2
 
 __all__ = [
     "POLICIES",
+    "PRUNERS",
     "Average",
     "Bank",
+    "Clusters",
     "Concat",
+    "Dtd",
     "Entries",
     "Fifo",
+    "FlashVStream",
+    "FluxMem",
     "History",
+    "Keyframes",
     "Merge",
+    "MovieChat",
+    "MovieChatOneVision",
     "Policy",
     "ToMeSpace",
     "ToMeTime",
     "Uniform",
     "batched",
+    "compute_retained_tokens_count",
+    "compute_retention_mask",
     "create",
+    "dtd_pixels",
+    "evs",
+    "keyframes",
     "load",
     "log_size_bias",
     "merge_tokens",
+    "moviechat_consolidate",
     "names",
+    "ordered_kmeans",
     "plot",
     "reduce_tokens",
     "register",
+    "retrieve",
     "save",
+    "vidcom2",
 ]

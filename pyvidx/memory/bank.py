@@ -21,7 +21,7 @@ class Entries(NamedTuple):
 
     rows: Tensor  # [B, L, N, C]
     sizes: Tensor  # [B, L, N] int32, frames in each (ToMe in space: tokens of one frame); 0 where mask is False
-    mask: Tensor  # [B, L, N] bool, False: nothing is stored there
+    mask: Tensor  # [B, L, N] bool, False: nothing is stored there, or a ragged policy dropped this position
     first: Tensor | None  # [B, L, N] float64, seconds of the first frame in each, NaN where mask is False
     last: Tensor | None  # [B, L, N] float64, seconds of the last frame
     attached: tuple[Tensor, ...]  # [B, L, N, Ci] each
@@ -63,8 +63,11 @@ class Bank:
     last: Tensor | None = None
     similarity: Tensor | None = None  # [B, G, S-1] float32, for policies that merge neighbors
     attached: tuple[Tensor, ...] = ()  # [B, S, G, Wi], follow the rows through every merge
+    extra: dict[str, Tensor] = field(default_factory=dict)  # [B, ...] each, what a policy keeps beside the entries
     bound: int = 0  # no video holds more entries than this; known without asking the device
     ragged: bool = False  # videos may hold different numbers of entries
+    sparse: bool = False  # an entry may lack some of its positions: their size is 0
+    counts: tuple[int, ...] = ()  # upper bounds of a policy's own, known without asking the device
     head: Bank | None = None  # anchors: the first frames, kept as they are
     spent: bool = field(default=False, init=False, repr=False)
 
@@ -102,15 +105,11 @@ class Bank:
             return (x if slot is None else x.gather(2, slot)).transpose(1, 2).expand(B, L, N)
 
         sizes = per_entry(self.sizes)
-        ragged = self.ragged or (by_slot and self.bound < S)
-        if by_slot:
-            mask = sizes > 0
-        else:
-            mask = (torch.arange(L, device=sizes.device) < self.length[:, None])[..., None].expand(B, L, N)
+        ragged = self.ragged or self.sparse or (by_slot and self.bound < S)
+        mask = sizes > 0  # that of a free slot is 0
         times = [None if t is None else per_entry(t).where(mask, torch.nan) for t in (self.first, self.last)]
         rows, *attached = (rows_of(x) for x in (self.rows, *self.attached))
         if ragged and not by_slot:  # what a freed slot still holds is not for the reader
-            sizes = sizes.where(mask, 0)
             rows, *attached = (x.where(mask[..., None], 0) for x in (rows, *attached))
         mine = Entries(rows, sizes, mask, *times, tuple(attached), ragged)
         if self.head is None:
@@ -167,14 +166,14 @@ class Bank:
             x.copy_(empty if videos is None else empty.where(videos.view(-1, *[1] * (x.dim() - 1)), x))
         head = None if self.head is None else self.head._reset(videos)
         if videos is None:
-            return dataclasses.replace(self, bound=0, ragged=False, head=head)
+            return dataclasses.replace(self, bound=0, ragged=False, counts=(0,) * len(self.counts), head=head)
         return dataclasses.replace(self, ragged=True, head=head)
 
     def state_dict(self) -> dict[str, Tensor]:
         """All of it as named new tensors, for safetensors or torch.save. Loading it gives the same bits."""
         self.check_live()
         state = {name: x.clone() for name, x in self.tensors().items()}
-        state["host"] = torch.tensor([self.positions, self.bound, int(self.ragged)])
+        state["host"] = torch.tensor([self.positions, self.bound, self.ragged, self.sparse, *self.counts])
         if self.head is not None:
             state |= {f"head.{name}": x for name, x in self.head.state_dict().items()}
         return state
@@ -193,19 +192,23 @@ class Bank:
         head = {n.removeprefix("head."): x for n, x in state.items() if n.startswith("head.")}
         own = {n: x for n, x in state.items() if not n.startswith("head.")}
         extras = sorted((n for n in own if n.startswith("attached.")), key=lambda n: int(n.split(".")[1]))
+        mine = [n for n in own if n.startswith("extra.")]
         missing = {*_TENSORS, "host"} - {*_OPTIONAL} - own.keys()
-        unknown = own.keys() - {*_TENSORS, "host", *extras}
+        unknown = own.keys() - {*_TENSORS, "host", *extras, *mine}
         require(
             not missing and not unknown, f"Bank.load_state_dict: lacks {sorted(missing)}, unknown {sorted(unknown)}"
         )
-        positions, bound, ragged = own["host"].tolist()
+        positions, bound, ragged, sparse, *counts = own["host"].tolist()
         copy = {name: own[name].to(device or own[name].device, copy=True) for name in own if name != "host"}
         return Bank(
             **{name: copy[name] for name in _TENSORS if name in copy},
             attached=tuple(copy[name] for name in extras),
+            extra={name.removeprefix("extra."): copy[name] for name in mine},
             positions=positions,
             bound=bound,
             ragged=bool(ragged),
+            sparse=bool(sparse),
+            counts=tuple(counts),
             head=Bank.load_state_dict(head, device) if head else None,
         )
 
@@ -226,9 +229,10 @@ class Bank:
         """Those of this part by name, without the head's."""
         named = {name: getattr(self, name) for name in _TENSORS}
         named |= {f"attached.{i}": x for i, x in enumerate(self.attached)}
+        named |= {f"extra.{name}": x for name, x in self.extra.items()}
         return {name: x for name, x in named.items() if x is not None}
 
     def _map(self, f: Callable[[Tensor], Tensor]) -> Bank:
-        changed = {name: f(x) for name, x in self.tensors().items() if not name.startswith("attached.")}
-        head = None if self.head is None else self.head._map(f)
-        return dataclasses.replace(self, **changed, attached=tuple(map(f, self.attached)), head=head)
+        changed = {name: f(getattr(self, name)) for name in _TENSORS if getattr(self, name) is not None}
+        changed |= {"attached": tuple(map(f, self.attached)), "extra": {name: f(x) for name, x in self.extra.items()}}
+        return dataclasses.replace(self, **changed, head=None if self.head is None else self.head._map(f))

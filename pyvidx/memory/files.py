@@ -36,6 +36,7 @@ def save(path: str | Path, policy: Policy, bank: Bank) -> Path:
         for one in (bank, bank.head):
             if one is not None:
                 _check_values(one)
+        policy.check_extra(bank)
     except ValueError as error:
         raise ValueError(f"memory.save: {error}") from error
     return write_tensors(path, bank.state_dict(), {_KEY: json.dumps(policy.spec())})
@@ -61,6 +62,7 @@ def load(path: str | Path, device: torch.device | str = "cpu") -> tuple[Policy, 
                 shape = (len(bank), policy.anchors, *bank.rows.shape[2:])
                 require(bank.head.rows.shape == shape, f"the anchors' rows must be {shape}", bank.head.rows)
             policy.check(bank)
+            policy.check_extra(bank)
         except (ValueError, TypeError, RuntimeError, IndexError, ZeroDivisionError, OverflowError) as error:
             raise ValueError(f"memory.load: {path} holds no bank that can go on: {error}") from error
     return policy, bank._map(lambda x: x.to(device))
@@ -72,6 +74,8 @@ def _check_values(bank: Bank) -> None:
     B, S, G, W = bank.rows.shape
     require(min(B, S, G, W) >= 1, "rows must not be empty", bank.rows)
     for name, x in bank.tensors().items():
+        if name.startswith("extra."):
+            continue  # the policy knows
         require(
             x.dtype == _DTYPES[name] if name in _DTYPES else x.dtype in FLOATING,
             f"{name} must be {_DTYPES.get(name, 'floating')}",
@@ -87,12 +91,14 @@ def _check_values(bank: Bank) -> None:
     require(0 <= bank.bound <= S, f"bound must be in [0, {S}], got {bank.bound}")
     require(bool((length >= 0).all()) and bool((length <= bank.bound).all()), f"length must be in [0, {bank.bound}]")
     require(bank.ragged or bool((length == bank.bound).all()), f"length must be {bank.bound} for every video")
-    require(bool((bank.seen >= length).all()), "seen must be at least length")
+    least = 0 if bank.extra else length  # a policy with more of its own may hold a frame more than once
+    require(bool((bank.seen >= least).all()), "seen must be at least length")
     every = torch.arange(S, dtype=order.dtype, device=order.device)
     require(bool((order.sort(dim=-1).values == every).all()), "order must be a permutation of the slots")
     stored = every < length[:, None, None]
     in_order = sizes.gather(2, order.long())
-    require(bool((in_order[stored.expand_as(order)] >= 1).all()), "sizes must be at least 1 where an entry is")
+    least = 0 if bank.sparse else 1
+    require(bool((in_order[stored.expand_as(order)] >= least).all()), "sizes must be at least 1 where an entry is")
     require(bool((in_order[~stored.expand_as(order)] == 0).all()), "sizes must be 0 where none is")
     if bank.first is not None and bank.last is not None:
         fits = bank.first.shape == bank.last.shape == order.shape

@@ -24,6 +24,7 @@ def new_bank(
     attached: Sequence[int],
     attached_dtype: torch.dtype,
     times: bool,
+    sparse: bool = False,
 ) -> Bank:
     """An empty bank of S slots; for policies."""
     G = 1 if whole_frame else N
@@ -42,6 +43,7 @@ def new_bank(
         last=zeros(B, G, S, dtype=torch.float64) if times else None,
         similarity=zeros(B, G, S - 1, dtype=torch.float32) if similarity else None,
         attached=tuple(zeros(B, S, G, N * width // G, dtype=attached_dtype) for width in attached),
+        sparse=sparse,
     )
 
 
@@ -68,20 +70,22 @@ def batched(banks: Sequence[Bank]) -> Bank:
     for i, (bank, named) in enumerate(zip(banks, tensors)):
         require(layout(bank, named) == wanted, f"batched: bank {i} must have the sizes, dtypes and device of bank 0")
     joined = {name: torch.cat([named[name] for named in tensors]) for name in tensors[0]}
-    bounds = {bank.bound for bank in banks}
+    bounds = {(bank.bound, *bank.counts) for bank in banks}
     head = None if banks[0].head is None else batched([bank.head for bank in banks])
     return dataclasses.replace(
         banks[0],
-        **{name: x for name, x in joined.items() if not name.startswith("attached.")},
+        **{name: x for name, x in joined.items() if "." not in name},
         attached=tuple(joined[f"attached.{i}"] for i in range(len(banks[0].attached))),
-        bound=max(bounds),
+        extra={name: joined[f"extra.{name}"] for name in banks[0].extra},
+        bound=max(bank.bound for bank in banks),
+        counts=tuple(max(column) for column in zip(*(bank.counts for bank in banks))),
         ragged=len(bounds) > 1 or any(bank.ragged for bank in banks) or (head is not None and head.ragged),
         head=head,
     )
 
 
 def grown(bank: Bank, slots: int) -> Bank:
-    """The bank with more slots, as new tensors (the head stays). For banks that know no similarity."""
+    """The bank with more slots, as new tensors (the head and what is extra stay)."""
     B, S, G = bank.rows.shape[:3]
 
     def longer(x, dim):
@@ -97,5 +101,6 @@ def grown(bank: Bank, slots: int) -> Bank:
         order=torch.cat([bank.order, free], 2),
         first=None if bank.first is None else longer(bank.first, 2),
         last=None if bank.last is None else longer(bank.last, 2),
+        similarity=None if bank.similarity is None else longer(bank.similarity, 2),
         attached=tuple(longer(x, 1) for x in bank.attached),
     )

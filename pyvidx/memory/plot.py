@@ -49,12 +49,13 @@ def spans_of(bank: Bank, video: int, position: int | None = None) -> np.ndarray:
     for part in (bank.head, bank):
         if part is None:
             continue
-        order, *columns = (x[video].cpu() for x in (part.order, part.first, part.last, part.sizes))  # [G, S]
+        # [G, S] each
+        order, *columns = (x[video].cpu() for x in (part.order, part.first, part.last, part.sizes))
         if position is not None:
             chosen = slice(position, position + 1) if len(order) > 1 else slice(1)
             order, *columns = (x[chosen] for x in (order, *columns))
-        stored = torch.arange(part.bound) < part.length[video].cpu()
-        columns = [x.gather(1, order[:, : part.bound].long()).double().where(stored, torch.nan).T for x in columns]
+        columns = [x.gather(1, order[:, : part.bound].long()).double() for x in columns]
+        columns = [x.where(columns[-1] > 0, torch.nan).T for x in columns]  # the size of a free slot is 0
         spans.append(torch.stack([x.expand(-1, bank.positions if position is None else 1) for x in columns], dim=2))
     return torch.cat(spans).numpy()
 

@@ -37,6 +37,7 @@ class Policy:
     whole_frame: ClassVar[bool] = True  # decisions are taken for whole frames; False: at each position
     similarity: ClassVar[bool] = False  # the bank caches cosines between neighbors
     endless: ClassVar[bool] = False  # works without a capacity
+    layout: ClassVar[str] = "grid"  # of what is read: every entry has all positions; "ragged": some, as the mask says
 
     def __post_init__(self) -> None:
         require(self.anchors >= 0, f"{self.name}: anchors must be at least 0, got {self.anchors}")
@@ -88,12 +89,11 @@ class Policy:
         )
         common = dict(dtype=dtype, device=device, attached=attached, attached_dtype=attached_dtype, times=times)
         N = self._stored_positions(N)
-        bank = new_bank(
-            B, self._first_slots(), N, C, whole_frame=self.whole_frame, similarity=self.similarity, **common
-        )
+        common |= dict(whole_frame=self.whole_frame, sparse=self.layout == "ragged")
+        bank = self._extended(new_bank(B, self._first_slots(), N, C, similarity=self.similarity, **common))
         if not self.anchors:
             return bank
-        return dataclasses.replace(bank, head=new_bank(B, self.anchors, N, C, whole_frame=self.whole_frame, **common))
+        return dataclasses.replace(bank, head=new_bank(B, self.anchors, N, C, **common))
 
     def append(
         self,
@@ -121,7 +121,7 @@ class Policy:
         """
         self._check_frame(bank, frame, seconds, active, attached)
         bank = bank.give_up()
-        with _plain(bank):
+        with plain(bank.rows.device.type):
             when = (bank.frames if seconds is None else seconds).to(torch.float64)
             frame, attached, size = self._reduce(frame, attached)
             return self._append(bank, frame, attached, when, active, size)
@@ -130,11 +130,10 @@ class Policy:
         """Bring the bank back to its capacity. It was at most one entry over it; where it was not, nothing changes."""
         self._check_active(bank, active)
         bank = bank.give_up()
-        if self.room is None or bank.bound <= self.room:
+        if not self._due(bank):
             return bank
-        with _plain(bank):
-            self._shrink_(bank, active)
-        return bank if active is not None else dataclasses.replace(bank, bound=self.room)
+        with plain(bank.rows.device.type):
+            return self._compress(bank, active)
 
     def push(
         self,
@@ -162,10 +161,24 @@ class Policy:
         """Push T frames one after another: [B, T, N, C], seconds [B, T], active [B, T], attached [B, T, N, Ci]."""
         require_tensors(f"{self.name}.extend", frames=frames, seconds=seconds, active=active)
         require(frames.dim() == 4, f"{self.name}.extend: frames must be [B, T, N, C]", frames)
+        B, T = frames.shape[:2]
+        for what, x in (("seconds", seconds), ("active", active)):
+            require(x is None or x.shape == (B, T), f"{self.name}.extend: {what} must be [B, T]", x, frames)
+        for i, x in enumerate(attached):
+            fits = isinstance(x, Tensor) and x.dim() == 4 and x.shape[:2] == (B, T)
+            require(fits, f"{self.name}.extend: attached[{i}] must be [B, T, N, Ci]", *([x] if fits else []), frames)
+        return self._extend(bank, frames, seconds, active, attached)
+
+    def _extend(self, bank, frames, seconds, active, attached) -> Bank:
         for t in range(frames.shape[1]):
             at = [None if x is None else x[:, t] for x in (seconds, active)]
             bank = self.push(bank, frames[:, t], *at, [x[:, t] for x in attached])
         return bank
+
+    def flush(self, bank: Bank, active: Tensor | None = None) -> Bank:
+        """End what was gathered: policies that gather frames and compress many at once (moviechat, flash_vstream) do so
+        now, with those that there are. For all others the same as `compress`."""
+        return self.compress(bank, active)
 
     def check(self, bank: Bank) -> Bank:
         """The bank, if this policy can go on with it; ValueError otherwise (say, after load_state_dict)."""
@@ -180,11 +193,17 @@ class Policy:
         for a, b in pairs:
             mine, given = a.tensors(), b.tensors()
             fits &= mine.keys() == given.keys() and a.positions == b.positions
+            fits &= a.sparse == b.sparse and len(a.counts) == len(b.counts)
             fits = fits and all(self._fits(mine[name], x) for name, x in given.items())
+            fits = fits and all(x.dtype == b.extra[name].dtype for name, x in a.extra.items())
         require(
             fits, f"{self.name}.check: the bank was made by another policy or with other options than {self.spec()}"
         )
         return bank
+
+    def check_extra(self, bank: Bank) -> None:
+        """ValueError where what this policy keeps beside the entries has values that it never leaves there; waits for
+        the device."""
 
     def _fits(self, mine: Tensor, given: Tensor) -> bool:
         return mine.shape == given.shape
@@ -202,14 +221,28 @@ class Policy:
         """A frame before it is stored, and the size that it counts: int32 [B, N], or 1."""
         return frame, attached, 1
 
+    def _extended(self, bank: Bank) -> Bank:
+        """A new bank with what this policy keeps beside the entries."""
+        return bank
+
     def _shrink_(self, bank: Bank, active: Tensor | None) -> None:
         """Remove one entry, in place, in every active video that holds room + 1."""
         raise NotImplementedError
 
+    def _due(self, bank: Bank) -> bool:
+        """Whether a video may have to be compressed, as far as is known without asking the device."""
+        return self.room is not None and bank.bound > self.room
+
+    def _compress(self, bank: Bank, active: Tensor | None) -> Bank:
+        """Compress the active videos, where it is due."""
+        self._shrink_(bank, active)
+        return bank if active is not None else dataclasses.replace(bank, bound=self.room)
+
     def _advance_(self, bank: Bank, frame, attached, when, active, size) -> Bank:
-        """Shrink where due, and append, in place or in a larger bank."""
-        if self.room is not None and bank.bound > self.room:
-            self._shrink_(bank, active)
+        """Compress where due, and append, in place or in a larger bank. What this leaves in `bound` is one less than
+        the bound afterwards."""
+        if self._due(bank):
+            bank = self._compress(bank, active)
         put_(bank, frame, attached, when, active, size)
         return bank
 
@@ -268,9 +301,9 @@ class Policy:
 
 
 @contextmanager
-def _plain(bank: Bank) -> Iterator[None]:
+def plain(device: str) -> Iterator[None]:
     """No graph, and no autocast: the choices are made in float32."""
-    device = bank.rows.device.type
+
     plain = torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
     with torch.no_grad(), plain:
         yield

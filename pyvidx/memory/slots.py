@@ -13,6 +13,14 @@ from torch import Tensor
 from pyvidx.memory.bank import Bank
 
 
+def full(bank: Bank, active: Tensor | None) -> Tensor | None:
+    """bool [B], the active videos that use every slot; None if all videos do."""
+    if not bank.ragged and active is None and bank.bound == bank.rows.shape[1]:
+        return None
+    over = bank.length == bank.rows.shape[1]
+    return over if active is None else over & active
+
+
 def slot_of(bank: Bank, entry: Tensor) -> Tensor:
     """The slots [B, G] int64 of entries [B, G]; an entry past the last slot is taken as the last."""
     return bank.order.gather(2, entry.clamp(0, bank.order.shape[2] - 1)[..., None]).squeeze(2).long()
@@ -46,18 +54,34 @@ def stamp_(bank: Bank, slot: Tensor, seconds: Tensor, on: Tensor | None) -> None
 def join_(bank: Bank, i: Tensor, j: Tensor, on: Tensor | None, how: str) -> None:
     """Entries i < j become one, at the place of i, and j is gone.
 
-    how: "weighted", the mean of all their frames; "first", the row of i.
+    how: "weighted", the mean of all their frames; "plain", the mean of the two rows; "first", the row of i; "last",
+        that of j.
     """
     keep, gone = slot_of(bank, i), slot_of(bank, j)
     s, t = (bank.sizes.gather(2, slot[..., None]) for slot in (keep, gone))  # [B, G, 1]
-    if how == "weighted":
+    if how != "first":
         for rows in (bank.rows, *bank.attached):
             x, y = (wide(rows_at(rows, slot)) for slot in (keep, gone))
-            mean = (x * s.to(x.dtype) + y * t.to(x.dtype)) / (s + t).to(x.dtype)
-            set_rows_(rows, keep, mean.to(rows.dtype), on)
+            if how == "weighted":
+                y = (x * s.to(x.dtype) + y * t.to(x.dtype)) / (s + t).to(x.dtype)
+            elif how == "plain":
+                y = (x + y) / 2
+            set_rows_(rows, keep, y.to(rows.dtype), on)
     set_(bank.sizes, keep, (s + t).squeeze(2), on)
     span_(bank, keep, gone, on)
     remove_(bank, j, on)
+
+
+def copy_(bank: Bank, entry: Tensor, on: Tensor | None) -> None:
+    """Append a copy of an entry; there is a free slot."""
+    slot = slot_of(bank, entry)
+    to = slot_of(bank, bank.length[:, None].long().expand_as(slot))
+    for rows in (bank.rows, *bank.attached):
+        set_rows_(rows, to, rows_at(rows, slot), on)
+    for values in (bank.sizes, bank.first, bank.last):
+        if values is not None:
+            set_(values, to, values.gather(2, slot[..., None]).squeeze(2), on)
+    count_(bank, 1, on)
 
 
 def span_(bank: Bank, keep: Tensor, gone: Tensor, on: Tensor | None) -> None:
@@ -79,6 +103,11 @@ def remove_(bank: Bank, entry: Tensor, on: Tensor | None) -> None:
     shifted[..., -1] = slot
     bank.order.copy_(shifted if on is None else torch.where(on[:, None, None], shifted, bank.order))
     count_(bank, -1, on)
+
+
+def may(on: Tensor) -> bool:
+    """False where it is known that no element is True: on a CPU. A GPU is not waited for."""
+    return not on.is_cpu or torch.compiler.is_compiling() or bool(on.any())
 
 
 def count_(bank: Bank, change: int, on: Tensor | None) -> None:

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from pyvidx.memory.bank import Bank
-from pyvidx.memory.policies import Concat, Fifo, full
+from pyvidx.memory.policies import Concat, Fifo
 from pyvidx.memory.policy import Policy
 from pyvidx.memory.registry import register
-from pyvidx.memory.slots import join_, wide
+from pyvidx.memory.slots import full, join_, wide
 from pyvidx.ops._library import require
 from pyvidx.ops.memory_merge import EPS
 

@@ -1,7 +1,5 @@
 """Every vector file under PYVIDX_GOLDEN (default: data/ beside this file) against what we compute."""
 
-import fnmatch
-
 import pytest
 
 # They register themselves.
@@ -11,9 +9,10 @@ from tests.golden import (  # noqa: F401
     runners_ma_lmm,
     runners_malmm,
     runners_memory,
+    runners_policies,
     runners_temporal,
 )
-from tests.golden.vectors import FOLDER, Check, files, runner_of
+from tests.golden.vectors import FOLDER, Check, files, matches, runner_of
 
 FILES = files()
 
@@ -34,7 +33,7 @@ def test_vectors(file, run, variant):
     runner = runner_of(file)
     if runner is None:
         pytest.skip(f"{file.name}: no runner")
-    check = Check({k: t for k, t in file.tensors.items() if belongs(k, run)})
+    check = Check({k: t for k, t in file.tensors.items() if runner.outputs(k, run)})
     runner.run(file, run, variant, check)
     lacking = [n for n in check.wanted if n not in check.seen and not matches(n, runner.may_lack)]
     assert not lacking, f"{file.name}: the runner computed nothing for {lacking}"
@@ -49,7 +48,7 @@ def test_left_out(file):
         name
         for name in file.tensors
         if name.startswith(("out.", "grad"))
-        and (matches(name, runner.may_lack) or not any(belongs(name, run) for run in covered))
+        and (matches(name, runner.may_lack) or not any(runner.outputs(name, run) for run in covered))
     ]
     if left:
         pytest.skip(f"{file.name}: {len(left)} of its outputs are not compared, e.g. {left[0]}")
@@ -57,12 +56,3 @@ def test_left_out(file):
 
 def test_there_are_vectors():
     assert any(runner_of(file) for file in FILES), f"no known vector file under {FOLDER}"
-
-
-def belongs(name, run):
-    prefixes = [f"out.{run}.", f"grad.{run}."] if run else ["out."]
-    return name.startswith(tuple(prefixes)) or (bool(run) and fnmatch.fnmatchcase(name, f"grad_of.*.{run}.*"))
-
-
-def matches(name, patterns):
-    return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)

@@ -35,7 +35,9 @@ class VectorFile:
             return json.loads(self.path.read_text())
         with safe_open(self.path, "pt") as file:
             header = file.metadata() or {}
-        return next((json.loads(header[key]) for key in ("case", "json", "meta") if key in header), {})
+        beside = self.path.with_suffix(".json")
+        text = next((header[key] for key in ("case", "json", "meta") if key in header), None)
+        return json.loads(text or (beside.read_text() if beside.exists() else "{}"))
 
     @cached_property
     def tensors(self) -> dict[str, Tensor]:
@@ -52,16 +54,28 @@ class Runner:
     runs: Callable[[VectorFile], list[str]]
     variants: tuple[str, ...]
     may_lack: tuple[str, ...]  # patterns of outputs that it does not compute
+    inputs: tuple[str, ...] | None  # patterns of what is no output; None: outputs are called out.* or grad*
+
+    def outputs(self, name: str, run: str) -> bool:
+        """Whether a tensor of this name is an output of the run."""
+        if self.inputs is not None:
+            return name.startswith(f"{run}." if run else "") and not matches(name, self.inputs)
+        prefixes = [f"out.{run}.", f"grad.{run}."] if run else ["out."]
+        return name.startswith(tuple(prefixes)) or (bool(run) and fnmatch.fnmatchcase(name, f"grad_of.*.{run}.*"))
 
 
 RUNNERS: list[Runner] = []
 
 
-def runner(pattern: str, *, variants=("",), runs=lambda file: list(file.meta["runs"]), may_lack=()):
+def matches(name: str, patterns) -> bool:
+    return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def runner(pattern: str, *, variants=("",), runs=lambda file: list(file.meta["runs"]), may_lack=(), inputs=None):
     """Register a runner for files whose name (without folder and ending) matches the pattern."""
 
     def register(function):
-        RUNNERS.append(Runner(pattern, function, runs, tuple(variants), tuple(may_lack)))
+        RUNNERS.append(Runner(pattern, function, runs, tuple(variants), tuple(may_lack), inputs))
         return function
 
     return register
@@ -94,6 +108,8 @@ class Check:
         self.seen.add(name)
         want = self.wanted[name][part]
         assert got.shape == want.shape, f"{name}: {tuple(got.shape)}, expected {tuple(want.shape)}"
+        if not want.numel():
+            return
         error = (got.detach().double() - want.double()).abs().max().item()
         allowed = tolerance * max(1.0, want.abs().max().item())
         assert error <= allowed, f"{name}: off by {error:.3g}, allowed {allowed:.3g}"
