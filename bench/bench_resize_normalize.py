@@ -1,5 +1,7 @@
-"""Frames to 224 x 224 pixels as CLIP has them, against torch's own antialiased resize; bench/preprocess.py compares with
-the processors of transformers."""
+"""Frames to 224 x 224 pixels as CLIP has them, against torch's own antialiased resize.
+
+bench/preprocess.py compares with the processors of transformers.
+"""
 
 import pytest
 import torch

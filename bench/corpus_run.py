@@ -17,14 +17,18 @@ import tempfile
 import time
 from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
 
 from pyvidx import corpus
+from pyvidx.corpus.engines import Job
 from pyvidx.corpus.folder import manifest, parts
+from pyvidx.corpus.rates import Rates, measure
 from pyvidx.data import motion
-from pyvidx.files import write_json
+from pyvidx.files import whole, write_json
+from pyvidx.models import TextVideo
 from pyvidx.video import write
 
 ROOT = Path(__file__).parents[1]
@@ -53,13 +57,14 @@ def main(argv: Sequence[str] | None = None) -> dict:
             for name, kills in (("killed", options.kills), ("undisturbed", 0))
         }
         compared = compare(folder / "killed", folder / "undisturbed", made)
+        rates = asdict(measured(folder / "clips"))
     result = {
         "about": {
             "machine": platform.processor() or platform.machine(), "cores": os.cpu_count(), "torch": torch.__version__,
             "load_average": os.getloadavg(), "clips": f"{2 * FRAMES} frames of {SIZE} x {SIZE}", "job": " ".join(JOB),
             "part_rows": options.part_rows, "seed": options.seed, **made,
         },
-        "compared": compared,
+        "compared": compared, "rates": rates,
         "runs": runs,
     }  # fmt: skip
     if options.out:
@@ -85,16 +90,9 @@ def make(folder: Path, count: int) -> dict[str, int]:
         if spoiled:  # in turn empty, no video, and cut before any frame
             content = path.read_bytes()
             content = (b"", b"this is not a video" * 20, content[: len(content) // 8])[i // BROKEN_EVERY % 3]
-            path.unlink()
-            write_bytes(path, content)
+            with whole(path) as part:
+                part.write_bytes(content)
     return {"videos": count, "broken": broken}
-
-
-def write_bytes(path: Path, content: bytes) -> None:
-    from pyvidx.files import whole
-
-    with whole(path) as part:
-        part.write_bytes(content)
 
 
 def run(folder: Path, name: str, videos: int, kills: int, options: argparse.Namespace) -> dict:
@@ -142,16 +140,24 @@ def run(folder: Path, name: str, videos: int, kills: int, options: argparse.Name
     }  # fmt: skip
 
 
+def measured(clips: Path) -> Rates:
+    """On 200 of the clips, one core, for `pyvidx plan encode --rates`."""
+    paths = sorted(map(str, clips.rglob("*.mp4")))
+    job = Job(frames=FRAMES, outputs=("pooled",), batch=8)
+    return measure(paths[:: max(1, len(paths) // 200)], TextVideo.default().model.fold(), job)
+
+
 def flat(samples: list[dict]) -> dict:
     """Medians over the second and the last quarter of the longest stretch without a kill."""
     longest = max((([s for s in samples if s["start"] == n]) for n in {s["start"] for s in samples}), key=len)
     settled = [s for s in longest if s["processes"] > 1] or longest
     n = max(1, len(settled) // 4)
     early, late = settled[n : 2 * n] or settled, settled[-n:]
-    return {
-        name: [statistics.median(s[name] for s in part) for part in (early, late)] + [max(s[name] for s in settled)]
-        for name in ("run_mib", "decoders_mib", "open_files", "processes")
-    } | {"rows": [early[0]["rows"], late[-1]["rows"]]}
+    found = {"rows": {"second quarter": early[0]["rows"], "last quarter": late[-1]["rows"]}}
+    for name in ("run_mib", "decoders_mib", "open_files", "processes"):
+        before, after = (statistics.median(s[name] for s in part) for part in (early, late))
+        found[name] = {"second quarter": before, "last quarter": after, "most": max(s[name] for s in settled)}
+    return found
 
 
 def compare(one: Path, other: Path, made: dict[str, int]) -> dict:

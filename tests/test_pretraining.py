@@ -1,11 +1,15 @@
 """BT-Adapter's pretraining: losses, masks, DropPath, and two processes against one."""
 
+import dataclasses
+
 import pytest
 import torch
 from torch import distributed as dist
 
+from pyvidx import temporal
 from pyvidx.backbones import TextConfig, TextTower
-from pyvidx.models import BTAdapter
+from pyvidx.backbones.vit import ViT, ViTConfig
+from pyvidx.models import BTAdapter, VideoEncoder
 from pyvidx.models.losses import _unit, alignment, contrastive, gather
 from pyvidx.models.pretraining import Pretraining
 from pyvidx.temporal.bt_adapter import split_rows
@@ -292,3 +296,54 @@ def test_two_processes_are_one(tmp_path):
         for parameter, want in gradients(step, getattr(losses, name)).items():
             close(results["global", name][parameter], want, 1e-5)
             close(results["official", name][parameter], share * want, 1e-5)
+
+
+SIGLIP = ViTConfig(
+    12, 4, 16, 2, 5, 24, hidden_act="gelu_tanh", eps=1e-6, pool="attention", norm_pre=False, patch_bias=True
+)
+
+
+@pytest.mark.parametrize("vision", [CONFIG.vision, SIGLIP], ids=["clip", "siglip"])
+@pytest.mark.parametrize("name", temporal.names())
+def test_every_module_learns(name, vision):
+    """Steps on one batch lower the loss; the frozen text tower and, if not asked for, the image tower stay."""
+    torch.manual_seed(0)
+    encoder = VideoEncoder(ViT(vision), temporal.create(name, vision))
+    text = TextTower(dataclasses.replace(TEXT, embed_dim=vision.embed_dim or vision.width))
+    trained = bool(list(encoder.temporal.parameters()))
+    if not trained:
+        with pytest.raises(ValueError, match=f"{name} has no parameters to train"):
+            Pretraining(encoder, text)
+    step = Pretraining(encoder, text, train_tower=not trained, scale=10.0).train()
+    fixed = {n: p.clone() for n, p in step.named_parameters() if not p.requires_grad}
+    assert any(n.startswith("text") for n in fixed) and any(n.startswith("model.tower") for n in fixed) == trained
+    optimizer = torch.optim.AdamW([p for p in step.parameters() if p.requires_grad], lr=3e-3)
+    pixels, mask = clip(B=4).float(), tube_mask(4, P) if step.has_branch else None
+    totals = []
+    for _ in range(6):
+        losses = step(pixels, IDS, mask=mask)
+        assert list(losses.named) == (["vtc", "mbca", "mbta"] if step.has_branch else ["vtc"])
+        totals.append(losses.total.item())
+        optimizer.zero_grad()
+        losses.total.backward()
+        optimizer.step()
+    assert min(totals[-2:]) < totals[0]
+    assert all(torch.equal(p, fixed[n]) for n, p in step.named_parameters() if n in fixed)
+    if not step.has_branch:
+        with pytest.raises(ValueError, match="no branch for a mask"):
+            step(pixels, IDS, mask=tube_mask(4, P))
+
+
+@pytest.mark.parametrize("name", ["joint", "stan"])
+def test_parts_of_a_batch_give_the_same_gradients_of_any_module(name):
+    def gradients(micro_batch):
+        torch.manual_seed(0)
+        encoder = VideoEncoder(ViT(CONFIG.vision), temporal.create(name, CONFIG.vision))
+        step = Pretraining(encoder, TextTower(TEXT), train_tower=True, drop_path=0.0, micro_batch=micro_batch).double()
+        torch.manual_seed(2)
+        losses = step(clip(B=4), IDS, mask=torch.arange(P).expand(4, P) < 4 if step.has_branch else None)
+        losses.total.backward()
+        return [losses.total, *(p.grad for p in step.parameters() if p.grad is not None)]
+
+    for got, want in zip(gradients(3), gradients(None), strict=True):
+        close(got, want, 1e-9)

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from pyvidx.weights.bt_adapter import load_model, load_official
+from pyvidx.hosts.open import open_model
+from pyvidx.weights.bt_adapter import load_official
 from pyvidx.weights.malmm import load_malmm
 from pyvidx.weights.projector import load_projector
 from tests.golden.vectors import FOLDER, VectorFile
@@ -39,7 +40,7 @@ def test_pretraining_file(tmp_path):
     assert (model.compat, model.variant) == ("official", "mma") and not report.missing and not report.unexpected
     video = file.tensors["in.T8_B2.video"]
     close(model(video).pooled, file.tensors["out.T8_B2.gated.embed"])
-    close(load_model(path, gated=False, heads=4)(video).pooled, file.tensors["out.T8_B2.ungated.embed"])
+    close(open_model(path, gated=False, heads=4)[0](video).pooled, file.tensors["out.T8_B2.ungated.embed"])
 
 
 def test_pretraining_file_as_a_chat_tower(tmp_path):

@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pytest
 import torch
 
@@ -151,3 +152,71 @@ def test_published_sizes():
     with torch.device("meta"):
         tower = ViT(SIGLIP_B)
     assert sum(p.numel() for p in tower.parameters()) == 92_884_224
+
+
+def of_big_vision(theirs, stacked):
+    """The weights in the layout of the official files."""
+    H, arrays = 4, {"params/t": np.zeros(1, np.float32), "params/b": np.zeros(1, np.float32)}
+    state = {k: v.numpy() for k, v in theirs.state_dict().items()}
+
+    def linear(place, key, heads=None):
+        weight, bias = state[f"{key}.weight"].T, state[f"{key}.bias"]
+        if heads == "in":
+            weight, bias = weight.reshape(C, H, -1), bias.reshape(H, -1)
+        elif heads == "out":
+            weight = weight.reshape(H, -1, C)
+        arrays[f"params/{place}/kernel"], arrays[f"params/{place}/bias"] = weight, bias
+
+    def norm(place, key):
+        arrays[f"params/{place}/scale"], arrays[f"params/{place}/bias"] = state[f"{key}.weight"], state[f"{key}.bias"]
+
+    for place, key in (("img/Transformer", "vision_model"), ("txt/Encoder_0", "text_model")):
+        for i in range(L):
+            to, of = f"{place}/encoderblock_{i}", f"{key}.encoder.layers.{i}"
+            norm(f"{to}/LayerNorm_0", f"{of}.layer_norm1")
+            norm(f"{to}/LayerNorm_1", f"{of}.layer_norm2")
+            for name in ("query", "key", "value"):
+                linear(f"{to}/MultiHeadDotProductAttention_0/{name}", f"{of}.self_attn.{name[0]}_proj", "in")
+            linear(f"{to}/MultiHeadDotProductAttention_0/out", f"{of}.self_attn.out_proj", "out")
+            linear(f"{to}/MlpBlock_0/Dense_0", f"{of}.mlp.fc1")
+            linear(f"{to}/MlpBlock_0/Dense_1", f"{of}.mlp.fc2")
+    if stacked:
+        for key in [k for k in arrays if "encoderblock_0" in k]:
+            parts = [arrays.pop(key.replace("encoderblock_0", f"encoderblock_{i}")) for i in range(L)]
+            arrays[key.replace("encoderblock_0", "encoderblock")] = np.stack(parts)
+    norm("img/Transformer/encoder_norm", "vision_model.post_layernorm")
+    norm("txt/Encoder_0/encoder_norm", "text_model.final_layer_norm")
+    linear("txt/head", "text_model.head")
+    head = "vision_model.head"
+    for i, name in enumerate(("query", "key", "value")):
+        for leaf in ("weight", "bias"):
+            state[f"{name}.{leaf}"] = np.split(state[f"{head}.attention.in_proj_{leaf}"], 3)[i]
+        linear(f"img/MAPHead_0/MultiHeadDotProductAttention_0/{name}", name, "in")
+    linear("img/MAPHead_0/MultiHeadDotProductAttention_0/out", f"{head}.attention.out_proj", "out")
+    norm("img/MAPHead_0/LayerNorm_0", f"{head}.layernorm")
+    linear("img/MAPHead_0/MlpBlock_0/Dense_0", f"{head}.mlp.fc1")
+    linear("img/MAPHead_0/MlpBlock_0/Dense_1", f"{head}.mlp.fc2")
+    embeddings = {k.rpartition("embeddings.")[2]: v for k, v in state.items() if k.startswith("vision_model.emb")}
+    arrays["params/img/embedding/kernel"] = embeddings["patch_embedding.weight"].transpose(2, 3, 1, 0)
+    arrays["params/img/embedding/bias"] = embeddings["patch_embedding.bias"]
+    arrays["params/img/pos_embedding"] = embeddings["position_embedding.weight"][None]
+    arrays["params/img/MAPHead_0/probe"] = state[f"{head}.probe"]
+    arrays["params/txt/Embed_0/embedding"] = state["text_model.embeddings.token_embedding.weight"]
+    arrays["params/txt/pos_embedding"] = state["text_model.embeddings.position_embedding.weight"][None]
+    return arrays
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("stacked", [False, True])
+def test_official_files(stacked, tmp_path):
+    """big_vision's .npz, layers one by one or stacked."""
+    theirs, pixels = of_transformers(), torch.randn(2, 3, 30, 30)
+    np.savez(tmp_path / "webli.npz", **of_big_vision(theirs, stacked))
+    check_vision(vision_tower(tmp_path / "webli.npz", heads=4, image_size=30), theirs.vision_model, pixels)
+    close(text_tower(tmp_path / "webli.npz", heads=4)(IDS), theirs.get_text_features(IDS).pooler_output)
+    np.savez(tmp_path / "webli.npz", **of_big_vision(theirs, stacked) | {"params/img/odd": np.zeros(1, np.float32)})
+    with pytest.raises(ValueError, match="params/img/odd"):
+        vision_tower(tmp_path / "webli.npz", heads=4)
+    (tmp_path / "webli.npz").write_bytes((tmp_path / "webli.npz").read_bytes()[:-400])
+    with pytest.raises(ValueError, match=r"webli\.npz.*damaged"):
+        vision_tower(tmp_path / "webli.npz")

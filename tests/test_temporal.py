@@ -12,6 +12,7 @@ from pyvidx.backbones.vit import ViT, ViTConfig
 from pyvidx.layers.sincos import sincos_table
 from pyvidx.models import BTAdapter, BTAdapterConfig, VideoEncoder
 from pyvidx.models.flops import count
+from pyvidx.temporal.bt_adapter import TemporalLayer
 from pyvidx.temporal.clip_vip import proxy_attention
 from pyvidx.temporal.grid_pool import grid_pool, with_newlines
 from pyvidx.temporal.st_adapter import temporal_scale
@@ -137,6 +138,57 @@ def test_stored_layers(name, options):
         model.from_layers(xs[1:])
 
 
+@every
+@torch.no_grad()
+def test_stored_features(name, options):
+    """The input of the first layer that is read, for a module that only reads."""
+    model, pixels = encoder(name, options), clips()
+    if not model.temporal.reads_only:
+        with pytest.raises(ValueError, match="works inside the tower"):
+            model.from_features(pixels[..., 0])
+        return
+    first, mask = model.temporal.reads[0], torch.tensor([[True] * 4, [True, True, False, False]])
+    (x,) = model.tower(pixels, [first - 1])
+    close(model.from_features(x).pooled, model(pixels).pooled)
+    close(model.from_features(x.float(), frame_mask=mask).tokens, model(pixels, frame_mask=mask).tokens, 1e-5)
+    close(
+        model.from_layers(model.layers(pixels, outputs=("tokens",)), outputs=("tokens",)).tokens, model(pixels).tokens
+    )
+
+
+@every
+@torch.no_grad()
+def test_fold(name, options):
+    """The same numbers, the model itself as it was, and a copy that is for inference alone."""
+    model, pixels = encoder(name, options), clips()
+    before, want, folded = {k: v.clone() for k, v in model.state_dict().items()}, model(pixels), model.fold()
+    close(folded(pixels).tokens, want.tokens)
+    close(folded(pixels).pooled, want.pooled)
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    assert all(layer.fc is None for layer in folded.modules() if isinstance(layer, TemporalLayer))
+    assert {b.hidden_act for b in folded.tower.blocks.values()} == {"silu"}
+    assert not any(p.requires_grad for p in folded.parameters())
+    assert {p.dtype for p in model.fold(torch.bfloat16).parameters()} == {torch.bfloat16}
+    for refused in (folded.train, folded.fold, lambda: folded.save("x"), lambda: folded.load_state_dict(before)):
+        with pytest.raises(RuntimeError, match="fold"):
+            refused()
+
+
+@every
+@torch.no_grad()
+def test_patches_removed_from_a_branch(name, options):
+    model, pixels, tube = encoder(name, options), clips(), torch.arange(P) % 2 == 0
+    if not model.temporal.masks:
+        with pytest.raises(ValueError, match=f"{name} has no branch"):
+            model(pixels, mask=tube, outputs=("pooled",))
+        return
+    got = model(pixels, mask=tube, outputs=("pooled",)).pooled
+    assert (got - model(pixels).pooled).abs().max() > 1e-6
+    close(model.from_layers(model.layers(pixels), mask=tube, outputs=("pooled",)).pooled, got)
+    with pytest.raises(ValueError, match="tokens need all patches"):
+        model(pixels, mask=tube)
+
+
 @torch.no_grad()
 def test_no_work_for_padding():
     """A tower that is only read runs on real frames alone."""
@@ -149,7 +201,7 @@ def test_no_work_for_padding():
 @torch.no_grad()
 def test_time_attention_adds_nothing_at_first(name):
     layers = encoder(name, {}, randomize=False).temporal.branch.temporal
-    assert not any(layer(torch.randn(2, 4, P, C).double()).total().any() for layer in layers)
+    assert not any(layer(torch.randn(2, 4, P, C).double()).any() for layer in layers)
 
 
 @over(UNCHANGED)

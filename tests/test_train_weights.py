@@ -10,10 +10,10 @@ from pyvidx.backbones import TextConfig, TextTower
 from pyvidx.models import BTAdapter, BTAdapterConfig
 from pyvidx.models.pretraining import Pretraining
 from pyvidx.reference.bt_adapter import ReferenceBTAdapter
-from pyvidx.train.btadapter import Config, build
+from pyvidx.train.pretrain import Config, build
 from pyvidx.weights.mma_export import export_mma
 from tests.test_models import CONFIG
-from tests.test_train_btadapter import TEXT, step
+from tests.test_train_pretrain import TEXT, step
 from tests.torchvision_shim import mend_torchvision
 
 
@@ -73,7 +73,8 @@ def test_weights_of_a_clip(tmp_path):
         transformers.CLIPConfig(text_config=text.to_dict(), vision_config=vision.to_dict(), projection_dim=6)
     )
     model.save_pretrained(tmp_path / "clip")
-    values = {"out": "o", "train": {}, "weights": str(tmp_path / "clip"), "depth": 2, "time_length": 5, "gated": False}
+    values = {"out": "o", "train": {}, "weights": str(tmp_path / "clip"),
+              "module": {"name": "bt_adapter", "depth": 2, "time_length": 5, "gated": False}}  # fmt: skip
     task = build(Config.from_dict(values), torch.device("cpu"))
     config = task.model.config
     assert (config.depth, config.time_length, config.gated, config.vision.layers) == (2, 5, False, 3)
@@ -105,7 +106,7 @@ def test_weights_of_open_clip(tmp_path):
     torch.manual_seed(0)
     model = open_clip.create_model("pyvidx-tiny")
     torch.save(model.state_dict(), tmp_path / "w.pt")
-    values = {"out": "o", "train": {}, "depth": 2, "hidden_act": "gelu"}
+    values = {"out": "o", "train": {}, "module": {"name": "bt_adapter", "depth": 2}, "hidden_act": "gelu"}
     named = {"open_clip": "pyvidx-tiny", "pretrained": str(tmp_path / "w.pt")}
     task = build(Config.from_dict({**values, "weights": named}), torch.device("cpu"))
     same(build(Config.from_dict({**values, "weights": str(tmp_path / "w.pt")}), torch.device("cpu")), task.step)

@@ -12,8 +12,9 @@ from safetensors.torch import save_file
 from torch import nn
 
 from pyvidx.hosts.importing import importing
+from pyvidx.hosts.open import open_model
 from pyvidx.models import MALMM, BTAdapter, VideoEncoder
-from pyvidx.weights.bt_adapter import load_model, load_official
+from pyvidx.weights.bt_adapter import load_official
 from pyvidx.weights.malmm import export_malmm, load_malmm
 from pyvidx.weights.state import read, state_of
 from pyvidx.weights.text_towers import text_tower
@@ -228,19 +229,19 @@ def test_from_pretrained_names_the_right_door(kind, tmp_path):
         kind.from_pretrained(tmp_path / "folder.safetensors")
 
 
-def test_load_model(tmp_path):
+def test_one_door(tmp_path):
     """One door for both kinds of files, as the command line has it."""
     torch.save(mma_file(), tmp_path / "pretrain.pth")
-    official = load_model(tmp_path / "pretrain.pth", gated=False)
+    official = open_model(tmp_path / "pretrain.pth", gated=False)[0]
     assert (official.compat, official.config.gated) == ("official", False)
-    assert load_model(tmp_path / "pretrain.pth", compat="paper").compat == "paper"
+    assert open_model(tmp_path / "pretrain.pth", compat="paper")[0].compat == "paper"
     official.save(tmp_path / "ours")
     for path in (tmp_path / "ours", tmp_path / "ours/model.safetensors"):
-        assert load_model(path).compat == "official" and load_model(path, compat="paper").compat == "paper"
+        assert open_model(path)[0].compat == "official" and open_model(path, compat="paper")[0].compat == "paper"
     with pytest.raises(ValueError, match="gated must not be given"):
-        load_model(tmp_path / "ours", gated=True)
+        open_model(tmp_path / "ours", gated=True)[0]
     with pytest.raises(FileNotFoundError, match="there is no"):
-        load_model(tmp_path / "none")
+        open_model(tmp_path / "none")[0]
 
 
 def test_a_torchvision_of_another_torch_is_named():

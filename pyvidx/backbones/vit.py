@@ -21,6 +21,7 @@ from pyvidx.layers.patch import patch_grid, patch_rows, resize_positions
 from pyvidx.layers.plain import held, plain
 from pyvidx.sizes import check
 
+HIDDEN_ACTS = ("quick_gelu", "gelu", "gelu_tanh")
 POOLS = ("class", "attention", "mean")
 
 
@@ -62,7 +63,7 @@ class ViTConfig:
         check(self, zero=("layers",))
         if self.width % self.heads:
             raise ValueError(f"ViTConfig: width must be a multiple of heads, got {self.width} and {self.heads}")
-        for name, known in (("hidden_act", ACTIVATIONS), ("pool", POOLS)):
+        for name, known in (("hidden_act", HIDDEN_ACTS), ("pool", POOLS)):
             if getattr(self, name) not in known:
                 raise ValueError(f"ViTConfig: {name} must be one of {', '.join(known)}, got {getattr(self, name)!r}")
         if self.image_size < self.patch_size:

@@ -1,4 +1,4 @@
-"""python -m pyvidx encode VIDEO... --out FILE or FOLDER"""
+"""pyvidx encode VIDEO... --out FILE or FOLDER"""
 
 import argparse
 import os
@@ -11,53 +11,37 @@ from pathlib import Path
 import torch
 
 from pyvidx.cli import arguments
+from pyvidx.cli.models import load
 from pyvidx.corpus import embeddings, engines, stores
 from pyvidx.corpus.encode import Encoded, Timing, encode_videos, widths
-from pyvidx.corpus.folder import DTYPES, Corpus, Manifest, check
+from pyvidx.corpus.folder import DTYPES, Corpus, Manifest, check, made_of
 from pyvidx.files import printable
-from pyvidx.models import BTAdapter, TextVideo
-from pyvidx.models.files import digest
+from pyvidx.models import VideoEncoder
 from pyvidx.preprocess import PRESETS
 from pyvidx.video import find_videos, sampling
 from pyvidx.video.pool import shared
-from pyvidx.weights import bt_adapter as checkpoints
 
 FOR_FOLDERS = ("store", "resume", "retry_errors", "engine", "part_rows")
 
 
 def parser() -> argparse.ArgumentParser:
     p = arguments.Parser(
-        prog="python -m pyvidx encode",
-        description="Encode video files with BT-Adapter. Files that fail are named and do not stop the rest.",
+        prog="pyvidx encode",
+        description="Encode video files with any tower and any temporal module. Files that fail are named and do "
+        "not stop the rest.",
         epilog="Exit code: 0, 1 if videos failed, 2 for arguments that do not fit. Nothing is read from a network.",
+        example="pyvidx encode videos/ --model clip-vit-large-patch14/ --module stan --frames 8 --out embeddings",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     p.add_argument("videos", nargs="+", type=arguments.file, help="video files, or folders that are searched for them")
     p.add_argument("--out", help="where the embeddings go: a folder, which takes a corpus of any size part by part and "
                    f"can be resumed, or a file: {', '.join(embeddings.FORMATS)}")  # fmt: skip
-    p.add_argument("--model", type=arguments.weights, help="weights of BTAdapter.save, or a published file (.pth, "
-                   ".bin, .safetensors); without: a small built-in model")  # fmt: skip
-    p.add_argument("--compat", choices=["official", "paper"], help="compute as the public code does, or as the paper "
-                   "says; default: as saved, published weights as the public code")  # fmt: skip
-    p.add_argument("--frames", type=arguments.count, default=8, help="frames per video")
-    p.add_argument("--sampler", default="uniform", choices=sampling.names(aliases=True), metavar="NAME",
-                   help=f"which frames: {', '.join(sampling.names())}")  # fmt: skip
-    p.add_argument("--start", type=arguments.seconds, help="second of every video to take frames from")
-    p.add_argument("--end", type=arguments.seconds, help="second of every video to take frames up to, e.g. 30 for"
-                   " DiDeMo")  # fmt: skip
-    p.add_argument("--reader", default="auto", choices=["auto", "decord", "pyav", "torchcodec"])
-    p.add_argument("--preset", default="clip", choices=list(PRESETS), help="preprocessing")
-    p.add_argument("--outputs", type=arguments.outputs, default="pooled,tokens",
-                   help="pooled (video embedding), tokens (for a language model)")  # fmt: skip
-    p.add_argument("--batch", type=arguments.count, default=1, help="videos encoded together")
-    p.add_argument("--workers", type=arguments.count, default=1, help="how many read ahead")
-    p.add_argument("--device", type=arguments.device, default="cuda" if torch.cuda.is_available() else "cpu")
-    p.add_argument("--dtype", choices=list(DTYPES), help="default: float16 on a GPU, float32 on a CPU")
-    p.add_argument("--dtype-out", choices=list(DTYPES), default="float32", help="of the embeddings that are written")
+    add_job(p)
+    p.add_argument("--workers", type=arguments.workers, default=1, help="how many read ahead")
     arguments.add_overwrite(p)
     f = p.add_argument_group("if --out is a folder")
     f.add_argument("--resume", action="store_true", help="go on: videos that have a row there are left out")
-    f.add_argument("--retry-errors", action="store_true", help="with --resume, encode again what failed")
+    f.add_argument("--retry-errors", action="store_true", help="the same, and encode again what failed")
     f.add_argument("--store", choices=list(stores.STORES), default="parquet", help="format of its parts")
     f.add_argument("--part-rows", type=arguments.count, default=1000, help="rows of a part at most; of large "
                    "embeddings it has fewer, 64 MB, and one is written at least every 5 minutes")  # fmt: skip
@@ -66,9 +50,37 @@ def parser() -> argparse.ArgumentParser:
     return p
 
 
+def add_job(p: argparse.ArgumentParser) -> None:
+    """The model, and what is done to every video."""
+    arguments.add_model(p)
+    p.add_argument("--compat", choices=["official", "paper"], help="compute as the public code does, or as the paper "
+                   "says; default: as saved, published weights as the public code")  # fmt: skip
+    p.add_argument("--frames", type=arguments.frames, default=8, help="frames per video")
+    p.add_argument("--sampler", default="uniform", choices=sampling.names(aliases=True), metavar="NAME",
+                   help=f"which frames: {', '.join(sampling.names())}")  # fmt: skip
+    p.add_argument("--start", type=arguments.seconds, help="second of every video to take frames from")
+    p.add_argument("--end", type=arguments.seconds, help="second of every video to take frames up to, e.g. 30 for"
+                   " DiDeMo")  # fmt: skip
+    p.add_argument("--reader", default="auto", choices=["auto", "decord", "pyav", "torchcodec"],
+                   help="what decodes")  # fmt: skip
+    p.add_argument("--preset", choices=list(PRESETS), help="preprocessing; default: what the tower was trained with")
+    p.add_argument("--outputs", type=arguments.outputs, help="pooled (video embedding), tokens (for a language model); "
+                   "default: what the model has")  # fmt: skip
+    p.add_argument("--batch", type=arguments.count, default=1, help="videos encoded together")
+    arguments.add_device(p)
+    p.add_argument("--dtype", choices=list(DTYPES), help="default: float16 on a GPU, float32 on a CPU")
+    p.add_argument("--dtype-out", choices=list(DTYPES), default="float32", help="of the embeddings that are written")
+
+
+def job_of(options: argparse.Namespace) -> engines.Job:
+    names = ("frames", "sampler", "reader", "preset", "start", "end", "outputs", "batch")
+    return engines.Job(**{n: getattr(options, n) for n in names}, dtype=DTYPES[options.dtype_out])
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     p = parser()
     options = p.parse_args(argv)
+    options.resume |= options.retry_errors
     arguments.check_span(p, options.start, options.end)
     arguments.check_reader(p, options.reader)
     folder = _is_folder(options.out)
@@ -78,21 +90,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         paths, left_out = find(options.videos)
         if options.engine == "local":
             shared(options.workers)  # they start while the model is loaded
-        loaded = load_model(options.model, options.compat)
-        if loaded.config.part == "features":
-            raise ValueError(f"--model must read pixels, {options.model} reads stored features")
-        if lacking := [name for name in options.outputs if name not in loaded.outputs]:
-            raise ValueError(f"--outputs must be {','.join(loaded.outputs)} with this model, got {','.join(lacking)}")
-        random, weights = loaded.is_random, digest(loaded.state_dict()) if folder else None
+        loaded = opened(options)
+        random, made = loaded.is_random, made_of(loaded) if folder else {}
         model = folded(loaded, options.device, options.dtype)
-        corpus = _corpus(options, model, weights, random) if folder else None
+        corpus = _corpus(options, model, made, random) if folder else None
     except (OSError, RuntimeError, ValueError) as error:
         p.error(str(error))
     if left_out:
         print(f"NOTE: {left_out}", file=sys.stderr)
-    names = ("frames", "sampler", "reader", "preset", "start", "end", "outputs", "batch")
-    job = engines.Job(**{n: getattr(options, n) for n in names}, dtype=DTYPES[options.dtype_out])
-    timing = Timing()
+    job, timing = job_of(options), Timing()
     if corpus is not None:
         _into_folder(options, corpus, engine, model, job, paths, timing)
     else:
@@ -101,6 +107,22 @@ def main(argv: Sequence[str] | None = None) -> int:
         _into_file(options, kept, random, timing)
     print(timing)
     return 1 if timing.failed else 0
+
+
+def opened(options: argparse.Namespace) -> VideoEncoder:
+    """The model of `add_job`, and where options do not say, its preset and outputs.
+
+    Raises:
+        FileNotFoundError, RuntimeError, ValueError: see pyvidx.cli.models.load; it does not give what is asked for.
+    """
+    loaded, preset = load(options.model, options.module, compat=options.compat)
+    options.preset = options.preset or preset
+    if not hasattr(loaded.tower, "patch"):
+        raise ValueError(f"--model must read pixels, {options.model} reads stored features")
+    options.outputs = options.outputs or list(loaded.outputs)
+    if lacking := [name for name in options.outputs if name not in loaded.outputs]:
+        raise ValueError(f"--outputs must be {','.join(loaded.outputs)} with this model, got {','.join(lacking)}")
+    return loaded
 
 
 def _is_folder(out: str | None) -> bool:
@@ -123,29 +145,31 @@ def _check_output(p: argparse.ArgumentParser, options: argparse.Namespace, folde
     if folder:
         check(options.out, options.store, _made(options), resume=options.resume, overwrite=options.overwrite)
     else:
-        arguments.check_outputs(p, options.overwrite, Path(options.out))
+        inputs = [*options.videos, options.model]
+        arguments.check_outputs(p, options.overwrite, Path(options.out), inputs=inputs)
 
 
 def _made(options: argparse.Namespace) -> dict[str, str]:
     """What embeddings depend on, but for the weights."""
-    names = ("compat", "frames", "sampler", "start", "end", "reader", "preset", "outputs", "dtype", "dtype_out")
+    names = ("module", "compat", "frames", "sampler", "start", "end", "reader", "preset", "dtype_out")
     given = {name: getattr(options, name) for name in names}
-    given |= {"outputs": ",".join(options.outputs), "dtype": dtype_of(options.device, options.dtype)}
+    given |= {"outputs": options.outputs and ",".join(options.outputs)}
+    given |= {"dtype": dtype_of(options.device, options.dtype)}
     return {name: str(value).removeprefix("torch.") for name, value in given.items() if value is not None}
 
 
-def _corpus(options: argparse.Namespace, model: BTAdapter, weights: str, random: bool) -> Corpus:
+def _corpus(options: argparse.Namespace, model: VideoEncoder, made: dict[str, str], random: bool) -> Corpus:
     notes = {"model": str(options.model), "is_random": str(random), "device": options.device}
-    made = Manifest(
+    manifest = Manifest(
         options.store,
         widths(model, options.frames, options.outputs),
         options.dtype_out,
-        _made(options) | {"weights": weights},
+        _made(options) | made,
         {name: value for name, value in notes.items() if value != "None"},
     )
     return Corpus(
         options.out,
-        made,
+        manifest,
         resume=options.resume,
         overwrite=options.overwrite,
         retry_errors=options.retry_errors,
@@ -157,7 +181,7 @@ def _into_folder(
     options: argparse.Namespace,
     corpus: Corpus,
     engine: engines.Engine,
-    model: BTAdapter,
+    model: VideoEncoder,
     job: engines.Job,
     paths: list[str],
     timing: Timing,
@@ -233,28 +257,7 @@ def find(given: Sequence[Path]) -> tuple[list[str], str]:
     return list(map(str, videos)), said
 
 
-def load_model(path: Path | None, compat: str | None = None) -> BTAdapter:
-    """The model, and a note where its embeddings say little about a video.
-
-    Raises:
-        FileNotFoundError, ValueError: see pyvidx.weights.bt_adapter.load_model.
-    """
-    if path is None:
-        model = TextVideo.default(**({"compat": compat} if compat else {})).model
-    else:
-        model = checkpoints.load_model(path, compat=compat)
-    if path is None:
-        print(
-            "NOTE: the built-in model knows a small world of moving shapes (pyvidx.data.motion). For other videos the "
-            "embeddings show that and how fast everything runs, not what is in them. Give weights with --model.",
-            file=sys.stderr,
-        )
-    elif model.is_random:
-        print("NOTE: these weights were never trained: the embeddings do not show what is in a video.", file=sys.stderr)
-    return model
-
-
-def folded(model: BTAdapter, device: str, dtype: str | None) -> BTAdapter:
+def folded(model: VideoEncoder, device: str, dtype: str | None) -> VideoEncoder:
     """The model ready for inference."""
     return model.to(device).fold(dtype_of(device, dtype))
 

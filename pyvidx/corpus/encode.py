@@ -1,7 +1,7 @@
 """Video files to embeddings: read ahead in other processes, preprocess, encode, with errors kept per file."""
 
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
@@ -48,6 +48,7 @@ class Timing:
         videos, frames, failed: counted while iterating.
         wall: from the start to the latest result.
         parts: by name.
+        clock: that measures them.
     """
 
     videos: int = 0
@@ -55,14 +56,15 @@ class Timing:
     failed: int = 0
     wall: float = 0.0
     parts: dict[str, float] = field(default_factory=lambda: dict.fromkeys(PARTS, 0.0))
+    clock: Callable[[], float] = time.perf_counter
 
     @contextmanager
     def of(self, part: str) -> Iterator[None]:
-        start = time.perf_counter()
+        start = self.clock()
         try:
             yield
         finally:
-            self.parts[part] += time.perf_counter() - start
+            self.parts[part] += self.clock() - start
 
     def __str__(self) -> str:
         rate = self.frames / self.wall if self.wall else 0.0

@@ -23,6 +23,8 @@ from pyvidx.corpus import stores
 from pyvidx.corpus.encode import Encoded
 from pyvidx.corpus.stores.registry import NAMES, Layout, Store
 from pyvidx.files import check_output, printable, write_json
+from pyvidx.models import VideoEncoder
+from pyvidx.models.files import digest
 
 MANIFEST = "_pyvidx.json"
 _PART = re.compile(r"part-(\d+)\.\w+")
@@ -124,6 +126,12 @@ def check(
     elif folder.is_dir() and any(not _left(name) for name in os.listdir(folder)):
         raise FileExistsError(f"corpus: {printable(folder)} must be a new or empty folder, or one of pyvidx encode")
     check_output(folder / MANIFEST)
+
+
+def made_of(model: VideoEncoder) -> dict[str, str]:
+    """Of a model, before it is folded, what embeddings depend on: options of a Manifest."""
+    header = {"kind": model.kind, **model.header()}
+    return {"encoder": json.dumps(header, sort_keys=True), "weights": digest(model.state_dict())}
 
 
 class Corpus:

@@ -12,10 +12,9 @@ from pyvidx.hosts.importing import LOCAL, importing
 from pyvidx.memory.qformer import QFormerConfig
 from pyvidx.models.malmm import MALMM
 from pyvidx.models.malmm_config import MALMMConfig
+from pyvidx.weights import text_towers, towers
 from pyvidx.weights.malmm_keys import rename
 from pyvidx.weights.place import place
-from pyvidx.weights.text_towers import text_tower as weights_text_tower
-from pyvidx.weights.towers import filled, told_by_config, tower_config, tower_names
 
 EVA_TYPES = ("blip_2_vision_model", "instructblip_vision_model", "instructblipvideo_vision_model")
 
@@ -36,9 +35,7 @@ def vision_tower(model: nn.Module | str, **kwargs) -> ViT:
         ValueError: the model is none of these, or of another activation.
         RuntimeError: a name was given and transformers is not installed, or cannot be imported.
     """
-    model = _loaded(model, kwargs)
-    told, renamed = told_by_config(_config(model), "vision"), tower_names(model.state_dict())
-    return filled(tower_config(renamed, told), renamed)
+    return towers.vision_tower(_loaded(model, kwargs))
 
 
 def text_tower(model: nn.Module | str, **kwargs) -> TextTower:
@@ -46,24 +43,17 @@ def text_tower(model: nn.Module | str, **kwargs) -> TextTower:
 
     Arguments, result and errors as of vision_tower; the tower is frozen.
     """
-    model = _loaded(model, kwargs)
-    told = told_by_config(_config(model), "text")
-    return weights_text_tower(model.state_dict(), heads=told.heads, hidden_act=told.hidden_act, eps=told.eps)
+    return text_towers.text_tower(_loaded(model, kwargs))
 
 
 def _loaded(model: nn.Module | str, kwargs: dict) -> nn.Module:
-    if not isinstance(model, str):
-        return model
-    with importing("huggingface: loading by name", "transformers"):
-        from transformers import AutoModel
-    return AutoModel.from_pretrained(model, **{**LOCAL, **kwargs})
-
-
-def _config(model: nn.Module) -> dict:
-    config = getattr(model, "config", None)
-    if not hasattr(config, "to_dict"):
+    if isinstance(model, str):
+        with importing("huggingface: loading by name", "transformers"):
+            from transformers import AutoModel
+        model = AutoModel.from_pretrained(model, **{**LOCAL, **kwargs})
+    if not hasattr(getattr(model, "config", None), "to_dict"):
         raise ValueError(f"huggingface: model must be one of transformers, got {type(model).__name__}")
-    return config.to_dict()
+    return model
 
 
 def malmm(model: nn.Module, *, time_length: int = 0, compat: str = "official") -> MALMM:

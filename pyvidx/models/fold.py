@@ -16,7 +16,6 @@ import torch
 from torch import nn
 
 from pyvidx.backbones.vit import AttentionPool
-from pyvidx.layers.block import Block
 from pyvidx.layers.int8 import quantize
 from pyvidx.layers.plain import BIASES, unhooked
 from pyvidx.temporal.bt_adapter import BTAdapterBranch, TemporalLayer
@@ -91,7 +90,7 @@ def fold(model: Foldable, dtype: torch.dtype | None = None, precision: str = "fl
     }
     folded = copy.deepcopy(model, shared)
     for module, source in list(zip(folded.modules(), model.modules())):
-        if isinstance(module, Block) and module.hidden_act == "quick_gelu":
+        if getattr(module, "hidden_act", None) == "quick_gelu":
             _set(module.fc1, source.fc1.weight.double() * 1.702, source.fc1.bias.double() * 1.702)
             _set(module.fc2, source.fc2.weight.double() / 1.702, source.fc2.bias)
             module.hidden_act = "silu"

@@ -47,7 +47,13 @@ class TextVideo:
         return F.normalize(pooled.to(text), dim=-1) @ text.T
 
     def save(self, path: str | Path) -> Path:
-        """Write one safetensors file of float16 weights, everything else in its header."""
+        """Write one safetensors file of float16 weights, everything else in its header.
+
+        Raises:
+            RuntimeError: the model is a folded copy.
+        """
+        if self.model.folded:
+            raise RuntimeError("TextVideo: save the model itself, not its folded copy")
         both = nn.ModuleDict({"model": self.model, "text": self.text})
         weights = {name: p.detach().half() for name, p in both.state_dict().items()}
         header = {

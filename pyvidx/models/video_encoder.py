@@ -12,7 +12,9 @@ from pyvidx.backbones.vit import ViT, ViTConfig
 from pyvidx.models import files
 from pyvidx.models.config import BTAdapterConfig, known
 from pyvidx.models.fold import Foldable
+from pyvidx.ops import token_gather
 from pyvidx.ops._library import require_tensors
+from pyvidx.temporal.branch import Branch
 from pyvidx.temporal.encoding import Encoding
 from pyvidx.temporal.frames import check_frame_mask, on_real_frames, real_only
 from pyvidx.temporal.module import OUTPUTS, TemporalModule
@@ -163,6 +165,39 @@ class VideoEncoder(Foldable):
         xs = on_real_frames(lambda x: self._run_blocks(x, self._reads(wanted)), x, real)
         return self._encode(xs, real, wanted, mask, _grid_option(grid, interpolate), times)
 
+    @property
+    def hidden_layers(self) -> int:
+        """How many layers `hidden` can give: those that the module takes part in or runs beside."""
+        module = self.temporal
+        return module.depth if isinstance(module, Branch) else self.tower.config.layers
+
+    def hidden(self, pixels: Tensor, keep: Tensor, last: int) -> list[Tensor]:
+        """Patch tokens of the last layers, of an encoder that sees some of the patches: of every frame of a clip the
+        same. A branch sees those, and the backbone beside it all; otherwise those are all that the tower sees.
+
+        Args:
+            keep: int64 [B, K], the patches.
+            last: number of layers.
+
+        Returns:
+            [B, T, K, C] each, before any norm.
+        """
+        pixels, tower, module = self.read_pixels(pixels), self.tower, self.temporal
+        T, P, grid = pixels.shape[1], tower.config.patches, (1, keep.shape[1])
+        self._check_clip(T, P, None, None)
+        if isinstance(module, Branch):
+            xs = self._run_tower(pixels, None, ("pooled",), False)
+            group = dataclasses.replace(module.grouping(T, P), keep=keep, masked=True)
+            rows = module.branch.rows(xs, module.positions(tower), group, seed=module.seed(tower))
+            return [x[:, :, 1:] for x in rows[-last:]]
+        x = tower.tokens(pixels)
+        before, patches = x[:, :, : module.before], token_gather(x[:, :, module.before :], keep)
+        x, found = tower.norm_pre(module.embed(torch.cat([before, patches], dim=2), tower, grid=grid)), []
+        for i in tower.layers:
+            x = module.block(i, tower.blocks[str(i)], x, grid=grid)
+            found.append(module.patches(x, grid))
+        return found[-last:]
+
     def read_pixels(self, pixels: Tensor) -> Tensor:
         """The forms `forward` takes -> [B, T, 3, h, w]."""
         require_tensors(self._name, pixels=pixels)
@@ -212,7 +247,7 @@ class VideoEncoder(Foldable):
         return tuple(found)
 
     def _run_blocks(self, x: Tensor, layers: range) -> tuple[Tensor, ...]:
-        found, x = [], self.tower.own(x)
+        x, found = self.tower.own(x), []
         for i in layers:
             x = self.tower.blocks[str(i)](x)
             found.append(self.tower.with_class(x))

@@ -112,7 +112,7 @@ class Branch(TemporalModule):
             outputs,
             gate=held(self, "output_gate"),
             gate_scale=self.output_gate_scale,
-            seed=self._seed(tower),
+            seed=self.seed(tower),
             per_frame=self.per_frame if per_frame is None else per_frame,
         )
 
@@ -125,7 +125,7 @@ class Branch(TemporalModule):
         """What the projection makes of every frame's embedding, [B, T, C]; see `frame_vectors` below."""
         return frame_vectors(x, cls, tower, held(self, "output_gate"), self.output_gate_scale)
 
-    def _seed(self, tower: ViT) -> Tensor | None:
+    def seed(self, tower: ViT) -> Tensor | None:
         """[C], in place of the branch's own."""
         return None
 

@@ -119,6 +119,9 @@ class CLIPViP(TemporalModule):
         mask = token_mask(frame_mask, self.proxies, self._count(grid))
         return tower.with_class(x, None if mask is None else mask[:, 0, 0])
 
+    def patches(self, x: Tensor, grid: Grid | None = None) -> Tensor:
+        return x[:, self.proxies :].unflatten(1, (-1, self._count(grid)))
+
     def encode(
         self,
         xs: Sequence[Tensor],

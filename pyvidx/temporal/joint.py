@@ -44,6 +44,7 @@ class Joint(TemporalModule):
         super().__init__(vision)
         self.class_token = class_token
         self.leading = int(class_token and vision.class_token)  # M
+        self.sees_parts = not sincos  # the table is over all positions
         self.time = None if sincos else nn.Parameter(torch.zeros(time_length, vision.width))
 
     def check(self, T: int, P: int, frame_mask: Tensor | None = None) -> None:
@@ -70,6 +71,9 @@ class Joint(TemporalModule):
         """[B, M + T*P, C] -> [B, 1 + T*P, C], or [B, T*P, C] without a class token of the clip."""
         mask = self._mask(frame_mask, grid)
         return tower.with_class(x, None if mask is None else mask[:, 0, 0]) if self.class_token else x
+
+    def patches(self, x: Tensor, grid: Grid | None = None) -> Tensor:
+        return x[:, self.leading :].unflatten(1, (-1, self._count(grid)))
 
     def encode(
         self,

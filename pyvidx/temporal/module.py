@@ -39,6 +39,7 @@ class TemporalModule(nn.Module):
         reads: original indices of the backbone layers whose outputs `encode` wants.
         reads_only: the tower runs untouched, `embed` and `block` are not called: its outputs may be cached.
         masks: `check` and `encode` take a mask of patches to leave out; see pyvidx.temporal.branch.
+        sees_parts: `embed` and `block` also work on some of the patches of each frame, with grid (1, their number).
         spec: {"name": ..., options}, what `pyvidx.temporal.create` made it of.
     """
 
@@ -46,6 +47,7 @@ class TemporalModule(nn.Module):
     outputs: tuple[str, ...] = OUTPUTS
     reads_only = True
     masks = False
+    sees_parts = True
     spec: dict
 
     def __init__(self, vision: ViTConfig):
@@ -82,6 +84,10 @@ class TemporalModule(nn.Module):
     def rows(self, x: Tensor, tower: ViT, frame_mask: Tensor | None = None, grid: Grid | None = None) -> Tensor:
         """What `encode` gets of a layer's output: x as `block` left it, with a class row where the tower has none."""
         return tower.with_class(x)
+
+    def patches(self, x: Tensor, grid: Grid | None = None) -> Tensor:
+        """The patches of x as `block` left it, [B, T, P, C]."""
+        return x[:, :, self.before :]
 
     def encode(
         self,

@@ -85,7 +85,7 @@ class STAdapter(TemporalModule):
             raise ValueError(f"STAdapter: kernel must be three odd numbers, got {kernel}")
         if places not in PLACES:
             raise ValueError(f"STAdapter: places must be one of {PLACES}, got {places!r}")
-        self.first = vision.layers - layers
+        self.first, self.sees_parts = vision.layers - layers, kernel[1:] == (1, 1)
 
         def adapters(place):
             if places not in ("both", place):

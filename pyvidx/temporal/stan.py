@@ -23,5 +23,5 @@ class STAN(Branch):
         super().__init__(vision, depth=depth, time_length=time_length, gated=False)
         self.per_frame = per_frame
 
-    def _seed(self, tower: ViT) -> Tensor:
+    def seed(self, tower: ViT) -> Tensor:
         return tower.class_seed()

@@ -24,15 +24,14 @@ import torch
 from torch import Tensor
 
 from pyvidx.backbones.vit import ViT, ViTConfig
-from pyvidx.models import files
 from pyvidx.models.bt_adapter import BTAdapter
 from pyvidx.models.config import BTAdapterConfig
 from pyvidx.weights.keys import Renamed, check_plain, groups, is_official, rename
-from pyvidx.weights.place import Report, match, place
+from pyvidx.weights.place import MissingWeights, Report, match, place
 from pyvidx.weights.state import Source as AnySource
 from pyvidx.weights.state import naming, state_of
 from pyvidx.weights.state import read as read
-from pyvidx.weights.towers import Told, activation, told_by
+from pyvidx.weights.towers import Told, activation, published_heads, told_by
 
 Source = AnySource | ViT
 HALF = "0.5 in every channel, as in the public chat tower: its files hold no gates"
@@ -92,24 +91,6 @@ def load_official(
         return model, place(model, _shifted(tables, config), allow_missing, assumed)
 
 
-def load_model(path: str | Path, *, compat: str | None = None, variant: str | None = None, **options) -> BTAdapter:
-    """A BTAdapter from a file or folder of either kind: written by BTAdapter.save, or published.
-
-    Args:
-        compat, variant: in place of those saved; of published weights see load_official.
-        options: of load_official, such as gated=False for the public zero-shot evaluation, which adds plain sums. What
-            BTAdapter.save wrote takes none.
-
-    Raises:
-        FileNotFoundError, ValueError: see BTAdapter.from_pretrained and load_official.
-    """
-    if Path(path).exists() and not files.is_ours(path):
-        return load_official(path, compat=compat or "official", variant=variant, **options)[0]
-    if options:
-        raise ValueError(f"load_model: {path} says by itself what it is, so {', '.join(options)} must not be given")
-    return BTAdapter.from_pretrained(path, compat=compat, variant=variant)
-
-
 def load_weights(model: BTAdapter, *sources: Source, allow_missing: Sequence[str] = ()) -> Report:
     """Fill a model from files or state dicts of any known naming, cast to its dtypes, and set it to eval mode.
 
@@ -149,7 +130,7 @@ def infer_config(
         clip: of the backbone, where it is known; in place of the defaults below.
         depth: d; default the branch layers there are, plus one where they come without a whole tower, as in tuning.
         layers: L of the whole CLIP, needed where no source holds a whole one.
-        heads: default width / 64, as in every published CLIP.
+        heads: default that of the published CLIPs, see pyvidx.weights.towers.published_heads.
         gated: default whether there are gates; for parts "tokens" and "features" True but of STAN.
         hidden_act: default "quick_gelu", as the official code always runs OpenAI's CLIP; with a warning where the
             backbone is of another file than the authors'.
@@ -161,12 +142,10 @@ def infer_config(
     needed = ["tower.position", "temporal.branch.time", "temporal.branch.spatial.0.fc1.weight"]
     absent = [n for n in needed + ["tower.patch"] * (part != "features") if n not in names]
     if absent:
-        raise ValueError(f"checkpoint: no sizes without {', '.join(absent)}; {_remedy(tables)}")
+        raise MissingWeights(f"checkpoint: no sizes without {', '.join(absent)}; {_remedy(tables)}")
     check_plain(names, AXES)
     tokens, width = names["tower.position"].shape
     heads = clip.heads if heads is None and clip else heads
-    if heads is None and width % 64:
-        raise ValueError(f"checkpoint: width {width} is not a multiple of 64, so pass heads=")
     if depth is None:
         depth = max(
             _count(table.weights, "temporal.branch.spatial") + (not _is_whole(table))
@@ -183,7 +162,7 @@ def infer_config(
         image_size=math.isqrt(tokens - 1) * patch,
         patch_size=patch,
         width=width,
-        heads=heads or width // 64,
+        heads=heads or published_heads(width),
         layers=layers,
         mlp_width=names["temporal.branch.spatial.0.fc1.weight"].shape[0],
         embed_dim=None if projection is None else projection.shape[0],

@@ -22,7 +22,7 @@ from pyvidx.models.malmm import MALMM
 from pyvidx.models.malmm_config import MALMMConfig
 from pyvidx.weights.keys import Renamed, check_plain, groups
 from pyvidx.weights.malmm_keys import export, rename
-from pyvidx.weights.place import Report, match, place
+from pyvidx.weights.place import MissingWeights, Report, match, place
 from pyvidx.weights.state import Source, naming, state_of
 
 AXES = {
@@ -113,7 +113,7 @@ def infer_config(
     needed += ["qformer.keys_values.weight", "qformer.layers.0.feed_query.fc1.weight"]
     absent = [name for name in needed if name not in names]
     if absent:
-        raise ValueError(f"checkpoint: no sizes without {', '.join(absent)}; {_remedy(tables)}")
+        raise MissingWeights(f"checkpoint: no sizes without {', '.join(absent)}; {_remedy(tables)}")
     check_plain(names, AXES)
     tokens, C = names["vision.position"].shape
     Q, D = names["qformer.query_tokens"].shape

@@ -1,7 +1,7 @@
 """Names of MA-LMM's weights: of LAVIS (InstructBLIP, BLIP-2, MA-LMM, eva_vit_g), of transformers, and pyvidx's own."""
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 import torch
 from torch import Tensor
@@ -114,6 +114,11 @@ def rename(state: Mapping[str, Tensor]) -> Renamed:
     for target, found in parts.items():
         add(result, target, _stacked(target, found), *(key for _, key in found.values()))
     return result
+
+
+def is_malmm(keys: Iterable[str]) -> bool:
+    """Of MA-LMM, BLIP-2 or InstructBLIP: there is a Q-Former."""
+    return any("query_tokens" in key for key in keys)
 
 
 def export(weights: Mapping[str, Tensor], naming: str, *, cross_every: int = 2) -> dict[str, Tensor]:

@@ -1,6 +1,7 @@
 """A pretrained BT-Adapter under the names of the official pretraining file (mma): the way back of keys.rename."""
 
 import re
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -43,9 +44,14 @@ INNER = {
 
 def export_mma(step: Pretraining) -> dict[str, Tensor]:
     """Copies of all weights, text tower and head included, as the official code saves them; read by
-    bt_adapter.load_official and text_towers.text_tower."""
+    pyvidx.weights.bt_adapter.load_official and pyvidx.weights.text_towers.text_tower."""
+    return export_names(dict(step.named_parameters()))
+
+
+def export_names(parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Copies under the official names, of "model.*", a whole BTAdapter's, "text.*", its text tower's, and "head.*"."""
     weights = {}
-    for name, p in step.named_parameters():
+    for name, p in parameters.items():
         value = p.detach().clone()
         if name == "model.temporal.branch.seed":
             value = value.view(1, 1, -1)
@@ -60,18 +66,29 @@ def export_mma(step: Pretraining) -> dict[str, Tensor]:
     return weights
 
 
+def has_official_names(step: Pretraining) -> bool:
+    """Whether `export_mma` has a name for every weight."""
+    return all(_official(name) is not None for name, _ in step.named_parameters())
+
+
 def load_head(step: Pretraining, state: dict[str, Tensor]) -> bool:
     """Fill the head of the token loss from the official names; False: they are not there."""
     head = {key.removeprefix("extra_proj."): value for key, value in state.items() if key.startswith("extra_proj.")}
-    if head:
+    if head and step.head is not None:
         with torch.no_grad():
             step.head.load_state_dict(head)
-    return bool(head)
+    return bool(head and step.head)
 
 
 def _renamed(name: str) -> tuple[str, str]:
     """The official name up to where ours goes on, and the rest."""
+    if (found := _official(name)) is None:
+        raise ValueError(f"export_mma: {name} has no official name")
+    return found
+
+
+def _official(name: str) -> tuple[str, str] | None:
     for ours, theirs in NAMES:
         if match := re.match(ours, name):
             return match.expand(theirs), name[match.end() :]
-    raise ValueError(f"export_mma: {name} has no official name")
+    return None

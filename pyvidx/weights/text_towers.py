@@ -1,11 +1,11 @@
 """Text towers from the weights of transformers' CLIP and SigLIP, open_clip, or BT-Adapter's official pretraining."""
 
 import re
-from pathlib import Path
 
 import torch
 
 from pyvidx.backbones.text import SIGLIP_TEXT_B, TextConfig, TextTower
+from pyvidx.weights.big_vision import as_transformers, is_big_vision
 from pyvidx.weights.keys import (
     THIRDS,
     TOWER,
@@ -21,7 +21,7 @@ from pyvidx.weights.keys import (
 )
 from pyvidx.weights.place import assign
 from pyvidx.weights.state import Source, state_of
-from pyvidx.weights.towers import Told, activation, told_by
+from pyvidx.weights.towers import Told, activation, completed
 
 TOP = {
     "embeddings.token_embedding.weight": "token.weight",
@@ -55,8 +55,7 @@ def text_tower(
     Args:
         source: file, folder, module or state dict of a CLIP or a SigLIP, known by its projection's bias; the image
             tower and the head of a whole model are passed over.
-        heads: default what a config beside the weights tells, or the published: 16 of widths 1152 and 1536, else
-            width / 64.
+        heads: default what a config beside the weights tells, or the published: 16 of width 1152, else width / 64.
         hidden_act, eps: default what a config tells, or the published; of a CLIP that tells nothing OpenAI's
             "quick_gelu", with a warning where the weights are a CLIP's alone: LAION's and DataComp's have "gelu".
 
@@ -65,9 +64,9 @@ def text_tower(
         ValueError: it cannot be read, a weight is missing, not understood or there twice, a shape differs, or the
             width does not give the heads.
     """
-    told = (told_by(source, "text") if isinstance(source, str | Path) else None) or Told()
-    told = Told(*(theirs if mine is None else mine for mine, theirs in zip((heads, hidden_act, eps), told)))
+    told = completed(Told(heads, hidden_act, eps), source, "text")
     state, weights, thirds = state_of(source), {}, {}
+    state = as_transformers(state) if is_big_vision(state) else state
     names = without_wrappers(list(state), lambda name: bool(_elsewhere(name) or _locate(name)[0]))
     for (key, value), name in zip(state.items(), names):
         if _elsewhere(name) or is_counter(value):
@@ -92,7 +91,7 @@ def text_tower(
         )
     check_plain(weights, AXES)
     vocab, width = weights["token.weight"].shape
-    siglip = "projection.bias" in weights
+    siglip = any(name.endswith(("projection.bias", "head.weight")) for name in names)
     hidden_act = told.hidden_act or (SIGLIP_TEXT_B.hidden_act if siglip else None)
     if hidden_act is None:
         hidden_act = "quick_gelu" if is_official(state) else activation(None)
@@ -103,7 +102,7 @@ def text_tower(
         vocab=vocab,
         context=len(weights["position"]),
         width=width,
-        heads=told.heads or (16 if width in (1152, 1536) else width // 64),
+        heads=told.heads or (16 if width == 1152 else width // 64),
         layers=count_layers(weights, "blocks."),
         mlp_width=len(weights["blocks.0.fc1.weight"]),
         embed_dim=len(weights["projection.weight"]),

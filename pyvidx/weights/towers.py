@@ -21,8 +21,9 @@ from torch import Tensor
 
 from pyvidx.backbones.vit import EVA_G, SIGLIP_B, ViT, ViTConfig
 from pyvidx.weights import malmm_keys
+from pyvidx.weights.big_vision import as_transformers, is_big_vision
 from pyvidx.weights.keys import Renamed, check_plain, count_layers, groups, rename
-from pyvidx.weights.place import assign
+from pyvidx.weights.place import MissingWeights, assign
 from pyvidx.weights.state import Source, state_of
 
 AXES = {"position": 2, "patch": 4, "blocks.0.fc1.weight": 2, "projection.weight": 2}
@@ -40,6 +41,7 @@ DEFAULTS = {
     ),
 }  # fmt: skip
 EVA = re.compile(r"(^|.*\.)(attn\.q_bias|self_attn\.qkv\.weight)$")
+EVA_END = re.compile(r"(?!.*blocks\.)(?:.*\.)?(norm|head)\.(weight|bias)")
 # timm's SigLIP towers with the approximated GELU; its others have the exact one.
 TANH = re.compile(r"so400m_patch16|giantopt|base_patch32|large_patch16_siglip_512")
 
@@ -109,6 +111,16 @@ def _of_open_clip(values: dict, part: str) -> Told:
     return Told(inner["width"] // inner.get("head_width", 64), act, 1e-5, inner.get("image_size"))
 
 
+def completed(given: Told, source: Source, part: str) -> Told:
+    """What is given, and for the rest what the folder or the model of transformers that is the source tells."""
+    told = None
+    if isinstance(source, str | Path):
+        told = told_by(source, part)
+    elif hasattr(getattr(source, "config", None), "to_dict"):
+        told = told_by_config(source.config.to_dict(), part)
+    return Told(*(theirs if mine is None else mine for mine, theirs in zip(given, told or Told())))
+
+
 def activation(hidden_act: str | None, stacklevel: int = 3) -> str:
     """hidden_act, or OpenAI's with a warning where it was not told: a wrong one gives wrong numbers and no error."""
     if hidden_act is None:
@@ -118,6 +130,17 @@ def activation(hidden_act: str | None, stacklevel: int = 3) -> str:
             stacklevel=stacklevel,
         )
     return hidden_act or "quick_gelu"
+
+
+def published_heads(width: int) -> int:
+    """Heads of the published image towers of a width: 64 channels each, but in the largest, which have 16.
+
+    Raises:
+        ValueError: it is not a multiple of 64.
+    """
+    if width % 64:
+        raise ValueError(f"weights: width {width} is not a multiple of 64, so pass heads=")
+    return 16 if width >= 1152 else width // 64
 
 
 def vision_tower(
@@ -133,8 +156,7 @@ def vision_tower(
     Args:
         source: file, folder, module or state dict of a CLIP, a SigLIP or an EVA, in any naming that keys.rename or
             malmm_keys.rename knows; the text tower and what else a whole model has are passed over.
-        heads: default what a config beside the weights tells, or the published: 16 of widths 1152, 1408 and 1536,
-            else width / 64.
+        heads: default what a config beside the weights tells, or the published, see published_heads.
         hidden_act, eps: default what a config tells, or the published; of a CLIP that tells nothing OpenAI's
             "quick_gelu", with a warning: LAION's and DataComp's have "gelu".
         image_size: pixels; default what a config tells, or whole patches.
@@ -144,33 +166,36 @@ def vision_tower(
         ValueError: it cannot be read, a weight is missing or not understood, a shape differs, or the width does not
             give the heads.
     """
-    told = (told_by(source) if isinstance(source, str | Path) else None) or Told()
-    given = Told(heads, hidden_act, eps, image_size)
-    told = Told(*(theirs if mine is None else mine for mine, theirs in zip(given, told)))
-    state = state_of(source)
-    renamed = tower_names(state)
+    told = completed(Told(heads, hidden_act, eps, image_size), source, "vision")
+    renamed = tower_names(state_of(source))
     return filled(tower_config(renamed, told), renamed)
 
 
 def tower_names(state: Mapping[str, Tensor]) -> Renamed:
     """The weights of the image tower in a state dict of any known naming under ViT's names."""
+    state = as_transformers(state) if is_big_vision(state) else state
     is_eva = any(map(EVA.match, state))
     renamed = malmm_keys.rename(state) if is_eva else rename(state)
     start = "vision." if is_eva else "tower."
-    weights = {n.removeprefix(start): w for n, w in renamed.weights.items() if n.startswith(start) or not is_eva}
+    names = {n: n.removeprefix(start) for n in renamed.weights if n.startswith(start) or not is_eva}
+    weights = {name: renamed.weights[n] for n, name in names.items()}
+    origin = {name: renamed.origin[n] for n, name in names.items()}
+    left_out = [key for n, keys in renamed.origin.items() if n not in names for key in keys]
     if is_eva and "norm_post.weight" not in weights:
-        weights |= _eva_head(state)
-    return replace(renamed, weights=weights)
+        head = _eva_head(state)
+        weights |= {name: state[key] for name, key in head.items()}
+        origin |= {name: [key] for name, key in head.items()}
+    placed = {key for keys in origin.values() for key in keys}
+    left_out += [key for key in renamed.left_out if key not in placed]
+    return replace(renamed, weights=weights, origin=origin, left_out=left_out)
 
 
-def _eva_head(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The LayerNorm and the projection of an EVA-CLIP, in whose place BLIP-2's family has its ln_vision."""
-    found = {}
-    for key, value in state.items():
-        if match := re.fullmatch(r"(?:.*\.)?(norm|head)\.(weight|bias)", key):
-            if ".blocks." not in key:
-                found[f"{ {'norm': 'norm_post', 'head': 'projection'}[match[1]] }.{match[2]}"] = value
-    return found
+def _eva_head(state: Mapping[str, Tensor]) -> dict[str, str]:
+    """The keys of the LayerNorm and the projection of an EVA-CLIP, in whose place BLIP-2's family has its ln_vision, by
+    our names."""
+    names = {"norm": "norm_post", "head": "projection"}
+    matches = [(EVA_END.fullmatch(key), key) for key in state]
+    return {f"{names[match[1]]}.{match[2]}": key for match, key in matches if match}
 
 
 def tower_config(renamed: Renamed, told: Told) -> ViTConfig:
@@ -181,31 +206,28 @@ def tower_config(renamed: Renamed, told: Told) -> ViTConfig:
     """
     weights, keys = renamed.weights, renamed.keys
     if absent := [name for name in ("position", "patch", "blocks.0.fc1.weight") if name not in weights]:
-        raise ValueError(f"weights: no sizes without {', '.join(absent)}; the keys are {', '.join(groups(keys))}")
+        raise MissingWeights(f"weights: no sizes without {', '.join(absent)}; the keys are {', '.join(groups(keys))}")
+    if weights["patch"].dim() == 2:
+        raise ValueError("weights: patches must be of a fixed image size; SigLIP 2 of any size (NaFlex) is not read")
     check_plain(weights, AXES)
     (tokens, width), patch = weights["position"].shape, weights["patch"].shape[-1]
     pool = "class" if "class_token" in weights else "attention" if "pool.probe" in weights else "mean"
-    norm_pre, patch_bias = "norm_pre.weight" in weights, "patch_bias" in weights
-    like = SIGLIP_B if pool != "class" else EVA_G if patch_bias else None
-    heads = told.heads or (16 if width in (1152, 1408, 1536) else width // 64)
-    if told.heads is None and width % 64:
-        raise ValueError(f"weights: width {width} is not a multiple of 64, so pass heads=")
+    like = SIGLIP_B if pool != "class" else EVA_G if "patch_bias" in weights else None
     projection = weights.get("projection.weight")
-    eps = told.eps if told.eps is not None else like.eps if like else 1e-5
     return ViTConfig(
         image_size=told.image_size or math.isqrt(tokens - (pool == "class")) * patch,
         patch_size=patch,
         width=width,
-        heads=heads,
+        heads=told.heads or published_heads(width),
         layers=count_layers(weights, "blocks."),
         mlp_width=len(weights["blocks.0.fc1.weight"]),
         embed_dim=None if projection is None else len(projection),
         hidden_act=told.hidden_act or (like.hidden_act if like else activation(None, stacklevel=4)),
-        eps=eps,
+        eps=told.eps if told.eps is not None else like.eps if like else 1e-5,
         norm_eps=EVA_G.norm_eps if any("ln_vision" in key for key in keys) else None,
         pool=pool,
-        norm_pre=norm_pre,
-        patch_bias=patch_bias,
+        norm_pre=like is None,
+        patch_bias=like is not None,
         projection_bias="projection.bias" in weights,
     )
 

@@ -18,10 +18,11 @@ from pyvidx.cli.train import Shown
 from pyvidx.cli.train import main as train_command
 from pyvidx.models import BTAdapter
 from pyvidx.models.pretraining import Pretraining
-from pyvidx.train import Ranks, Recipe, btadapter
-from pyvidx.train.btadapter import BTAdapterTask, Config, build, datasets
+from pyvidx.train import Ranks, Recipe, pretrain
 from pyvidx.train.loop import CHECKPOINT, evaluate
 from pyvidx.train.pairs import Pairs
+from pyvidx.train.pretrain import Config, build, datasets
+from pyvidx.train.pretrain_tasks import ContrastiveTask
 from pyvidx.train.recipe import groups, learning_rate, load
 from pyvidx.train.tokens import tokenizer
 from pyvidx.video import write
@@ -78,7 +79,7 @@ def command(folder, values, *options, **changes):
     recipe = values["recipe"] | changes.pop("recipe", {})
     path = folder / "run.json"
     path.write_text(json.dumps(values | changes | {"recipe": recipe}))
-    return train_command(["btadapter", "--config", str(path), "--device", "cpu", *options])
+    return train_command(["pretrain", "--config", str(path), "--device", "cpu", *options])
 
 
 def lines(out):
@@ -133,7 +134,7 @@ def test_checkpointing_gives_the_same_gradients(mask, mask_order):
     batch, results = Pairs([(0, 4), (0, 9)], ["a", "some text"], pixels, {}), []
     for checkpointing in (False, True):
         options = {"drop_path": 0.5, "mask_rate": 2 / 3, "mask_order": mask_order, "checkpointing": checkpointing}
-        task = BTAdapterTask(step(**options), some_tokenizer, mask=mask)
+        task = ContrastiveTask(step(**options), some_tokenizer, mask=mask)
         task.train()
         calls = []
         for layer in (*task.model.temporal.branch.temporal, *task.model.temporal.branch.spatial):
@@ -147,7 +148,7 @@ def test_checkpointing_gives_the_same_gradients(mask, mask_order):
 
 
 def test_draws_belong_to_rows():
-    task = BTAdapterTask(step(drop_path=0.5), some_tokenizer, seed=7).train()
+    task = ContrastiveTask(step(drop_path=0.5), some_tokenizer, seed=7).train()
     at = [(epoch, row) for epoch in range(2) for row in range(4)]
     mask, drops = task.draws(at, 4)
     assert mask.shape == (8, P) and (mask.sum(1) == int(0.7 * P)).all() and drops[0] is None
@@ -156,13 +157,13 @@ def test_draws_belong_to_rows():
         assert torch.equal(own[0], mask[i])
         assert all(torch.equal(a[0], b[i]) for x, y in zip(own_drops[1:], drops[1:]) for a, b in zip(x, y))
     assert len(mask.unique(dim=0)) > 5
-    other = BTAdapterTask(step(drop_path=0.5), some_tokenizer, seed=8)
+    other = ContrastiveTask(step(drop_path=0.5), some_tokenizer, seed=8)
     assert not torch.equal(other.draws(at, 4)[0], mask) and other.eval().draws(at, 4)[1] is None
 
 
 @pytest.mark.parametrize("amp", ["bfloat16", "float16"])
 def test_mixed_precision(amp):
-    task = BTAdapterTask(step(), some_tokenizer).train()
+    task = ContrastiveTask(step(), some_tokenizer).train()
     batch = Pairs([(0, i) for i in range(3)], ["a", "bc", "def"], clip(B=3, dtype=torch.float32), {})
     want = task(batch)
     with torch.autocast("cpu", getattr(torch, amp)):
@@ -257,7 +258,7 @@ OFFICIAL = {"gradient": "official", "loss_weights": [1, 0.1, 0], "recipe": {"epo
 
 def _process(rank, folder, values, ports):
     torch.set_num_threads(1)
-    btadapter.tokenizer = lambda *options: some_tokenizer  # open_clip takes seconds to import
+    pretrain.tokenizer = lambda *options: some_tokenizer  # open_clip takes seconds to import
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "MASTER_ADDR": "127.0.0.1", "WORLD_SIZE": "2"}
     stored = {"folder": str(folder / "stored"), "dtype": "float32", "shard": 3}
     changes = [
@@ -275,7 +276,7 @@ def test_two_processes_are_one(run, monkeypatch):
     """To 1e-5, with a video that cannot be read, DropPath, checkpointing and a held-out loss; the two take a video at a
     time; also from features that both have stored."""
     folder, values = run
-    monkeypatch.setattr(btadapter, "tokenizer", lambda *options: some_tokenizer)
+    monkeypatch.setattr(pretrain, "tokenizer", lambda *options: some_tokenizer)
     values |= {"checkpointing": True, "held_out": values["train"]}
     command(folder, values)
     command(folder, values, **OFFICIAL, out=str(folder / "official"))
@@ -355,7 +356,7 @@ def test_an_interrupted_store_goes_on(run, monkeypatch):
     (folder / "stored/index.json").unlink()
     (folder / "stored/00002.safetensors").unlink()
     calls = []
-    monkeypatch.setattr(task, "frozen", lambda pairs: calls.append(len(pairs)) or BTAdapterTask.frozen(task, pairs))
+    monkeypatch.setattr(task, "frozen", lambda pairs: calls.append(len(pairs)) or ContrastiveTask.frozen(task, pairs))
     again, _ = datasets(config, task, Ranks())
     assert calls == [2]
     got = [again[0, row] for row in range(len(again))]
