@@ -140,13 +140,14 @@ def contenders(kind: str, config: BTAdapterConfig, pixels: Tensor, threads: int,
     if kind == "frames":
         tower = transformers_tower(config)
         public, name = Frames(tower).eval(), "transformers"
-        ours = pooled(frames_of(huggingface.vision_tower(tower)), pixels)
+        model = VideoEncoder(huggingface.vision_tower(tower), temporal.create("mean", config.vision)).eval()
     else:
         public, name = ReferenceBTAdapter(config, "mma").eval(), "official"
         model = BTAdapter(config).eval()
         load_weights(model, public.state_dict())
-        ours = pooled(model.fold(), pixels)
+    ours = pooled(model.fold(), pixels)
     yield Contender("pyvidx", lambda: ours, ours)
+    yield Contender("pyvidx, int8", lambda: pooled(model.fold(precision="int8"), pixels), ours)
     yield Contender(name, lambda: lambda: public(pixels), ours)
     yield Contender(f"{name}, torch.compile", lambda: compiled(public, pixels), ours)
     if kind == "frames":
