@@ -38,7 +38,7 @@ HEIGHTS = (360, 720)  # those of encode_workers.clips
 
 
 def pyvidx(tower: nn.Module):
-    model = frames_of(vision_tower(tower))
+    model = frames_of(vision_tower(tower)).fold()
 
     def encode(paths: list[str]) -> Iterator[Tensor]:
         for result in encode_videos(paths, model, frames=FRAMES, outputs=("pooled",)):
