@@ -4,9 +4,9 @@
     bt_adapter  BT-Adapter, a clip to its embedding
 
 Of both: pyvidx, folded, in float32 and in int8; the public code (transformers with its sdpa attention, the official
-BT-Adapter) in torch, under torch.compile, and exported to OpenVINO and ONNX Runtime; int8 of the two: OpenVINO's by NNCF
-(static, calibrated on what is measured), ONNX Runtime's dynamic, per channel. Of frames: open_clip's tower as well. What
-is not installed is left out with a word.
+BT-Adapter) in torch, under torch.compile, and exported to OpenVINO and ONNX Runtime; their int8: OpenVINO's by NNCF
+(static, calibrated on what is measured), ONNX Runtime's dynamic, per channel. Of frames: open_clip's tower as well.
+What is not installed is left out with a word.
 
 Weights are random, the same for all (open_clip has its own, and pyvidx those once more). Each result is first compared
 with pyvidx's. Then the contenders take turns, a call each per round, so that a machine that drifts drifts for all of
