@@ -24,6 +24,7 @@ from pyvidx.memory.policies import Concat, Fifo, Uniform
 from pyvidx.memory.policy import Policy
 from pyvidx.memory.pruning import PRUNERS, compute_retained_tokens_count, compute_retention_mask
 from pyvidx.memory.registry import POLICIES, create, names, register
+from pyvidx.memory.streamforest import StreamForest
 from pyvidx.memory.tome import ToMeSpace, ToMeTime, merge_tokens, reduce_tokens
 from pyvidx.memory.vidcom2 import vidcom2
 
@@ -45,6 +46,7 @@ __all__ = [
     "MovieChat",
     "MovieChatOneVision",
     "Policy",
+    "StreamForest",
     "ToMeSpace",
     "ToMeTime",
     "Uniform",
