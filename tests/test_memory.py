@@ -313,7 +313,7 @@ def test_a_state_that_was_given_up_says_so():
     assert after.entries().rows.shape == (1, 1, N, C)
 
 
-@pytest.mark.parametrize("name", [n for n in POLICIES if n != "merge_average"])
+@pytest.mark.parametrize("name", [n for n in ALL if n not in ("merge_average", *SPACE, *TOKENS)])
 def test_attached_rows_follow(name):
     """Keys are affine in the rows, so merging them by size gives the keys of the merged rows."""
     policy = policy_of(name, 4, anchors=1)

@@ -309,18 +309,21 @@ def test_streamforest_of_a_clip_merges_events_at_its_end():
     for name in ("frames", "time", "likeness"):
         n = stream.extra[name].shape[1]
         assert torch.equal(clip.extra[name][:, :n], stream.extra[name]), "nothing merges within the quota"
-    clip = create("streamforest", **SMALL).clip(frames)
-    assert (2 * clip.extra["frames"].sum(1) <= 12).all() and clip.extra["held"].sum(1).tolist() == stream.extra[
-        "held"
-    ].sum(1).tolist()
-    active = torch.ones(2, 40, dtype=torch.bool)
-    active[1, 25:] = False
-    short, alone = (
-        create("streamforest", **SMALL).clip(frames, active=active),
-        create("streamforest", **SMALL).clip(frames[1:, :25]),
-    )
-    n = min(short.extra["time"].shape[1], alone.extra["time"].shape[1])
-    torch.testing.assert_close(short.extra["time"][1, :n], alone.extra["time"][0, :n])
+    policy = create("streamforest", **SMALL)
+    clip = policy.clip(frames)
+    assert (2 * clip.extra["frames"].sum(1) <= 12).all()
+    assert torch.equal(clip.extra["held"].sum(1), stream.extra["held"].sum(1))
+    short = policy.clip(frames, lengths=torch.tensor([40, 25])).extra["time"][1]
+    alone = policy.clip(frames[1:, :25]).extra["time"][0]
+    torch.testing.assert_close(short[: len(alone)], alone)
+
+
+def test_packed_tokens_say_where_they_were():
+    frames = randn(2, 6, 5, 4)
+    entries = streamed(create("dtd", threshold=0.1), frames).entries()
+    for b, (rows, entry, place) in enumerate(memory.packed(entries)):
+        assert len(rows) == entries.mask[b].sum() < 30 and torch.equal(rows, frames[b, entry, place])
+        assert torch.equal(entry * 5 + place, (entry * 5 + place).sort().values)
 
 
 @pytest.mark.parametrize("call, message", [
@@ -340,8 +343,8 @@ def test_streamforest_of_a_clip_merges_events_at_its_end():
     (lambda: create("streamforest", **SMALL).new(1, 5, 4), "at least now"),
     (lambda: create("streamforest", **SMALL).new(1, 7, 5), "heads must divide"),
     (lambda: create("streamforest", **SMALL).new(1, 7, 4, attached=[2]), "attached must be"),
-    (lambda: streamed(create("streamforest", **SMALL), randn(1, 2, 7, 4)) and create("streamforest", **SMALL).push(
-        create("streamforest", **SMALL).new(1, 7, 4), randn(1, 8, 4)), "frame must be"),
+    (lambda: create("streamforest", **SMALL).push(create("streamforest", **SMALL).new(1, 7, 4), randn(1, 8, 4)),
+     "frame must be"),
     (lambda: create("dtd", ratio=0.5), "give a threshold or a ratio"),
     (lambda: create("dtd", threshold=None, ratio=2.0), "ratio must be in"),
     (lambda: memory.dtd_pixels(randn(8, 10), (2, 1, 1)), "pixels must be"),

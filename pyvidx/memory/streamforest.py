@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from pyvidx.memory.bank import Bank
+from pyvidx.memory.clips import check_clip
 from pyvidx.memory.policy import Policy, plain
 from pyvidx.memory.ragged_tome import best_matches, shorten
 from pyvidx.memory.registry import register
@@ -101,16 +102,20 @@ class StreamForest(Policy):
 
     new.__doc__ = Policy.new.__doc__
 
-    def clip(self, frames: Tensor, seconds: Tensor | None = None, active: Tensor | None = None) -> Bank:
-        """A whole clip [B, T, N, C], whose events merge once, at its end, as the authors' projector does; a stream
-        merges them after every frame, and keeps other ones. The bank is for reading only.
+    def clip(self, frames: Tensor, seconds: Tensor | None = None, lengths: Tensor | None = None) -> Bank:
+        """A whole clip, whose events merge once, at its end, as the authors' projector does; a stream merges them after
+        every frame, and keeps other ones. The bank is for reading only.
 
         Args:
-            seconds, active: [B, T], as in `extend`.
+            frames: [B, T, N, C] floating.
+            seconds: [B, T]. None: the numbers of the frames.
+            lengths: int [B], the frames of each video, the first ones. None: T.
         """
+        active = check_clip("streamforest.clip", frames, lengths)
         B, T, N, C = frames.shape
         roomy = dataclasses.replace(self, quota=max(T * self.tokens, self.quota))
-        bank = roomy.extend(roomy.new(B, N, C, frames.dtype, frames.device), frames, seconds, active)
+        bank = roomy.new(B, N, C, frames.dtype, frames.device)
+        bank = roomy.extend(bank, frames, seconds, None if lengths is None else active)
         with plain(frames.device.type):
             self._merge_(bank, torch.ones_like(bank.seen, dtype=torch.bool))
         return bank
