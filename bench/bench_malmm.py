@@ -5,12 +5,13 @@ one frame per call. An answer is asked for after every run.
 """
 
 import functools
+from dataclasses import replace
 
 import pytest
 import torch
 
 from bench.harness import Case, nbytes
-from pyvidx.backbones.eva import EVAVisionConfig
+from pyvidx.backbones.vit import EVA_G
 from pyvidx.memory.qformer import QFormerConfig
 from pyvidx.models.malmm import MALMM
 from pyvidx.models.malmm_config import MALMMConfig
@@ -20,13 +21,13 @@ from pyvidx.weights.malmm import export_malmm
 TEXT, CLIP_FRAMES = 12, 16
 SIZES = {
     "small": MALMMConfig(
-        EVAVisionConfig(image_size=112, width=128, heads=2, layers=0),
+        replace(EVA_G, image_size=112, width=128, heads=2, layers=0),
         QFormerConfig(width=64, heads=4, layers=4, mlp_width=128, encoder_width=128, vocab=100),
         llm_width=8,
         time_length=1000,
     ),
     # No image encoder, and a short list of words: neither is timed.
-    "real": MALMMConfig(EVAVisionConfig(layers=0), QFormerConfig(vocab=100), llm_width=8, time_length=1000),
+    "real": MALMMConfig(replace(EVA_G, layers=0), QFormerConfig(vocab=100), llm_width=8, time_length=1000),
 }
 
 
@@ -40,9 +41,17 @@ def models(size: str, device: str) -> tuple[MALMM, ReferenceMALMM]:
     return model, reference
 
 
+@functools.lru_cache(maxsize=1)
+def in_8_bits(size: str) -> MALMM:
+    return models(size, "cpu")[0].fold(precision="int8")
+
+
 @torch.no_grad()
-def case(path: str, size: str, M: int, device: str) -> Case:
+def case(path: str, size: str, M: int, device: str, precision: str = "float32") -> Case:
     model, reference = models(size, device)
+    layers, keys_values = model.qformer.layers, model.qformer.keys_values
+    if precision == "int8":
+        model = in_8_bits(size)
     q, vision = model.config.qformer, model.config.vision
     P, C, D, N, X = 1 + vision.patches, vision.width, q.width, q.queries + TEXT, len(q.cross_layers)
     t = CLIP_FRAMES if path == "clip" else 1
@@ -65,23 +74,23 @@ def case(path: str, size: str, M: int, device: str) -> Case:
         out, state["theirs"] = reference.step(state["theirs"], frames[:1], 0, ids, mask, M)
         return out
 
-    weights = sum(nbytes(p) for layer in model.qformer.layers for p in layer.parameters())
+    weights = nbytes(*layers.parameters(), keys_values.weight) // (4 if precision == "int8" else 1)
     attached = sum(nbytes(kv) for kv in memories.visual.attached)
     attached += sum(nbytes(m.bank, *m.attached) for m in memories.query if m is not None)
     flops = 4 * P * C * D * X + 4 * q.queries * (M + 1) * P * D * X + 4 * N * (M + 1) * N * D * q.layers
     flops += 2 * sum(
         p.numel() * (q.queries if "query" in name or "cross" in name else TEXT if "text" in name else N)
-        for layer in model.qformer.layers
+        for layer in layers
         for name, p in layer.named_parameters()
         if p.dim() == 2
     )
     return Case(
         "malmm",
-        {"path": path, "M": M, "frames": t, "P": P, "C": C},
+        {"path": path, "M": M, "frames": t, "P": P, "C": C, "precision": precision},
         torch.float32,
         run,
         eager,
-        bytes=weights + nbytes(model.qformer.keys_values.weight) + t * (attached + nbytes(frames[0])),
+        bytes=weights + t * (attached + nbytes(frames[0])),
         flops=t * flops,
         compiled=False,  # the memories change in place, and their lengths are numbers of the host
         graph=False,

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
 from bench.harness import Case, compare, copy_of, nbytes
-from pyvidx.backbones import CLIPText, CLIPTextConfig
+from pyvidx.backbones import TextConfig, TextTower
 from pyvidx.models import BTAdapter
 from pyvidx.models.config import BTAdapterConfig
 from pyvidx.models.pretraining import Pretraining
@@ -58,7 +58,7 @@ def models(size: str, whole: bool, device: str) -> tuple[Pretraining, ReferenceP
     if not whole:
         config = dataclasses.replace(config, vision=dataclasses.replace(config.vision, layers=config.depth))
     E = config.vision.embed_dim
-    text = CLIPText(CLIPTextConfig(1000, 77, E, max(1, E // 64), 12 if whole else 1, 4 * E, E)).to(device)
+    text = TextTower(TextConfig(1000, 77, E, max(1, E // 64), 12 if whole else 1, 4 * E, E)).to(device)
     tower = ReferenceBTAdapter(config, "mma").to(device)
     tower.requires_grad_(False)
     for name, parameter in tower.named_parameters():

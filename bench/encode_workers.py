@@ -3,7 +3,7 @@
 before     encode of the commit checked out and built in FOLDER, which read in threads
 threads    encode of this commit, reading in threads of its own process
 processes  encode of this commit
-command    python -m pyvidx encode --workers 2 of either, from its start to its end
+command    pyvidx encode --workers 2 of either, from its start to its end
 
 The rounds of all are interleaved, with the reader that each takes by itself (before 34145d3: decord; since: PyAV). They
 are warm: the first clip of each, for which its processes start, is timed on its own. cpu is the time of all processes

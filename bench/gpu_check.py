@@ -61,6 +61,7 @@ CASES = {
     "quick_gelu": ["quick_gelu[forward-l14-bias-float16]", "quick_gelu[backward-l14-bias-float16]"],
     "token_gather": [f"token_gather[l14-{size}-float16]" for size in ("1-8", "8-8")],
     "st_pool": ["st_pool[l14-1-8-float16]", "st_pool[l14-1-100-float16]"],
+    "resize_normalize": [f"resize_normalize[{size}-8-bfloat16]" for size in ("360p", "1080p")],
     "temporal_scale": [f"temporal_scale{pass_}[l14-8-8-float16]" for pass_ in ("", "_backward")],
     "memory_merge": ["memory_merge_[6-20-float32]", "memory_merge_[6-20-float16]", "memory_merge[float16]"],
     "memory_scan": ["memory_scan_[20]", "memory_replay_[20-float16]"],

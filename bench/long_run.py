@@ -14,13 +14,14 @@ import statistics
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from pyvidx.backbones.eva import EVAVisionConfig
+from pyvidx.backbones.vit import EVA_G
 from pyvidx.files import write_json
 from pyvidx.memory.qformer import QFormerConfig
 from pyvidx.models import MALMM, MALMMConfig
@@ -77,7 +78,7 @@ def checkpoints(frames: int) -> list[int]:
 def memory(frames: int, small: bool) -> dict:
     """One frame after the other, M = 20, an answer at every tenth of the stream."""
     # No image encoder, which is not looked at here, and no temporal table, which has an end.
-    config = MALMMConfig(EVAVisionConfig(layers=0), QFormerConfig(vocab=100), llm_width=8, time_length=0)
+    config = MALMMConfig(replace(EVA_G, layers=0), QFormerConfig(vocab=100), llm_width=8, time_length=0)
     model = MALMM(MALMMConfig.tiny(time_length=0) if small else config).eval()
     P, C, M = 1 + model.config.vision.patches, model.config.vision.width, 4 if small else 20
     memories = model.start(model.prompt(torch.randint(0, 50, (1, TEXT))), length=M)
@@ -151,7 +152,7 @@ def bank_drift(kind: str, dtype: torch.dtype, frames: int, small: bool) -> dict:
 def token_drift(kind: str, variants: Sequence[tuple[str, str]], frames: int, small: bool) -> list[dict]:
     """Relative error of the query tokens, ten times along the stream, of (weights, bank) dtypes."""
     config = MALMMConfig.tiny(time_length=0) if small else MALMMConfig(
-        EVAVisionConfig(image_size=42, width=1408, layers=0),
+        replace(EVA_G, image_size=42, width=1408, layers=0),
         QFormerConfig(width=384, heads=6, layers=4, mlp_width=1536, vocab=100), 8, 0)  # fmt: skip
     torch.manual_seed(1)
     exact = MALMM(config).eval()

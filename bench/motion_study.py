@@ -103,7 +103,7 @@ def ship(path: Path, work: Path, clip: tiny.TinyCLIP, runs: list[dict]) -> Path:
     """The BT-Adapter of 8 frames that tells most validation events from their opposites, of all its rows and seeds."""
     own = [r for r in runs if r["row"]["pretraining"] is not None and r["row"]["frames"] == 8]
     best = max(own, key=lambda r: r["validation"]["pair"])
-    model = temporal.bt_adapter(clip)
+    model = temporal.encoder_of(clip, Row(**best["row"]))
     stored = run_file(work, Row(**best["row"]), best["seed"]).with_suffix(".safetensors")
     model.load_state_dict(files.read(stored, "motion_study")[1])
     about = {

@@ -32,7 +32,8 @@ NVRTC_HOME = ROOT / "build/nvrtc"
 # NVRTC has no standard library. The same types as in pyvidx/view.h.
 NVRTC_HEADERS = {
     "cstdint": "using int8_t = signed char; using int32_t = int; using int64_t = long long;"
-    "using uint16_t = unsigned short; using uint32_t = unsigned int; using uint64_t = unsigned long long;"
+    "using uint8_t = unsigned char; using uint16_t = unsigned short; using uint32_t = unsigned int;"
+    "using uint64_t = unsigned long long;"
 }
 NVRTC_PACKAGES = ["nvidia-cuda-nvrtc-cu12==12.9.*", "nvidia-cuda-runtime-cu12==12.9.*"]
 

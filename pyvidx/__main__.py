@@ -1,12 +1,14 @@
-"""python -m pyvidx COMMAND: encode videos, run the demo, train, say what is installed."""
+"""pyvidx COMMAND, also as python -m pyvidx COMMAND: encode videos, train, evaluate, convert weights."""
 
 import importlib
+import importlib.metadata
 import sys
 
 from pyvidx.cli.arguments import ended
 
 COMMANDS = {
     "encode": "encode video files into embeddings",
+    "convert": "published weights into pyvidx's file, and back, with what became of every key",
     "demo": "encode one video and show what comes out",
     "eval": "numbers of a benchmark from answers or embeddings",
     "memory": "stream one video through a memory bank and draw what its slots hold",
@@ -19,13 +21,21 @@ COMMANDS = {
 
 
 def main() -> int:
-    name = sys.argv[1] if len(sys.argv) > 1 else ""
-    if name not in COMMANDS:
-        print("usage: python -m pyvidx COMMAND [--help]\n", file=sys.stderr)
+    name = sys.argv[1] if len(sys.argv) > 1 else "--help"
+    if name in ("-h", "--help"):
+        print("usage: pyvidx COMMAND [--help]\n")
         for command, what in COMMANDS.items():
-            print(f"  {command:8} {what}", file=sys.stderr)
-        return 0 if name in ("", "-h", "--help") else 2
-    return ended(f"python -m pyvidx {name}", lambda: importlib.import_module(f"pyvidx.cli.{name}").main(sys.argv[2:]))
+            print(f"  {command:8} {what}")
+        print("\nexample: pyvidx encode videos/ --frames 8 --out embeddings.parquet")
+        return 0
+    if name == "--version":
+        print(importlib.metadata.version("pyvidx"))
+        return 0
+    if name not in COMMANDS:
+        print(f"pyvidx: error: COMMAND must be one of {', '.join(COMMANDS)}, got {name!r} (--help says more)",
+              file=sys.stderr)  # fmt: skip
+        return 2
+    return ended(f"pyvidx {name}", lambda: importlib.import_module(f"pyvidx.cli.{name}").main(sys.argv[2:]))
 
 
 if __name__ == "__main__":

@@ -1,20 +1,15 @@
 """Frames to normalized pixels, the way each public system does it.
 
 CLIP's own processor resizes 8-bit images with Pillow: bicubic, antialiased, columns first, each pass rounded to 8 bits.
-Results depend on that down to the level, so two formulations of it are kept:
+Results depend on that down to the level, so `ops.resize_normalize` does the same in the same integers: equal bit for
+bit on every device. It touches only the rows and columns that survive the crop.
 
-* torch's 8-bit kernel, on the CPU for reductions from 1.75. At most one level (1/255) from Pillow, in 0.2 to 0.7 % of
-  the values; 8 frames of 1280x720 to 224 take 9 ms on one thread, where Pillow takes 67 ms and a float kernel 117 ms.
-* Pillow's arithmetic itself, as two products with integer weights: equal bit for bit. It touches only the rows and
-  columns that survive the crop. Taken on GPUs, below that reduction, and on request; the same 8 frames take 140 ms.
-
-Pillow 13 resizes rows before columns if (H - h) > 2 max(W - w, 0), which is H > 2 W where the aspect is kept. Both
-formulations keep the order of all earlier versions, with which the models were trained.
+Pillow 13 resizes rows before columns if (H - h) > 2 max(W - w, 0), which is H > 2 W where the aspect is kept. Kept here
+is the order of all earlier versions, with which the models were trained.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -23,9 +18,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pyvidx.ops import resize_normalize
+
 # OpenAI CLIP's; EVA-CLIP, BLIP-2 and MA-LMM use the same.
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+SIGLIP_MEAN = SIGLIP_STD = (0.5, 0.5, 0.5)
 # BT-Adapter's mmaction2 configs state CLIP's numbers on a scale of 255, cut to three digits.
 MMACTION_MEAN = (122.771 / 255, 116.746 / 255, 104.093 / 255)
 MMACTION_STD = (68.500 / 255, 66.632 / 255, 70.323 / 255)
@@ -37,8 +35,8 @@ _CHUNK_VALUES = 1 << 24
 # 14.7 million x 224; of larger ones only what survives the crop is worked out.
 _MOST_PIXELS = 1 << 24
 
-# Reduction from which the 8-bit kernel was never seen two levels off (0 of 32 million values; at 1.5, 6 of 17 million).
-_EIGHT_BIT_FROM = 1.75
+# Filters of resize_normalize.
+_PILLOW = {"pillow": "bicubic", "pillow_bilinear": "bilinear"}
 
 
 @dataclass(frozen=True)
@@ -48,9 +46,10 @@ class Preset:
     Args:
         size: pixels, of the shorter side ("shortest", aspect kept) or of both ("squash").
         resize: "shortest" or "squash".
-        crop: side of the square cut from the center, or None.
+        crop: side of the square cut from the center, or None. With a filter of Pillow's it may be larger than the
+            resized frame, which is then surrounded with black.
         filter: "bicubic" and "bilinear" sample without antialiasing, "nearest" takes the pixel at floor(x W / w);
-            "pillow" is Pillow's antialiased bicubic.
+            "pillow" is Pillow's antialiased bicubic, "pillow_bilinear" its bilinear.
         long_side: the longer side is rounded "down" (CLIP) or to the "nearest" pixel (mmaction2).
         to_uint8: after bicubic or bilinear, "round", "truncate" (both clamped to 0..255), or "wrap": truncated modulo
             256, as an unguarded cast does.
@@ -60,7 +59,7 @@ class Preset:
     size: int = 224
     resize: Literal["shortest", "squash"] = "shortest"
     crop: int | None = 224
-    filter: Literal["pillow", "bicubic", "bilinear", "nearest"] = "pillow"
+    filter: Literal["pillow", "pillow_bilinear", "bicubic", "bilinear", "nearest"] = "pillow"
     long_side: Literal["down", "nearest"] = "down"
     to_uint8: Literal["round", "truncate", "wrap"] = "round"
     mean: tuple[float, float, float] = CLIP_MEAN
@@ -69,14 +68,18 @@ class Preset:
     def __post_init__(self) -> None:
         for name, allowed in (
             ("resize", ("shortest", "squash")),
-            ("filter", ("pillow", "bicubic", "bilinear", "nearest")),
+            ("filter", (*_PILLOW, "bicubic", "bilinear", "nearest")),
             ("long_side", ("down", "nearest")),
             ("to_uint8", ("round", "truncate", "wrap")),
         ):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"Preset: {name} must be one of {allowed}, got {getattr(self, name)!r}")
-        if self.size < 1 or (self.crop is not None and not 1 <= self.crop <= self.size):
-            raise ValueError(f"Preset: 1 <= crop <= size must hold, got crop={self.crop}, size={self.size}")
+        if self.size < 1 or (self.crop is not None and self.crop < 1):
+            raise ValueError(f"Preset: size and crop must be at least 1, got crop={self.crop}, size={self.size}")
+        if self.crop is not None and self.crop > self.size and self.filter not in _PILLOW:
+            raise ValueError(
+                f"Preset: crop <= size must hold with filter={self.filter!r}, got crop={self.crop}, size={self.size}"
+            )
 
 
 _MMACTION = dict(filter="bilinear", mean=MMACTION_MEAN, std=MMACTION_STD)
@@ -85,6 +88,9 @@ _RETRIEVAL = dict(long_side="nearest", **_MMACTION)
 PRESETS: dict[str, Preset] = {
     # CLIP and all that use its processor.
     "clip": Preset(),
+    # SigLIP, and SigLIP 2 of a fixed resolution.
+    "siglip": Preset(resize="squash", mean=SIGLIP_MEAN, std=SIGLIP_STD),
+    "siglip2": Preset(resize="squash", filter="pillow_bilinear", mean=SIGLIP_MEAN, std=SIGLIP_STD),
     # BT-Adapter through mmaction2: MSR-VTT and classification; then DiDeMo, LSMDC, ActivityNet and stored features.
     "bt_adapter_retrieval": Preset(**_RETRIEVAL),
     "bt_adapter_retrieval_256": Preset(size=256, **_RETRIEVAL),
@@ -112,28 +118,22 @@ def clip_preprocess(
     mean: tuple[float, float, float] = CLIP_MEAN,
     std: tuple[float, float, float] = CLIP_STD,
     dtype: torch.dtype = torch.float32,
-    exact: bool = False,
 ) -> Tensor:
     """CLIP's processor at any size: `preprocess` with the "clip" preset spelled out.
 
     crop=False with "shortest" keeps the whole frame, [..., 3, h, w] with min(h, w) = size.
     """
-    return preprocess(
-        frames, Preset(size, resize, size if crop else None, mean=mean, std=std), dtype=dtype, exact=exact
-    )
+    return preprocess(frames, Preset(size, resize, size if crop else None, mean=mean, std=std), dtype=dtype)
 
 
-def preprocess(
-    frames: Frames, preset: str | Preset = "clip", *, dtype: torch.dtype = torch.float32, exact: bool = False
-) -> Tensor:
+def preprocess(frames: Frames, preset: str | Preset = "clip", *, dtype: torch.dtype = torch.float32) -> Tensor:
     """Resize, crop and normalize frames: (x / 255 - mean) / std.
 
     Args:
         frames: [..., H, W, 3] uint8 RGB, a tensor of any strides on any device, for instance Clip.frames, or a NumPy
             array; or a list of T pictures of one size, each a PIL image, an array or a tensor [H, W, 3].
         preset: a key of PRESETS or a Preset.
-        dtype: of the result; the arithmetic before is in float32 or wider.
-        exact: with the "pillow" filter, take the bit-exact formulation everywhere.
+        dtype: of the result; the arithmetic before is in integers, float32 or wider.
 
     Returns:
         [..., 3, h, w] contiguous, on the device of `frames`; h = w = preset.crop, if that is given.
@@ -158,16 +158,19 @@ def preprocess(
             f"preprocess: resized frames must have at most {_MOST_PIXELS} pixels, got {h} x {w} for frames of "
             f"{H} x {W}; use a preset that crops"
         )
-    images = frames.reshape(-1, H, W, 3).permute(0, 3, 1, 2)  # [N, 3, H, W]
-    out = torch.empty(len(images), 3, len(rows), len(columns), dtype=dtype, device=frames.device)
-    scale = 1.0 / (255.0 * torch.tensor(preset.std, dtype=torch.float64))
-    shift = -torch.tensor(preset.mean, dtype=torch.float64) / torch.tensor(preset.std, dtype=torch.float64)
-    scale, shift = (v.to(frames.device, torch.float32).view(3, 1, 1) for v in (scale, shift))
-    most = max(H * W, len(rows) * len(columns) if h * w > _MOST_PIXELS else h * w)
-    step = max(1, _CHUNK_VALUES // (3 * most))
-    for i in range(0, len(images), step):
-        resized = _resize(images[i : i + step], h, w, rows, columns, preset, exact)
-        out[i : i + step] = torch.addcmul(shift, resized.float(), scale)
+    images = frames.reshape(-1, H, W, 3)
+    if preset.filter in _PILLOW:
+        out = resize_normalize(
+            images,
+            (h, w),
+            crop=(rows.start, columns.start, len(rows), len(columns)),
+            filter=_PILLOW[preset.filter],
+            mean=preset.mean,
+            std=preset.std,
+            dtype=dtype,
+        )
+    else:
+        out = _sampled_frames(images.permute(0, 3, 1, 2), h, w, rows, columns, preset, dtype)
     return out.view(*frames.shape[:-3], *out.shape[1:])
 
 
@@ -213,21 +216,34 @@ def _kept(length: int, crop: int | None) -> range:
     return range(first, first + crop)
 
 
-def _resize(x: Tensor, h: int, w: int, rows: range, columns: range, preset: Preset, exact: bool) -> Tensor:
+def _sampled_frames(
+    images: Tensor, h: int, w: int, rows: range, columns: range, preset: Preset, dtype: torch.dtype
+) -> Tensor:
+    """uint8 [N, 3, H, W] resized to [h, w] without antialiasing, cut to the given rows and columns, and normalized."""
+    H, W = images.shape[2:]
+    out = torch.empty(len(images), 3, len(rows), len(columns), dtype=dtype, device=images.device)
+    scale = 1.0 / (255.0 * torch.tensor(preset.std, dtype=torch.float64))
+    shift = -torch.tensor(preset.mean, dtype=torch.float64) / torch.tensor(preset.std, dtype=torch.float64)
+    scale, shift = (v.to(images.device, torch.float32).view(3, 1, 1) for v in (scale, shift))
+    most = max(H * W, len(rows) * len(columns) if h * w > _MOST_PIXELS else h * w)
+    step = max(1, _CHUNK_VALUES // (3 * most))
+    for i in range(0, len(images), step):
+        resized = _resize(images[i : i + step], h, w, rows, columns, preset)
+        out[i : i + step] = torch.addcmul(shift, resized.float(), scale)
+    return out
+
+
+def _resize(x: Tensor, h: int, w: int, rows: range, columns: range, preset: Preset) -> Tensor:
     """uint8 [N, 3, H, W] resized to [h, w] and cut to the given rows and columns; values 0..255, any dtype."""
     H, W = x.shape[-2:]
     cut = (..., slice(rows.start, rows.stop), slice(columns.start, columns.stop))
     if (H, W) == (h, w):
         return x[cut]
-    if h * w > _MOST_PIXELS and preset.filter != "pillow":
+    if h * w > _MOST_PIXELS:
         y = _sampled(_sampled(x, w, columns, preset.filter).transpose(2, 3), h, rows, preset.filter).transpose(2, 3)
         return _as_levels(y, preset)
     if preset.filter == "nearest":
         return F.interpolate(x, size=(h, w), mode="nearest")[cut]
-    if preset.filter == "pillow":
-        if exact or x.device.type != "cpu" or H < _EIGHT_BIT_FROM * h or W < _EIGHT_BIT_FROM * w:
-            return _pillow(x, h, w, rows, columns)
-        return F.interpolate(x, size=(h, w), mode="bicubic", antialias=True)[cut]
     return _as_levels(F.interpolate(x.float(), size=(h, w), mode=preset.filter, align_corners=False)[cut], preset)
 
 
@@ -259,53 +275,3 @@ def _sampled(x: Tensor, resized: int, kept: range, mode: str) -> Tensor:
         taps = {-1: far(t + 1), 0: near(t), 1: near(1 - t), 2: far(2 - t)}
     source = [(at.floor().long() + k).clamp(0, length - 1) for k in taps]
     return sum(x[..., i] * weight.float() for i, weight in zip(source, taps.values()))
-
-
-def _pillow(x: Tensor, h: int, w: int, rows: range, columns: range) -> Tensor:
-    """Pillow's two passes, exact: sums of integers below 2^53 in float64 have no rounding, in whatever order."""
-    _, top, bottom = _weights(x.shape[2], h, rows, x.device)
-    needed = x[:, :, top:bottom]
-    y = x.new_empty(*needed.shape[:3], len(columns), dtype=torch.float64)
-    for i, block, weight, first, last in _blocks(x.shape[3], w, columns, x.device):
-        source = needed[..., first:last].to(torch.float64, memory_format=torch.contiguous_format)
-        y[..., i : i + len(block)] = _shift_round(source @ weight.T)
-    out = y.new_empty(*y.shape[:2], len(rows), len(columns))
-    for i, block, weight, first, last in _blocks(x.shape[2], h, rows, x.device):
-        out[:, :, i : i + len(block)] = _shift_round(weight @ y[:, :, first - top : last - top])
-    return out
-
-
-def _blocks(
-    length: int, resized: int, kept: range, device: torch.device
-) -> Iterator[tuple[int, range, Tensor, int, int]]:
-    """The weights of 32 outputs at a time: a row is mostly zeros, so short blocks save most of the product."""
-    for i in range(0, len(kept), 32):
-        block = kept[i : i + 32]
-        yield i, block, *_weights(length, resized, block, device)
-
-
-def _shift_round(sums: Tensor) -> Tensor:
-    return sums.add_(2.0**21).mul_(2.0**-22).floor_().clamp_(0, 255)
-
-
-def _weights(length: int, resized: int, kept: range, device: torch.device) -> tuple[Tensor, int, int]:
-    """Bicubic (a = -1/2) weights [len(kept), last - first], in units of 2^-22, of the source pixels first..last - 1.
-
-    The filter is as wide as the reduction, cut at the border and normalized over what remains.
-    """
-    if length == resized:
-        return torch.eye(len(kept), dtype=torch.float64, device=device) * 2.0**22, kept.start, kept.stop
-    scale = length / resized
-    stretch = max(scale, 1.0)
-    center = (torch.arange(kept.start, kept.stop, dtype=torch.float64) + 0.5) * scale
-    low = (center - 2 * stretch + 0.5).trunc().clamp(min=0)
-    high = (center + 2 * stretch + 0.5).trunc().clamp(max=length)
-    first, last = int(low.min()), int(high.max())
-    at = torch.arange(first, last, dtype=torch.float64)
-    t = ((at - center[:, None] + 0.5) / stretch).abs()
-    near = (1.5 * t - 2.5) * t * t + 1
-    far = -0.5 * (((t - 5) * t + 8) * t - 4)
-    weight = torch.where(t < 1, near, torch.where(t < 2, far, 0.0))
-    weight = torch.where((at >= low[:, None]) & (at < high[:, None]), weight, 0.0)
-    weight = weight / weight.sum(1, keepdim=True) * 2.0**22
-    return (weight + torch.where(weight < 0, -0.5, 0.5)).trunc().to(device), first, last

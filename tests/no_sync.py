@@ -1,6 +1,7 @@
 """What tests/test_no_sync.py runs: fake tensors that say they are on a GPU, under a mode that refuses to read them."""
 
 from contextlib import contextmanager
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,18 +10,17 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from pyvidx import memory
-from pyvidx.backbones.clip import CLIPVisionConfig
-from pyvidx.backbones.clip_text import CLIPText, CLIPTextConfig
-from pyvidx.backbones.eva import EVAVisionConfig
+from pyvidx.backbones.text import TextConfig, TextTower
+from pyvidx.backbones.vit import EVA_G, ViTConfig
 from pyvidx.memory.qformer import QFormerConfig
 from pyvidx.models import MALMM, BTAdapter, BTAdapterConfig, MALMMConfig
 from pyvidx.models.pretraining import Pretraining
 from tests.op_calls import op_calls
 
-VISION = CLIPVisionConfig(image_size=12, patch_size=4, width=16, heads=2, layers=5, mlp_width=24, embed_dim=6)
+VISION = ViTConfig(image_size=12, patch_size=4, width=16, heads=2, layers=5, mlp_width=24, embed_dim=6)
 CONFIG = BTAdapterConfig(VISION, depth=3, time_length=8)
 SMALL = MALMMConfig(
-    EVAVisionConfig(image_size=12, patch_size=4, width=48, heads=2, layers=1),
+    replace(EVA_G, image_size=12, patch_size=4, width=48, heads=2, layers=1),
     QFormerConfig(width=16, heads=2, layers=4, mlp_width=32, encoder_width=48, vocab=30),
     llm_width=8,
     time_length=30,
@@ -159,10 +159,10 @@ def test_functions_of_a_clip(call):
 # ---- models ----
 
 
-@pytest.mark.parametrize("compat, tower", [("paper", "mma"), ("official", "mma"), ("official", "llava")])
-def test_bt_adapter_forward(compat, tower):
+@pytest.mark.parametrize("compat, variant", [("paper", "mma"), ("official", "mma"), ("official", "llava")])
+def test_bt_adapter_forward(compat, variant):
     with gpu(), torch.no_grad():
-        model = BTAdapter(CONFIG, compat=compat, tower=tower).eval()
+        model = BTAdapter(CONFIG, compat=compat, variant=variant).eval()
         with NoTraffic():
             model(torch.randn(B, T, 3, 12, 12))
             model(torch.randn(B, T, 3, 12, 12), outputs=("pooled",))
@@ -181,9 +181,9 @@ def test_bt_adapter_training_step():
 
 
 def test_pretraining_step():
-    text = CLIPTextConfig(width=16, heads=2, layers=2, mlp_width=24, vocab=30, context=7, embed_dim=6)
+    text = TextConfig(width=16, heads=2, layers=2, mlp_width=24, vocab=30, context=7, embed_dim=6)
     with gpu():
-        model = Pretraining(BTAdapter(CONFIG), CLIPText(text)).train()
+        model = Pretraining(BTAdapter(CONFIG), TextTower(text)).train()
         ids = torch.zeros(B, 7, dtype=torch.int64)
         with NoTraffic():
             model(torch.randn(B, T, 3, 12, 12), ids).total.backward()

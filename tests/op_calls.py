@@ -70,7 +70,9 @@ def op_calls(device: str, dtype: torch.dtype = torch.float32) -> dict[str, OpCal
         "memory_merge": ([x(B, T, N, C)], lambda bank: ops.memory_merge(bank, torch.ones(B, T, N, device=device))),
     }
     found = {name: OpCall(inputs, _with_gradients(run)) for name, (inputs, run) in calls.items()}
-    return found | _in_place(device, x)
+    frames = torch.randint(0, 256, (T, 9, 14, 3), dtype=torch.uint8, device=device)
+    resize = lambda f: [ops.resize_normalize(f, (5, 8), crop=(0, 1, 5, 6), mean=(0.5,) * 3, dtype=dtype)]  # noqa: E731
+    return found | {"resize_normalize": OpCall([frames], resize)} | _in_place(device, x)
 
 
 def _in_place(device: str, x: Callable) -> dict[str, OpCall]:

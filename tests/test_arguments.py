@@ -1,7 +1,9 @@
 """Arguments that cannot be: one line at once, exit 2, before a model is loaded; and how commands end."""
 
 import argparse
+import importlib
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -11,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from pyvidx.__main__ import COMMANDS
 from pyvidx.cli import arguments
 from pyvidx.cli.bench import main as bench
 from pyvidx.cli.demo import main as demo
@@ -22,8 +25,12 @@ from pyvidx.cli.memory import main as memory
 from pyvidx.cli.plan import main as plan
 from pyvidx.cli.train import main as train
 from pyvidx.device import usable
+from pyvidx.hosts import open as opening
 from pyvidx.models import BTAdapter, TextVideo
+from tests.test_readme import given_here
 
+JUDGE = "judge --protocol qa --predictions t.csv --prompt t.csv"
+PREDICT = "predict --task coin --annotations t.csv --format coin --config t.csv"
 NO_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="asks for a GPU that is not there")
 
 
@@ -33,8 +40,7 @@ def there(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name in ("a.mp4", "taken.npz", "taken.png", "taken.json", "t.csv"):
         (tmp_path / name).write_bytes(b"x")
-    monkeypatch.setattr(BTAdapter, "default", None)
-    monkeypatch.setattr(BTAdapter, "from_pretrained", None)
+    monkeypatch.setattr(opening, "_opened", None)
     return tmp_path
 
 
@@ -44,7 +50,7 @@ def refused(command, given, capsys) -> str:
         command(given)
     said = capsys.readouterr()
     assert stop.value.code == 2 and not said.out
-    assert said.err.count("\n") == 1 and said.err.startswith("python -m pyvidx")
+    assert said.err.count("\n") == 1 and said.err.startswith("pyvidx ")
     return said.err
 
 
@@ -56,6 +62,11 @@ def refused(command, given, capsys) -> str:
     ("a.mp4 --model x.pth", "there is no x.pth"),
     ("a.mp4 --model openai/clip-vit", "pyvidx downloads nothing"),
     ("a.mp4 --model https://host/x.pth", "download https://host/x.pth and give its path"),
+    ("a.mp4 --module stann", "must be one of branch, bt_adapter"),
+    ("a.mp4 --module stan:deep=2", "stan takes depth, time_length, per_frame"),
+    ("a.mp4 --frames 99999", "of at most 10000, got '99999'"),
+    ("a.mp4 --workers 9999", "of at most 1024"),
+    ("a.mp4 --model taken.npz --out taken.npz --overwrite", "taken.npz is an input"),
     ("https://host/a.mp4", "download https://host/a.mp4 and give its path"),
     ("a.mp4 b.mp4 c.mp4", "there is no b.mp4, nor 1 more"),
     ("a.mp4 --frames 0", "at least 1, got '0'"),
@@ -88,13 +99,17 @@ def test_encode(there, given, message, capsys):
     (flops, "--json taken.json", "exists"),
     (flops, "--plot x.mp3", "must end in"),
     (flops, "--json new.png --plot new.png", "files must differ"),
-    (memory, "b.mp4", "no such file: b.mp4"),
+    (memory, "b.mp4", "there is no b.mp4"),
     (memory, "https://host/a.mp4", "download"),
     (memory, "a.mp4 --out taken.png", "exists"),
     (memory, "a.mp4 --out x.mp3", "must end in"),
     (memory, "a.mp4 --save x.pt", "must end in .safetensors"),
     (memory, "a.mp4 --capacity 0", "capacity"),
-    (memory, "a.mp4 --fps nan", "--fps must be above 0"),
+    (memory, "a.mp4 --fps nan", "--fps: must be above 0"),
+    (memory, "a.mp4 --position -1", "at least 0"),
+    (memory, "a.mp4 --features colors --model t.csv", "--model must not be given with --features colors"),
+    (memory, "a.mp4 --policy fifo --unit token", "unit"),
+    (memory, "taken.png --out taken.png --overwrite", "taken.png is an input"),
     (memory, "a.mp4 --device foo", "must be cpu"),
     (memory, "a.mp4 --features model --model x.pth", "there is no x.pth"),
     (train, "malmm --config no.json", "no.json"),
@@ -103,17 +118,40 @@ def test_encode(there, given, message, capsys):
     (plan, "pretrain --videos nan", "at least 1"),
     (plan, "pretrain --decode-seconds -1", "must be seconds"),
     (plan, "pretrain --decode-video b.mp4", "no such file: b.mp4"),
-    (bench, ["report", "b.json"], "No such file"),
+    (bench, ["report", "b.json"], "no such file"),
     (bench, ["report", "a.mp4"], "must be JSON"),
-    (evaluate, "retrieval e.safetensors --json taken.json", "exists"),
-    (evaluate, "retrieval e.safetensors", "there is no file e.safetensors"),
+    (evaluate, "retrieval t.csv --json taken.json", "exists"),
+    (evaluate, "retrieval e.safetensors", "no such file: e.safetensors"),
     (evaluate, "retrieval a.mp4", "is no safetensors file"),
     (evaluate, "retrieval --config c.json", "c.json"),
-    (evaluate, "retrieval e.safetensors --plot p.txt.gzip", "must end in"),
-    (evaluate, "predict --task coin --annotations t.csv --config c.json --out o.jsonl --frames 0", "at least 1"),
-    (evaluate, "predict --task coin --annotations t.csv --config c.json --out o.jsonl --device foo", "must be cpu"),
+    (evaluate, "retrieval t.csv --plot p.txt.gzip", "must end in"),
+    (evaluate, f"{PREDICT} --out o.jsonl --frames 0", "at least 1"),
+    (evaluate, f"{PREDICT} --out o.jsonl --device foo", "must be cpu"),
     (evaluate, "rows --task coin --annotations t.csv --format coin --out taken.json", "exists"),
-    (evaluate, "judge --protocol qa --predictions t.csv --prompt t.csv --job t.csv/j --replay r.json", "cannot be wr"),
+    (evaluate, f"{JUDGE} --job t.csv/j --replay t.csv", "cannot be written"),
+    (evaluate, f"{JUDGE} --job t.csv --replay t.csv", "t.csv is an input"),
+    (evaluate, f"{JUDGE} --job j --url localhost:8000 --model x", "must begin with http"),
+    (evaluate, f"{JUDGE} --job j --url http://localhost:8000/v1", "--url needs --model"),
+    (evaluate, f"{JUDGE} --job j --replay t.csv --model x", "--model needs --url"),
+    (evaluate, f"{JUDGE} --job j --replay t.csv --key-file t.csv", "--key-file needs --url"),
+    (evaluate, f"{JUDGE} --job j --replay t.csv --attempts 0", "at least 1"),
+    (evaluate, "retrieval t.csv --broken exclude", "--broken needs --config"),
+    (evaluate, "retrieval t.csv --json t.csv --overwrite", "t.csv is an input"),
+    (evaluate, "retrieval t.csv --config t.csv", "not allowed with"),
+    (evaluate, "retrieval", "one of the arguments --config embeddings is required"),
+    (evaluate, "anticipation --segments t.csv --predictions t.csv", "--predictions needs --verbs"),
+    (evaluate, "anticipation --segments t.csv --scores t.csv --submission s.json", "--submission needs --levels"),
+    (evaluate, "anticipation --segments t.csv --scores t.csv --submission s --levels 1 2 9", "of at most 5"),
+    (evaluate, "rows --task coin --annotations t.csv --out o.jsonl", "required: --format"),
+    (evaluate, "rows --task coin --annotations t.csv --format coin --out o.jsonl --option a", "must be NAME=VALUE"),
+    (evaluate, "answers --task msvd_qa --annotations t.csv --predictions t.csv --reference t.csv", "needs --format"),
+    (evaluate, f"{PREDICT} --out o.json", "end in .jsonl"),
+    (evaluate, f"{PREDICT} --out o.jsonl --root t.csv",
+     "must be a folder, t.csv is a file"),
+    (evaluate, "lvu --task genre --annotations a.csv --scores t.csv", "no such file: a.csv"),
+    (evaluate, "lvu --task genre --annotations . --scores t.csv", "must be a file, . is a folder"),
+    (evaluate, ["lvu", "--task", "genre", "--annotations", "", "--scores", "t.csv"], "must be a path"),
+    (evaluate, ["lvu", "--task", "genre", "--annotations", "a" * 5000, "--scores", "t.csv"], "no such file"),
 ])  # fmt: skip
 def test_the_others(there, command, given, message, capsys):
     assert message in refused(command, given.split() if isinstance(given, str) else given, capsys)
@@ -132,7 +170,7 @@ def test_outputs_that_the_model_has_not(tmp_path, capsys):
     config = {**model.config.to_dict(), "part": "tokens"}
     BTAdapter(type(model.config).from_dict(config)).save(tmp_path / "m.safetensors")
     (tmp_path / "a.mp4").write_bytes(b"x")
-    given = [str(tmp_path / "a.mp4"), "--model", str(tmp_path / "m.safetensors")]
+    given = [str(tmp_path / "a.mp4"), "--model", str(tmp_path / "m.safetensors"), "--outputs", "pooled,tokens"]
     with pytest.raises(SystemExit) as stop:
         encode(given)
     assert stop.value.code == 2
@@ -161,11 +199,11 @@ def test_ends(capsys):
         def command():
             raise error
 
-        return arguments.ended("python -m pyvidx x", command)
+        return arguments.ended("pyvidx x", command)
 
-    assert raising(KeyboardInterrupt()) == 130 and capsys.readouterr().err == "python -m pyvidx x: interrupted\n"
+    assert raising(KeyboardInterrupt()) == 130 and capsys.readouterr().err == "pyvidx x: interrupted\n"
     assert raising(OSError(28, "No space left on device")) == 1
-    assert capsys.readouterr().err == "python -m pyvidx x: OSError: [Errno 28] No space left on device\n"
+    assert capsys.readouterr().err == "pyvidx x: OSError: [Errno 28] No space left on device\n"
     assert arguments.ended("x", lambda: None) == 0 and arguments.ended("x", lambda: 1) == 1
     with pytest.raises(ZeroDivisionError):  # a fault of ours is shown as one
         raising(ZeroDivisionError())
@@ -201,5 +239,42 @@ def test_ctrl_c_leaves_one_line_and_no_file(tmp_path):
     process.send_signal(signal.SIGINT)
     assert process.wait(60) == 130
     os.close(writer)
-    assert process.stderr.read() == "python -m pyvidx eval: interrupted\n"
+    assert process.stderr.read() == "pyvidx eval: interrupted\n"
     assert [p.name for p in tmp_path.iterdir()] == ["t.csv"]
+
+
+def parsers(parser: arguments.Parser):
+    """A parser, or those of its commands."""
+    inner = [a for a in parser._actions if isinstance(a, argparse._SubParsersAction)]
+    return [p for action in inner for p in action.choices.values()] if inner else [parser]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_has_an_example_that_parses(command, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    whole = importlib.import_module(f"pyvidx.cli.{command}").parser()
+    assert whole.prog == f"pyvidx {command}"
+    for parser in parsers(whole):
+        words = shlex.split(parser.example)
+        assert " ".join(words).startswith(parser.prog + " "), "the name that users type"
+        whole.parse_args(given_here(words[2:], tmp_path))
+        with pytest.raises(SystemExit) as stop:
+            whole.parse_args([*words[2 : len(parser.prog.split())], "--help"])
+        assert stop.value.code == 0 and capsys.readouterr().out.rstrip().endswith(parser.example)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_option_says_what_it_is(command):
+    """Choices and switches say it by their names; the rest has a help."""
+    for parser in parsers(importlib.import_module(f"pyvidx.cli.{command}").parser()):
+        for action in parser._actions:
+            assert action.help, f"{parser.prog}: {action.dest}"
+
+
+def test_the_table_of_commands():
+    """One table, and a module of cli for each of its rows."""
+    folder = Path(arguments.__file__).parent
+    with_main = {p.stem for p in folder.glob("*.py") if "\ndef main(" in p.read_text()}
+    assert with_main == {*COMMANDS}
+    script = (folder.parents[1] / "pyproject.toml").read_text()
+    assert 'pyvidx = "pyvidx.__main__:main"' in script

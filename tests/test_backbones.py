@@ -1,18 +1,18 @@
-"""CLIPVision against transformers and open_clip, on tiny random towers."""
+"""ViT against transformers and open_clip, on tiny random towers."""
 
 import dataclasses
 
 import pytest
 import torch
 
-from pyvidx.backbones.clip import CLIPVision, CLIPVisionConfig
+from pyvidx.backbones.vit import ViT, ViTConfig
 from pyvidx.hosts import huggingface
 from pyvidx.hosts import open_clip as open_clip_weights
 from tests.torchvision_shim import mend_torchvision
 
 mend_torchvision()
 
-SIZES = CLIPVisionConfig(
+SIZES = ViTConfig(
     image_size=28, patch_size=7, width=32, heads=4, layers=3, mlp_width=64, embed_dim=24, hidden_act="quick_gelu"
 )
 
@@ -66,7 +66,7 @@ def close(got, want):
 @torch.no_grad()
 def test_equals_transformers(sizes, pixels):
     theirs = randomized(hf_clip(sizes))
-    ours = huggingface.clip_vision(theirs)
+    ours = huggingface.vision_tower(theirs)
     assert ours.config == sizes
     hidden = theirs.vision_model(pixels, output_hidden_states=True).hidden_states
     for got, want in zip(ours(pixels, range(sizes.layers)), hidden[1:]):
@@ -81,7 +81,7 @@ def test_equals_transformers(sizes, pixels):
 def test_equals_transformers_vision_models(name, pixels):
     transformers = pytest.importorskip("transformers")
     theirs = randomized(getattr(transformers, name)(hf_config(SIZES)))
-    ours = huggingface.clip_vision(theirs)
+    ours = huggingface.vision_tower(theirs)
     result = theirs(pixels)
     close(ours(pixels)[0], result.last_hidden_state)
     projected = name.endswith("Projection")
@@ -92,7 +92,7 @@ def test_equals_transformers_vision_models(name, pixels):
 @torch.no_grad()
 def test_another_image_size_as_transformers(pixels):
     theirs = randomized(hf_clip(SIZES)).vision_model
-    ours = huggingface.clip_vision(theirs)
+    ours = huggingface.vision_tower(theirs)
     wide = torch.randn(2, 3, 35, 42)
     close(ours(wide, interpolate=True)[0], theirs(wide, interpolate_pos_encoding=True).last_hidden_state)
     with pytest.raises(ValueError, match="28x28.*interpolate"):
@@ -107,7 +107,7 @@ def test_equals_open_clip(sizes, pixels, whole):
     text = {"context_length": 8, "vocab_size": 9, "width": 16, "heads": 2, "layers": 1}
     quick = sizes.hidden_act == "quick_gelu"
     theirs = randomized(open_clip.model.CLIP(embed_dim=24, quick_gelu=quick, vision_cfg=vision, text_cfg=text))
-    ours = open_clip_weights.clip_vision(theirs if whole else theirs.visual)
+    ours = open_clip_weights.vision_tower(theirs if whole else theirs.visual)
     assert ours.config == sizes
     found = theirs.visual.forward_intermediates(
         pixels, indices=[0, 1, 2], normalize_intermediates=False, output_fmt="NLC", output_extra_tokens=True
@@ -124,14 +124,14 @@ def test_open_clip_refuses_what_differs():
     vision = {"layers": 1, "width": 32, "head_width": 8, "patch_size": 7, "image_size": 28, "ls_init_value": 0.1}
     text = {"context_length": 8, "vocab_size": 9, "width": 16, "heads": 2, "layers": 1}
     with pytest.raises(ValueError, match="layer scale"):
-        open_clip_weights.clip_vision(open_clip.model.CLIP(embed_dim=24, vision_cfg=vision, text_cfg=text))
+        open_clip_weights.vision_tower(open_clip.model.CLIP(embed_dim=24, vision_cfg=vision, text_cfg=text))
     with pytest.raises(ValueError, match="VisionTransformer"):
-        open_clip_weights.clip_vision(torch.nn.Linear(2, 2))
+        open_clip_weights.vision_tower(torch.nn.Linear(2, 2))
 
 
 def test_the_activation_matters(pixels):
     """Same names, same shapes, other numbers: why every source must say its activation."""
-    quick, plain = CLIPVision(SIZES), CLIPVision(dataclasses.replace(SIZES, hidden_act="gelu"))
+    quick, plain = ViT(SIZES), ViT(dataclasses.replace(SIZES, hidden_act="gelu"))
     plain.load_state_dict(quick.state_dict())
     assert (quick(pixels)[0] - plain(pixels)[0]).abs().max() > 1e-3
     with pytest.raises(ValueError, match="hidden_act"):
@@ -139,7 +139,7 @@ def test_the_activation_matters(pixels):
 
 
 def test_layers_and_leading_axes(pixels):
-    tower = CLIPVision(SIZES)
+    tower = ViT(SIZES)
     video = pixels.view(2, 2, 3, 28, 28)
     first, last = tower(video, [0, 2])
     assert first.shape == last.shape == (2, 2, 17, 32)
@@ -151,8 +151,8 @@ def test_layers_and_leading_axes(pixels):
 
 
 def test_a_part_of_the_tower():
-    tower = CLIPVision(SIZES, layers=range(1, 3), embeddings=False, head=False)
-    whole = CLIPVision(SIZES)
+    tower = ViT(SIZES, layers=range(1, 3), embeddings=False, head=False)
+    whole = ViT(SIZES)
     tower.load_state_dict({k: v for k, v in whole.state_dict().items() if k in tower.state_dict()})
     x = torch.randn(2, 17, 32)
     close(tower.run(x)[0], whole.blocks["2"](whole.blocks["1"](x)))
@@ -162,7 +162,7 @@ def test_a_part_of_the_tower():
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 def test_dtypes(dtype, pixels):
-    tower = CLIPVision(SIZES)
+    tower = ViT(SIZES)
     want = tower(pixels)[0]
     got = tower.to(dtype)(pixels)[0]
     assert got.dtype == dtype
@@ -174,4 +174,4 @@ def test_dtypes(dtype, pixels):
 )
 def test_rejects(shape, dtype):
     with pytest.raises(ValueError, match="pixels must be"):
-        CLIPVision(SIZES)(torch.zeros(shape, dtype=dtype))
+        ViT(SIZES)(torch.zeros(shape, dtype=dtype))

@@ -34,6 +34,14 @@ def test_every_bench_gives_its_numbers(results):
         assert case["ms"] > 0 and case["bytes"] > 0
 
 
+def test_preprocess_against_the_processors():
+    pytest.importorskip("transformers")
+    from bench import preprocess
+
+    row = preprocess.measure("360p", 1, 0)
+    assert row["rounds"] == 5 and row["levels_off"]["pil"] < 1e-3 and row["cpu_ratio"]["pil"] > 1
+
+
 def test_report(results, tmp_path):
     picture = tmp_path / "plot.png"
     command = [sys.executable, "-m", "pyvidx", "bench", "report", str(results), "--plot", str(picture)]

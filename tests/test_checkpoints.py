@@ -7,13 +7,13 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from pyvidx.backbones.clip import CLIPVision, CLIPVisionConfig
+from pyvidx.backbones.vit import ViT, ViTConfig
 from pyvidx.models import BTAdapter, BTAdapterConfig
 from pyvidx.reference.bt_adapter import ReferenceBTAdapter
 from pyvidx.weights.bt_adapter import load_official, load_weights, read
 from pyvidx.weights.keys import rename
 
-VISION = CLIPVisionConfig(image_size=8, patch_size=4, width=64, heads=1, layers=6, mlp_width=96, embed_dim=12)
+VISION = ViTConfig(image_size=8, patch_size=4, width=64, heads=1, layers=6, mlp_width=96, embed_dim=12)
 CONFIG = BTAdapterConfig(VISION, depth=4, time_length=16)
 CLIP_LAYER = [
     f"{name}.{leaf}"
@@ -91,22 +91,22 @@ def expect(model, name, key, third=None):
 def expect_backbone(model, layers=range(6)):
     for i in layers:
         for third in "qkv":
-            expect(model, f"backbone.blocks.{i}.qkv.weight", f"layers.{i}.self_attn.{third}_proj.weight", third)
-            expect(model, f"backbone.blocks.{i}.qkv.bias", f"layers.{i}.self_attn.{third}_proj.bias", third)
-        expect(model, f"backbone.blocks.{i}.out.weight", f"layers.{i}.self_attn.out_proj.weight")
-        expect(model, f"backbone.blocks.{i}.fc2.bias", f"layers.{i}.mlp.fc2.bias")
-        expect(model, f"backbone.blocks.{i}.norm2.weight", f"layers.{i}.layer_norm2.weight")
+            expect(model, f"tower.blocks.{i}.qkv.weight", f"layers.{i}.self_attn.{third}_proj.weight", third)
+            expect(model, f"tower.blocks.{i}.qkv.bias", f"layers.{i}.self_attn.{third}_proj.bias", third)
+        expect(model, f"tower.blocks.{i}.out.weight", f"layers.{i}.self_attn.out_proj.weight")
+        expect(model, f"tower.blocks.{i}.fc2.bias", f"layers.{i}.mlp.fc2.bias")
+        expect(model, f"tower.blocks.{i}.norm2.weight", f"layers.{i}.layer_norm2.weight")
 
 
 def expect_branch(model, depth, name="btadapter"):
     for j in range(depth):
-        expect(model, f"branch.spatial.{j}.qkv.weight", f"{name}_S_layers.{j}.self_attn.k_proj.weight", "k")
-        expect(model, f"branch.spatial.{j}.fc1.weight", f"{name}_S_layers.{j}.mlp.fc1.weight")
-        expect(model, f"branch.temporal.{j}.qkv.bias", f"{name}_T_layers.{j}.self_attn.v_proj.bias", "v")
-        expect(model, f"branch.temporal.{j}.fc.weight", f"{name}_T_layers.{j}.temporal_fc.weight")
-        expect(model, f"branch.temporal.{j}.norm.bias", f"{name}_T_layers.{j}.layer_norm1.bias")
-    expect(model, "branch.seed", f"{name}_cls_token")
-    expect(model, "branch.time", f"{name}_time_embed.weight")
+        expect(model, f"temporal.branch.spatial.{j}.qkv.weight", f"{name}_S_layers.{j}.self_attn.k_proj.weight", "k")
+        expect(model, f"temporal.branch.spatial.{j}.fc1.weight", f"{name}_S_layers.{j}.mlp.fc1.weight")
+        expect(model, f"temporal.branch.temporal.{j}.qkv.bias", f"{name}_T_layers.{j}.self_attn.v_proj.bias", "v")
+        expect(model, f"temporal.branch.temporal.{j}.fc.weight", f"{name}_T_layers.{j}.temporal_fc.weight")
+        expect(model, f"temporal.branch.temporal.{j}.norm.bias", f"{name}_T_layers.{j}.layer_norm1.bias")
+    expect(model, "temporal.branch.seed", f"{name}_cls_token")
+    expect(model, "temporal.branch.time", f"{name}_time_embed.weight")
 
 
 def test_the_reference_has_the_published_keys():
@@ -120,17 +120,17 @@ def test_the_reference_has_the_published_keys():
 def test_pretraining_file(name, tmp_path):
     torch.save(mma_file(name=name), tmp_path / "w.pth")
     model, report = load_official(tmp_path / "w.pth")
-    assert model.config == CONFIG and (model.compat, model.tower) == ("official", "mma")
+    assert model.config == CONFIG and (model.compat, model.variant) == ("official", "mma")
     assert not model.is_random and not model.training
     expect_backbone(model)
     expect_branch(model, 4, name)
-    expect(model, "output_gate", "balance1")
-    expect(model, "branch.gate", "balance2")
-    expect(model, "backbone.patch", "patch_embedding.weight")
-    expect(model, "backbone.projection.weight", "visual_projection.weight")
+    expect(model, "temporal.output_gate", "balance1")
+    expect(model, "temporal.branch.gate", "balance2")
+    expect(model, "tower.patch", "patch_embedding.weight")
+    expect(model, "tower.projection.weight", "visual_projection.weight")
     assert len(report.loaded) == len(list(model.parameters())) and len(report.left_out) == 4
     assert not (report.missing or report.unexpected or report.unused or report.replaced)
-    assert report.reshaped == [("branch.seed", (1, 1, 64), (64,))]
+    assert report.reshaped == [("temporal.branch.seed", (1, 1, 64), (64,))]
     assert "left_out 4" in str(report) and "loaded" in str(report)
 
 
@@ -146,16 +146,16 @@ def test_it_computes_what_the_reference_computes():
 
 def test_ungated_file():
     model, report = load_official(mma_file(gates=False))
-    assert model.output_gate is None and model.branch.gate is None and not report.missing
+    assert model.temporal.output_gate is None and model.temporal.branch.gate is None and not report.missing
     model, report = load_official(mma_file(), gated=False)  # the zero-shot configurations drop the gates of the file
     assert report.unused == ["backbone.balance1", "backbone.balance2"]
-    with pytest.raises(ValueError, match="nothing fills 2 parameters: branch.gate, output_gate"):
+    with pytest.raises(ValueError, match="nothing fills 2 parameters: temporal.branch.gate, temporal.output_gate"):
         load_official(mma_file(gates=False), gated=True)
 
 
 def test_llava_inference_tower():
     model, report = load_official(state(*tower(6, 4, projection=False)))
-    assert model.tower == "llava" and model.config.vision.embed_dim is None and not report.missing
+    assert model.variant == "llava" and model.config.vision.embed_dim is None and not report.missing
     expect_backbone(model)
     expect_branch(model, 4)
 
@@ -166,7 +166,7 @@ def test_reserved_layers_go_where_they_came_from():
     model, report = load_official(reserved, part="features", layers=6)
     assert model.config == dataclasses.replace(CONFIG, part="features", vision=model.config.vision)
     for i in range(3):
-        expect(model, f"backbone.blocks.{2 + i}.out.weight", f"layers.{i}.self_attn.out_proj.weight")
+        expect(model, f"tower.blocks.{2 + i}.out.weight", f"layers.{i}.self_attn.out_proj.weight")
     expect_branch(model, 3)
     assert report.unused == ["model.vision_tower.balance1"], "tokens do not pass the output gate"
     with pytest.raises(ValueError, match="pass layers="):
@@ -185,13 +185,13 @@ def test_tuned_branch_on_a_clip():
     """The instruction-tuned file: 86 tensors of a 3-layer branch, no gates: they are 0.5, and the report says so."""
     tuned = state(*(k for k in tower(0, 3, head=False, embeddings=False, gates=False)), prefix="model.vision_tower.")
     assert len(tuned) == 86
-    for told in ({}, {"gated": True, "allow_missing": ["branch.gate"]}):
+    for told in ({}, {"gated": True, "allow_missing": ["temporal.branch.gate"]}):
         model, report = load_official(clip_keys(), tuned, part="tokens", hidden_act="quick_gelu", **told)
-        assert (model.config.depth, model.config.gated, model.tower) == (4, True, "llava")
-        assert report.missing == ["branch.gate"] and not model.branch.gate.any()
-        assert "assumed branch.gate: 0.5 in every channel" in str(report)
+        assert (model.config.depth, model.config.gated, model.variant) == (4, True, "llava")
+        assert report.missing == ["temporal.branch.gate"] and not model.temporal.branch.gate.any()
+        assert "assumed temporal.branch.gate: 0.5 in every channel" in str(report)
     plain, report = load_official(clip_keys(), tuned, part="tokens", hidden_act="quick_gelu", gated=False)
-    assert plain.branch.gate is None and not report.assumed
+    assert plain.temporal.branch.gate is None and not report.assumed
     with pytest.raises(ValueError, match='tuned branch.* part="tokens"'):
         load_official(clip_keys(), tuned, hidden_act="quick_gelu")
     expect_backbone(model, range(5))
@@ -201,38 +201,38 @@ def test_tuned_branch_on_a_clip():
 
 
 def test_a_clip_brings_what_weights_do_not_tell():
-    clip = CLIPVision(dataclasses.replace(VISION, heads=4, hidden_act="gelu", eps=1e-6))
+    clip = ViT(dataclasses.replace(VISION, heads=4, hidden_act="gelu", eps=1e-6))
     tuned = state(*tower(0, 3, head=False, embeddings=False, gates=False))
-    model, report = load_official(clip, tuned, part="tokens", gated=True, allow_missing=["branch.gate"])
+    model, report = load_official(clip, tuned, part="tokens", gated=True, allow_missing=["temporal.branch.gate"])
     vision = model.config.vision
     assert (vision.heads, vision.hidden_act, vision.eps) == (4, "gelu", 1e-6)
-    assert torch.equal(model.backbone.blocks["2"].fc1.weight, clip.blocks["2"].fc1.weight)
+    assert torch.equal(model.tower.blocks["2"].fc1.weight, clip.blocks["2"].fc1.weight)
     assert "projection.weight" in " ".join(report.unused)
 
 
 def test_later_sources_replace():
     again = {"backbone.btadapter_time_embed.weight": torch.zeros(16, 64)}
     model, report = load_official(mma_file(), again)
-    assert report.replaced == ["branch.time"] and model.branch.time.abs().max() == 0
+    assert report.replaced == ["temporal.branch.time"] and model.temporal.branch.time.abs().max() == 0
 
 
 def test_stan():
     keys = [k for k in tower(6, 4, gates=False, name="STAN") if k != "STAN_cls_token"]
     model, report = load_official(state(*keys))
-    assert not report.missing and model.branch.gate is None
-    assert torch.equal(model.branch.seed, value("class_embedding")), "the seed is CLIP's class token"
+    assert not report.missing and model.temporal.branch.gate is None
+    assert torch.equal(model.temporal.branch.seed, value("class_embedding")), "the seed is CLIP's class token"
 
 
 def test_nothing_random_is_left_in_silence():
     broken = mma_file()
     for key in [k for k in broken["state_dict"] if "T_layers.2" in k]:
         del broken["state_dict"][key]
-    with pytest.raises(ValueError, match=r"nothing fills 8 parameters: branch.temporal.\*.fc"):
+    with pytest.raises(ValueError, match=r"nothing fills 8 parameters: temporal.branch.temporal.\*.fc"):
         load_official(broken)
-    model, report = load_official(broken, allow_missing=["branch.temporal.2.*"])
+    model, report = load_official(broken, allow_missing=["temporal.branch.temporal.2.*"])
     assert len(report.missing) == 8 and "missing 8" in str(report)
-    with pytest.raises(ValueError, match="match no missing parameter: branch.temporal.3"):
-        load_official(broken, allow_missing=["branch.temporal.2.*", "branch.temporal.3.*"])
+    with pytest.raises(ValueError, match="match no missing parameter: temporal.branch.temporal.3"):
+        load_official(broken, allow_missing=["temporal.branch.temporal.2.*", "temporal.branch.temporal.3.*"])
 
 
 def test_a_failed_load_changes_nothing():
@@ -240,7 +240,7 @@ def test_a_failed_load_changes_nothing():
     before = {k: v.clone() for k, v in model.state_dict().items()}
     wrong = mma_file()["state_dict"]
     wrong["backbone.position_embedding.weight"] = torch.zeros(10, 64)
-    with pytest.raises(ValueError, match=r"backbone.position is \(5, 64\), the file has \(10, 64\)"):
+    with pytest.raises(ValueError, match=r"tower.position is \(5, 64\), the file has \(10, 64\)"):
         load_weights(model, wrong)
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items()) and model.is_random
 
@@ -253,7 +253,7 @@ def test_reports_what_it_does_not_understand():
     half = {k: v for k, v in mma_file()["state_dict"].items() if "layers.1.self_attn.k_proj.bias" not in k}
     with pytest.raises(ValueError, match="qkv.bias needs q, k and v, got only q, v"):
         load_official(half)
-    with pytest.raises(ValueError, match="both mean backbone.class_token"):
+    with pytest.raises(ValueError, match="both mean tower.class_token"):
         rename({"class_embedding": torch.zeros(1), "backbone.class_embedding": torch.zeros(1)})
     with pytest.raises(ValueError, match="neither the 6 of the whole tower nor the 3 reserved"):
         load_weights(BTAdapter(CONFIG), state(*tower(2, 3, head=False, embeddings=False)))
@@ -285,5 +285,5 @@ def test_converted_file_is_read_back(tmp_path):
     model, _ = load_official(mma_file())
     model.save(tmp_path)
     again = BTAdapter.from_pretrained(tmp_path)
-    assert again.config == model.config and (again.compat, again.tower) == ("official", "mma")
+    assert again.config == model.config and (again.compat, again.variant) == ("official", "mma")
     assert all(torch.equal(a, b) for a, b in zip(again.parameters(), model.parameters()))

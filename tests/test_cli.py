@@ -1,4 +1,4 @@
-"""The main job: python -m pyvidx encode, from files to files."""
+"""The main job: pyvidx encode, from files to files."""
 
 import json
 import re

@@ -55,7 +55,7 @@ def test_gradients(backend):
         for run in (subject, compiled):
             out = run(pixels)
             loss = out.tokens.square().mean() + out.pooled.square().mean()
-            found.append(torch.autograd.grad(loss, list(subject.branch.parameters())[:8]))
+            found.append(torch.autograd.grad(loss, list(subject.temporal.branch.parameters())[:8]))
         assert differ(*found) < 1e-3
 
 
@@ -137,6 +137,11 @@ def _scanned(frames):
     return state.bank, state.attached[0], plan.table
 
 
+def _resized(x):
+    frames = (x.detach()[..., :3].abs() * 40).to(torch.uint8)
+    return ops.resize_normalize(frames, (4, 5), crop=(1, 0, 3, 4))
+
+
 OPS = {  # of the tensors above by their letters; the first wants a gradient
     "token_gather": ("z tube", ops.token_gather),
     "fusion_input": (
@@ -158,6 +163,7 @@ OPS = {  # of the tensors above by their letters; the first wants a gradient
     "temporal_scale": ("z taps c real", lambda z, taps, c, real: ops.temporal_scale(z, taps, c, mask=real, residual=z)),
     "st_pool": ("z real", lambda z, real: ops.st_pool(z, mask=real)),
     "quick_gelu": ("x c", ops.quick_gelu),
+    "resize_normalize": ("x", _resized),
     "bank_attention": ("z rows table", lambda z, rows, table: ops.bank_attention(z, rows, table, 2)),
     "bank_attention slots": ("z rows", lambda z, rows: ops.bank_attention(z, rows, None, 2)),
     "memory_merge": ("z", lambda z: ops.memory_merge(z, torch.ones(z.shape[:3]))[0]),

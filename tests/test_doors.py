@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from pyvidx import memory, temporal
-from pyvidx.backbones import CLIPText, CLIPTextConfig, CLIPVision
+from pyvidx.backbones import TextConfig, TextTower, ViT
 from pyvidx.models import MALMM, BTAdapter, VideoEncoder
 from pyvidx.models.umt import UMTConfig, UMTStudent
 from tests.test_models import CONFIG, VISION
@@ -15,24 +15,24 @@ MASK = np.ones((2, 4), dtype=bool)
 
 
 def doors():
-    model, encoder = BTAdapter(CONFIG), VideoEncoder(CLIPVision(VISION), temporal.create("stan", VISION))
-    malmm, text = MALMM.default(), CLIPText(CLIPTextConfig(9, 5, 8, 2, 1, 8, 4))
+    model, encoder = BTAdapter(CONFIG), VideoEncoder(ViT(VISION), temporal.create("stan", VISION))
+    malmm, text = MALMM.default(), TextTower(TextConfig(9, 5, 8, 2, 1, 8, 4))
     student = UMTStudent(UMTConfig(12, 4, 8, 2, 1, 8))
     policy = memory.create("fifo", capacity=2)
     bank, frame = policy.new(2, 3, 4), torch.zeros(2, 3, 4)
     pixels = torch.zeros(ARRAY.shape)
     return {
         "BTAdapter": lambda: model(ARRAY),
-        "BTAdapter.encode_features": lambda: model.encode_features(ARRAY[:, :, 0]),
-        "BTAdapter.encode_layers": lambda: model.encode_layers([ARRAY] * 3),
+        "BTAdapter.encode_features": lambda: model.from_features(ARRAY[:, :, 0]),
+        "BTAdapter.encode_layers": lambda: model.from_layers([ARRAY] * 3),
         "BTAdapter frame_mask": lambda: model(pixels, frame_mask=MASK),
         "BTAdapter mask": lambda: model(pixels, mask=MASK, outputs=["pooled"]),
         "VideoEncoder": lambda: encoder(ARRAY),
         "VideoEncoder frame_mask": lambda: encoder(pixels, frame_mask=MASK),
         "VideoEncoder.layers": lambda: encoder.layers(ARRAY),
         "VideoEncoder.from_layers": lambda: encoder.from_layers([ARRAY] * 4),
-        "CLIPVision": lambda: encoder.tower(ARRAY),
-        "CLIPText": lambda: text(ARRAY),
+        "ViT": lambda: encoder.tower(ARRAY),
+        "TextTower": lambda: text(ARRAY),
         "UMTStudent": lambda: student(ARRAY),
         "MALMM": lambda: malmm(ARRAY),
         "MALMM.features": lambda: malmm.features(ARRAY),
@@ -55,7 +55,7 @@ def test_arrays_are_refused(name):
 
 @pytest.mark.parametrize("ids", [[[1, 10**6]], [[-1, 2]]])
 def test_ids_are_in_the_vocabulary(ids):
-    model, text = MALMM.default(), CLIPText(CLIPTextConfig(9, 5, 8, 2, 1, 8, 4))
+    model, text = MALMM.default(), TextTower(TextConfig(9, 5, 8, 2, 1, 8, 4))
     with pytest.raises(ValueError, match=r"text_ids must be in \[0, \d+\)"):
         model.prompt(torch.tensor(ids))
     with pytest.raises(ValueError, match=r"ids must be in \[0, 9\)"):

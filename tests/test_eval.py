@@ -179,7 +179,7 @@ def test_answers_of_annotation_files(tmp_path, capsys):
                      "end": 99.1}  # fmt: skip
     with pytest.raises(SystemExit):
         main([*command, "--option", "odd"])
-    assert "takes NAME=VALUE" in capsys.readouterr().err
+    assert "must be NAME=VALUE" in capsys.readouterr().err
 
 
 def test_lvu_by_clips(tmp_path, capsys):

@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from pyvidx.backbones import CLIPText, CLIPTextConfig
+from pyvidx.backbones import TextConfig, TextTower
 from pyvidx.cli.encode import main as encode
 from pyvidx.cli.eval import main
 from pyvidx.corpus import embeddings
@@ -41,9 +41,9 @@ def folder(tmp_path, monkeypatch):
     model = BTAdapter(TextVideo.default().model.config).eval()  # untrained
     model.save(tmp_path / "model.safetensors")
     torch.manual_seed(0)
-    sizes = CLIPTextConfig(vocab=54, context=12, width=16, heads=2, layers=1, mlp_width=32,
+    sizes = TextConfig(vocab=54, context=12, width=16, heads=2, layers=1, mlp_width=32,
                            embed_dim=model.config.vision.embed_dim)  # fmt: skip
-    torch.save(official_names(CLIPText(sizes)), tmp_path / "text.pth")
+    torch.save(official_names(TextTower(sizes)), tmp_path / "text.pth")
     (tmp_path / "tokenizer").mkdir()
     vocabulary = {token: i for i, token in enumerate(LETTERS + SPECIAL)}
     (tmp_path / "tokenizer/vocab.json").write_text(json.dumps(vocabulary))
@@ -155,8 +155,8 @@ def test_what_the_encoder_wrote_is_taken(folder, capsys):
 
 def test_the_official_file_holds_both_towers(folder):
     pytest.importorskip("transformers")
-    sizes = CLIPTextConfig(vocab=54, context=12, width=16, heads=2, layers=1, mlp_width=32, embed_dim=VISION.embed_dim)
-    tower = CLIPText(sizes)
+    sizes = TextConfig(vocab=54, context=12, width=16, heads=2, layers=1, mlp_width=32, embed_dim=VISION.embed_dim)
+    tower = TextTower(sizes)
     words = {f"text_backbone.{name}": weight for name, weight in official_names(tower).items()}
     torch.save({"state_dict": state(*towers(6, 4), prefix="backbone.") | words}, folder / "official.pth")
     path = config(folder, model="official.pth", text=None)
@@ -236,7 +236,7 @@ def test_the_tokenizer_inside_open_clip():
 
 def test_text_tower_in_batches():
     torch.manual_seed(0)
-    tower = CLIPText(CLIPTextConfig(vocab=20, context=6, width=16, heads=2, layers=1, mlp_width=32, embed_dim=8))
+    tower = TextTower(TextConfig(vocab=20, context=6, width=16, heads=2, layers=1, mlp_width=32, embed_dim=8))
     ids = torch.randint(20, (5, 6))
     torch.testing.assert_close(embed(tower, ids, batch=2), tower(ids).detach())
 

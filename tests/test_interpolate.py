@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from pyvidx import temporal
-from pyvidx.backbones import CLIPVision
+from pyvidx.backbones import ViT
 from pyvidx.hosts import huggingface
 from pyvidx.layers.patch import resize_positions
 from pyvidx.models import BTAdapter, VideoEncoder
@@ -33,7 +33,7 @@ def resized(model, other, name):
 def test_as_transformers_does(size):
     transformers = pytest.importorskip("transformers")
     theirs = randomized(transformers.CLIPVisionModel(hf_config(SIZES)))
-    tower = huggingface.clip_vision(theirs)
+    tower = huggingface.vision_tower(theirs)
     pixels = torch.randn(2, 3, *size)
     want = theirs(pixels, interpolate_pos_encoding=True, output_hidden_states=True).hidden_states[-1]
     close(tower(pixels, interpolate=True)[0], want, 1e-5)
@@ -41,32 +41,31 @@ def test_as_transformers_does(size):
 
 @torch.no_grad()
 @pytest.mark.parametrize("folded", [False, True])
-@pytest.mark.parametrize("compat, tower", [("paper", "mma"), ("official", "llava")])
-def test_bt_adapter(compat, tower, folded):
-    model = randomized(BTAdapter(CONFIG, compat=compat, tower=tower)).double()
-    larger = BTAdapter(dataclasses.replace(CONFIG, vision=LARGER), compat=compat, tower=tower)
-    resized(model, larger, "backbone.position")
+@pytest.mark.parametrize("compat, variant", [("paper", "mma"), ("official", "llava")])
+def test_bt_adapter(compat, variant, folded):
+    model = randomized(BTAdapter(CONFIG, compat=compat, variant=variant)).double()
+    larger = BTAdapter(dataclasses.replace(CONFIG, vision=LARGER), compat=compat, variant=variant)
+    resized(model, larger, "tower.position")
     model = model.fold() if folded else model
     pixels = torch.randn(2, 4, 3, 20, 20).double()
     got, want = model(pixels, interpolate=True), larger(pixels)
     close(got.tokens, want.tokens)
     close(got.pooled, want.pooled)
-    close(model.encode_frames(pixels, interpolate=True), larger.encode_frames(pixels))
-    xs = model.backbone(pixels, range(CONFIG.fork - 1, VISION.layers), interpolate=True)
-    close(model.encode_features(xs[0], interpolate=True).pooled, want.pooled)
-    close(model.encode_layers(xs[1:], interpolate=True).tokens, want.tokens)
+    xs = model.tower(pixels, range(CONFIG.fork - 1, VISION.layers), interpolate=True)
+    close(model.from_features(xs[0], interpolate=True).pooled, want.pooled)
+    close(model.from_layers(xs[1:], interpolate=True).tokens, want.tokens)
     with pytest.raises(ValueError, match="12x12.*interpolate=True"):
         model(pixels)
     with pytest.raises(ValueError, match="interpolate=True"):
-        model.encode_layers(xs[1:])
+        model.from_layers(xs[1:])
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("name", temporal.names())
 def test_temporal_modules(name):
     options = OPTIONS.get(name, {})
-    model = randomized(VideoEncoder(CLIPVision(VISION), temporal.create(name, VISION, **options))).double()
-    larger = VideoEncoder(CLIPVision(LARGER), temporal.create(name, LARGER, **options))
+    model = randomized(VideoEncoder(ViT(VISION), temporal.create(name, VISION, **options))).double()
+    larger = VideoEncoder(ViT(LARGER), temporal.create(name, LARGER, **options))
     resized(model, larger, "tower.position")
     pixels = torch.randn(2, 3, 3, 20, 20).double()
     mask = torch.tensor([[True, True, True], [True, False, True]])

@@ -198,7 +198,7 @@ def test_errors(language, wrong, message):
 def test_answers_can_be_learned(language):
     """Two videos, two answers: the tokens of a tiny model come to say which is which."""
     model = MALMM(MALMMConfig.tiny()).train()
-    model.vision.freeze()
+    model.freeze_vision()
     pixels = torch.randn(2, 3, 3, 42, 42)
     prompts = [PROMPTS[0]] * 2
     with torch.no_grad():  # a random language model hardly listens: let the tokens speak up

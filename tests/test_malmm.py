@@ -21,7 +21,7 @@ def pair(**changes):
     model, reference = MALMM(config).double().eval(), ReferenceMALMM(config).double().eval()
     for name, p in model.named_parameters():
         nn.init.normal_(p, std=0.5 if "norm" in name else 0.3)
-    for block in model.vision.blocks:  # k has no bias in LAVIS
+    for block in model.vision.blocks.values():  # k has no bias in LAVIS
         block.qkv.bias.data.chunk(3)[1].zero_()
     reference.load_state_dict(export_malmm(model, "lavis"))
     reference.visual_encoder.requires_grad_(False)

@@ -1,4 +1,4 @@
-"""python -m pyvidx memory: a video in, a picture of its slots out."""
+"""pyvidx memory: a video in, a picture of its slots out."""
 
 from pathlib import Path
 
@@ -59,19 +59,19 @@ def test_options(video, tmp_path, options, sizes, capsys):
         main([str(video), *options, "--out", str(tmp_path / "a.png"), "--save", str(tmp_path / "a.safetensors")]) == 0
     )
     text = capsys.readouterr()
-    assert ("moving shapes only" in text.err) == ("model" in options)
+    assert ("moving shapes" in text.err) == ("model" in options)
     sizes_found = memory.load(tmp_path / "a.safetensors")[1].entries().sizes
     assert sizes_found.sum() == sizes * sizes_found.shape[2] if "space" not in options else 45 * 16
 
 
 @pytest.mark.parametrize("arguments, message", [
-    (["nothing.mp4"], "no such file"),
+    (["nothing.mp4"], "there is no nothing.mp4"),
     (["VIDEO", "--policy", "average", "--capacity", "3"], "options do not fit 'average'"),
     (["VIDEO", "--policy", "fifo", "--unit", "frame"], "options do not fit 'fifo'"),
     (["VIDEO", "--capacity", "0"], "capacity must leave room"),
     (["VIDEO", "--position", "16"], "position must be in"),
     (["https://example.org/a.mp4"], "and give its path"),
-    (["VIDEO", "--fps", "0"], "--fps must be above 0"),
+    (["VIDEO", "--fps", "0"], "--fps: must be above 0"),
     (["VIDEO", "--save", "bank.pt"], "--save must end in .safetensors"),
     (["VIDEO", "--save", "VIDEO"], "--save must end in .safetensors"),
     (["VIDEO", "--model", "nobody/nothing"], "pyvidx downloads nothing"),

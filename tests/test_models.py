@@ -6,14 +6,14 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from pyvidx.backbones.clip import CLIPVisionConfig
+from pyvidx.backbones.vit import ViTConfig
 from pyvidx.models import BTAdapter, BTAdapterConfig
 from pyvidx.reference.bt_adapter import ReferenceBTAdapter
 from pyvidx.temporal.branch import fused_tokens
 from pyvidx.temporal.grouping import grouping
 from pyvidx.weights.bt_adapter import load_weights
 
-VISION = CLIPVisionConfig(image_size=12, patch_size=4, width=16, heads=2, layers=5, mlp_width=24, embed_dim=6)
+VISION = ViTConfig(image_size=12, patch_size=4, width=16, heads=2, layers=5, mlp_width=24, embed_dim=6)
 CONFIG = BTAdapterConfig(VISION, depth=3, time_length=8)
 P = VISION.patches
 
@@ -22,18 +22,19 @@ def randomized(model):
     """Every parameter of ordinary size; gates such that sigmoid(scale * gate) is neither 0 nor 1."""
     with torch.no_grad():
         for name, p in model.named_parameters():
-            spread = {"balance1": 1e-4, "output_gate": 1e-4, "balance2": 0.01, "branch.gate": 0.01}.get(name, 0.2)
+            spread = {"balance1": 1e-4, "output_gate": 1e-4, "balance2": 0.01, "branch.gate": 0.01}
+            spread = spread.get(name.removeprefix("temporal."), 0.2)
             p.add_(torch.randn_like(p), alpha=spread)
     return model.eval()
 
 
-def pair(tower="mma", dtype=torch.float64, **changes):
+def pair(variant="mma", dtype=torch.float64, **changes):
     """A reference and a fast model with its weights."""
     config = dataclasses.replace(CONFIG, **changes)
-    if tower == "llava":
+    if variant == "llava":
         config = dataclasses.replace(config, vision=dataclasses.replace(VISION, embed_dim=None))
-    reference = randomized(ReferenceBTAdapter(config, tower)).to(dtype)
-    model = BTAdapter(config, compat="official", tower=tower).to(dtype)
+    reference = randomized(ReferenceBTAdapter(config, variant)).to(dtype)
+    model = BTAdapter(config, compat="official", variant=variant).to(dtype)
     load_weights(model, reference.state_dict())
     return reference, model
 
@@ -92,7 +93,7 @@ def test_features_part_and_gradients():
     """Stored features: tokens and every gradient as in the reference; the backbone asks for none."""
     config = dataclasses.replace(CONFIG, depth=4, part="features")
     reference = randomized(ReferenceBTAdapter(config, "llava")).double()
-    model = BTAdapter(config, compat="official", tower="llava").double()
+    model = BTAdapter(config, compat="official", variant="llava").double()
     load_weights(model, reference.state_dict())
     features, cotangent = torch.randn(2, 4, 1 + P, 16).double(), torch.randn(2, 1 + P, 16).double()
     tokens, want = model(features).tokens, reference(features)[0][-1]
@@ -100,15 +101,17 @@ def test_features_part_and_gradients():
     (tokens * cotangent).sum().backward()
     (want * cotangent).sum().backward()
     theirs = dict(reference.named_parameters())
-    close(model.branch.gate.grad, theirs["balance2"].grad)
-    close(model.branch.seed.grad, theirs["btadapter_cls_token"].grad[0, 0])
-    close(model.branch.time.grad, theirs["btadapter_time_embed.weight"].grad)
+    close(model.temporal.branch.gate.grad, theirs["balance2"].grad)
+    close(model.temporal.branch.seed.grad, theirs["btadapter_cls_token"].grad[0, 0])
+    close(model.temporal.branch.time.grad, theirs["btadapter_time_embed.weight"].grad)
     for j in range(3):
-        close(model.branch.temporal[j].fc.weight.grad, theirs[f"btadapter_T_layers.{j}.temporal_fc.weight"].grad)
-        close(model.branch.spatial[j].fc1.weight.grad, theirs[f"btadapter_S_layers.{j}.mlp.fc1.weight"].grad)
+        close(
+            model.temporal.branch.temporal[j].fc.weight.grad, theirs[f"btadapter_T_layers.{j}.temporal_fc.weight"].grad
+        )
+        close(model.temporal.branch.spatial[j].fc1.weight.grad, theirs[f"btadapter_S_layers.{j}.mlp.fc1.weight"].grad)
         thirds = [theirs[f"btadapter_S_layers.{j}.self_attn.{n}_proj.weight"].grad for n in "qkv"]
-        close(model.branch.spatial[j].qkv.weight.grad, torch.cat(thirds))
-    assert all(p.grad is None for p in model.backbone.parameters())
+        close(model.temporal.branch.spatial[j].qkv.weight.grad, torch.cat(thirds))
+    assert all(p.grad is None for p in model.tower.parameters())
 
 
 def test_pooled_gradients():
@@ -118,34 +121,36 @@ def test_pooled_gradients():
     (model(pixels).pooled * cotangent).sum().backward()
     (reference(pixels) * cotangent).sum().backward()
     theirs = dict(reference.named_parameters())
-    close(model.output_gate.grad, theirs["balance1"].grad)
+    close(model.temporal.output_gate.grad, theirs["balance1"].grad)
     for j in range(3):
         thirds = [theirs[f"btadapter_S_layers.{j}.self_attn.{n}_proj.weight"].grad for n in "qkv"]
-        close(model.branch.spatial[j].qkv.weight.grad, torch.cat(thirds))
+        close(model.temporal.branch.spatial[j].qkv.weight.grad, torch.cat(thirds))
         close(
-            model.branch.temporal[j].out.weight.grad, theirs[f"btadapter_T_layers.{j}.self_attn.out_proj.weight"].grad
+            model.temporal.branch.temporal[j].out.weight.grad,
+            theirs[f"btadapter_T_layers.{j}.self_attn.out_proj.weight"].grad,
         )
 
 
 @pytest.mark.parametrize("T", [4, 16], ids=["T4", "T16_in_pairs"])
-@pytest.mark.parametrize("compat, tower", [("paper", "mma"), ("official", "llava")])
+@pytest.mark.parametrize("compat, variant", [("paper", "mma"), ("official", "llava")])
 @torch.no_grad()
-def test_what_is_not_asked_for_changes_nothing(compat, tower, T):
-    model = randomized(BTAdapter(CONFIG, compat=compat, tower=tower)).double()
+def test_what_is_not_asked_for_changes_nothing(compat, variant, T):
+    model = randomized(BTAdapter(CONFIG, compat=compat, variant=variant)).double()
     pixels = clip(T=T)
     both = model(pixels)
     close(model(pixels, outputs=("tokens",)).tokens, both.tokens)
     close(model(pixels, outputs=("pooled",)).pooled, both.pooled)
     assert model(pixels, outputs=("tokens",)).pooled is None and model(pixels, outputs=("pooled",)).tokens is None
-    xs = model.backbone(pixels, range(CONFIG.fork, VISION.layers))
-    group = model.grouping(xs[0])
-    states = model.branch(xs, model.backbone.position, group)  # every layer in full
+    xs = model.tower(pixels, range(CONFIG.fork, VISION.layers))
+    group = model.temporal.grouping(T, P)
+    states = model.temporal.branch(xs, model.tower.position, group)  # every layer in full
     close(both.tokens, fused_tokens(xs[-2], group.patch_mean(states[-2][0]), states[-2][1]))
-    close(both.pooled, model.backbone.projection(model.frame_vectors(xs[-1], states[-1][1])).mean(1))
-    close(model.encode_frames(pixels), model.frame_vectors(xs[-1], states[-1][1]))
-    close(model.encode_layers(xs).pooled, both.pooled)
-    features = model.backbone(pixels, [CONFIG.fork - 1])[0]
-    close(model.encode_features(features).pooled, both.pooled)
+    frames = model.tower.projection(model.temporal.frame_vectors(xs[-1], states[-1][1], model.tower))
+    close(both.pooled, frames.mean(1))
+    close(model.temporal.encode(xs, model.tower, outputs=("pooled",), per_frame=True).pooled, frames)
+    close(model.from_layers(xs).pooled, both.pooled)
+    features = model.tower(pixels, [CONFIG.fork - 1])[0]
+    close(model.from_features(features).pooled, both.pooled)
 
 
 @torch.no_grad()
@@ -156,7 +161,7 @@ def test_parts_hold_what_they_need():
     for part in ("tokens", "features"):
         model = BTAdapter(dataclasses.replace(CONFIG, part=part)).double()
         model.load_state_dict({k: v for k, v in full.state_dict().items() if k in model.state_dict()})
-        source = pixels if part == "tokens" else full.backbone(pixels, [CONFIG.fork - 1])[0]
+        source = pixels if part == "tokens" else full.tower(pixels, [CONFIG.fork - 1])[0]
         close(model(source).tokens, want)
         with pytest.raises(ValueError, match="outputs must be"):
             model(source, outputs=("pooled",))
@@ -166,7 +171,7 @@ def test_parts_hold_what_they_need():
 def test_paper_mode_sees_time():
     """Groups are whole clips: reversing the frames of T <= 64 matters, and so does a frame of the other half."""
     model = randomized(BTAdapter(CONFIG)).double()
-    with_half = randomized(BTAdapter(CONFIG, compat="official", tower="llava")).double()
+    with_half = randomized(BTAdapter(CONFIG, compat="official", variant="llava")).double()
     with_half.load_state_dict(model.state_dict())
     pixels = clip(B=1)
     assert (model(pixels).tokens - model(pixels.flip(1)).tokens).abs().max() > 1e-3
@@ -174,9 +179,9 @@ def test_paper_mode_sees_time():
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("compat, tower", [("paper", "mma"), ("official", "mma"), ("official", "llava")])
-def test_batch_rows_are_independent(compat, tower):
-    model = randomized(BTAdapter(CONFIG, compat=compat, tower=tower)).double()
+@pytest.mark.parametrize("compat, variant", [("paper", "mma"), ("official", "mma"), ("official", "llava")])
+def test_batch_rows_are_independent(compat, variant):
+    model = randomized(BTAdapter(CONFIG, compat=compat, variant=variant)).double()
     pixels = clip(B=3)
     whole = model(pixels)
     for b in range(3):
@@ -205,12 +210,12 @@ def test_masks():
     with pytest.raises(ValueError, match="tokens need all patches"):
         paper(pixels, mask=tube)
     with pytest.raises(ValueError, match="no mask"):
-        grouping(4, P, compat="official", tower="llava", mask=frame_major)
+        grouping(4, P, compat="official", variant="llava", mask=frame_major)
 
 
 def test_grouping_is_a_permutation():
     for T in (2, 3, 4, 7, 8):
-        group = grouping(T, P, compat="official", tower="llava", time_length=8)
+        group = grouping(T, P, compat="official", variant="llava", time_length=8)
         assert group.keep.shape == (1, T // 2, P * T // (T // 2))
         assert sorted(group.keep.flatten().tolist()) == list(range(T * P))
         z = torch.arange(T * P).view(1, T * P, 1)[:, group.keep.flatten()].view(1, *group.keep.shape[1:], 1).double()
@@ -232,7 +237,7 @@ def test_fold(hidden_act):
     close(got.pooled, want.pooled)
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items()), "the model itself is unchanged"
     assert not any(p.requires_grad for p in folded.parameters())
-    assert folded.backbone.position.data_ptr() == model.backbone.position.data_ptr(), "what stays the same is shared"
+    assert folded.tower.position.data_ptr() == model.tower.position.data_ptr(), "what stays the same is shared"
     half = model.fold(torch.bfloat16)
     assert {p.dtype for p in half.parameters()} == {torch.bfloat16}
     for refused in (folded.train, folded.fold, lambda: folded.save("x"), lambda: folded.load_state_dict(before)):
@@ -264,13 +269,13 @@ def test_save_and_load(tmp_path):
     pixels = torch.randn(1, 2, 3, 224, 224)
     for name in ("tokens", "pooled"):
         assert torch.equal(getattr(loaded(pixels), name), getattr(model(pixels), name))
-    assert not loaded.backbone.position.requires_grad and loaded.branch.time.requires_grad
-    other = BTAdapter.from_pretrained(tmp_path / "m" / "model.safetensors", compat="official", tower="llava")
-    assert (other.compat, other.tower) == ("official", "llava")
+    assert not loaded.tower.position.requires_grad and loaded.temporal.branch.time.requires_grad
+    other = BTAdapter.from_pretrained(tmp_path / "m" / "model.safetensors", compat="official", variant="llava")
+    assert (other.compat, other.variant) == ("official", "llava")
     with pytest.raises(FileNotFoundError):
         BTAdapter.from_pretrained(tmp_path / "nothing")
     save_file({"x": torch.zeros(1)}, tmp_path / "other.safetensors")
-    with pytest.raises(ValueError, match="did not write.*checkpoints"):
+    with pytest.raises(ValueError, match="did not write.*load_official"):
         BTAdapter.from_pretrained(tmp_path / "other.safetensors")
 
 
@@ -294,12 +299,12 @@ def test_configs():
         BTAdapterConfig.named("clip-h")
 
 
-def test_init_from_backbone():
+def test_init_from_the_tower():
     model = BTAdapter(CONFIG)
-    model.init_from_backbone()
+    model.temporal.init_from(model.tower)
     for j in range(3):
-        theirs = model.backbone.blocks[str(CONFIG.fork + j)].state_dict()
-        assert all(torch.equal(v, theirs[k]) for k, v in model.branch.spatial[j].state_dict().items())
+        theirs = model.tower.blocks[str(CONFIG.fork + j)].state_dict()
+        assert all(torch.equal(v, theirs[k]) for k, v in model.temporal.branch.spatial[j].state_dict().items())
 
 
 def test_inputs_are_checked():
@@ -322,12 +327,12 @@ def test_inputs_are_checked():
     with pytest.raises(ValueError, match="compat must be"):
         BTAdapter(CONFIG, compat="exact")
     with pytest.raises(ValueError, match=r"backbone tokens must be \[B, T, 10, 16\]"):
-        paper.encode_features(torch.zeros(2, 4, 10, 8))
+        paper.from_features(torch.zeros(2, 4, 10, 8))
     with pytest.raises(ValueError, match="backbone layers"):
-        paper.encode_layers([torch.zeros(2, 4, 10, 16)])
-    official = BTAdapter(CONFIG, compat="official", tower="llava")
+        paper.from_layers([torch.zeros(2, 4, 10, 16)])
+    official = BTAdapter(CONFIG, compat="official", variant="llava")
     with pytest.raises(ValueError, match="3 frames"):
-        official.encode_features(torch.zeros(2, 3, 10, 16))
+        official.from_features(torch.zeros(2, 3, 10, 16))
 
 
 @torch.no_grad()
@@ -348,7 +353,7 @@ def test_autocast():
     for name in ("tokens", "pooled"):
         a, b = getattr(got, name).float(), getattr(want, name)
         assert (a - b).norm() < 0.03 * b.norm()
-    assert model.branch.time.grad.dtype == torch.float32 and model.branch.time.grad.isfinite().all()
+    assert model.temporal.branch.time.grad.dtype == torch.float32 and model.temporal.branch.time.grad.isfinite().all()
 
 
 @torch.no_grad()

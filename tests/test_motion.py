@@ -101,7 +101,7 @@ def test_words():
     ids = words(texts)
     assert ids.shape == (100, 12) and ids.dtype == torch.int64
     assert [words.text(row) for row in ids] == texts
-    ends = ids.argmax(dim=1)  # where pyvidx.backbones.CLIPText reads a text
+    ends = ids.argmax(dim=1)  # where pyvidx.backbones.TextTower reads a text
     assert ids.max() == len(words) - 1 and ends.tolist() == [len(t.split()) for t in texts]
     for text, message in (("the pink circle", "'pink' is not"), ("the red " * 6, "at most 11 words")):
         with pytest.raises(ValueError, match=message):

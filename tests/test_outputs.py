@@ -81,14 +81,15 @@ FULL = """
 import os, resource, signal, sys
 import torch
 from pathlib import Path
-from pyvidx import embeddings, flops, memory
+from pyvidx import memory
+from pyvidx.corpus import embeddings
 from pyvidx.cli.bench import plot as bench_plot
 from pyvidx.data.captions import shards
 from pyvidx.corpus.encode import Encoded
 from pyvidx.eval import report
 from pyvidx.eval.annotations import Sample, write_rows
 from pyvidx.files import write_json
-from pyvidx.models import Encoding
+from pyvidx.models import Encoding, flops
 from pyvidx.video import write
 
 folder = Path(sys.argv[1])

@@ -1,4 +1,4 @@
-"""python -m pyvidx plan pretrain: counted work against closed counts, and what becomes of it."""
+"""pyvidx plan pretrain: counted work against closed counts, and what becomes of it."""
 
 import pytest
 import torch

@@ -1,11 +1,15 @@
 """BT-Adapter's pretraining: losses, masks, DropPath, and two processes against one."""
 
+import dataclasses
+
 import pytest
 import torch
 from torch import distributed as dist
 
-from pyvidx.backbones import CLIPText, CLIPTextConfig
-from pyvidx.models import BTAdapter
+from pyvidx import temporal
+from pyvidx.backbones import TextConfig, TextTower
+from pyvidx.backbones.vit import ViT, ViTConfig
+from pyvidx.models import BTAdapter, VideoEncoder
 from pyvidx.models.losses import _unit, alignment, contrastive, gather
 from pyvidx.models.pretraining import Pretraining
 from pyvidx.temporal.bt_adapter import split_rows
@@ -14,14 +18,14 @@ from pyvidx.temporal.masking import drop_path_draws, random_mask, tube_mask
 from tests.test_models import CONFIG, P, clip, close, randomized
 from tests.two import two_processes
 
-TEXT = CLIPTextConfig(vocab=20, context=8, width=12, heads=2, layers=2, mlp_width=16, embed_dim=6)
+TEXT = TextConfig(vocab=20, context=8, width=12, heads=2, layers=2, mlp_width=16, embed_dim=6)
 IDS = torch.tensor([[1, 5, 19, 0, 0, 0], [1, 8, 3, 2, 19, 0], [1, 4, 4, 19, 0, 0], [1, 19, 0, 0, 0, 0]])
 
 
 def build(compat="paper", **options):
     """A training step in float64, always with the same weights."""
     torch.manual_seed(1)
-    step = randomized(Pretraining(BTAdapter(CONFIG, compat=compat), CLIPText(TEXT), **options))
+    step = randomized(Pretraining(BTAdapter(CONFIG, compat=compat), TextTower(TEXT), **options))
     return step.double()
 
 
@@ -121,7 +125,7 @@ def test_teachers(mask_order):
     step, T = build(mask_order=mask_order), 4
     group = step.grouping(clip_tokens := torch.randn(2, T, 1 + P, CONFIG.vision.width).double(), tube_mask(2, P))
     keep = group.keep[:, None] + torch.arange(T)[:, None] * P if group.keep.dim() == 2 else group.keep
-    full = step.model.backbone.projection(step.model.backbone.norm_post(clip_tokens[:, :, 1:])).flatten(1, 2)
+    full = step.model.tower.projection(step.model.tower.norm_post(clip_tokens[:, :, 1:])).flatten(1, 2)
     own = torch.stack([f[k] for f, k in zip(full, keep)])
     assert torch.allclose(step.teacher(clip_tokens, group), own) == (mask_order == "tube")
 
@@ -131,9 +135,7 @@ def test_only_branch_gates_and_head_train():
     step(*batch()[:2]).total.backward()
     trained = {n for n, p in step.named_parameters() if p.grad is not None and p.grad.abs().sum() > 0}
     assert trained == {n for n, p in step.named_parameters() if p.requires_grad}
-    assert {n.split(".")[0] + "." + n.split(".")[1] for n in trained} == {
-        "model.branch", "model.output_gate", "head.0", "head.1"
-    }  # fmt: skip
+    assert {n.split(".")[0] + "." + n.split(".")[1] for n in trained} == {"model.temporal", "head.0", "head.1"}
 
 
 def test_training_mode_drops_and_draws():
@@ -153,7 +155,7 @@ def test_cached_layers_are_the_same():
     pixels, ids, mask = batch()
     step = build()
     with torch.no_grad():
-        xs = step.model.backbone(pixels, range(CONFIG.fork, CONFIG.vision.layers))
+        xs = step.model.tower(pixels, range(CONFIG.fork, CONFIG.vision.layers))
         text = step.text(ids)
     assert step.from_layers(xs, text, mask=mask) == step(pixels, ids, mask=mask)
     with pytest.raises(ValueError, match="outputs of backbone layers"):
@@ -294,3 +296,54 @@ def test_two_processes_are_one(tmp_path):
         for parameter, want in gradients(step, getattr(losses, name)).items():
             close(results["global", name][parameter], want, 1e-5)
             close(results["official", name][parameter], share * want, 1e-5)
+
+
+SIGLIP = ViTConfig(
+    12, 4, 16, 2, 5, 24, hidden_act="gelu_tanh", eps=1e-6, pool="attention", norm_pre=False, patch_bias=True
+)
+
+
+@pytest.mark.parametrize("vision", [CONFIG.vision, SIGLIP], ids=["clip", "siglip"])
+@pytest.mark.parametrize("name", temporal.names())
+def test_every_module_learns(name, vision):
+    """Steps on one batch lower the loss; the frozen text tower and, if not asked for, the image tower stay."""
+    torch.manual_seed(0)
+    encoder = VideoEncoder(ViT(vision), temporal.create(name, vision))
+    text = TextTower(dataclasses.replace(TEXT, embed_dim=vision.embed_dim or vision.width))
+    trained = bool(list(encoder.temporal.parameters()))
+    if not trained:
+        with pytest.raises(ValueError, match=f"{name} has no parameters to train"):
+            Pretraining(encoder, text)
+    step = Pretraining(encoder, text, train_tower=not trained, scale=10.0).train()
+    fixed = {n: p.clone() for n, p in step.named_parameters() if not p.requires_grad}
+    assert any(n.startswith("text") for n in fixed) and any(n.startswith("model.tower") for n in fixed) == trained
+    optimizer = torch.optim.AdamW([p for p in step.parameters() if p.requires_grad], lr=3e-3)
+    pixels, mask = clip(B=4).float(), tube_mask(4, P) if step.has_branch else None
+    totals = []
+    for _ in range(6):
+        losses = step(pixels, IDS, mask=mask)
+        assert list(losses.named) == (["vtc", "mbca", "mbta"] if step.has_branch else ["vtc"])
+        totals.append(losses.total.item())
+        optimizer.zero_grad()
+        losses.total.backward()
+        optimizer.step()
+    assert min(totals[-2:]) < totals[0]
+    assert all(torch.equal(p, fixed[n]) for n, p in step.named_parameters() if n in fixed)
+    if not step.has_branch:
+        with pytest.raises(ValueError, match="no branch for a mask"):
+            step(pixels, IDS, mask=tube_mask(4, P))
+
+
+@pytest.mark.parametrize("name", ["joint", "stan"])
+def test_parts_of_a_batch_give_the_same_gradients_of_any_module(name):
+    def gradients(micro_batch):
+        torch.manual_seed(0)
+        encoder = VideoEncoder(ViT(CONFIG.vision), temporal.create(name, CONFIG.vision))
+        step = Pretraining(encoder, TextTower(TEXT), train_tower=True, drop_path=0.0, micro_batch=micro_batch).double()
+        torch.manual_seed(2)
+        losses = step(clip(B=4), IDS, mask=torch.arange(P).expand(4, P) < 4 if step.has_branch else None)
+        losses.total.backward()
+        return [losses.total, *(p.grad for p in step.parameters() if p.grad is not None)]
+
+    for got, want in zip(gradients(3), gradients(None), strict=True):
+        close(got, want, 1e-9)

@@ -10,8 +10,8 @@ from torch import nn
 from pyvidx.layers import attention, products
 from pyvidx.layers.attention import self_attention
 from pyvidx.layers.block import Block
-from pyvidx.layers.linear import add_linear, composed_product, dense, linear, project_qkv, shifted_product
-from pyvidx.layers.products import _choose
+from pyvidx.layers.linear import dense, linear
+from pyvidx.layers.products import _amd, _choose
 from pyvidx.models import flops
 from pyvidx.ops import bank_attention
 from tests.test_layers import gradients
@@ -63,42 +63,6 @@ def test_views(calls):
     agree(gradients(linear(x, *part), x, *module.parameters()), gradients(F.linear(x, *part), x, *module.parameters()))
 
 
-def test_add_linear(calls):
-    module = layer(2 * C, C)
-    x, h = (torch.randn(ROWS, N, width, requires_grad=True) for width in (C, 2 * C))
-    want = gradients(x + F.linear(h, module.weight, module.bias), x, h, *module.parameters())
-    agree(gradients(add_linear(x, h, module), x, h, *module.parameters()), want)
-    kept = x.detach().clone()
-    with torch.no_grad():
-        agree([add_linear(x, h, module)], want[:1])
-    assert x.equal(kept)
-
-
-def test_projections(calls):
-    module, x = layer(C, 3 * C), torch.randn(ROWS, N, C, requires_grad=True)
-    want = gradients(F.linear(x, module.weight, module.bias), x, *module.parameters())
-    keys = slice(C, 2 * C)
-    want[3][keys] = 0
-    for parts in (3,), (1, 2), (1, 1, 1):
-        got = gradients(torch.cat(project_qkv(x, module, parts), dim=-1), x, *module.parameters())
-        assert (got[3][keys] == 0).all()
-        if calls is None:  # a key's bias is left out, which no softmax sees
-            got[0][..., keys] += module.bias.detach()[keys]
-        agree(got, want)
-
-
-def test_products_that_make_up_for_a_bias(calls):
-    first, last, shift = layer(C, 2 * C), layer(2 * C, C), torch.randn(C, requires_grad=True)
-    x = torch.randn(ROWS, N, C, requires_grad=True)
-    leaves = x, shift, *first.parameters(), *last.parameters()
-    for got, want, count in (
-        (sum(shifted_product(x, first, shift)), first(x + shift), 4),
-        (sum(composed_product(x, first, last, shift)), last(first(x + shift)) - last.bias, 5),
-    ):
-        used = leaves[:count]
-        agree(gradients(got, *used), gradients(want, *used))
-
-
 def test_block(calls):
     torch.manual_seed(6)
     block, x = Block(C, HEADS, 4 * C), torch.randn(ROWS, N, C, requires_grad=True)
@@ -124,8 +88,9 @@ def test_attention_kernel(dtype, autocast, monkeypatch):
     seen = []
     monkeypatch.setattr(attention, "bank_attention", lambda *a: seen.append(a[0].dtype) or bank_attention(*a))
     results = []
-    for library, most in (("onednn", 0), ("torch", N), ("torch", N - 1)):
-        monkeypatch.setattr(products, "LIBRARY", library)
+    monkeypatch.setattr(products, "LIBRARY", "torch")
+    for slow, most in ((True, 0), (False, N), (False, N - 1)):
+        monkeypatch.setattr(products, "MKL_IS_SLOW", slow)
         monkeypatch.setattr(attention, "MOST", dict.fromkeys(attention.MOST, most))
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
             results.append(gradients(self_attention(x, module, HEADS), x, *module.parameters()))
@@ -176,9 +141,10 @@ ZEN4, ZEN5, INTEL = (
 
 def test_choice(monkeypatch):
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
-    assert [_choose("", text) for text in (ZEN4, ZEN5, INTEL, "")] == ["torch", "onednn", "torch", "torch"]
-    assert [_choose("torch", ZEN5), _choose("onednn", INTEL)] == ["torch", "onednn"]
+    assert [_amd(text) for text in (ZEN4, ZEN5, INTEL, "")] == [25, 26, 0, 0]
+    assert [_choose("", family) for family in (0, 25, 26)] == ["torch", "onednn", "onednn"]
+    assert [_choose("torch", 26), _choose("onednn", 0)] == ["torch", "onednn"]
     with pytest.raises(ValueError, match="PYVIDX_PRODUCTS must be torch or onednn, got 'blas'"):
-        _choose("blas", ZEN5)
-    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
-    assert _choose("", ZEN5) == "torch"
+        _choose("blas", 26)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")  # Zen 3 is of family 25 too
+    assert _amd(ZEN4) == 0

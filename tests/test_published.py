@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from pyvidx.weights.bt_adapter import load_model, load_official
+from pyvidx.hosts.open import open_model
+from pyvidx.weights.bt_adapter import load_official
 from pyvidx.weights.malmm import load_malmm
 from pyvidx.weights.projector import load_projector
 from tests.golden.vectors import FOLDER, VectorFile
@@ -36,10 +37,10 @@ def test_pretraining_file(tmp_path):
     file = vectors("bt_adapter/mma_eval")
     path = pretraining_file(tmp_path / "pretrain_btadapter_weight.pth", file.part("weights."))
     model, report = load_official(path, heads=4)
-    assert (model.compat, model.tower) == ("official", "mma") and not report.missing and not report.unexpected
+    assert (model.compat, model.variant) == ("official", "mma") and not report.missing and not report.unexpected
     video = file.tensors["in.T8_B2.video"]
     close(model(video).pooled, file.tensors["out.T8_B2.gated.embed"])
-    close(load_model(path, gated=False, heads=4)(video).pooled, file.tensors["out.T8_B2.ungated.embed"])
+    close(open_model(path, gated=False, heads=4)[0](video).pooled, file.tensors["out.T8_B2.ungated.embed"])
 
 
 def test_pretraining_file_as_a_chat_tower(tmp_path):
@@ -49,7 +50,7 @@ def test_pretraining_file_as_a_chat_tower(tmp_path):
     weights["visual_projection.weight"] = torch.randn(8, 64)  # which made the retrieval tower of it
     path = pretraining_file(tmp_path / "pretrain_btadapter_weight.pth", weights)
     model, report = load_official(path, part="tokens", heads=4)
-    assert model.tower == "llava" and not report.assumed
+    assert model.variant == "llava" and not report.assumed
     for run in ("T8", "T66", "B2_T8"):
         close(model(file.tensors[f"in.{run}.pixels"]).tokens, file.tensors[f"out.{run}.llm_tokens"])
     model, _ = load_official(path, part="features", heads=4)

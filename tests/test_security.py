@@ -12,18 +12,20 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from pyvidx import embeddings, memory
+from pyvidx import memory
 from pyvidx.cli.encode import main as encode
 from pyvidx.cli.eval import main as evaluate
+from pyvidx.corpus import embeddings
 from pyvidx.data.captions import shards
 from pyvidx.eval.annotations import parse
 from pyvidx.eval.files import Named, read_tensors
 from pyvidx.eval.judge import ChatJudge, Request
 from pyvidx.hosts.importing import LOCAL
+from pyvidx.hosts.open import open_model
 from pyvidx.models import MALMM, BTAdapter, TextVideo, VideoEncoder
 from pyvidx.train import checkpoint
 from pyvidx.video import read, stream, write
-from pyvidx.weights.bt_adapter import load_model, load_official
+from pyvidx.weights.bt_adapter import load_official
 from pyvidx.weights.malmm import load_malmm
 from pyvidx.weights.projector import load_projector
 from pyvidx.weights.state import read as read_weights
@@ -67,7 +69,7 @@ def test_no_network(no_network, tmp_path, monkeypatch, capsys):
     embeddings.load("e.npz")
     save_file({"text": torch.eye(3), "video": torch.eye(3)}, "s.safetensors")
     assert evaluate(["retrieval", "s.safetensors", "--json", "out.json"]) == 0
-    for load in (BTAdapter.from_pretrained, MALMM.from_pretrained, load_model, load_official):
+    for load in (BTAdapter.from_pretrained, MALMM.from_pretrained, open_model, load_official):
         with pytest.raises((FileNotFoundError, ValueError)):
             load("openai/clip-vit-base-patch16")
     for source in ("https://localhost/a.mp4", "http://localhost/a.mp4", "rtsp://localhost/a", "tcp://localhost:9"):
@@ -115,7 +117,7 @@ def test_no_pickle_runs(tmp_path):
         archive.writestr("script/constants.pkl", pickle.dumps(Writes(mark)))
         archive.writestr("script/code/__torch__.py", f"open({str(mark)!r}, 'w')")
         archive.writestr("script/version", "3")
-    readers = [read_weights, load_model, load_official, load_malmm, load_projector, BTAdapter.from_pretrained,
+    readers = [read_weights, open_model, load_official, load_malmm, load_projector, BTAdapter.from_pretrained,
                MALMM.from_pretrained, VideoEncoder.from_pretrained, TextVideo.load, memory.load, embeddings.load,
                lambda p: read_tensors(p, {"text": 2}), lambda p: shards(str(p)),
                lambda p: parse("msvd", p), lambda p: parse("msrvtt_csv", p)]  # fmt: skip
@@ -175,6 +177,7 @@ def test_no_call_could_run_code_or_download():
 MAY = {
     "urllib": {"pyvidx/eval/judge.py"},  # the judge, when told a URL
     "pickle": {
+        "pyvidx/corpus/engines/ray.py",
         "pyvidx/video/pool.py",
         "pyvidx/video/worker.py",
         "pyvidx/weights/torchscript.py",

@@ -8,15 +8,16 @@ import torch
 import torch.nn.functional as F
 
 from pyvidx import temporal
-from pyvidx.backbones.clip import CLIPVision, CLIPVisionConfig
+from pyvidx.backbones.vit import ViT, ViTConfig
 from pyvidx.layers.sincos import sincos_table
 from pyvidx.models import BTAdapter, BTAdapterConfig, VideoEncoder
 from pyvidx.models.flops import count
+from pyvidx.temporal.bt_adapter import TemporalLayer
 from pyvidx.temporal.clip_vip import proxy_attention
 from pyvidx.temporal.grid_pool import grid_pool, with_newlines
 from pyvidx.temporal.st_adapter import temporal_scale
 
-VISION = CLIPVisionConfig(image_size=12, patch_size=4, width=16, heads=2, layers=5, mlp_width=24, embed_dim=6)
+VISION = ViTConfig(image_size=12, patch_size=4, width=16, heads=2, layers=5, mlp_width=24, embed_dim=6)
 P, C, E = VISION.patches, VISION.width, VISION.embed_dim
 VARIANTS = [
     *((name, {"width": 8} if name == "st_adapter" else {}) for name in temporal.names()),
@@ -49,7 +50,7 @@ UNCHANGED = [
 
 
 def tower():
-    return CLIPVision(VISION).eval()
+    return ViT(VISION).eval()
 
 
 def encoder(name, options, randomize=True):
@@ -132,9 +133,73 @@ def test_stored_layers(name, options):
     for i, x in zip(model.temporal.reads, xs, strict=True):
         assert torch.equal(x, model.tower(pixels, [i])[0]), "the tower runs untouched"
     got = model.from_layers(xs)
-    assert torch.equal(got.tokens, want.tokens) and torch.equal(got.pooled, want.pooled)
-    with pytest.raises(ValueError, match="xs must be"):
+    assert torch.equal(got.tokens, want.tokens)
+    close(got.pooled, want.pooled)  # of class rows alone `forward` makes them another way
+    with pytest.raises(ValueError, match="need the outputs of backbone layers"):
         model.from_layers(xs[1:])
+
+
+@every
+@torch.no_grad()
+def test_stored_features(name, options):
+    """The input of the first layer that is read, for a module that only reads."""
+    model, pixels = encoder(name, options), clips()
+    if not model.temporal.reads_only:
+        with pytest.raises(ValueError, match="works inside the tower"):
+            model.from_features(pixels[..., 0])
+        return
+    first, mask = model.temporal.reads[0], torch.tensor([[True] * 4, [True, True, False, False]])
+    (x,) = model.tower(pixels, [first - 1])
+    close(model.from_features(x).pooled, model(pixels).pooled)
+    close(model.from_features(x.float(), frame_mask=mask).tokens, model(pixels, frame_mask=mask).tokens, 1e-5)
+    close(
+        model.from_layers(model.layers(pixels, outputs=("tokens",)), outputs=("tokens",)).tokens, model(pixels).tokens
+    )
+
+
+@every
+@torch.no_grad()
+def test_fold(name, options):
+    """The same numbers, the model itself as it was, and a copy that is for inference alone."""
+    model, pixels = encoder(name, options), clips()
+    before, want, folded = {k: v.clone() for k, v in model.state_dict().items()}, model(pixels), model.fold()
+    close(folded(pixels).tokens, want.tokens)
+    close(folded(pixels).pooled, want.pooled)
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    assert all(layer.fc is None for layer in folded.modules() if isinstance(layer, TemporalLayer))
+    assert {b.hidden_act for b in folded.tower.blocks.values()} == {"silu"}
+    assert not any(p.requires_grad for p in folded.parameters())
+    assert {p.dtype for p in model.fold(torch.bfloat16).parameters()} == {torch.bfloat16}
+    for refused in (folded.train, folded.fold, lambda: folded.save("x"), lambda: folded.load_state_dict(before)):
+        with pytest.raises(RuntimeError, match="fold"):
+            refused()
+
+
+@every
+@torch.no_grad()
+def test_patches_removed_from_a_branch(name, options):
+    model, pixels, tube = encoder(name, options), clips(), torch.arange(P) % 2 == 0
+    if not model.temporal.masks:
+        with pytest.raises(ValueError, match=f"{name} has no branch"):
+            model(pixels, mask=tube, outputs=("pooled",))
+        return
+    got = model(pixels, mask=tube, outputs=("pooled",)).pooled
+    assert (got - model(pixels).pooled).abs().max() > 1e-6
+    close(model.from_layers(model.layers(pixels), mask=tube, outputs=("pooled",)).pooled, got)
+    with pytest.raises(ValueError, match="tokens need all patches"):
+        model(pixels, mask=tube)
+
+
+@torch.no_grad()
+def test_class_rows_alone():
+    """The last layer works for the one row that is read, and for all where somebody listens to it."""
+    model, pixels, heard = encoder("mean", {}), clips(), []
+    want = model.from_layers(model.layers(pixels)).pooled
+    close(model(pixels).pooled, want)
+    assert count(lambda: model(pixels)) < 0.85 * count(lambda: model.layers(pixels))
+    model.tower.blocks["4"].qkv.register_forward_hook(lambda module, given, found: heard.append(found.numel()))
+    close(model(pixels).pooled, want)
+    assert heard == [pixels.shape[:2].numel() * (1 + P) * 3 * C]
 
 
 @torch.no_grad()
@@ -149,7 +214,7 @@ def test_no_work_for_padding():
 @torch.no_grad()
 def test_time_attention_adds_nothing_at_first(name):
     layers = encoder(name, {}, randomize=False).temporal.branch.temporal
-    assert not any(layer(torch.randn(2, 4, P, C).double()).total().any() for layer in layers)
+    assert not any(layer(torch.randn(2, 4, P, C).double()).any() for layer in layers)
 
 
 @over(UNCHANGED)
@@ -287,7 +352,7 @@ def test_registry_errors():
     with pytest.raises(ValueError, match="name must be one of .*bt_adapter.*'avg'"):
         temporal.create("avg", VISION)
     refused = [
-        ("branch", {"depth": 1}), ("branch", {"depth": 6}), ("separate", {"layers": 0}), ("clip_vip", {"proxies": 0}),
+        ("branch", {"depth": 0}), ("branch", {"depth": 6}), ("separate", {"layers": 0}), ("clip_vip", {"proxies": 0}),
         ("separate", {"class_token": "none"}), ("st_adapter", {"kernel": (2, 1, 1)}), ("st_adapter", {"places": "x"}),
         ("st_adapter", {"layers": 9}), ("grid_pool", {"mode": "min"}), ("grid_pool", {"stride": 4}),
     ]  # fmt: skip
@@ -311,11 +376,10 @@ def test_more_frames_than_the_time_table(name):
 @pytest.mark.parametrize("T", [1, 4, 10], ids=["T1", "T4", "T10_in_pairs"])
 @torch.no_grad()
 def test_bt_adapter_is_the_model(T):
-    """The numbers of models.BTAdapter, whose weights have the same names."""
+    """models.BTAdapter is this encoder, with the same numbers and names of weights."""
     model = encoder("bt_adapter", {"depth": 3, "time_length": 8})
     other = BTAdapter(BTAdapterConfig(VISION, depth=3, time_length=8)).double().eval()
-    other.backbone.load_state_dict(model.tower.state_dict())
-    other.load_state_dict(model.temporal.state_dict(), strict=False)
+    other.load_state_dict(model.state_dict())
     pixels = clips(T=T)
     close(model(pixels).tokens, other(pixels).tokens)
     close(model(pixels).pooled, other(pixels).pooled)
@@ -327,16 +391,16 @@ def test_frame_masks_of_the_bt_adapter_model(compat):
     """Pixels, stored layers and stored features; with patches removed as well; folded."""
     config = BTAdapterConfig(VISION, depth=3, time_length=8)
     model, pixels = BTAdapter(config, compat=compat).double().eval(), clips(T=4)
-    for p in model.branch.parameters():
+    for p in model.temporal.branch.parameters():
         p.add_(torch.randn_like(p), alpha=0.3)
     real = torch.tensor([[True] * 4, [True, True, False, False]])
     alone = model(pixels[1:, :2])
     pixels[1, 2:] = math.nan
-    xs = model.backbone(pixels, range(config.fork - 1, VISION.layers))
+    xs = model.tower(pixels, range(config.fork - 1, VISION.layers))
     ways = {
         "pixels": lambda m: m(pixels, frame_mask=real),
-        "layers": lambda m: m.encode_layers(xs[1:], frame_mask=real),
-        "features": lambda m: m.encode_features(xs[0], frame_mask=real),
+        "layers": lambda m: m.from_layers(xs[1:], frame_mask=real),
+        "features": lambda m: m.from_features(xs[0], frame_mask=real),
     }
     for m in (model, model.fold()):
         for way, run in ways.items():
@@ -347,7 +411,7 @@ def test_frame_masks_of_the_bt_adapter_model(compat):
         tube, pooled = torch.arange(P) < 5, {"outputs": ("pooled",)}
         got = model(pixels, mask=tube, frame_mask=real, **pooled).pooled[1:]
         close(got, model(pixels[1:, :2], mask=tube, **pooled).pooled)
-    mixed = [(BTAdapter(config, compat="official", tower="llava").double(), 4)]
+    mixed = [(BTAdapter(config, compat="official", variant="llava").double(), 4)]
     mixed += [(model, 10)] if compat == "paper" else []  # in pairs
     for refused, T in mixed:
         with pytest.raises(ValueError, match="frame_mask needs slots that are frames"):

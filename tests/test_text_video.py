@@ -4,8 +4,9 @@ import pytest
 import torch
 from safetensors import safe_open
 
+from pyvidx import temporal
 from pyvidx.data import motion
-from pyvidx.models import BTAdapter, TextVideo, files
+from pyvidx.models import BTAdapter, TextVideo, VideoEncoder, files
 from pyvidx.models.text_video import DEFAULT
 from pyvidx.preprocess import clip_preprocess
 
@@ -26,11 +27,11 @@ def test_the_file(default):
 
 
 def test_the_default_is_that_model(default):
-    model = TextVideo.default(compat="official", tower="llava").model
-    assert not model.is_random and not model.training and (model.compat, model.tower) == ("official", "llava")
+    model = TextVideo.default(compat="official", variant="llava").model
+    assert not model.is_random and not model.training and (model.compat, model.variant) == ("official", "llava")
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), default.model.parameters()))
     assert next(model.parameters()).dtype == torch.float32
-    assert not model.backbone.position.requires_grad and model.branch.time.requires_grad
+    assert not model.tower.position.requires_grad and model.temporal.branch.time.requires_grad
 
 
 @torch.inference_mode()
@@ -45,11 +46,27 @@ def test_it_tells_events_from_their_opposites(default):
         captions = [motion.caption(s) for s in both]
         cosines = default.similarity(default.model(pixels, outputs=["pooled"]).pooled, captions)
         right += int((cosines.argmax(dim=1) == torch.arange(2)).sum())
-        backbone = default.model.backbone
+        backbone = default.model.tower
         mean = backbone.embedding(backbone(pixels)[0]).mean(dim=1)
         told += not torch.allclose(*default.similarity(mean, captions), atol=1e-5)
     assert right / 128 > 0.8, "chance is 0.5"
     assert told == 0
+
+
+@pytest.mark.parametrize("name", ["stan", "joint"])
+def test_another_encoder(default, tmp_path, name):
+    """Its header says which module; the files of one that is folded, or changes that it has no place for, are none."""
+    model = VideoEncoder(default.model.tower, temporal.create(name, default.model.tower.config, time_length=8)).eval()
+    own = TextVideo(model, default.text, default.words, {})
+    again, pixels = TextVideo.load(own.save(tmp_path / "m.safetensors")), torch.randn(1, 4, 3, 32, 32)
+    assert type(again.model) is VideoEncoder and again.model.temporal.spec == {"name": name, "time_length": 8}
+    assert not again.model.is_random and not again.model.tower.position.requires_grad
+    torch.testing.assert_close(again.model(pixels).pooled, model(pixels).pooled, rtol=2e-2, atol=2e-2)  # float16
+    with pytest.raises(ValueError, match="a video_encoder has no compat"):
+        TextVideo.load(tmp_path / "m.safetensors", compat="official")
+    with pytest.raises(RuntimeError, match="save the model itself"):
+        TextVideo(model.fold(), default.text, default.words, {}).save(tmp_path / "folded.safetensors")
+    assert not (tmp_path / "folded.safetensors").exists()
 
 
 def test_save_and_load(default, tmp_path):

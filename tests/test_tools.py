@@ -208,7 +208,7 @@ def test_lora_and_fold():
 @pytest.mark.parametrize("kind", ["forward", "hook", "parametrized"])
 def test_fold_refuses(kind):
     subject = model("BTAdapter")
-    layer = subject.branch.temporal[0].qkv
+    layer = subject.temporal.branch.temporal[0].qkv
     if kind == "forward":
         layer.forward = layer.forward
     elif kind == "hook":

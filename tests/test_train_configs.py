@@ -5,11 +5,11 @@ import json
 import pytest
 
 from pyvidx.cli.train import main as train_command
-from pyvidx.train import Recipe, btadapter, malmm
+from pyvidx.train import Recipe, malmm, pretrain
 from pyvidx.train.features import Features
 from pyvidx.train.recipe import load
 
-BTADAPTER = {"train": {"kind": "folder", "root": "videos"}, "weights": "start.safetensors"}
+PRETRAIN = {"train": {"kind": "folder", "root": "videos"}, "weights": "start.safetensors"}
 MALMM = {"train": "train.jsonl", "weights": "start.safetensors", "language": "lm"}
 
 RECIPES = [
@@ -37,10 +37,10 @@ BOTH = [
     ({"frames": 0}, "frames must be at least 1"), ({"frames": 10**9}, "frames must be at most"),
     ({"frames": "4"}, "frames must be a whole number"), ({"preset": "none"}, "preset must be one of"),
     ({"preset": ["ma_lmm"]}, "preset must be a text"), ({"reader": "opencv"}, "reader must be one of"),
-    ({"time_length": 10**10}, "time_length must be at most"), ({"weights": 5}, "weights must be a text or"),
+    ({"weights": 5}, "weights must be a text or"),
 ]  # fmt: skip
 OWN = {
-    "btadapter": [
+    "pretrain": [
         ({"train": "folder"}, "train must be an object"), ({"train": {"kind": "tar"}}, "train must have a kind"),
         ({"train": {"kind": ["folder"]}}, "train must have a kind"), ({"train": {"kind": "folder"}}, "missing"),
         ({"train": {"kind": "folder", "root": 5}}, "train: root must be a text"),
@@ -48,7 +48,12 @@ OWN = {
         ({"held_out": {"kind": "webvid", "table": "a.csv", "columns": 1}}, "held_out: got an unexpected"),
         ({"train": {"kind": "shards", "files": []}}, "train: files must be a text or a list"),
         ({"heads": [2]}, "heads must be a list of 2"), ({"heads": [0, 2]}, "heads must be at least 1"),
-        ({"gated": 1}, "gated must be true or false"), ({"mask": "block"}, "mask must be one of"),
+        ({"module": {"name": "bt_adapter", "gated": 1}}, "module bt_adapter: gated must be true or false"),
+        ({"module": {"name": "branch", "time_length": 10**10}}, "time_length must be in"), ({"module": {}}, "a name"),
+        ({"module": {"name": "st_adapter", "depth": 2}}, "it has no depth"), ({"objective": "mae"}, "objective must"),
+        ({"module": {"name": ["stan"]}}, "a name"), ({"taps": 0}, "taps must be"), ({"mask_ratio": 1.0}, "mask_ratio"),
+        ({"objective": "umt", "features": {"folder": "f"}}, "features must not"), ({"module": "stan"}, "module must"),
+        ({"mask": "block"}, "mask must be one of"),
         ({"mask_rate": 1.0}, "mask_rate must be at most"), ({"mask_rate": -0.1}, "mask_rate must be at least"),
         ({"mask_order": "frames"}, "mask_order must be one of"), ({"gradient": "local"}, "gradient must be one of"),
         ({"loss_weights": [1, 1]}, "loss_weights must be a list of 3"), ({"loss_weights": [1, 1, -1]}, "loss_weights"),
@@ -92,7 +97,7 @@ def refused(kind, path, capsys) -> str:
 @pytest.fixture(autouse=True)
 def nothing_is_loaded(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    for kind in (btadapter, malmm):
+    for kind in (pretrain, malmm):
         monkeypatch.setattr(kind, "build", lambda *_: pytest.fail("something is loaded"))
     yield
     assert [path.name for path in tmp_path.iterdir()] in ([], ["run.json"], ["run.toml"]), "something is written"
@@ -100,7 +105,7 @@ def nothing_is_loaded(monkeypatch, tmp_path):
 
 @pytest.mark.parametrize("kind, change, text", CASES, ids=range(len(CASES)))
 def test_values_of_configurations(tmp_path, capsys, kind, change, text):
-    values = {"out": "out"} | (BTADAPTER if kind == "btadapter" else MALMM) | change
+    values = {"out": "out"} | (PRETRAIN if kind == "pretrain" else MALMM) | change
     (tmp_path / "run.json").write_text(json.dumps(values))
     assert text in refused(kind, tmp_path / "run.json", capsys)
 
@@ -116,16 +121,16 @@ def test_values_of_configurations(tmp_path, capsys, kind, change, text):
 )  # fmt: skip
 def test_files_of_configurations(tmp_path, capsys, content, text):
     (tmp_path / "run.json").write_bytes(content)
-    assert text in refused("btadapter", tmp_path / "run.json", capsys)
+    assert text in refused("pretrain", tmp_path / "run.json", capsys)
     (tmp_path / "run.json").unlink()
-    assert "No such file" in refused("btadapter", tmp_path / "run.json", capsys)
+    assert "No such file" in refused("pretrain", tmp_path / "run.json", capsys)
 
 
 def test_a_device_that_is_not_there(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-    (tmp_path / "run.json").write_text(json.dumps({"out": "out", **BTADAPTER}))
+    (tmp_path / "run.json").write_text(json.dumps({"out": "out", **PRETRAIN}))
     with pytest.raises(SystemExit):
-        train_command(["btadapter", "--config", str(tmp_path / "run.json"), "--device", "cuda"])
+        train_command(["pretrain", "--config", str(tmp_path / "run.json"), "--device", "cuda"])
     assert "--device cuda needs a GPU" in capsys.readouterr().err
     (tmp_path / "out").rmdir()
 
@@ -135,8 +140,8 @@ def test_types_are_those_of_the_fields(tmp_path):
     recipe = Recipe.from_dict({"peak_lr": 1, "betas": [0, 0.5], "clip": None, "multipliers": {"branch": 10}})
     assert recipe == Recipe(peak_lr=1.0, betas=(0.0, 0.5), clip=None, multipliers={"branch": 10.0})
     assert Recipe.from_dict(json.loads(json.dumps(recipe.to_dict()))) == recipe
-    values = {"out": "o", **BTADAPTER, "area": [1, 1], "features": {"folder": "f"}, "shorter": None}
-    config = btadapter.Config.from_dict(values)
+    values = {"out": "o", **PRETRAIN, "area": [1, 1], "features": {"folder": "f"}, "shorter": None}
+    config = pretrain.Config.from_dict(values)
     assert (config.area, config.features, config.recipe) == ((1.0, 1.0), Features("f"), Recipe())
     (tmp_path / "run.toml").write_text('out = "o"\n[recipe]\nbatch = 3\n')
     assert load(tmp_path / "run.toml") == {"out": "o", "recipe": {"batch": 3}}

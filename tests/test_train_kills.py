@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-FEW = ["--kills", "3", "--runs", "btadapter from stored features"]
+FEW = ["--kills", "3", "--runs", "pretraining from stored features"]
 
 
 @pytest.mark.parametrize("options", [FEW, pytest.param(["--kills", "50"], marks=pytest.mark.slow)], ids=["few", "many"])

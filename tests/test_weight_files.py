@@ -12,12 +12,13 @@ from safetensors.torch import save_file
 from torch import nn
 
 from pyvidx.hosts.importing import importing
+from pyvidx.hosts.open import open_model
 from pyvidx.models import MALMM, BTAdapter, VideoEncoder
-from pyvidx.weights.bt_adapter import load_model, load_official
-from pyvidx.weights.clip import clip_vision
-from pyvidx.weights.clip_text import clip_text
+from pyvidx.weights.bt_adapter import load_official
 from pyvidx.weights.malmm import export_malmm, load_malmm
 from pyvidx.weights.state import read, state_of
+from pyvidx.weights.text_towers import text_tower
+from pyvidx.weights.towers import vision_tower
 from tests.test_checkpoints import CONFIG, clip_keys, expect_backbone, mma_file, state, tower
 
 QUICK = {"hidden_act": "quick_gelu"}
@@ -37,8 +38,8 @@ def test_wrappers(prefix):
     expect_backbone(model)
     if not prefix.startswith(("image", "visual", "trunk")) and "vision" not in prefix:
         counted = clip_keys() | {"n_averaged": torch.tensor(3)}
-        clip = clip_vision({prefix + key: value for key, value in counted.items()}, **QUICK)
-        assert torch.equal(clip.blocks["3"].fc1.weight, model.backbone.blocks["3"].fc1.weight)
+        clip = vision_tower({prefix + key: value for key, value in counted.items()}, **QUICK)
+        assert torch.equal(clip.blocks["3"].fc1.weight, model.tower.blocks["3"].fc1.weight)
         ours = MALMM.default()
         wrapped = {prefix + key: value for key, value in export_malmm(ours, "lavis").items()}
         found, report = load_malmm(wrapped, vision_heads=4, heads=4)
@@ -173,7 +174,7 @@ def test_activation_is_told_or_warned_of(tmp_path):
     with pytest.warns(UserWarning, match="hidden_act='gelu'"):
         load_official(clip_keys(), tuned, part="tokens")
     with pytest.warns(UserWarning, match="hidden_act='gelu'"):
-        clip_vision(clip_keys())
+        vision_tower(clip_keys())
     torch.save(clip_keys(), tmp_path / "pytorch_model.bin")
     (tmp_path / "open_clip_config.json").write_text('{"model_cfg": {"vision_cfg": {"width": 64, "head_width": 32}}}')
     with warnings.catch_warnings():
@@ -182,7 +183,7 @@ def test_activation_is_told_or_warned_of(tmp_path):
         vision = load_official(tmp_path, tuned, part="tokens")[0].config.vision
         assert (vision.hidden_act, vision.heads) == ("gelu", 2)
     (tmp_path / "config.json").write_text('{"vision_config": {"num_attention_heads": 2, "hidden_act": "mish"}}')
-    with pytest.raises(ValueError, match="hidden_act must be quick_gelu or gelu"):
+    with pytest.raises(ValueError, match="hidden_act must be one of quick_gelu, gelu.*mish"):
         load_official(tmp_path, tuned, part="tokens")
 
 
@@ -202,11 +203,11 @@ def test_errors_name_the_keys_and_the_door(tmp_path):
     with pytest.raises(ValueError, match="the keys are w; none of them"):
         load_malmm({"w": torch.zeros(1)})
     with pytest.raises(ValueError, match="the keys are w"):
-        clip_vision({"w": torch.zeros(1)})
+        vision_tower({"w": torch.zeros(1)})
     with pytest.raises(ValueError, match="is of an adapter: merge it first"):
-        clip_vision(clip_keys() | {"vision_model.encoder.layers.0.self_attn.q_proj.lora_A.weight": torch.zeros(1)})
+        vision_tower(clip_keys() | {"vision_model.encoder.layers.0.self_attn.q_proj.lora_A.weight": torch.zeros(1)})
     with pytest.raises(ValueError, match="w is not understood; the keys are w"):
-        clip_text({"w": torch.zeros(1)})
+        text_tower({"w": torch.zeros(1)})
 
 
 DOORS = {BTAdapter: "bt_adapter.load_official", MALMM: "malmm.load_malmm", VideoEncoder: "pyvidx.weights"}
@@ -228,19 +229,19 @@ def test_from_pretrained_names_the_right_door(kind, tmp_path):
         kind.from_pretrained(tmp_path / "folder.safetensors")
 
 
-def test_load_model(tmp_path):
+def test_one_door(tmp_path):
     """One door for both kinds of files, as the command line has it."""
     torch.save(mma_file(), tmp_path / "pretrain.pth")
-    official = load_model(tmp_path / "pretrain.pth", gated=False)
+    official = open_model(tmp_path / "pretrain.pth", gated=False)[0]
     assert (official.compat, official.config.gated) == ("official", False)
-    assert load_model(tmp_path / "pretrain.pth", compat="paper").compat == "paper"
+    assert open_model(tmp_path / "pretrain.pth", compat="paper")[0].compat == "paper"
     official.save(tmp_path / "ours")
     for path in (tmp_path / "ours", tmp_path / "ours/model.safetensors"):
-        assert load_model(path).compat == "official" and load_model(path, compat="paper").compat == "paper"
+        assert open_model(path)[0].compat == "official" and open_model(path, compat="paper")[0].compat == "paper"
     with pytest.raises(ValueError, match="gated must not be given"):
-        load_model(tmp_path / "ours", gated=True)
+        open_model(tmp_path / "ours", gated=True)[0]
     with pytest.raises(FileNotFoundError, match="there is no"):
-        load_model(tmp_path / "none")
+        open_model(tmp_path / "none")[0]
 
 
 def test_a_torchvision_of_another_torch_is_named():

@@ -13,8 +13,8 @@ from safetensors.torch import save_file
 from pyvidx import memory
 from pyvidx.models import BTAdapter, TextVideo
 from pyvidx.weights.bt_adapter import load_official
-from pyvidx.weights.clip import clip_vision
 from pyvidx.weights.state import read
+from pyvidx.weights.towers import vision_tower
 from tests.test_checkpoints import CONFIG, clip_keys, state, tower
 
 NOT_WEIGHTS = {
@@ -54,7 +54,7 @@ def test_wrong_tensors(tmp_path):
             load_official(weights | change)
     far = {key.replace("layers.3", "layers.99999999"): value for key, value in clip_keys().items()}
     with pytest.raises(ValueError, match="must be numbered from 0"):
-        clip_vision(far, hidden_act="quick_gelu")
+        vision_tower(far, hidden_act="quick_gelu")
     with zipfile.ZipFile(tmp_path / "bomb.pt", "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("bomb/data.pkl", bytes(10_000_000))
     with pytest.raises(ValueError, match="compressed archive"):
@@ -62,7 +62,7 @@ def test_wrong_tensors(tmp_path):
 
 
 HEADERS = [
-    {"config": None}, {"config": {"vision": 3}}, {"compat": "neither"}, {"compat": ["paper"]}, {"tower": 7},
+    {"config": None}, {"config": {"vision": 3}}, {"compat": "neither"}, {"compat": ["paper"]}, {"variant": 7},
     {"is_random": "no"}, {"config.depth": 10**9}, {"config.depth": "4"}, {"config.depth": 0}, {"config.gated": 1},
     {"config.time_length": 10**9}, {"config.time_length": -1}, {"config.gate_scale": float("nan")},
     {"config.vision.width": 10**9}, {"config.vision.layers": 10**9}, {"config.vision.heads": 0},
@@ -95,10 +95,11 @@ def test_bodies_are_checked(tmp_path):
     path = BTAdapter(CONFIG).save(tmp_path / "w.safetensors")
     header, weights = header_of(path)
     changes = {
-        "lacks branch.time": {k: v for k, v in weights.items() if k != "branch.time"},
+        "lacks temporal.branch.time": {k: v for k, v in weights.items() if k != "temporal.branch.time"},
         "has more that is no part": weights | {"more": torch.zeros(1)},
-        "branch.time must be floating": weights | {"branch.time": weights["branch.time"].int()},
-        "branch.time is .* in the model, .* in the file": weights | {"branch.time": torch.zeros(3)},
+        "temporal.branch.time must be floating": weights
+        | {"temporal.branch.time": weights["temporal.branch.time"].int()},
+        "temporal.branch.time is .* in the model, .* in the file": weights | {"temporal.branch.time": torch.zeros(3)},
     }
     for said, body in changes.items():
         save_file(body, path, {"pyvidx": json.dumps(header)})

@@ -1,11 +1,12 @@
 """Small models of every kind, and what they give: for the tests that put other people's tools around them."""
 
+from dataclasses import replace
+
 import torch
 from torch import nn
 
 from pyvidx import temporal
-from pyvidx.backbones import CLIPVision
-from pyvidx.backbones.eva import EVAVisionConfig
+from pyvidx.backbones import EVA_G, ViT
 from pyvidx.memory.qformer import QFormerConfig
 from pyvidx.models import MALMM, BTAdapter, MALMMConfig, VideoEncoder
 from tests.test_models import CONFIG, VISION, randomized
@@ -19,12 +20,12 @@ def model(name):
     if name == "BTAdapter":
         return randomized(BTAdapter(CONFIG))
     if name == "MALMM":
-        vision = EVAVisionConfig(image_size=12, patch_size=4, width=16, heads=2, layers=1, mlp_width=24)
+        vision = replace(EVA_G, image_size=12, patch_size=4, width=16, heads=2, layers=1, mlp_width=24)
         qformer = QFormerConfig(
             width=16, heads=2, layers=2, mlp_width=24, queries=3, encoder_width=16, vocab=20, text_length=8
         )
         return randomized(MALMM(MALMMConfig(vision, qformer, time_length=16, llm_width=12)))
-    return randomized(VideoEncoder(CLIPVision(VISION), temporal.create(name, VISION)))
+    return randomized(VideoEncoder(ViT(VISION), temporal.create(name, VISION)))
 
 
 def clips(B=2, T=4):

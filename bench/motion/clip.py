@@ -8,21 +8,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pyvidx.backbones import CLIPText, CLIPTextConfig, CLIPVision, CLIPVisionConfig
+from pyvidx.backbones import TextConfig, TextTower, ViT, ViTConfig
 from pyvidx.backbones.words import Words
 from pyvidx.data import motion
 from pyvidx.preprocess import clip_preprocess
 
 CONTEXT = 12
-VISION = CLIPVisionConfig(image_size=32, patch_size=8, width=64, heads=4, layers=6, mlp_width=128, embed_dim=64)
+VISION = ViTConfig(image_size=32, patch_size=8, width=64, heads=4, layers=6, mlp_width=128, embed_dim=64)
 
 
 def words() -> Words:
     return Words(motion.vocabulary(), CONTEXT)
 
 
-def text_config(vocab: int) -> CLIPTextConfig:
-    return CLIPTextConfig(vocab, CONTEXT, width=64, heads=4, layers=2, mlp_width=128, embed_dim=64)
+def text_config(vocab: int) -> TextConfig:
+    return TextConfig(vocab, CONTEXT, width=64, heads=4, layers=2, mlp_width=128, embed_dim=64)
 
 
 class TinyCLIP(nn.Module):
@@ -30,7 +30,7 @@ class TinyCLIP(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.vision, self.text = CLIPVision(VISION), CLIPText(text_config(len(words())))
+        self.vision, self.text = ViT(VISION), TextTower(text_config(len(words())))
         for p in (self.vision.position, self.vision.class_token, self.text.position):
             nn.init.normal_(p)  # as large as what a patch or word brings: from small ones place is learned late
         self.log_scale = nn.Parameter(torch.tensor(math.log(14.0)))

@@ -11,13 +11,13 @@ from torch import Tensor, nn
 
 from bench.motion import world
 from bench.motion.clip import TinyCLIP
-from pyvidx import temporal
 from pyvidx.data import motion
-from pyvidx.models import BTAdapter, BTAdapterConfig, VideoEncoder
-from pyvidx.models.losses import contrastive
+from pyvidx.models import VideoEncoder
 from pyvidx.models.pretraining import Pretraining
+from pyvidx.train.recipe import Recipe, groups
+from pyvidx.train.start import joined
 
-DEPTH = 4
+DEPTH = 4  # of the branches
 
 
 @dataclass(frozen=True)
@@ -26,8 +26,8 @@ class Row:
 
     Attributes:
         name: in the tables.
-        module, options: of pyvidx.temporal.create; VTC is the loss. "last" is no module: the last frame alone. With
-            `pretraining`: BT-Adapter, trained with these options of pyvidx.models.pretraining.Pretraining.
+        module, options: of pyvidx.temporal.create. "last" is no module: the last frame alone.
+        pretraining: options of pyvidx.models.pretraining.Pretraining; None: PLAIN.
         tower: the tower is trained too.
         frames: T.
     """
@@ -49,50 +49,49 @@ class Budget:
     lr: float
 
 
-def bt_adapter(clip: TinyCLIP) -> BTAdapter:
-    """BT-Adapter over the CLIP, as it starts."""
-    model = BTAdapter(BTAdapterConfig(clip.vision.config, depth=DEPTH))
-    model.backbone.load_state_dict(clip.vision.state_dict())
-    model.init_from_backbone()
-    return model
+# Without a pretraining of its own: the video-text contrast alone, of all patches.
+PLAIN = {"weights": (1.0, 0.0, 0.0), "mask_rate": 0.0}
 
 
-def build(clip: TinyCLIP, row: Row) -> tuple[nn.Module, Callable, Callable]:
-    """(what is trained, loss(pixels, layers, text, generator), encode(pixels, layers) -> [B, E])."""
-    if row.pretraining is not None:
-        model = bt_adapter(clip)
-        pretraining = Pretraining(model, copy.deepcopy(clip.text), scale=clip.scale, drop_path=0.0, **row.pretraining)
-        return (
-            pretraining,
-            lambda pixels, xs, text, generator: pretraining.from_layers(xs, text, generator=generator).total,
-            lambda pixels, xs: model.encode_layers(xs, outputs=("pooled",)).pooled,
-        )
+def encoder_of(clip: TinyCLIP, row: Row) -> VideoEncoder:
+    """The row's module on the CLIP, as it starts."""
+    return joined(copy.deepcopy(clip.vision), {"name": row.module, **row.options})
+
+
+def build(clip: TinyCLIP, row: Row) -> tuple[nn.Module, Callable | None, Callable]:
+    """(what is trained, loss(pixels, layers, text, generator), encode(pixels, layers) -> [B, E]); of what has nothing
+    to be trained there is no loss."""
     if row.module == "last":
         return clip, None, lambda pixels, xs: clip.vision.embedding(xs[-1][:, -1])
-    module = temporal.create(row.module, clip.vision.config, **row.options)
-    if hasattr(module, "init_from"):
-        module.init_from(clip.vision)
-    encoder = VideoEncoder(copy.deepcopy(clip.vision), module)
-    encoder.tower.requires_grad_(row.tower)
+    encoder = encoder_of(clip, row)
+    reads = len(encoder.temporal.reads)
 
     def encode(pixels, xs):
-        if module.reads_only:
-            return encoder.from_layers(xs[-len(module.reads) :], outputs=("pooled",)).pooled
+        if encoder.temporal.reads_only:
+            return encoder.from_layers(xs[-reads:], outputs=("pooled",)).pooled
         return encoder(pixels(), outputs=("pooled",)).pooled
 
-    return encoder, lambda p, xs, text, _: contrastive(encode(p, xs), text, scale=clip.scale), encode
+    if not (row.tower or list(encoder.temporal.parameters())):
+        return encoder, None, encode
+    options = {"scale": clip.scale, "drop_path": 0.0, "train_tower": row.tower, **(row.pretraining or PLAIN)}
+    step = Pretraining(encoder, copy.deepcopy(clip.text), **options)
+
+    def loss(pixels, xs, text, generator):
+        if step.storable:
+            return step.from_layers(xs[-reads:], text, generator=generator).total
+        return step.from_pixels(pixels(), text, generator=generator).total
+
+    return step, loss, encode
 
 
-def parameter_groups(trained: nn.Module, lr: float, row: Row) -> list[dict]:
+def parameter_groups(trained: nn.Module, lr: float) -> list[dict]:
     """New parameters at lr; a pretrained tower at a tenth. A gate's logit is scale * parameter: at lr / scale it moves
     as fast as anything else."""
-    groups: dict[float, list] = {}
-    for name, p in trained.named_parameters():
-        if p.requires_grad:
-            factor = 0.1 if name.startswith("tower.") else 1.0
-            factor = {"gate": 1 / 100, "output_gate": 1e-4}.get(name.rsplit(".", 1)[-1], factor)
-            groups.setdefault(factor, []).append(p)
-    return [{"params": params, "lr": factor * lr} for factor, params in groups.items()]
+    factors = {"model.tower.": 0.1, "branch.gate": 1 / 100, "output_gate": 1e-4}
+    names = [name for name, p in trained.named_parameters() if p.requires_grad]
+    own = {key: factor for key, factor in factors.items() if any(key in name for name in names)}
+    recipe = Recipe(multipliers=own, decay="all")
+    return [{"params": group["params"], "lr": group["multiplier"] * lr} for group in groups(trained, recipe)]
 
 
 def draw(clips: world.Clips, size: int, generator: torch.Generator) -> tuple[Callable, list[Tensor], Tensor]:
@@ -113,11 +112,11 @@ def train(
     """-> (what was trained, encode)."""
     torch.manual_seed(seed)
     trained, loss_of, encode = build(clip, row)
-    groups = parameter_groups(trained, budget.lr, row)
     generator = torch.Generator().manual_seed(seed)
-    if groups:
-        optimizer = torch.optim.AdamW(groups, weight_decay=0.05, betas=(0.9, 0.98))
-        rates = [g["lr"] for g in groups]
+    if loss_of is not None:
+        own = parameter_groups(trained, budget.lr)
+        optimizer = torch.optim.AdamW(own, weight_decay=0.05, betas=(0.9, 0.98))
+        rates = [g["lr"] for g in own]
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rates, budget.steps, pct_start=0.1)
         start = time.perf_counter()
         for step in range(budget.steps):

@@ -59,7 +59,7 @@ void throw_index(const char* what, int64_t index, int64_t limit, bool absent) {
 }
 
 void throw_unsupported_dtype(const char* op, DType dtype) {
-  static const char* names[] = {"float16", "bfloat16", "float32", "float64", "int32", "int64"};
+  static const char* names[] = {"float16", "bfloat16", "float32", "float64", "int32", "int64", "uint8"};
   throw std::invalid_argument(std::string(op) + ": unsupported dtype " + names[int(dtype)]);
 }
 

@@ -27,8 +27,11 @@ DType dtype_of(const Tensor& x) {
       return DType::i32;
     case ScalarType::Long:
       return DType::i64;
+    case ScalarType::Byte:
+      return DType::u8;
     default:
-      STD_TORCH_CHECK(false, "pyvidx: kernels take float16, bfloat16, float32, float64, int32 and int64 tensors");
+      STD_TORCH_CHECK(false,
+                      "pyvidx: kernels take float16, bfloat16, float32, float64, int32, int64 and uint8 tensors");
   }
 }
 

@@ -20,16 +20,13 @@ const char* name_of(ScalarType dtype) {
       return "int32";
     case ScalarType::Long:
       return "int64";
+    case ScalarType::Byte:
+      return "uint8";
     case ScalarType::Bool:
       return "bool";
     default:
       return "another dtype";
   }
-}
-
-bool is_floating(ScalarType dtype) {
-  return dtype == ScalarType::Float || dtype == ScalarType::Double || dtype == ScalarType::Half ||
-         dtype == ScalarType::BFloat16;
 }
 
 int32_t device_type_of(const Tensor& x) {
@@ -121,6 +118,11 @@ bool overlap(const Elements& x, const Elements& y) {
 
 }  // namespace
 
+bool is_floating(ScalarType dtype) {
+  return dtype == ScalarType::Float || dtype == ScalarType::Double || dtype == ScalarType::Half ||
+         dtype == ScalarType::BFloat16;
+}
+
 Check::Check(const char* op, const char* what, const Tensor& first)
     : op_(op),
       first_(first),
@@ -131,6 +133,15 @@ Check::Check(const char* op, const char* what, const Tensor& first)
     throw std::invalid_argument(std::string(op) + ": " + what + " must be float32, float16, bfloat16 or float64, got " +
                                 described(first));
   }
+}
+
+Check::Check(const char* op, const char* what, const Tensor& first, Shape sizes, ScalarType dtype)
+    : op_(op),
+      first_(first),
+      dtype_(dtype),
+      device_type_(device_type_of(first)),
+      device_index_(first.get_device_index()) {
+  of(dtype, what, first, sizes);
 }
 
 void Check::that(bool ok, const char* must) const {

@@ -14,6 +14,8 @@ namespace pyvidx {
 constexpr int64_t kAny = -1;  // a size that may be anything
 using Shape = torch::headeronly::IntHeaderOnlyArrayRef;
 
+bool is_floating(ScalarType dtype);  // of those that kernels compute in
+
 // The checks of one call: of one device, and for floating tensors of one dtype, those of its first argument.
 // `what`: the argument and its dimensions, "position [P, C]".
 class Check {
@@ -22,6 +24,7 @@ class Check {
   Check(const char* op, const char* what, const Tensor& first, Shape sizes) : Check(op, what, first) {
     of(dtype_, what, first, sizes);
   }
+  Check(const char* op, const char* what, const Tensor& first, Shape sizes, ScalarType dtype);  // of this dtype
 
   // "op: must", unless ok.
   void that(bool ok, const char* must) const;

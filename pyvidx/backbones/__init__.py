@@ -1,5 +1,4 @@
-from pyvidx.backbones.clip import CLIPVision, CLIPVisionConfig
-from pyvidx.backbones.clip_text import CLIPText, CLIPTextConfig
-from pyvidx.backbones.eva import EVAVision, EVAVisionConfig
+from pyvidx.backbones.text import SIGLIP_TEXT_B, TextConfig, TextTower
+from pyvidx.backbones.vit import EVA_G, SIGLIP_B, ViT, ViTConfig
 
-__all__ = ["CLIPText", "CLIPTextConfig", "CLIPVision", "CLIPVisionConfig", "EVAVision", "EVAVisionConfig"]
+__all__ = ["EVA_G", "SIGLIP_B", "SIGLIP_TEXT_B", "TextConfig", "TextTower", "ViT", "ViTConfig"]

@@ -4,9 +4,8 @@ import argparse
 import importlib.util
 import math
 import os
-import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from pyvidx.files import check_output, printable
@@ -15,21 +14,65 @@ INTERRUPTED, PIPE_CLOSED = 130, 141  # 128 + the signal, as shells count
 
 
 class Parser(argparse.ArgumentParser):
-    """An ArgumentParser whose errors are one line, and exit 2."""
+    """An ArgumentParser whose errors are one line and exit 2, and whose --help ends with an example.
+
+    Args:
+        example: a command that parses.
+    """
+
+    def __init__(self, *args, example: str | None = None, **options):
+        super().__init__(*args, **options)
+        self.example = example
 
     def error(self, message: str):
         self.exit(2, f"{self.prog}: error: {printable(message)} (--help says more)\n")
+
+    def format_help(self) -> str:
+        return super().format_help() + (f"\nexample:\n  {self.example}\n" if self.example else "")
 
 
 def add_overwrite(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--overwrite", action="store_true", help="replace output files that exist")
 
 
-def check_outputs(parser: argparse.ArgumentParser, overwrite: bool, *paths: Path | None) -> None:
-    """End with one line, before any work, if one of the outputs exists or cannot be written."""
-    given = [path for path in paths if path is not None]
-    if len({os.path.realpath(path) for path in given}) < len(given):
+def add_device(parser: argparse.ArgumentParser) -> None:
+    """--device, by default a GPU if there is one."""
+    from torch.cuda import is_available
+
+    default = "cuda" if is_available() else "cpu"
+    parser.add_argument("--device", type=device, default=default, help="cpu, cuda or cuda:N")
+
+
+def add_model(parser: argparse.ArgumentParser, without: str = "a small built-in model") -> None:
+    """--model and --module, as every command takes them; see pyvidx.hosts.open.open_model."""
+    parser.add_argument(
+        "--model",
+        type=model,
+        help="a file or folder that pyvidx saved, a folder of transformers, a published file (.pth, .pt, .bin, "
+        f".safetensors), or open_clip:NAME[:FILE]; without: {without}",
+    )
+    parser.add_argument(
+        "--module",
+        type=module,
+        metavar="NAME[:OPTION=VALUE,...]",
+        help="temporal module, e.g. stan:depth=2, of which `pyvidx flops` lists all; default: the model's own, for a "
+        "tower alone mean. Another than the model's own has random weights",
+    )
+
+
+def check_outputs(
+    parser: argparse.ArgumentParser,
+    overwrite: bool,
+    *paths: str | os.PathLike | None,
+    inputs: Iterable[str | os.PathLike | None] = (),
+) -> None:
+    """End with one line, before any work, if one of the outputs exists, cannot be written, or is an input."""
+    given = [os.path.realpath(path) for path in paths if path is not None]
+    if len({*given}) < len(given):
         parser.error("output: files must differ, got one twice")
+    for path in inputs:
+        if path is not None and os.path.realpath(path) in given:
+            parser.error(f"output: {path} is an input, which would be lost; give another name")
     for path in given:
         try:
             check_output(path, overwrite=overwrite)
@@ -37,19 +80,37 @@ def check_outputs(parser: argparse.ArgumentParser, overwrite: bool, *paths: Path
             parser.error(str(error))
 
 
-def count(text: str) -> int:
-    """A whole number of at least 1."""
-    value = _number(int, text)
-    if value is None or value < 1:
-        raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, got {text!r}")
-    return value
+def whole_number(least: int, most: int) -> Callable[[str], int]:
+    """A whole number of a range."""
+
+    def convert(text: str) -> int:
+        value = _number(int, text)
+        if value is None or not least <= value <= most:
+            limit = f"of at least {least}" if value is None or value < least else f"of at most {most}"
+            raise argparse.ArgumentTypeError(f"must be a whole number {limit}, got {text!r:.100}")
+        return value
+
+    return convert
+
+
+count = whole_number(1, 10**9)  # of more, a typing error is likelier
+frames = whole_number(1, 10_000)  # thousands of tokens each
+workers = whole_number(1, 1024)  # processes
 
 
 def amount(text: str) -> float:
     """A number of at least 1."""
     value = _number(float, text)
     if value is None or not 1 <= value < math.inf:
-        raise argparse.ArgumentTypeError(f"must be a number of at least 1, got {text!r}")
+        raise argparse.ArgumentTypeError(f"must be a number of at least 1, got {text!r:.100}")
+    return value
+
+
+def positive(text: str) -> float:
+    """A number above 0."""
+    value = _number(float, text)
+    if value is None or not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"must be above 0, got {text!r:.100}")
     return value
 
 
@@ -85,29 +146,43 @@ def outputs(text: str) -> list[str]:
     return names
 
 
-def weights(text: str) -> Path:
-    """A file or folder of weights that is there."""
-    path = file(text)
-    if path.exists():
-        return path
-    hub = re.fullmatch(r"[\w.-]+/[\w.-]+", text) and not path.parent.is_dir()
-    hint = "; pyvidx downloads nothing: if it is a name on a hub, download it and give the folder" if hub else ""
-    raise argparse.ArgumentTypeError(f"there is no {path}{hint}")
+def model(text: str) -> str:
+    """What --model names, if it is there; see pyvidx.hosts.open.open_model."""
+    from pyvidx.hosts.open import check_source
+
+    return _checked(check_source, text)
+
+
+def module(text: str) -> str:
+    """A temporal module and its options, if there is such a one."""
+    from pyvidx.hosts.open import parse_module
+
+    return _checked(parse_module, text)
 
 
 def file(text: str) -> Path:
     """A path: no URL."""
+    if not text:
+        raise argparse.ArgumentTypeError("must be a path, got an empty one")
     if "://" in text:
         raise argparse.ArgumentTypeError(f"pyvidx reads files: download {text} and give its path")
     return Path(text)
 
 
+def there(text: str) -> Path:
+    """A file or folder that is there."""
+    path = file(text)
+    if not os.path.exists(path):
+        raise argparse.ArgumentTypeError(f"there is no {path}")
+    return path
+
+
 def existing(text: str) -> Path:
     """A file that is there."""
     path = file(text)
-    if path.is_dir():
+    if os.path.isdir(path):
         raise argparse.ArgumentTypeError(f"must be a file, {path} is a folder")
-    if not path.exists():
+    if not os.path.exists(path):
         raise argparse.ArgumentTypeError(f"no such file: {path}")
     return path
 
@@ -154,6 +229,15 @@ def ended(name: str, command: Callable[[], int | None]) -> int:
             raise
         print(f"{name}: {type(error).__name__}: {printable(str(error))}", file=sys.stderr)
         return 1
+
+
+def _checked(check: Callable[[str], object], text: str) -> str:
+    """The text, if the check takes it."""
+    try:
+        check(text)
+    except (OSError, RuntimeError, ValueError) as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+    return text
 
 
 def _number(kind: type, text: str):

@@ -1,10 +1,9 @@
-"""python -m pyvidx bench report FILE.json [--plot FILE.png]: a table and a plot of what the benches measured."""
+"""pyvidx bench report FILE.json [--plot FILE.png]: a table and a plot of what the benches measured."""
 
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from pyvidx.cli.arguments import Parser, add_overwrite, check_outputs, ended, picture
+from pyvidx.cli.arguments import Parser, add_overwrite, check_outputs, existing, picture
 from pyvidx.data.tables import read_json
 from pyvidx.files import whole
 
@@ -90,24 +89,29 @@ def plot(cases: list[dict], path: Path) -> None:
     plt.close(figure)
 
 
+def parser() -> Parser:
+    p = Parser(prog="pyvidx bench", description=__doc__)
+    commands = p.add_subparsers(dest="command", required=True)
+    r = commands.add_parser(
+        "report",
+        help="print a table and draw a plot",
+        example="pyvidx bench report bench.json --plot bench.png",
+    )
+    r.add_argument("file", type=existing, help="what pytest bench --benchmark-json wrote, or one of bench/results")
+    r.add_argument("--plot", type=picture, help="where the picture goes (default: beside the file, .png)")
+    add_overwrite(r)
+    return p
+
+
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = Parser(prog="python -m pyvidx bench", description=__doc__)
-    commands = parser.add_subparsers(dest="command", required=True)
-    report = commands.add_parser("report", help="print a table and draw a plot")
-    report.add_argument("file", type=Path, help="what pytest bench --benchmark-json wrote")
-    report.add_argument("--plot", type=picture, help="where the picture goes (default: beside the file, .png)")
-    add_overwrite(report)
-    options = parser.parse_args(argv)
+    p = parser()
+    options = p.parse_args(argv)
     drawn = options.plot or options.file.with_suffix(".png")
     try:
         cases = load(options.file)
     except (OSError, ValueError) as error:
-        parser.error(str(error))
-    check_outputs(parser, options.overwrite, drawn)
+        p.error(str(error))
+    check_outputs(p, options.overwrite, drawn, inputs=[options.file])
     print(table(cases))
     plot(cases, drawn)
     print(f"plot: {drawn}")
-
-
-if __name__ == "__main__":
-    sys.exit(ended("python -m pyvidx bench", main))

@@ -1,5 +1,6 @@
-"""python -m pyvidx demo [VIDEO]: one video through the whole library, with a picture and a speed test."""
+"""pyvidx demo [VIDEO]: one video through the whole library, with a picture and a speed test."""
 
+import argparse
 import importlib.util
 import statistics
 import sys
@@ -12,7 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pyvidx.cli import arguments
-from pyvidx.cli.encode import load_model
+from pyvidx.cli.encode import folded
+from pyvidx.cli.models import load
 from pyvidx.corpus.encode import Timing, encode_videos
 from pyvidx.data import motion
 from pyvidx.files import printable, whole
@@ -36,8 +38,8 @@ CAPTIONS = (
 )
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    p = arguments.Parser(prog="python -m pyvidx demo", description=__doc__)
+def parser() -> argparse.ArgumentParser:
+    p = arguments.Parser(prog="pyvidx demo", description=__doc__, example="pyvidx demo video.mp4 --out shown")
     p.add_argument(
         "video",
         nargs="?",
@@ -45,21 +47,27 @@ def main(argv: Sequence[str] | None = None) -> int:
         help="a video file; without: a short H.264 clip is written and used",
     )
     p.add_argument("--out", type=Path, default=Path("demo"), help="folder for what the demo writes")
-    p.add_argument("--frames", type=arguments.count, default=8, help="frames to encode and plot")
+    p.add_argument("--frames", type=arguments.frames, default=8, help="frames to encode and plot")
     p.add_argument("--size", default="clip-b-16", choices=BTAdapterConfig.names(), help="model size of the speed test")
-    p.add_argument("--speed-frames", type=arguments.count, default=8, help="frames of the speed test")
+    p.add_argument("--speed-frames", type=arguments.frames, default=8, help="frames of the speed test")
     arguments.add_overwrite(p)
+    return p
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    p = parser()
     options = p.parse_args(argv)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     video, backwards = options.video or options.out / "clip.mp4", options.out / "backwards.mp4"
     drawn = options.out / "similarity.png"
     if importlib.util.find_spec("matplotlib") is None:
         p.error("the plot needs matplotlib: pip install 'pyvidx[cli]'")
-    arguments.check_outputs(p, options.overwrite, drawn, *(() if options.video else (video, backwards)))
+    written = [drawn] if options.video else [drawn, video, backwards]
+    arguments.check_outputs(p, options.overwrite, *written, inputs=[options.video])
     if options.video is None:
         ranking(video, backwards, device)
 
-    model = load_model(None, device, None)
+    model = folded(load(None)[0], device, None)
     timing = Timing()
     (result,) = encode_videos([str(video)], model, frames=options.frames, timing=timing)
     if result.error:
@@ -89,9 +97,9 @@ def ranking(video: Path, backwards: Path, device: str) -> None:
     for path, scene in ((video, SCENE), (backwards, motion.opposite(SCENE))):
         motion.write_clip(path, scene)
         pixels = clip_preprocess(read(path, frames=frames).frames.to(device), size)[None]
-        xs = model.backbone(pixels, [model.config.vision.layers - 1])
+        (x,) = model.tower(pixels)
         scores["BT-Adapter", path] = clip_text.similarity(model(pixels, outputs=["pooled"]).pooled, CAPTIONS)[0]
-        scores["frame mean", path] = clip_text.similarity(model.backbone.embedding(xs[-1]).mean(dim=1), CAPTIONS)[0]
+        scores["frame mean", path] = clip_text.similarity(model.tower.embedding(x).mean(dim=1), CAPTIONS)[0]
     print(f"video: wrote {video}, and {backwards}, the same frames in the other order\n")
     print(f"cosine of {frames} frames' embedding with captions (1 = ranked first)")
     print(f"{'':30}" + "".join(f"{name:>12}{'':10}" for name in names))
@@ -107,11 +115,12 @@ def ranking(video: Path, backwards: Path, device: str) -> None:
 
 @torch.inference_mode()
 def frame_similarity(model: BTAdapter, clip: Clip) -> Tensor:
-    """Cosine between every two frames' vectors (output gate and last LayerNorm), [T, T] float32 on the CPU."""
+    """Cosine between every two frames' embeddings, whose mean is the clip's, [T, T] float32 on the CPU."""
     weight = next(model.parameters())
     size = model.config.vision.image_size
     pixels = clip_preprocess(clip.frames.to(weight.device), size, dtype=weight.dtype)[None]
-    vectors = model.encode_frames(pixels)[0].float()  # [T, C]
+    xs = model.layers(pixels, outputs=("pooled",))
+    vectors = model.temporal.encode(xs, model.tower, outputs=("pooled",), per_frame=True).pooled[0].float()  # [T, E]
     vectors = F.normalize(vectors - vectors.mean(dim=0), dim=-1)  # without what all frames share
     return (vectors @ vectors.T).cpu()
 

@@ -1,110 +1,236 @@
-"""python -m pyvidx encode VIDEO... --out FILE"""
+"""pyvidx encode VIDEO... --out FILE or FOLDER"""
 
 import argparse
+import os
 import sys
 import warnings
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
 
 from pyvidx.cli import arguments
-from pyvidx.corpus import embeddings
-from pyvidx.corpus.encode import Timing, encode_videos
+from pyvidx.cli.models import load
+from pyvidx.corpus import embeddings, engines, stores
+from pyvidx.corpus.encode import Encoded, Timing, encode_videos, widths
+from pyvidx.corpus.folder import DTYPES, Corpus, Manifest, check, made_of
 from pyvidx.files import printable
-from pyvidx.models import BTAdapter, TextVideo
+from pyvidx.models import VideoEncoder
 from pyvidx.preprocess import PRESETS
 from pyvidx.video import find_videos, sampling
 from pyvidx.video.pool import shared
-from pyvidx.weights import bt_adapter as checkpoints
 
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+FOR_FOLDERS = ("store", "resume", "retry_errors", "engine", "part_rows")
 
 
 def parser() -> argparse.ArgumentParser:
     p = arguments.Parser(
-        prog="python -m pyvidx encode",
-        description="Encode video files with BT-Adapter. Files that fail are named and do not stop the rest.",
+        prog="pyvidx encode",
+        description="Encode video files with any tower and any temporal module. Files that fail are named and do "
+        "not stop the rest.",
         epilog="Exit code: 0, 1 if videos failed, 2 for arguments that do not fit. Nothing is read from a network.",
+        example="pyvidx encode videos/ --model clip-vit-large-patch14/ --module stan --frames 8 --out embeddings",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     p.add_argument("videos", nargs="+", type=arguments.file, help="video files, or folders that are searched for them")
-    p.add_argument("--out", type=Path, help=f"where the embeddings go: {', '.join(embeddings.FORMATS)}")
-    p.add_argument("--model", type=arguments.weights, help="weights of BTAdapter.save, or a published file (.pth, "
-                   ".bin, .safetensors); without: a small built-in model")  # fmt: skip
+    p.add_argument("--out", help="where the embeddings go: a folder, which takes a corpus of any size part by part and "
+                   f"can be resumed, or a file: {', '.join(embeddings.FORMATS)}")  # fmt: skip
+    add_job(p)
+    p.add_argument("--workers", type=arguments.workers, default=1, help="how many read ahead")
+    arguments.add_overwrite(p)
+    f = p.add_argument_group("if --out is a folder")
+    f.add_argument("--resume", action="store_true", help="go on: videos that have a row there are left out")
+    f.add_argument("--retry-errors", action="store_true", help="the same, and encode again what failed")
+    f.add_argument("--store", choices=list(stores.STORES), default="parquet", help="format of its parts")
+    f.add_argument("--part-rows", type=arguments.count, default=1000, help="rows of a part at most; of large "
+                   "embeddings it has fewer, 64 MB, and one is written at least every 5 minutes")  # fmt: skip
+    f.add_argument("--engine", choices=list(engines.ENGINES), default="local",
+                   help="local: this machine; ray: Ray Data, on this machine or the cluster it is part of")  # fmt: skip
+    return p
+
+
+def add_job(p: argparse.ArgumentParser) -> None:
+    """The model, and what is done to every video."""
+    arguments.add_model(p)
     p.add_argument("--compat", choices=["official", "paper"], help="compute as the public code does, or as the paper "
                    "says; default: as saved, published weights as the public code")  # fmt: skip
-    p.add_argument("--frames", type=arguments.count, default=8, help="frames per video")
+    p.add_argument("--frames", type=arguments.frames, default=8, help="frames per video")
     p.add_argument("--sampler", default="uniform", choices=sampling.names(aliases=True), metavar="NAME",
                    help=f"which frames: {', '.join(sampling.names())}")  # fmt: skip
     p.add_argument("--start", type=arguments.seconds, help="second of every video to take frames from")
     p.add_argument("--end", type=arguments.seconds, help="second of every video to take frames up to, e.g. 30 for"
                    " DiDeMo")  # fmt: skip
-    p.add_argument("--reader", default="auto", choices=["auto", "decord", "pyav", "torchcodec"])
-    p.add_argument("--preset", default="clip", choices=list(PRESETS), help="preprocessing")
-    p.add_argument("--outputs", type=arguments.outputs, default="pooled,tokens",
-                   help="pooled (video embedding), tokens (for a language model)")  # fmt: skip
+    p.add_argument("--reader", default="auto", choices=["auto", "decord", "pyav", "torchcodec"],
+                   help="what decodes")  # fmt: skip
+    p.add_argument("--preset", choices=list(PRESETS), help="preprocessing; default: what the tower was trained with")
+    p.add_argument("--outputs", type=arguments.outputs, help="pooled (video embedding), tokens (for a language model); "
+                   "default: what the model has")  # fmt: skip
     p.add_argument("--batch", type=arguments.count, default=1, help="videos encoded together")
-    p.add_argument("--workers", type=arguments.count, default=1, help="how many read ahead")
-    p.add_argument("--device", type=arguments.device, default="cuda" if torch.cuda.is_available() else "cpu")
+    arguments.add_device(p)
     p.add_argument("--dtype", choices=list(DTYPES), help="default: float16 on a GPU, float32 on a CPU")
-    arguments.add_overwrite(p)
-    return p
+    p.add_argument("--dtype-out", choices=list(DTYPES), default="float32", help="of the embeddings that are written")
+
+
+def job_of(options: argparse.Namespace) -> engines.Job:
+    names = ("frames", "sampler", "reader", "preset", "start", "end", "outputs", "batch")
+    return engines.Job(**{n: getattr(options, n) for n in names}, dtype=DTYPES[options.dtype_out])
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     p = parser()
     options = p.parse_args(argv)
+    options.resume |= options.retry_errors
     arguments.check_span(p, options.start, options.end)
     arguments.check_reader(p, options.reader)
+    folder = _is_folder(options.out)
     try:
-        if options.out is not None:
-            embeddings.check_format(options.out)
-        arguments.check_outputs(p, options.overwrite, options.out)
+        _check_output(p, options, folder)
+        engine = engines.named(options.engine)
         paths, left_out = find(options.videos)
-        shared(options.workers)  # they start while the model is loaded
-        model = load_model(options.model, options.device, options.dtype, options.compat)
-        if model.config.part == "features":
-            raise ValueError(f"--model must read pixels, {options.model} reads stored features")
-        if lacking := [name for name in options.outputs if name not in model.outputs]:
-            raise ValueError(f"--outputs must be {','.join(model.outputs)} with this model, got {','.join(lacking)}")
+        if options.engine == "local":
+            shared(options.workers)  # they start while the model is loaded
+        loaded = opened(options)
+        random, made = loaded.is_random, made_of(loaded) if folder else {}
+        model = folded(loaded, options.device, options.dtype)
+        corpus = _corpus(options, model, made, random) if folder else None
     except (OSError, RuntimeError, ValueError) as error:
         p.error(str(error))
     if left_out:
         print(f"NOTE: {left_out}", file=sys.stderr)
-    timing = Timing()
-    results = []
-    encoded = encode_videos(
-        paths,
-        model,
-        frames=options.frames,
-        sampler=options.sampler,
-        start=options.start,
-        end=options.end,
-        reader=options.reader,
-        preset=options.preset,
-        outputs=options.outputs,
-        batch=options.batch,
-        workers=options.workers,
-        timing=timing,
-    )
-    for result in progress(encoded, len(paths)):
-        results.append(result)
-        if result.error:
-            print(f"FAILED {printable(result.path)}: {printable(result.error)}", file=sys.stderr)
-        elif result.damaged:
-            print(f"DAMAGED {printable(result.path)}: {printable(str(result.damaged))}", file=sys.stderr)
-    if options.out is not None and timing.videos:
-        about = {k: str(v) for k, v in vars(options).items() if k not in ("videos", "out", "overwrite", "outputs")}
-        about = {k: v for k, v in about.items() if v != "None"} | {"outputs": ",".join(options.outputs)}
-        with timing.of("write"):
-            embeddings.save(options.out, results, about | {"is_random": model.is_random})
-        print(f"wrote {printable(options.out)}")
-    elif options.out is not None:
-        print(f"nothing to write to {printable(options.out)}: no video could be encoded", file=sys.stderr)
+    job, timing = job_of(options), Timing()
+    if corpus is not None:
+        _into_folder(options, corpus, engine, model, job, paths, timing)
+    else:
+        encoded = encode_videos(paths, model, **vars(job), workers=options.workers, timing=timing)
+        kept = [result for result in told(encoded, len(paths), timing) if options.out is not None]
+        _into_file(options, kept, random, timing)
     print(timing)
     return 1 if timing.failed else 0
+
+
+def opened(options: argparse.Namespace) -> VideoEncoder:
+    """The model of `add_job`, and where options do not say, its preset and outputs.
+
+    Raises:
+        FileNotFoundError, RuntimeError, ValueError: see pyvidx.cli.models.load; it does not give what is asked for.
+    """
+    loaded, preset = load(options.model, options.module, compat=options.compat)
+    options.preset = options.preset or preset
+    if not hasattr(loaded.tower, "patch"):
+        raise ValueError(f"--model must read pixels, {options.model} reads stored features")
+    options.outputs = options.outputs or list(loaded.outputs)
+    if lacking := [name for name in options.outputs if name not in loaded.outputs]:
+        raise ValueError(f"--outputs must be {','.join(loaded.outputs)} with this model, got {','.join(lacking)}")
+    return loaded
+
+
+def _is_folder(out: str | None) -> bool:
+    """A name without a suffix, one that ends in a slash, or a folder that is there."""
+    return out is not None and (out.endswith(os.sep) or os.path.isdir(out) or not Path(out).suffix)
+
+
+def _check_output(p: argparse.ArgumentParser, options: argparse.Namespace, folder: bool) -> None:
+    """Raise, before anything is loaded, if what is asked for cannot be written."""
+    if not folder and (given := [n for n in FOR_FOLDERS if getattr(options, n) != p.get_default(n)]):
+        flags = ", ".join(f"--{n.replace('_', '-')}" for n in given)
+        raise ValueError(f"{flags}: --out must be a folder, got {options.out}")
+    if options.resume and options.overwrite:
+        raise ValueError("--resume keeps what is there, --overwrite does not: give one of them")
+    if options.out is None:
+        return
+    store = stores.named(options.store) if folder else stores.of_suffix(Path(options.out))
+    if DTYPES[options.dtype_out] not in store.dtypes:
+        raise ValueError(f"--dtype-out {options.dtype_out} cannot be kept in {store.suffix}")
+    if folder:
+        check(options.out, options.store, _made(options), resume=options.resume, overwrite=options.overwrite)
+    else:
+        inputs = [*options.videos, options.model]
+        arguments.check_outputs(p, options.overwrite, Path(options.out), inputs=inputs)
+
+
+def _made(options: argparse.Namespace) -> dict[str, str]:
+    """What embeddings depend on, but for the weights."""
+    names = ("module", "compat", "frames", "sampler", "start", "end", "reader", "preset", "dtype_out")
+    given = {name: getattr(options, name) for name in names}
+    given |= {"outputs": options.outputs and ",".join(options.outputs)}
+    given |= {"dtype": dtype_of(options.device, options.dtype)}
+    return {name: str(value).removeprefix("torch.") for name, value in given.items() if value is not None}
+
+
+def _corpus(options: argparse.Namespace, model: VideoEncoder, made: dict[str, str], random: bool) -> Corpus:
+    notes = {"model": str(options.model), "is_random": str(random), "device": options.device}
+    manifest = Manifest(
+        options.store,
+        widths(model, options.frames, options.outputs),
+        options.dtype_out,
+        _made(options) | made,
+        {name: value for name, value in notes.items() if value != "None"},
+    )
+    return Corpus(
+        options.out,
+        manifest,
+        resume=options.resume,
+        overwrite=options.overwrite,
+        retry_errors=options.retry_errors,
+        rows=options.part_rows,
+    )
+
+
+def _into_folder(
+    options: argparse.Namespace,
+    corpus: Corpus,
+    engine: engines.Engine,
+    model: VideoEncoder,
+    job: engines.Job,
+    paths: list[str],
+    timing: Timing,
+) -> None:
+    out = printable(options.out)
+    with corpus:
+        before, failed = len(corpus.done), corpus.failed
+        paths = [path for path in dict.fromkeys(paths) if path not in corpus.done]
+        if before:
+            which = f", {failed} of them errors, which --retry-errors tries again" if failed else ""
+            print(f"{out} has {before} rows{which}; {len(paths)} videos to do", file=sys.stderr)
+        for result in told(engine.run(paths, model, job, options.workers, timing), len(paths), timing):
+            with timing.of("write"):
+                corpus.add(result)
+        with timing.of("write"):
+            corpus.flush()
+    print(f"wrote {len(paths)} rows to {out}")
+
+
+def _into_file(options: argparse.Namespace, results: list[Encoded], random: bool, timing: Timing) -> None:
+    if options.out is None:
+        return
+    out = printable(options.out)
+    if not timing.videos:
+        print(f"nothing to write to {out}: no video could be encoded", file=sys.stderr)
+        return
+    about = {k: str(v) for k, v in vars(options).items() if k not in (*FOR_FOLDERS, "videos", "out", "overwrite")}
+    about = {k: v for k, v in about.items() if v != "None"} | {"outputs": ",".join(options.outputs)}
+    with timing.of("write"):
+        embeddings.save(options.out, results, about | {"is_random": random})
+    print(f"wrote {out}")
+
+
+def told(encoded: Iterator[Encoded], total: int, timing: Timing) -> Iterator[Encoded]:
+    """The results, with a progress bar, and a line on stderr for every video that failed or is damaged."""
+    shown = progress(encoded, total)
+    for result in shown:
+        if result.error:
+            _say(f"FAILED {printable(result.path)}: {printable(result.error)}", shown)
+        elif result.damaged:
+            _say(f"DAMAGED {printable(result.path)}: {printable(str(result.damaged))}", shown)
+        if timing.failed and shown is not encoded:
+            shown.set_postfix(failed=timing.failed, refresh=False)
+        yield result
+
+
+def _say(line: str, shown) -> None:
+    """On stderr, above a progress bar."""
+    getattr(shown, "write", print)(line, file=sys.stderr)
 
 
 def find(given: Sequence[Path]) -> tuple[list[str], str]:
@@ -131,26 +257,13 @@ def find(given: Sequence[Path]) -> tuple[list[str], str]:
     return list(map(str, videos)), said
 
 
-def load_model(path: Path | None, device: str, dtype: str | None, compat: str | None = None) -> BTAdapter:
-    """The model folded for inference, and a note where its embeddings say little about a video.
+def folded(model: VideoEncoder, device: str, dtype: str | None) -> VideoEncoder:
+    """The model ready for inference."""
+    return model.to(device).fold(dtype_of(device, dtype))
 
-    Raises:
-        FileNotFoundError, ValueError: see pyvidx.weights.bt_adapter.load_model.
-    """
-    if path is None:
-        model = TextVideo.default(**({"compat": compat} if compat else {})).model
-    else:
-        model = checkpoints.load_model(path, compat=compat)
-    if path is None:
-        print(
-            "NOTE: the built-in model knows a small world of moving shapes (pyvidx.data.motion). For other videos the "
-            "embeddings show that and how fast everything runs, not what is in them. Give weights with --model.",
-            file=sys.stderr,
-        )
-    elif model.is_random:
-        print("NOTE: these weights were never trained: the embeddings do not show what is in a video.", file=sys.stderr)
-    wanted = DTYPES[dtype] if dtype else (torch.float16 if device.startswith("cuda") else torch.float32)
-    return model.to(device).fold(wanted)
+
+def dtype_of(device: str, dtype: str | None) -> torch.dtype:
+    return DTYPES[dtype] if dtype else (torch.float16 if device.startswith("cuda") else torch.float32)
 
 
 def progress(items, total: int):

@@ -1,138 +1,29 @@
-"""python -m pyvidx eval: numbers of a benchmark from videos, embeddings, answers or a judge's replies."""
+"""pyvidx eval: numbers of a benchmark from videos, embeddings, answers or a judge's replies."""
 
 import argparse
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 from pyvidx import eval as tasks
-from pyvidx.cli import arguments
+from pyvidx.cli.eval_arguments import check, parser
 from pyvidx.data.tables import FIELD, read_text
 from pyvidx.eval import annotations, judge, lvu, report
 from pyvidx.eval.annotations import classes
 from pyvidx.eval.files import digest, read_tensors
 from pyvidx.eval.predict import predict, read_predictions
-from pyvidx.eval.retrieval import TIES, retrieval
-from pyvidx.eval.tasks import EXACT
-from pyvidx.files import check_output, printable
-
-
-def parser() -> argparse.ArgumentParser:
-    p = arguments.Parser(
-        prog="python -m pyvidx eval",
-        description=__doc__,
-        epilog="Nothing uses a network but `judge --url`, which sends questions and answers to that service.",
-    )
-    commands = p.add_subparsers(dest="command", required=True)
-
-    r = commands.add_parser("retrieval", help="text-video retrieval, from videos or from embeddings")
-    source = r.add_mutually_exclusive_group(required=True)
-    source.add_argument("--config", type=Path, help=".json or .toml, see pyvidx.eval.zero_shot.Config")
-    source.add_argument("embeddings", type=Path, nargs="?", help="safetensors with text [n, E], video [m, E] and, "
-                        "where n != m, captions int [m]: how many texts each video has, in their order")  # fmt: skip
-    r.add_argument("--ties", choices=TIES, help="default: average, or what the configuration says")
-    r.add_argument("--dsl", action="store_true", help="dual softmax over the whole test set; the result is labeled")
-    r.add_argument("--compat", choices=["clip4clip"], help="count ties as the public code does")
-    c = commands.add_parser("classify", help="zero-shot classification, from videos or from embeddings")
-    c.add_argument("--config", type=Path, required=True, help=".json or .toml, see pyvidx.eval.zero_shot.Config")
-    for command in (r, c):
-        command.add_argument("--broken", choices=["fail", "exclude"], help="videos that can not be read")
-
-    m = commands.add_parser("predict", help="MA-LMM's answers to a task's questions, from videos")
-    m.add_argument("--task", required=True, choices=tasks.names())
-    _annotated(m)
-    m.add_argument("--config", type=Path, required=True,
-                   help="model and language model, as `pyvidx train` reads it; the task says the rest")  # fmt: skip
-    m.add_argument(
-        "--weights", type=arguments.weights, help="in place of the configuration's, e.g. its out/best.safetensors"
-    )
-    m.add_argument("--root", type=Path, help="folder that is searched for the videos; default: the configuration's")
-    m.add_argument("--frames", type=arguments.count, help="in place of the task's")
-    m.add_argument("--memory", type=arguments.count, help="bank length in place of the task's")
-    m.add_argument("--device", type=arguments.device, help="default: a GPU if there is one")
-    m.add_argument("--out", type=Path, required=True, help=".jsonl; an ended run goes on from it")
-
-    a = commands.add_parser("answers", help="answers in words against the annotated ones")
-    a.add_argument("--task", required=True, choices=[t for t in tasks.names() if tasks.task(t).metric in EXACT])
-    a.add_argument("--predictions", type=Path, required=True, help='of `predict`, or JSON {id: "answer" or [ranked]}')
-    _annotated(a)
-    a.add_argument("--reference", type=Path, nargs="+", metavar="FILE",
-                   help="the full test set, as official_qa: what the annotations lack is reported")  # fmt: skip
-    a.add_argument("--compat", choices=["official"], help="ActivityNet's free questions as the published script counts")
-
-    v = commands.add_parser("lvu", help="LVU as its authors count: the summed softmax over the clips of each video")
-    v.add_argument("--task", required=True, choices=classes.LVU_LABELS + classes.LVU_REGRESSIONS)
-    v.add_argument("--annotations", type=Path, required=True, help="test.csv of the task, see lvu_official")
-    v.add_argument("--scores", type=Path, required=True, help="safetensors with video int [clips], the line of each "
-                   "clip's video from 0, and scores [clips, classes], or [clips] of a regression")  # fmt: skip
-
-    t = commands.add_parser("anticipation", help="EPIC-Kitchens-100: the challenge's numbers and its submission file")
-    t.add_argument("--segments", type=Path, required=True, help="EPIC_100_validation.csv, or a file without classes")
-    given = t.add_mutually_exclusive_group(required=True)
-    given.add_argument("--scores", type=Path, help="safetensors with verb [n, 97] and noun [n, 300], in their order")
-    given.add_argument("--predictions", type=Path, help='of `predict`, or JSON {narration_id: ["verb noun", ...]}')
-    for name in ("verbs", "nouns"):
-        t.add_argument(f"--{name}", type=Path, help=f"EPIC_100_{name[:-1]}_classes.csv, to read predictions with")
-    t.add_argument("--unseen", type=Path, help="participants who are not in the training set")
-    for name in ("verbs", "nouns"):
-        t.add_argument(f"--tail-{name}", type=Path, help=f"rare {name}")
-    t.add_argument("--submission", type=Path, help="write the challenge's file")
-    t.add_argument("--levels", type=int, nargs=3, metavar=("PT", "TL", "TD"), help="sls_pt, sls_tl and sls_td")
-
-    j = commands.add_parser("judge", help="answers graded by a judge: question answering, or an aspect of conversation")
-    j.add_argument("--protocol", required=True, choices=["qa", *judge.ASPECTS])
-    j.add_argument("--predictions", type=Path, required=True, help="JSON list as Video-ChatGPT's inference writes it")
-    j.add_argument("--prompt", type=Path, required=True,
-                   help='JSON list of {"role", "content"} with {question}, {answer}, {pred} (consistency: {question1}, '
-                   "{question2}, {answer}, {pred1}, {pred2}); none is shipped")  # fmt: skip
-    j.add_argument("--job", type=Path, required=True, help=".jsonl of the replies; an ended run goes on from it")
-    by = j.add_mutually_exclusive_group(required=True)
-    by.add_argument("--url", help="OpenAI-compatible service, e.g. http://localhost:8000/v1")
-    by.add_argument("--replay", type=Path, help="recorded replies: .jsonl of id and reply, or JSON {id: reply}")
-    j.add_argument("--model", help="name of the model at --url")
-    j.add_argument("--key-file", type=Path, help="file with the service's key")
-    j.add_argument("--attempts", type=arguments.count, default=3, help="per answer")
-    j.add_argument("--partial", action="store_true", help="numbers of what has a reply that reads; else all must")
-    s = commands.add_parser("aspects", help="five aspects of conversation and their mean, from the jobs of `judge`")
-    for name in judge.ASPECTS:
-        s.add_argument(f"--{name}", type=Path, required=True, help=".jsonl")
-    for command in (j, s):
-        command.add_argument("--compat", choices=["video_chatgpt"], help="whole scores, as the published script counts")
-
-    w = commands.add_parser("rows", help="annotations to the rows that `pyvidx train` reads")
-    w.add_argument("--task", required=True, choices=tasks.names(), help="whose prompt is asked")
-    _annotated(w)
-    w.add_argument("--suffix", default="", help="of the video files, e.g. .mp4")
-    w.add_argument("--out", type=Path, required=True, help=".jsonl")
-
-    for command in (r, c, a, v, t, j, s):
-        command.add_argument("--json", "--out", type=Path, help="write the numbers, and what was run, as JSON too")
-        command.add_argument("--plot", type=arguments.picture, help="draw them, .png or whatever matplotlib writes")
-    for command in (r, c, a, v, t, j, s, w):
-        arguments.add_overwrite(command)
-    return p
-
-
-def _annotated(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--annotations", type=Path, nargs="+", required=True, metavar="FILE",
-                         help='the benchmark\'s file; without --format JSON {id: {"answer": ...}}')  # fmt: skip
-    command.add_argument("--format", choices=list(annotations.FORMATS), help="see pyvidx.eval.annotations")
-    command.add_argument("--option", nargs="+", default=[], metavar="NAME=VALUE", help="of the format, e.g. split=test")
+from pyvidx.eval.retrieval import retrieval
+from pyvidx.files import printable
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     p = parser()
     options = p.parse_args(argv)
+    check(p, options)
     run = {
         "retrieval": run_retrieval, "classify": run_classify, "answers": run_answers, "aspects": run_aspects,
         "lvu": run_lvu, "anticipation": run_anticipation, "judge": run_judge, "rows": run_rows, "predict": run_predict,
     }[options.command]  # fmt: skip
-    named = ("json", "plot", "submission") + (("out",) if options.command == "rows" else ())
-    arguments.check_outputs(p, getattr(options, "overwrite", True), *(getattr(options, name, None) for name in named))
     try:
-        for resumed in (getattr(options, "job", None), options.out if options.command == "predict" else None):
-            if resumed is not None:
-                check_output(resumed)
         result, about = run(options)
     except (OSError, ValueError) as error:
         p.error(str(error))
@@ -163,7 +54,6 @@ def run_retrieval(options: argparse.Namespace):
         from pyvidx.eval import zero_shot
 
         return zero_shot.run_retrieval(zero_shot.Config.from_file(options.config, **changes))
-    changes.pop("broken", None)
     from torch.nn.functional import normalize
 
     arrays = read_tensors(options.embeddings, {"text": 2, "video": 2}, {"captions": 1})
@@ -190,8 +80,6 @@ def run_predict(options: argparse.Namespace):
     from pyvidx.cli.encode import progress
     from pyvidx.train import malmm, recipe
 
-    if options.format is None or options.out.suffix != ".jsonl":
-        raise ValueError("eval: predict needs a --format and --out FILE.jsonl")
     task, samples = tasks.task(options.task), parsed(options)
     task = replace(task, frames=options.frames or task.frames, memory=options.memory or task.memory)
     config = malmm.Config.from_dict(recipe.load(options.config, "eval"))
@@ -214,8 +102,8 @@ def run_answers(options: argparse.Namespace):
     task = tasks.task(options.task)
     predicted, about = read_predictions(options.predictions), {}
     if options.format is None:
-        if len(options.annotations) != 1 or options.reference:
-            raise ValueError("eval: several annotation files and a reference need a --format")
+        if len(options.annotations) != 1:
+            raise ValueError("eval: several annotation files need a --format")
         wanted = annotations.sample.load(options.annotations[0], dict)
     else:
         samples = parsed(options)
@@ -260,8 +148,6 @@ def run_anticipation(options: argparse.Namespace):
         arrays = read_tensors(options.scores, {"verb": 2, "noun": 2})
         verb, noun = arrays["verb"].float(), arrays["noun"].float()
     else:
-        if options.verbs is None or options.nouns is None:
-            raise ValueError("eval: predictions need --verbs and --nouns, the files of the classes")
         predicted = read_predictions(options.predictions)
         if lacking := [key for key in ids if key not in predicted]:
             raise ValueError(f"eval: {options.predictions} lacks {len(lacking)} segments, e.g. {lacking[:3]}")
@@ -287,8 +173,6 @@ def run_anticipation(options: argparse.Namespace):
     elif options.submission is None:
         raise ValueError(f"eval: {options.segments} has no classes to compare with; give --submission to write a file")
     if options.submission is not None:
-        if options.levels is None:
-            raise ValueError("eval: a submission needs --levels, how much supervision was used")
         levels = dict(zip(("sls_pt", "sls_tl", "sls_td"), options.levels))
         about["submission"] = str(
             anticipation.write_submission(options.submission, ids, verb, noun, action, supervision=levels)
@@ -299,8 +183,6 @@ def run_anticipation(options: argparse.Namespace):
 def run_judge(options: argparse.Namespace):
     verdict = options.protocol == "qa"
     if options.url is not None:
-        if options.model is None:
-            raise ValueError("eval: --url needs --model")
         key = read_text(options.key_file, FIELD).strip() if options.key_file else None
         by, name = judge.ChatJudge(options.url, options.model, key=key), options.model
     else:
@@ -329,8 +211,6 @@ def run_aspects(options: argparse.Namespace):
 
 
 def run_rows(options: argparse.Namespace):
-    if options.format is None:
-        raise ValueError("eval: rows need a --format")
     samples = parsed(options)
     annotations.write_rows(options.out, samples, tasks.task(options.task).ask, suffix=options.suffix)
     return {}, {"samples": len(samples), "wrote": str(options.out)}
@@ -338,18 +218,7 @@ def run_rows(options: argparse.Namespace):
 
 def parsed(options: argparse.Namespace) -> list[annotations.Sample]:
     """The samples of --annotations; LVU's formats take the task from --task."""
-    given = dict(pair.split("=", 1) for pair in options.option if "=" in pair)
-    if len(given) != len(options.option):
-        raise ValueError(f"eval: --option takes NAME=VALUE, got {options.option}")
+    given = dict(options.option)
     if options.format in ("lvu", "lvu_official") and options.task.startswith("lvu_"):
         given.setdefault("task", options.task.removeprefix("lvu_"))
-    return annotations.parse(options.format, options.annotations, **{k: _value(v) for k, v in given.items()})
-
-
-def _value(text: str) -> bool | int | float | str:
-    for kind in (int, float):
-        try:
-            return kind(text)
-        except ValueError:
-            pass
-    return {"true": True, "false": False}.get(text.lower(), text)
+    return annotations.parse(options.format, options.annotations, **given)

@@ -1,4 +1,4 @@
-"""python -m pyvidx flops --size clip-l-14 --frames 8 16 64"""
+"""pyvidx flops --size clip-l-14 --frames 8 16 64"""
 
 import argparse
 from collections.abc import Sequence
@@ -16,15 +16,16 @@ DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch
 
 def parser() -> argparse.ArgumentParser:
     p = arguments.Parser(
-        prog="python -m pyvidx flops",
+        prog="pyvidx flops",
         description="Parameters, arithmetic and memory of every temporal module over one CLIP tower, counted from the "
         "code on tensors without values. FLOPs: matrix products and attention of a forward pass over one clip, 2 per "
         "multiply-add. peak: the most bytes of activations alive at once in that pass, without gradients.",
+        example="pyvidx flops --size clip-l-14 --frames 8 16 64 --plot costs.png",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    p.add_argument("--size", default="clip-l-14", choices=BTAdapterConfig.names())
-    p.add_argument("--frames", type=arguments.count, nargs="+", default=[8, 16, 64])
-    p.add_argument("--dtype", default="float16", choices=DTYPES)
+    p.add_argument("--size", default="clip-l-14", choices=BTAdapterConfig.names(), help="of the tower")
+    p.add_argument("--frames", type=arguments.frames, nargs="+", default=[8, 16, 64], help="frames of the clip")
+    p.add_argument("--dtype", default="float16", choices=DTYPES, help="of weights and activations")
     p.add_argument("--json", type=Path, help="write the numbers as well")
     p.add_argument("--plot", type=arguments.picture, help="draw them, .png or whatever matplotlib writes")
     arguments.add_overwrite(p)

@@ -1,4 +1,4 @@
-"""python -m pyvidx info [--json]: what this installation is, and for every op and device whether a kernel or the
+"""pyvidx info [--json]: what this installation is, and for every op and device whether a kernel or the
 reference will run, and why. The first lines of any bug report.
 
 What the environment decides is shown, too: PYVIDX_STRICT=1 makes a missing kernel an error, PYVIDX_ISA and
@@ -9,12 +9,12 @@ import importlib.metadata
 import json
 import os
 import platform
-import sys
+from collections.abc import Sequence
 
 import torch
 
 import pyvidx.ops  # noqa: F401  (defines the ops)
-from pyvidx.cli.arguments import Parser, ended
+from pyvidx.cli.arguments import Parser
 from pyvidx.layers import products
 from pyvidx.ops import _library
 
@@ -140,13 +140,13 @@ def as_text(info: dict, kernels: bool = False) -> str:
     return "\n".join(lines)
 
 
-def main(argv: list[str] | None = None) -> None:
-    parser = Parser(prog="python -m pyvidx info", description=__doc__)
-    parser.add_argument("--json", action="store_true", help="print JSON")
-    parser.add_argument("--kernels", action="store_true", help="also print registers and shared memory per CUDA kernel")
-    options, info = parser.parse_args(argv), collect()
+def parser() -> Parser:
+    p = Parser(prog="pyvidx info", description=__doc__, example="pyvidx info --json")
+    p.add_argument("--json", action="store_true", help="print JSON")
+    p.add_argument("--kernels", action="store_true", help="also print registers and shared memory per CUDA kernel")
+    return p
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    options, info = parser().parse_args(argv), collect()
     print(json.dumps(info, indent=2) if options.json else as_text(info, options.kernels))
-
-
-if __name__ == "__main__":
-    sys.exit(ended("python -m pyvidx info", main))

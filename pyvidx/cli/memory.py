@@ -1,7 +1,6 @@
-"""python -m pyvidx memory VIDEO --out slots.png"""
+"""pyvidx memory VIDEO --out slots.png"""
 
 import argparse
-import math
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -20,27 +19,34 @@ GRID, CELL = 4, 8  # "colors": a frame is 4 x 4 positions of 8 x 8 mean colors
 
 def parser() -> argparse.ArgumentParser:
     p = arguments.Parser(
-        prog="python -m pyvidx memory",
+        prog="pyvidx memory",
         description="Stream a video of any length through a memory bank, in constant memory (but for the policies that "
         "keep everything), and draw which frames each slot holds.",
+        example="pyvidx memory video.mp4 --policy merge --capacity 12 --out slots.png",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    p.add_argument("video", type=arguments.file, help="a video file, or a folder of frames, whose rate is --fps")
-    p.add_argument("--policy", default="merge", choices=memory.names())
+    p.add_argument("video", type=arguments.there, help="a video file, or a folder of frames, whose rate is --fps")
+    p.add_argument(
+        "--policy", default="merge", choices=memory.names(), help="what is kept of the frames, see pyvidx.memory"
+    )
     p.add_argument("--capacity", type=int, help="entries kept, anchors included; default: the policy's own")
     p.add_argument("--anchors", type=int, default=0, help="keep the first frames as they are")
     p.add_argument("--unit", choices=["token", "frame"], help="merge: each position for itself, or whole frames")
     p.add_argument("--plain-mean", action="store_true", help="merge: the mean of two entries, not of all their frames")
     p.add_argument("--axis", choices=["time", "space"], help="tome: merge over time, or the tokens of each frame")
-    p.add_argument("--fps", type=float, help="frames per second to take; default: all")
-    p.add_argument("--features", default="colors", choices=["colors", "model"],
-                   help="what is remembered: colors, 4 x 4 positions of 8 x 8 mean colors (no model involved); model, "
-                   "the patch tokens of a BT-Adapter model's last backbone layer")  # fmt: skip
-    p.add_argument("--model", type=arguments.weights, help="weights, for --features model")
-    p.add_argument("--position", type=int, default=0, help="position whose slots are drawn over time")
+    p.add_argument("--fps", type=arguments.positive, help="frames per second to take; default: all")
+    p.add_argument(
+        "--features",
+        choices=["colors", "model"],
+        help="what is remembered: colors, 4 x 4 positions of 8 x 8 mean colors (no model involved), or model, the "
+        "patch tokens of the last layer of a model's tower; default: colors without --model",
+    )
+    p.add_argument("--model", type=arguments.model, help="whose tower, see `pyvidx encode`; without: a small one")
+    p.add_argument("--position", type=arguments.whole_number(0, 10**9), default=0,
+                   help="position whose slots are drawn over time")  # fmt: skip
     p.add_argument("--out", type=arguments.picture, default="slots.png", help="the picture")
     p.add_argument("--save", type=Path, help="write the bank as well, as .safetensors")
-    p.add_argument("--device", type=arguments.device, default="cuda" if torch.cuda.is_available() else "cpu")
+    arguments.add_device(p)
     arguments.add_overwrite(p)
     return p
 
@@ -48,11 +54,13 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     p = parser()
     options = p.parse_args(argv)
+    options.features = options.features or ("colors" if options.model is None else "model")
+    if options.features == "colors" and options.model is not None:
+        p.error("--model must not be given with --features colors, which are no model's")
     if options.save is not None and options.save.suffix != ".safetensors":
         p.error(f"--save must end in .safetensors, got {options.save}")
-    if options.fps is not None and not 0 < options.fps < math.inf:
-        p.error(f"--fps must be above 0, got {options.fps}")
-    arguments.check_outputs(p, options.overwrite, options.out, options.save)
+    inputs = [options.video, options.model]
+    arguments.check_outputs(p, options.overwrite, options.out, options.save, inputs=inputs)
     try:
         policy = policy_of(options)
         features = colors if options.features == "colors" else model_features(options.model, options.device)
@@ -112,24 +120,18 @@ def colors(frames: Tensor) -> Tensor:
     return x.permute(0, 2, 3, 4, 5, 1).reshape(len(frames), GRID * GRID, -1)
 
 
-def model_features(path: Path | None, device: str) -> Callable[[Tensor], Tensor]:
-    """Frames uint8 [T, H, W, 3] -> patch tokens [T, P, C] of the last backbone layer, float32."""
-    from pyvidx.models import TextVideo
-    from pyvidx.preprocess import clip_preprocess
-    from pyvidx.weights.bt_adapter import load_model
+def model_features(source: str | None, device: str) -> Callable[[Tensor], Tensor]:
+    """Frames uint8 [T, H, W, 3] -> patch tokens [T, P, C] of the last layer of a model's tower, float32."""
+    from pyvidx.cli.models import load
+    from pyvidx.corpus.encode import sized
+    from pyvidx.preprocess import preprocess
 
-    model = TextVideo.default().model if path is None else load_model(path)
-    if path is None or model.is_random:
-        what = "knows moving shapes only" if path is None else "was never trained"
-        print(
-            f"NOTE: the model {what}: the merges show that everything runs, not what is in the video.", file=sys.stderr
-        )
-    backbone = model.backbone.to(device).eval()
+    model, name = load(source)
+    tower, preset, last = model.tower.to(device), sized(name, model), model.tower.layers[-1]
 
     @torch.inference_mode()
     def features(frames: Tensor) -> Tensor:
-        pixels = clip_preprocess(frames, model.config.vision.image_size)
-        (tokens,) = backbone(pixels, [model.config.vision.layers - 1])
+        (tokens,) = tower(preprocess(frames, preset), [last])
         return tokens[:, 1:].float()
 
     return features

@@ -1,15 +1,16 @@
-"""python -m pyvidx plan pretrain --cards 8 --card v100"""
+"""pyvidx plan pretrain --cards 8 --card v100; for `pyvidx plan encode` see plan_encode.py"""
 
 import argparse
 import math
 import os
 import statistics
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from pyvidx.cli import arguments
+from pyvidx.cli import arguments, plan_encode
 from pyvidx.models.config import BTAdapterConfig
 from pyvidx.train import cost
 
@@ -20,19 +21,21 @@ SHARES = cost.Shares()
 
 def parser() -> argparse.ArgumentParser:
     p = arguments.Parser(
-        prog="python -m pyvidx plan",
+        prog="pyvidx plan",
         description="Predict the hours of one epoch of BT-Adapter's pretraining. The work is counted by running the "
         "real step on tensors without data; cards are data-sheet numbers; the shares of them that are reached are "
         "assumptions, no GPU having been measured: --products-share, --memory-share, --link-share.",
+        example="pyvidx plan pretrain --cards 8 --card v100 --decode-seconds 0.1",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    p.add_argument("what", choices=["pretrain"])
-    p.add_argument("--cards", type=arguments.count, default=8)
-    p.add_argument("--card", choices=list(cost.cards()["cards"]), default="v100")
+    p.add_argument("what", choices=["pretrain", "encode"], help="pretrain: one epoch of BT-Adapter's pretraining; "
+                   "encode: a corpus, see pyvidx plan encode --help")  # fmt: skip
+    p.add_argument("--cards", type=arguments.count, default=8, help="how many")
+    p.add_argument("--card", choices=list(cost.cards()["cards"]), default="v100", help="of which kind")
     p.add_argument("--videos", type=arguments.amount, default=2.5e6, help="video-text pairs of the epoch")
-    p.add_argument("--frames", type=arguments.count, default=8)
+    p.add_argument("--frames", type=arguments.frames, default=8, help="of a video")
     p.add_argument("--batch", type=arguments.count, default=52, help="videos of one step on one card")
-    p.add_argument("--size", choices=BTAdapterConfig.names(), default="clip-l-14")
+    p.add_argument("--size", choices=BTAdapterConfig.names(), default="clip-l-14", help="of the model")
     p.add_argument("--mask-rate", type=float, default=0.7, help="part of the patches the branch does not see")
     p.add_argument("--no-mask", dest="mask_rate", action="store_const", const=0.0, help="the same as --mask-rate 0")
     p.add_argument("--checkpoint", action=argparse.BooleanOptionalAction, default=True,
@@ -58,6 +61,9 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    argv = sys.argv[1:] if argv is None else list(argv)
+    if argv[:1] == ["encode"]:
+        return plan_encode.main(argv[1:])
     p = parser()
     options = p.parse_args(argv)
     try:

@@ -1,4 +1,4 @@
-"""python -m pyvidx train malmm|btadapter --config FILE"""
+"""pyvidx train malmm|pretrain --config FILE"""
 
 import argparse
 import contextlib
@@ -21,18 +21,19 @@ from pyvidx.train.loop import State, Stepped, train
 from pyvidx.train.outputs import written
 
 # Each module has a Config, build(config, device) -> Task and datasets(config, task, ranks) -> training, held out.
-KINDS = {"malmm": "fine-tune MA-LMM on answers", "btadapter": "pretrain BT-Adapter on captions"}
+KINDS = {"malmm": "fine-tune MA-LMM on answers", "pretrain": "pretrain an encoder on captions, or by UMT"}
 
 
 def parser() -> argparse.ArgumentParser:
     p = arguments.Parser(
-        prog="python -m pyvidx train",
+        prog="pyvidx train",
         description="Train a model; on several devices with torchrun --nproc-per-node N -m pyvidx train ... . A run "
         "that was ended goes on where its last checkpoint was written, with the same command.",
+        example="pyvidx train malmm --config pyvidx/train/configs/malmm-classification.json",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     p.add_argument("what", choices=list(KINDS), help="; ".join(f"{name}: {what}" for name, what in KINDS.items()))
-    p.add_argument("--config", type=Path, required=True, help=".json or .toml, see pyvidx/train/configs")
+    p.add_argument("--config", type=arguments.existing, required=True, help=".json or .toml, see pyvidx/train/configs")
     p.add_argument("--device", choices=["cuda", "cpu"], help="default: GPUs if there are any")
     p.add_argument("--export", type=Path, help="also write the weights under the public code's names, .safetensors or"
                    " .pth as the public code does")  # fmt: skip
@@ -54,6 +55,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     with ranks(options.device) as alike:
         try:
             task = kind.build(config, alike.device)
+            if options.export is not None and not task.exportable:
+                raise ValueError("--export: the public code has no names for the weights of this run")
             data, held_out = kind.datasets(config, task, alike)
             out = Path(config.out)
             with Shown(out, alike, config.recipe.epochs) as shown:

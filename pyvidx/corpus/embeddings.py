@@ -1,22 +1,20 @@
-"""Encoded videos to files and back: .safetensors, .npz or .parquet."""
+"""Encoded videos to one file and back, in the format of its suffix; a folder of any size is pyvidx.corpus.folder's."""
 
-import json
 import os
-from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from pyvidx.corpus import stores
 from pyvidx.corpus.encode import Encoded
-from pyvidx.files import printable, whole, write_tensors
-from pyvidx.models import Encoding
-from pyvidx.tensor_files import note as header
-from pyvidx.tensor_files import opened
-from pyvidx.video import Damage
+from pyvidx.corpus.folder import is_corpus, manifest, parts
+from pyvidx.corpus.stores.registry import NAMES, Layout, NotOurs, require
+from pyvidx.files import printable
 
-FORMATS = (".safetensors", ".npz", ".parquet")
+FORMATS = stores.suffixes()
 
 
 def check_format(path: str | os.PathLike[str]) -> None:
@@ -24,13 +22,9 @@ def check_format(path: str | os.PathLike[str]) -> None:
 
     Raises:
         ValueError: the suffix is none of FORMATS.
-        RuntimeError: it is .parquet, and pyarrow is not installed.
+        RuntimeError: a package for it is not installed.
     """
-    path = Path(path)
-    if path.suffix not in FORMATS:
-        raise ValueError(f"embeddings: the output must end in {', '.join(FORMATS)}, got {printable(path.name)}")
-    if path.suffix == ".parquet":
-        _pyarrow()
+    stores.of_suffix(Path(path))
 
 
 def save(path: str | os.PathLike[str], results: Sequence[Encoded], about: dict) -> None:
@@ -40,213 +34,140 @@ def save(path: str | os.PathLike[str], results: Sequence[Encoded], about: dict) 
     often as they were given.
 
     Args:
-        path: .safetensors and .npz hold `pooled` [n, E] and `tokens` [n, 1+P, C] (float32, what was asked for),
-            `seconds` [n, T] (float64, NaN after the last frame of a shorter video); in safetensors the metadata entry
-            "pyvidx" is JSON with `paths`, `failed` (paths), `errors` (by path), `damaged` (what is wrong with a file
-            that was encoded, by its place in `paths`) and `about`; in npz these are the arrays `paths` and `about`.
-            .parquet has one row per file: path, error, damaged, pooled, tokens (flat), tokens_shape, seconds. Bytes of
-            a path that are not UTF-8 are shown as \\\\udcNN there; the metadata entry "pyvidx_paths" has such names.
+        path: .safetensors and .npz hold arrays (pyvidx.corpus.stores.arrays), .parquet one row per file
+            (pyvidx.corpus.stores.parquet).
         results: of encode_videos.
         about: what was run (model, sampler, ...), kept in the file.
 
     Raises:
-        ValueError: the suffix is unknown, or an embedding is not finite.
+        ValueError: the suffix is unknown, it cannot hold the dtype, or an embedding is not finite
+            or not as wide as the others.
         OSError: it cannot be written; what was there before still is.
     """
     path = Path(path)
-    check_format(path)
-    for r in results:
-        values = () if r.encoding is None else (r.encoding.pooled, r.encoding.tokens)
-        if not all(x is None or bool(x.isfinite().all()) for x in values):
-            raise ValueError(f"embeddings: what is saved must be finite, got NaN or Inf of {printable(r.path)}")
-    if path.suffix == ".parquet":
-        _save_parquet(path, results, about)
-        return
-    done, failed = [r for r in results if r.error is None], [r for r in results if r.error is not None]
-    arrays = _stacked(done)
-    note = {
-        "paths": [os.fsdecode(r.path) for r in done],
-        "failed": [os.fsdecode(r.path) for r in failed],
-        "errors": {os.fsdecode(r.path): r.error for r in failed},
-        "damaged": {i: asdict(r.damaged) for i, r in enumerate(done) if r.damaged},
-        "about": about,
-    }
-    if path.suffix == ".npz":
-        import numpy as np
-
-        with whole(path) as part:
-            np.savez(part, paths=note["paths"], about=json.dumps(note), **{k: v.numpy() for k, v in arrays.items()})
-    else:
-        write_tensors(path, arrays, {"pyvidx": json.dumps(note)})
+    store, layout = stores.of_suffix(path), Layout.of(results)
+    if layout.dtype not in store.dtypes:
+        raise ValueError(f"embeddings: {path.suffix} must hold {_either(store.dtypes)}, got {layout.dtype}")
+    for row in results:
+        layout.check(row)
+    store.write(path, results, layout, about)
 
 
 def load(path: str | os.PathLike[str]) -> tuple[list[Encoded], dict]:
-    """What `save` wrote: the results, those that failed last, and `about`.
+    """What `save` wrote, or a folder of `pyvidx encode`, all of it in memory: the results and `about`.
+
+    Returns:
+        Of a file those that failed come last, of a folder last in each part; tensors have the dtype they are kept in.
 
     Raises:
         FileNotFoundError: there is no such file.
         ValueError: the suffix is unknown, `save` did not write it, or it is damaged; what is in it is checked.
     """
     path = Path(path)
-    check_format(path)
+    if is_corpus(path):
+        return list(iterate(path)), manifest(path).described()
+    store = stores.of_suffix(path)
     if not path.is_file():
         raise FileNotFoundError(f"embeddings: there is no {printable(path)}")
+    return _checked(path, store.read)
+
+
+def iterate(path: str | os.PathLike[str]) -> Iterator[Encoded]:
+    """The rows of `load` one by one: of a folder, one part is in memory at a time.
+
+    Raises:
+        FileNotFoundError, ValueError: as `load`.
+    """
+    path = Path(path)
+    if not is_corpus(path):
+        yield from load(path)[0]
+        return
+    for part in parts(path):
+        yield from _checked(part, manifest(path).store.read)[0]
+
+
+class Embeddings(NamedTuple):
+    """A corpus in memory.
+
+    Attributes:
+        paths: of the videos that were encoded.
+        pooled: [n, E] of these, or None.
+        tokens: [n, N, C], a list of [N, C] where N differs, or None.
+        seconds: [T] float64 of each.
+        errors: why the others failed, by path.
+        about: what was run.
+    """
+
+    paths: list[str]
+    pooled: Tensor | None
+    tokens: Tensor | list[Tensor] | None
+    seconds: list[Tensor]
+    errors: dict[str, str]
+    about: dict
+
+
+def read(path: str | os.PathLike[str], outputs: Iterable[str] = NAMES) -> Embeddings:
+    """A folder of `pyvidx encode`, or a file, as arrays.
+
+    Args:
+        outputs: "pooled", "tokens" or both; what is not asked for takes no memory.
+
+    Raises:
+        FileNotFoundError, ValueError: as `load`.
+    """
+    outputs = set(outputs)
+    if not outputs <= set(NAMES):
+        raise ValueError(f"embeddings: outputs must be of {', '.join(NAMES)}, got {', '.join(sorted(outputs))}")
+    path, errors, done, about = Path(path), {}, [], None
+    kept: dict[str, list[Tensor]] = {name: [] for name in NAMES if name in outputs}
+    if is_corpus(path):
+        rows, about = iterate(path), manifest(path).described()
+    else:
+        rows, about = load(path)
+    for row in rows:
+        if row.error is not None:
+            errors[row.path] = row.error
+            continue
+        done.append((row.path, row.seconds))
+        for name, found in kept.items():
+            if name in row.encoding:
+                found.append(row.encoding[name][0].clone())  # else one row of a part would keep all of it
+    arrays = {n: _stacked(found) for n, found in kept.items()}
+    return Embeddings(
+        [p for p, _ in done], arrays.get("pooled"), arrays.get("tokens"), [s for _, s in done], errors, about
+    )
+
+
+def _stacked(found: list[Tensor]) -> Tensor | list[Tensor] | None:
+    if not found:
+        return None
+    return torch.stack(found) if len({x.shape for x in found}) == 1 else found
+
+
+def _checked(path: Path, reader: Callable[[Path], tuple[list[Encoded], dict]]) -> tuple[list[Encoded], dict]:
     try:
-        done, failed, about = _READERS[path.suffix](path)
-        _require(isinstance(about, dict), f"about {about!r}")
-        _check(done)
+        rows, about = reader(path)
+        require(isinstance(about, dict), f"about {about!r}")
+        _check([r for r in rows if r.error is None])
     except Exception as error:  # whatever a damaged file makes its reader raise
-        kind = "" if isinstance(error, _Got) else f"{type(error).__name__}: "
+        kind = "" if isinstance(error, NotOurs) else f"{type(error).__name__}: "
         got = printable(f"{kind}{error}"[:500])
         raise ValueError(f"embeddings: {printable(path)} must be written by pyvidx encode, got {got}") from error
-    return done + failed, about
-
-
-class _Got(ValueError):
-    """What stands in a file in place of what `save` writes."""
-
-
-def _require(holds: bool, got: str) -> None:
-    if not holds:
-        raise _Got(got)
+    return rows, about
 
 
 def _check(done: Sequence[Encoded]) -> None:
-    """Raise _Got unless these could be what a model gave."""
+    """Raise NotOurs unless these could be what a model gave."""
     for r in done:
-        _require(r.seconds.dim() == 1 and bool(r.seconds.isfinite().all()), f"seconds of {r.path!r} {r.seconds}")
+        require(r.seconds.dim() == 1 and bool(r.seconds.isfinite().all()), f"seconds of {r.path!r} {r.seconds}")
         for name, dim in (("pooled", 2), ("tokens", 3)):
             value, first = getattr(r.encoding, name), getattr(done[0].encoding, name)
-            _require((value is None) == (first is None), f"{name} of some videos alone")
+            require((value is None) == (first is None), f"{name} of some videos alone")
             if value is not None:
-                fits = value.dim() == dim and value.shape == first.shape and value.is_floating_point()
-                _require(fits, f"{name} of {r.path!r} {value.dtype} {tuple(value.shape)}")
-                _require(bool(value.isfinite().all()), f"{name} of {r.path!r} that is NaN or Inf")
+                fits = value.dim() == dim and value.shape[-1] == first.shape[-1] and value.is_floating_point()
+                require(fits, f"{name} of {r.path!r} {value.dtype} {tuple(value.shape)}")
+                require(bool(value.isfinite().all()), f"{name} of {r.path!r} that is NaN or Inf")
 
 
-def _from_note(note: dict, arrays: dict[str, Tensor]) -> tuple[list[Encoded], list[Encoded], dict]:
-    names, seconds = note["paths"], arrays["seconds"]
-    wrong = {k: tuple(x.shape) for k, x in arrays.items() if len(x) != len(names)}
-    _require(not wrong, f"{len(names)} paths beside {wrong}")
-    _require(seconds.dim() == 2 and seconds.dtype == torch.float64, f"seconds {seconds.dtype} {tuple(seconds.shape)}")
-    done = []
-    for i, name in enumerate(names):
-        frames = int(seconds[i].isnan().logical_not().sum())  # NaN before the last frame is found by _check
-        tokens, pooled = (arrays[k][i : i + 1] if k in arrays else None for k in ("tokens", "pooled"))
-        done.append(_encoded(name, tokens, pooled, seconds[i, :frames], note.get("damaged", {}).get(str(i))))
-    failed = [Encoded(_name(name), error=str(note["errors"][name])) for name in note.get("failed", note["errors"])]
-    return done, failed, note["about"]
-
-
-def _encoded(name, tokens: Tensor | None, pooled: Tensor | None, seconds: Tensor, damaged: dict | None) -> Encoded:
-    encoding = Encoding(tokens, pooled, seconds[None])
-    return Encoded(_name(name), encoding, seconds, damaged=Damage(**(damaged or {})))
-
-
-def _name(value) -> str:
-    _require(isinstance(value, str), f"a path {value!r}")
-    return value
-
-
-def _load_npz(path: Path):
-    import numpy as np
-
-    with np.load(path, allow_pickle=False) as file:
-        # `save` does not compress, so what claims to be larger than its file is no file of it.
-        packed = [i for i in file.zip.infolist() if i.compress_type or i.file_size > path.stat().st_size]
-        _require(not packed, "a compressed file")
-        _require({"about", "seconds"} <= set(file), ", ".join(file))
-        note = json.loads(str(file["about"]))
-        arrays = {k: torch.from_numpy(file[k]) for k in ("pooled", "tokens", "seconds") if k in file}
-    return _from_note(note, arrays)
-
-
-def _load_safetensors(path: Path):
-    with opened(path, "embeddings") as file:
-        note = header(file, path, "pyvidx") or {}
-        _require("paths" in note, ", ".join(file.keys()))
-        arrays = {k: file.get_tensor(k) for k in file.keys() if k in ("pooled", "tokens", "seconds")}
-    return _from_note(note, arrays)
-
-
-def _load_parquet(path: Path):
-    _, parquet = _pyarrow()
-    with path.open("rb") as file:
-        table = parquet.read_table(file)
-    head = table.schema.metadata or {}
-    _require(b"pyvidx" in head, ", ".join(table.column_names))
-    names = {int(i): name for i, name in json.loads(head.get(b"pyvidx_paths", b"{}")).items()}
-    done, failed = [], []
-    for i, row in enumerate(table.to_pylist()):
-        name = names.get(i, row["path"])
-        if row["error"] is not None:
-            failed.append(Encoded(_name(name), error=row["error"]))
-            continue
-        pooled = None if row["pooled"] is None else torch.tensor([row["pooled"]])
-        tokens = None if row["tokens"] is None else torch.tensor(row["tokens"]).view(1, *row["tokens_shape"])
-        damaged = json.loads(row.get("damaged") or "null")
-        done.append(_encoded(name, tokens, pooled, torch.tensor(row["seconds"], dtype=torch.float64), damaged))
-    return done, failed, json.loads(head[b"pyvidx"])
-
-
-_READERS: dict[str, Callable[[Path], tuple[list[Encoded], list[Encoded], dict]]] = {
-    ".safetensors": _load_safetensors,
-    ".npz": _load_npz,
-    ".parquet": _load_parquet,
-}
-
-
-def _stacked(done: Sequence[Encoded]) -> dict[str, Tensor]:
-    arrays = {}
-    for name in ("pooled", "tokens"):
-        rows = [getattr(r.encoding, name) for r in done]
-        if rows and rows[0] is not None:
-            arrays[name] = torch.cat(rows).contiguous()
-    longest = max((len(r.seconds) for r in done), default=0)
-    seconds = torch.full((len(done), longest), float("nan"), dtype=torch.float64)
-    for row, r in zip(seconds, done):
-        row[: len(r.seconds)] = r.seconds
-    return arrays | {"seconds": seconds}
-
-
-def _save_parquet(path: Path, results: Sequence[Encoded], about: dict) -> None:
-    pa, parquet = _pyarrow()
-
-    def flat(r: Encoded, name: str):
-        value = getattr(r.encoding, name, None)
-        return None if value is None else value[0].flatten().tolist()
-
-    def shape(r: Encoded):
-        tokens = getattr(r.encoding, "tokens", None)
-        return None if tokens is None else list(tokens.shape[1:])
-
-    names = [os.fsdecode(r.path) for r in results]
-    shown = [name.encode("utf-8", "backslashreplace").decode() for name in names]
-    table = pa.table(
-        {
-            "path": pa.array(shown, pa.string()),
-            "error": pa.array([None if r.error is None else printable(r.error) for r in results], pa.string()),
-            "damaged": pa.array([json.dumps(asdict(r.damaged)) if r.damaged else None for r in results], pa.string()),
-            "pooled": pa.array([flat(r, "pooled") for r in results], pa.list_(pa.float32())),
-            "tokens": pa.array([flat(r, "tokens") for r in results], pa.list_(pa.float32())),
-            "tokens_shape": pa.array([shape(r) for r in results], pa.list_(pa.int32())),
-            "seconds": pa.array(
-                [None if r.seconds is None else r.seconds.tolist() for r in results], pa.list_(pa.float64())
-            ),
-        },
-        metadata={
-            "pyvidx": json.dumps(about),
-            "pyvidx_paths": json.dumps({i: name for i, name in enumerate(names) if name != shown[i]}),
-        },
-    )
-    with whole(path) as part, part.open("wb") as file:  # pyarrow takes no name that is not UTF-8
-        parquet.write_table(table, file)
-
-
-def _pyarrow():
-    try:
-        import pyarrow
-        import pyarrow.parquet
-    except ImportError as error:
-        raise RuntimeError("embeddings: .parquet needs pyarrow: pip install 'pyvidx[cli]'") from error
-    return pyarrow, pyarrow.parquet
+def _either(dtypes: Iterable[torch.dtype]) -> str:
+    return " or ".join(str(d).removeprefix("torch.") for d in dtypes)

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from pyvidx.backbones.clip_text import CLIPText
+from pyvidx.backbones.text import TextTower
 from pyvidx.hosts.importing import LOCAL, importing
 
 CUTS = ("end", "official")
@@ -73,7 +73,7 @@ def token_ids(
 
 
 @torch.inference_mode()
-def embed(tower: CLIPText, ids: Tensor, *, batch: int = 256) -> Tensor:
+def embed(tower: TextTower, ids: Tensor, *, batch: int = 256) -> Tensor:
     """The tower's embeddings of ids [n, L] -> float32 [n, E], on the CPU, not normalized."""
     device = tower.position.device
     return torch.cat([tower(part.to(device)).float().cpu() for part in ids.split(batch)])

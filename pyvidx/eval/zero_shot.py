@@ -26,18 +26,16 @@ from pyvidx.eval.files import Named, read_tensors
 from pyvidx.eval.retrieval import retrieval
 from pyvidx.eval.text import embed, load_tokenizer, token_ids
 from pyvidx.files import check_output, write_tensors
+from pyvidx.hosts.open import check_source, open_model, open_text, parse_module
 from pyvidx.models.config import known
 from pyvidx.preprocess import PRESETS
 from pyvidx.tensor_files import note, opened
 from pyvidx.train.recipe import load as load_values
 from pyvidx.video import sampling
 from pyvidx.video.pool import shared
-from pyvidx.weights.bt_adapter import load_model, read
-from pyvidx.weights.clip_text import clip_text
 
 CONFIGS = Path(__file__).parent / "configs"
 BROKEN = ("fail", "exclude")
-PICKLES = (".pth", ".pt", ".bin")  # the official file, which also has the text tower
 SAVE_EVERY = 100  # videos
 
 
@@ -59,10 +57,10 @@ class Config:
         videos: file of video embeddings, as `pyvidx encode` writes it. What is in it is not encoded again; what is not
             is added, if there is a model.
         texts: file of text embeddings, `text` [n, E] in the order of the annotations; written if there is none.
-        model: weights: written by BTAdapter.save, or published ones, such as the official pretraining file (.pth).
-        model_options: of pyvidx.weights.bt_adapter.load_model, e.g. {"gated": false}, as the public code
-            evaluates the pretraining file, or {"compat": "paper"}.
-        text: weights of the text tower; None: those in `model`.
+        model, module: see pyvidx.hosts.open.open_model; e.g. the official pretraining file (.pth).
+        model_options: of open_model, e.g. {"gated": false}, as the public code evaluates the pretraining file, or
+            {"compat": "paper"}.
+        text: of the text tower, see pyvidx.hosts.open.open_text; None: what lies in `model`.
         text_options: heads, hidden_act or eps of the text tower, where they are not CLIP's.
         tokenizer: see pyvidx.eval.text.load_tokenizer.
         frames, sampler, preset, reader: see pyvidx.corpus.encode.
@@ -84,6 +82,7 @@ class Config:
     videos: str | None = None
     texts: str | None = None
     model: str | None = None
+    module: str | None = None
     model_options: dict = field(default_factory=dict)
     text: str | None = None
     text_options: dict = field(default_factory=dict)
@@ -116,6 +115,8 @@ class Config:
         for name in ("root", "videos", "texts", "model", "text", "tokenizer", "classes"):
             if not isinstance(getattr(self, name), str | os.PathLike | None):
                 raise ValueError(f"eval: {name} must be a path, got {getattr(self, name)!r}")
+        if not isinstance(self.module, str | None):
+            raise ValueError(f"eval: module must be a text, got {self.module!r}")
 
     @classmethod
     def from_file(cls, path: str | Path, **changes) -> "Config":
@@ -149,6 +150,13 @@ def check(config: Config) -> None:
         OSError: see pyvidx.files.check_output.
     """
     config.where  # noqa: B018
+    if config.module is not None:
+        parse_module(config.module)
+    cached = {"model": config.videos, "text": config.texts}
+    for name, cache in cached.items():
+        source = getattr(config, name)
+        if source is not None and not (cache and Path(cache).exists()):
+            check_source(os.fspath(source))
     for cache in (config.videos, config.texts):
         if cache is not None and not Path(cache).exists():
             check_output(cache)
@@ -201,6 +209,7 @@ def video_embeddings(config: Config, samples: Sequence[Sample]) -> tuple[Tensor,
     (start, end) = spans.pop()
     # Strings, as `pyvidx encode` notes its options.
     asked = {"frames": config.frames, "sampler": config.sampler, "preset": config.preset, "start": start, "end": end}
+    asked |= {"module": config.module}
     asked |= {"model_options": json.dumps(config.model_options, sort_keys=True) if config.model_options else None}
     asked = {name: str(value) for name, value in asked.items() if value not in (None, 0.0)}
     results, about = [], {}
@@ -208,7 +217,9 @@ def video_embeddings(config: Config, samples: Sequence[Sample]) -> tuple[Tensor,
     if cache is not None and cache.exists():
         results, about = embeddings.load(cache)
         wanted = asked | ({"model": config.model} if config.model else {})
-        differing = [k for k in {*wanted, "start", "end", "model_options"} if _noted(about, k) != wanted.get(k)]
+        differing = [
+            k for k in {*wanted, "start", "end", "module", "model_options"} if _noted(about, k) != wanted.get(k)
+        ]
         if differing:
             said = ", ".join(f"{k} = {about.get(k)}, not {wanted.get(k)}" for k in sorted(differing))
             raise ValueError(f"eval: {cache} must be of this configuration, it has {said}")
@@ -227,7 +238,7 @@ def video_embeddings(config: Config, samples: Sequence[Sample]) -> tuple[Tensor,
         about = asked | {"model": config.model}
         # Files that failed before are tried again.
         results = [r for r in results if r.error is None]
-        results, about["is_random"] = _encode([p for p in found.values() if p], results, config, about, start, end)
+        results, about = _encode([p for p in found.values() if p], results, config, about, start, end)
     have = Named(r.path for r in results if r.error is None)
     errors = Named(r.path for r in results if r.error is not None)
     by_path = {r.path: r for r in results}
@@ -243,8 +254,8 @@ def video_embeddings(config: Config, samples: Sequence[Sample]) -> tuple[Tensor,
     if any(row is None for row in rows):
         raise ValueError(f"eval: {cache} must hold pooled embeddings: pyvidx encode --outputs pooled")
     random = about.get("is_random") in (True, "True")
-    about = {**asked, "model": about.get("model"), "videos": len(kept), "excluded videos": broken}
-    about["random weights"] = random
+    named = {name: about.get(name) for name in ("model", "tower and module")}
+    about = {**asked, **named, "videos": len(kept), "excluded videos": broken, "random weights": random}
     return torch.cat(rows).float(), about, kept
 
 
@@ -264,10 +275,13 @@ def text_embeddings(config: Config, texts: Sequence[str]) -> tuple[Tensor, dict]
     weights = config.text or config.model
     if weights is None or config.tokenizer is None:
         raise ValueError("eval: there must be text weights and a tokenizer, or texts must name a file that exists")
-    if config.text is None and Path(weights).suffix not in PICKLES:
-        raise ValueError(f"eval: text must name the weights of the text tower, {weights} holds none")
     device, _ = config.where
-    tower = clip_text(read(weights), **config.text_options).float().to(device)
+    tower = open_text(weights, **config.text_options).float().to(device)
+    if tower.config.pool != "end":
+        raise ValueError(
+            f"eval: the text tower of {weights} is SigLIP's, whose tokenizer is not CLIP's: work its embeddings out "
+            "with transformers, and give them as texts (a safetensors file of text [n, E])"
+        )
     if config.text_length > tower.config.context:
         raise ValueError(f"eval: text_length must be at most {tower.config.context}, got {config.text_length}")
     ids, about["cut texts"] = token_ids(texts, load_tokenizer(config.tokenizer), config.text_length, cut=config.cut)
@@ -284,18 +298,19 @@ def _noted(about: dict, name: str) -> str | None:
 
 def _encode(
     paths: list[str], results: list[Encoded], config: Config, about: dict, start: float | None, end: float | None
-) -> tuple[list[Encoded], bool]:
-    """results with those of `paths`; written to config.videos on the way, so that an ended run goes on."""
+) -> tuple[list[Encoded], dict]:
+    """results with those of `paths`, written to config.videos on the way, so that an ended run goes on; and `about`
+    with what encoded them."""
     shared(config.workers)  # they start while the model is loaded
     device, dtype = config.where
-    model = load_model(config.model, **config.model_options)
-    random = model.is_random
+    model, loaded = open_model(config.model, config.module, **config.model_options)
+    about = about | {"tower and module": f"{loaded.model}; {loaded.module}", "is_random": model.is_random}
     model = model.to(device).fold(dtype)
     results = list(results)
 
     def save():
         if config.videos is not None and any(r.error is None for r in results):
-            embeddings.save(config.videos, results, about | {"is_random": random})
+            embeddings.save(config.videos, results, about)
 
     encoded = encode_videos(
         paths, model, frames=config.frames, sampler=config.sampler, reader=config.reader, preset=config.preset,
@@ -306,4 +321,4 @@ def _encode(
         if n % SAVE_EVERY == 0:
             save()
     save()
-    return results, random
+    return results, about

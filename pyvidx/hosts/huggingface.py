@@ -1,80 +1,59 @@
-"""transformers' CLIP and BLIP-2 family into pyvidx. Works on the model object; transformers itself is needed only to
-load by name."""
+"""CLIP, SigLIP and the BLIP-2 family of transformers into pyvidx. Works on the model object; transformers itself is
+needed only to load by name."""
+
+from dataclasses import replace
 
 import torch
 from torch import nn
 
-from pyvidx.backbones.clip import CLIPVision, CLIPVisionConfig
-from pyvidx.backbones.eva import EVAVision, EVAVisionConfig
+from pyvidx.backbones.text import TextTower
+from pyvidx.backbones.vit import EVA_G, ViT, ViTConfig
 from pyvidx.hosts.importing import LOCAL, importing
 from pyvidx.memory.qformer import QFormerConfig
 from pyvidx.models.malmm import MALMM
 from pyvidx.models.malmm_config import MALMMConfig
-from pyvidx.weights.clip import fill
+from pyvidx.weights import text_towers, towers
 from pyvidx.weights.malmm_keys import rename
 from pyvidx.weights.place import place
 
 EVA_TYPES = ("blip_2_vision_model", "instructblip_vision_model", "instructblipvideo_vision_model")
 
 
-def clip_vision(model: nn.Module | str, **kwargs) -> CLIPVision:
-    """CLIPVision with the weights of a CLIPModel, CLIPVisionModel or CLIPVisionModelWithProjection.
+def vision_tower(model: nn.Module | str, **kwargs) -> ViT:
+    """A ViT with the weights of a CLIP, a SigLIP (SigLIP 2 of a fixed resolution too) or the tower of a BLIP-2 or
+    InstructBLIP, whole or its vision model.
 
     Args:
-        model: the transformers model (4.x or 5.x), or a folder, or a name for CLIPModel.from_pretrained(model,
-            **kwargs), which is taken from transformers' cache; with local_files_only=False it is downloaded.
+        model: the transformers model (4.x or 5.x), or a folder, or a name for AutoModel.from_pretrained(model,
+            **kwargs), which is taken from transformers' cache; with local_files_only=False it is downloaded. Folders
+            need no transformers: pyvidx.weights.towers.vision_tower.
 
     Returns:
         the tower in eval mode, with the dtype of the model, its weights copied.
 
     Raises:
-        ValueError: the model is not a CLIP with a known activation.
+        ValueError: the model is none of these, or of another activation.
         RuntimeError: a name was given and transformers is not installed, or cannot be imported.
     """
+    return towers.vision_tower(_loaded(model, kwargs))
+
+
+def text_tower(model: nn.Module | str, **kwargs) -> TextTower:
+    """A TextTower with the weights of a CLIP or SigLIP, whole or its text model (of CLIP with its projection).
+
+    Arguments, result and errors as of vision_tower; the tower is frozen.
+    """
+    return text_towers.text_tower(_loaded(model, kwargs))
+
+
+def _loaded(model: nn.Module | str, kwargs: dict) -> nn.Module:
     if isinstance(model, str):
         with importing("huggingface: loading by name", "transformers"):
-            from transformers import CLIPModel
-        model = CLIPModel.from_pretrained(model, **{**LOCAL, **kwargs})
-    config = getattr(model, "config", None)
-    vision = getattr(config, "vision_config", config)
-    if getattr(vision, "model_type", None) != "clip_vision_model":
-        raise ValueError(f"huggingface: model must be a CLIP of transformers, got {type(model).__name__}")
-    projection = getattr(model, "visual_projection", None)
-    return fill(
-        CLIPVisionConfig(
-            image_size=vision.image_size,
-            patch_size=vision.patch_size,
-            width=vision.hidden_size,
-            heads=vision.num_attention_heads,
-            layers=vision.num_hidden_layers,
-            mlp_width=vision.intermediate_size,
-            embed_dim=None if projection is None else projection.out_features,
-            hidden_act=vision.hidden_act,
-            eps=vision.layer_norm_eps,
-        ),
-        model.state_dict(),
-    )
-
-
-def eva_vision(model: nn.Module) -> EVAVision:
-    """EVAVision with the weights of the vision model of an InstructBLIP, InstructBLIP-Video or BLIP-2.
-
-    Args:
-        model: the transformers model (4.x or 5.x), whole or its vision model.
-
-    Returns:
-        the tower in eval mode, with the dtype of the model, its weights copied. Its last norm has transformers' eps.
-
-    Raises:
-        ValueError: the model is none of these.
-    """
-    module = getattr(model, "vision_model", model)
-    config = _eva_config(module)
-    tower = _empty(EVAVision, config, module)
-    renamed = rename({f"vision_model.{name}": value for name, value in module.state_dict().items()})
-    inner = {name.removeprefix("vision."): value for name, value in renamed.weights.items()}
-    tower.load_state_dict(inner)
-    return tower.eval()
+            from transformers import AutoModel
+        model = AutoModel.from_pretrained(model, **{**LOCAL, **kwargs})
+    if not hasattr(getattr(model, "config", None), "to_dict"):
+        raise ValueError(f"huggingface: model must be one of transformers, got {type(model).__name__}")
+    return model
 
 
 def malmm(model: nn.Module, *, time_length: int = 0, compat: str = "official") -> MALMM:
@@ -125,11 +104,12 @@ def malmm(model: nn.Module, *, time_length: int = 0, compat: str = "official") -
     return result
 
 
-def _eva_config(vision: nn.Module) -> EVAVisionConfig:
+def _eva_config(vision: nn.Module) -> ViTConfig:
     config = getattr(vision, "config", None)
     if getattr(config, "model_type", None) not in EVA_TYPES or config.hidden_act != "gelu":
         raise ValueError(f"huggingface: model must be an InstructBLIP or BLIP-2 with GELU, got {type(vision).__name__}")
-    return EVAVisionConfig(
+    return replace(
+        EVA_G,
         image_size=config.image_size,
         patch_size=config.patch_size,
         width=config.hidden_size,

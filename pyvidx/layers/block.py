@@ -1,32 +1,22 @@
 """The pre-norm transformer block that CLIP and the branch of BT-Adapter are made of."""
 
+import functools
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pyvidx import ops
-from pyvidx.layers.attention import self_attention
-from pyvidx.layers.linear import add_linear, dense, product, wants_grad
-from pyvidx.layers.plain import plain
+from pyvidx.layers.attention import gather, gathered_values, self_attention
+from pyvidx.layers.linear import dense
+from pyvidx.layers.plain import plain, untouched
 
-
-def _quick_gelu(x: Tensor, layer: nn.Module) -> Tensor:
-    """The activation adds the layer's bias: a pass less each way. In place where no gradient is wanted."""
-    h, bias = product(x, layer)
-    in_place = bias is not None and h.dtype == bias.dtype and not wants_grad(h, bias)
-    return ops.quick_gelu(h, bias, out=h) if in_place else ops.quick_gelu(h, bias)
-
-
-def _gelu(x: Tensor, layer: nn.Module) -> Tensor:
-    return F.gelu(dense(x, layer))
-
-
-def _silu(x: Tensor, layer: nn.Module) -> Tensor:
-    """What quick_gelu becomes when its two factors are folded into the weights beside it. In place as well."""
-    h = dense(x, layer)
-    return F.silu(h, inplace=plain(layer) and not wants_grad(h))  # a hook may have kept what the layer gave
-
-
-ACTIVATED = {"quick_gelu": _quick_gelu, "gelu": _gelu, "silu": _silu}  # of a linear layer
+# silu is what quick_gelu becomes when its two factors are folded into the weights beside it.
+ACTIVATIONS = {
+    "quick_gelu": ops.quick_gelu,
+    "gelu": F.gelu,
+    "gelu_tanh": functools.partial(F.gelu, approximate="tanh"),
+    "silu": F.silu,
+}
 
 
 class Block(nn.Module):
@@ -35,7 +25,7 @@ class Block(nn.Module):
     One GEMM makes q, k and v, rows packed as [3, H, D].
 
     Args:
-        hidden_act: "quick_gelu" or "gelu"; the published weights need the one they were trained with.
+        hidden_act: "quick_gelu", "gelu" or "gelu_tanh"; the published weights need the one they were trained with.
         causal: a token attends to itself and those before it.
     """
 
@@ -50,8 +40,8 @@ class Block(nn.Module):
         causal: bool = False,
     ):
         super().__init__()
-        if hidden_act not in ACTIVATED:
-            raise ValueError(f"Block: hidden_act must be quick_gelu or gelu, got {hidden_act!r}")
+        if hidden_act not in ACTIVATIONS:
+            raise ValueError(f"Block: hidden_act must be one of quick_gelu, gelu and gelu_tanh, got {hidden_act!r}")
         if width % heads:
             raise ValueError(f"Block: width must be a multiple of heads, got {width} and {heads}")
         self.heads, self.hidden_act, self.causal = heads, hidden_act, causal
@@ -64,7 +54,18 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """[..., N, C] -> [..., N, C], attention over N. mask: as in `attend`."""
-        return self.feed_forward(add_linear(x, self.attention(self.norm1(x), mask), self.out))
+        return self.feed_forward(x + self.attend(x, mask))
+
+    def class_row(self, x: Tensor) -> Tensor:
+        """Row 0 of forward(x) without most of the work for the others: one query, no keys and no values, see `gather`.
+
+        [..., N, C] -> [..., 1, C].
+        """
+        if self.causal or not (untouched(self) and plain(self.qkv)):
+            return self(x)[..., :1, :]
+        normed = self.norm1(x)
+        y = gathered_values(gather(normed[..., 0, :], normed, self.qkv, self.heads), self.qkv)
+        return self.feed_forward(x[..., :1, :] + dense(y[..., None, :], self.out))
 
     def attend(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """MHA(LN x) without the residual. [..., N, C] -> [..., N, C].
@@ -73,17 +74,15 @@ class Block(nn.Module):
         """
         return dense(self.attention(self.norm1(x), mask), self.out)
 
-    def attention(self, normed: Tensor, mask: Tensor | None = None, *, biased_values: bool = True) -> Tensor:
-        """What `out` projects, of LN x. [..., N, C] -> [..., N, C]. biased_values: see layers.linear.value_bias."""
+    def attention(self, normed: Tensor, mask: Tensor | None = None) -> Tensor:
+        """What `out` projects, of LN x. [..., N, C] -> [..., N, C]."""
         *rows, N, C = normed.shape
-        x = normed.reshape(-1, N, C)
-        y = self_attention(x, self.qkv, self.heads, mask, self.causal, biased_values=biased_values)
-        return y.view(*rows, N, C)
+        return self_attention(normed.reshape(-1, N, C), self.qkv, self.heads, mask, self.causal).view(*rows, N, C)
 
     def hidden(self, normed: Tensor) -> Tensor:
         """The MLP of LN x up to its second layer. [..., C] -> [..., mlp_width]."""
-        return ACTIVATED[self.hidden_act](normed, self.fc1)
+        return ACTIVATIONS[self.hidden_act](dense(normed, self.fc1))
 
     def feed_forward(self, x: Tensor) -> Tensor:
         """x + MLP(LN x). [..., C] -> [..., C]."""
-        return add_linear(x, self.hidden(self.norm2(x)), self.fc2)
+        return x + dense(self.hidden(self.norm2(x)), self.fc2)

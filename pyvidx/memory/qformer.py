@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pyvidx.backbones.clip_text import check_ids
+from pyvidx.backbones.text import check_ids
 from pyvidx.layers.linear import dense, dense_rows
 from pyvidx.layers.plain import held
 from pyvidx.ops._library import require_tensors

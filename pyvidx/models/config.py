@@ -5,7 +5,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from pyvidx.backbones.clip import CLIPVisionConfig
+from pyvidx.backbones.vit import ViTConfig
 from pyvidx.sizes import check
 
 CONFIGS = Path(__file__).parent / "configs"
@@ -28,7 +28,7 @@ class BTAdapterConfig:
             backbone layers L-d to L-2 and no embeddings.
     """
 
-    vision: CLIPVisionConfig
+    vision: ViTConfig
     depth: int = 4
     time_length: int = 64
     gated: bool = True
@@ -67,7 +67,7 @@ class BTAdapterConfig:
     @classmethod
     def from_dict(cls, values: dict) -> "BTAdapterConfig":
         values = dict(values)
-        vision = CLIPVisionConfig(**known(CLIPVisionConfig, values.pop("vision")))
+        vision = ViTConfig(**known(ViTConfig, values.pop("vision")))
         return cls(vision=vision, **known(cls, values))
 
     @classmethod

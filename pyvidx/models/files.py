@@ -109,6 +109,19 @@ def is_ours(path: str | Path) -> bool:
         return "pyvidx" in (file.metadata() or {})
 
 
+def kind(path: str | Path) -> str:
+    """The kind of model in a file or folder for which `is_ours`: "bt_adapter", "video_encoder", "malmm", ...
+
+    Raises:
+        ValueError: its header does not say.
+    """
+    with opened(_file(path), "weights") as file:
+        header = note(file, path, "pyvidx") or {}
+    if not isinstance(header.get("model"), str):
+        raise ValueError(f"weights: the header of {path} must name its model, got {header.get('model')!r:.100}")
+    return header["model"]
+
+
 def digest(weights: Mapping[str, Tensor]) -> str:
     """SHA-256 of names, dtypes, shapes and values, in the order of the names; the same however the file is laid out."""
     found = hashlib.sha256()

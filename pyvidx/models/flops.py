@@ -22,9 +22,9 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 from pyvidx import temporal
-from pyvidx.backbones.clip import CLIPVision, CLIPVisionConfig
+from pyvidx.backbones.vit import ViT, ViTConfig
 from pyvidx.files import whole
-from pyvidx.layers import products
+from pyvidx.layers import int8, products
 from pyvidx.models.video_encoder import VideoEncoder
 from pyvidx.ops._library import FLOPS
 
@@ -55,6 +55,8 @@ def count(run: Callable[[], object]) -> int:
     formulas[aten._scaled_dot_product_flash_attention_for_cpu_backward] = _cpu_attention_backward
     if products.OP is not None:
         formulas[products.OP] = _onednn_product
+    if int8.OP is not None:
+        formulas[int8.OP] = _onednn_product
     counter = FlopCounterMode(display=False, custom_mapping=formulas)
     # Not torch's, which puts hooks on all modules to know which of them counts: hooked layers are called as they are,
     # so that other ops would run than without it.
@@ -147,7 +149,7 @@ class Cost:
     activation_bytes: int
 
 
-def family(vision: CLIPVisionConfig, frames: list[int], dtype: torch.dtype = torch.float16) -> list[Cost]:
+def family(vision: ViTConfig, frames: list[int], dtype: torch.dtype = torch.float16) -> list[Cost]:
     """Costs of every module at every number of frames.
 
     Raises:
@@ -178,10 +180,10 @@ def family(vision: CLIPVisionConfig, frames: list[int], dtype: torch.dtype = tor
     return costs
 
 
-def meta_encoder(vision: CLIPVisionConfig, name: str, options: dict, dtype: torch.dtype = torch.float32) -> nn.Module:
+def meta_encoder(vision: ViTConfig, name: str, options: dict, dtype: torch.dtype = torch.float32) -> nn.Module:
     """A VideoEncoder without values, on the device "meta"."""
     with torch.device("meta"):
-        return VideoEncoder(CLIPVision(vision), temporal.create(name, vision, **options)).to(dtype).eval()
+        return VideoEncoder(ViT(vision), temporal.create(name, vision, **options)).to(dtype).eval()
 
 
 def table(costs: list[Cost]) -> str:

@@ -6,12 +6,13 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from pyvidx.backbones.eva import EVAVision
+from pyvidx.backbones.vit import ViT
 from pyvidx.layers.linear import dense
 from pyvidx.layers.plain import held
 from pyvidx.memory.qformer import Prompt, QFormer
 from pyvidx.memory.sources import FrameSource, LastSource, Memories, PushSource, ReadSource
 from pyvidx.models import files
+from pyvidx.models.fold import Foldable
 from pyvidx.models.language import Language
 from pyvidx.models.malmm_config import MALMMConfig
 from pyvidx.ops._library import require_tensors
@@ -21,7 +22,7 @@ from pyvidx.temporal.table import rows_at
 COMPATS = ("official", "paper")
 
 
-class MALMM(nn.Module):
+class MALMM(Foldable):
     """Frame encoder, Q-Former, temporal embedding and the projection to a language model.
 
     Whole clips: `forward`, or `encode` from stored features. Streams: `start`, then `push` frames as they come and
@@ -51,7 +52,8 @@ class MALMM(nn.Module):
         if compat not in COMPATS:
             raise ValueError(f"MALMM: compat must be one of {', '.join(COMPATS)}, got {compat!r}")
         self.config, self.compat, self.is_random = config, compat, True
-        self.vision = EVAVision(config.vision)
+        self.vision = ViT(config.vision)
+        self.freeze_vision()
         self.time = nn.Parameter(torch.zeros(config.time_length, config.vision.width)) if config.time_length else None
         self.qformer = QFormer(config.qformer)
         self.projection = None if config.llm_width is None else nn.Linear(config.qformer.width, config.llm_width)
@@ -143,9 +145,15 @@ class MALMM(nn.Module):
         tokens = self(pixels, *language.question_ids(prompts), **(memory or {}))
         return language.loss(tokens, prompts, answers)
 
+    def freeze_vision(self) -> None:
+        """No gradients for the image tower; the LayerNorm after it keeps its own: that is how MA-LMM is trained."""
+        for name, p in self.vision.named_parameters():
+            p.requires_grad_(name.startswith("norm_post"))
+
     def features(self, pixels: Tensor) -> Tensor:
         """ln_vision(ViT(x)) of frames, all in one batch. [..., 3, h, w] -> [..., P, C], class token first."""
-        return self.vision(pixels)
+        (x,) = self.vision.run(self.vision.embed(pixels))
+        return self.vision.norm(x)
 
     def prompt(self, text_ids: Tensor | None = None, text_mask: Tensor | None = None, *, batch: int = 1) -> Prompt:
         """The questions, and what depends on them alone; see QFormer.prompt."""
@@ -336,6 +344,7 @@ class MALMM(nn.Module):
 
     def save(self, path: str | Path) -> Path:
         """Write one safetensors file, configuration included. A path without that ending is a folder."""
+        self.check_whole()
         header = {"config": self.config.to_dict(), "compat": self.compat, "is_random": self.is_random}
         return files.write(path, "malmm", self, header)
 
@@ -351,7 +360,7 @@ class MALMM(nn.Module):
         model, header = files.load(
             path, "malmm", lambda h: cls(MALMMConfig.from_dict(h["config"]), compat=compat or h["compat"])
         )
-        model.vision.freeze()
+        model.freeze_vision()
         model.is_random = header["is_random"]
         return model
 

@@ -3,7 +3,7 @@
 import dataclasses
 from dataclasses import dataclass, field
 
-from pyvidx.backbones.eva import EVAVisionConfig
+from pyvidx.backbones.vit import EVA_G, ViTConfig
 from pyvidx.memory.qformer import QFormerConfig
 from pyvidx.models.config import known
 from pyvidx.sizes import check
@@ -21,7 +21,7 @@ class MALMMConfig:
         time_length: rows of the temporal embedding table; 0: none, as in InstructBLIP's own weights.
     """
 
-    vision: EVAVisionConfig = field(default_factory=EVAVisionConfig)
+    vision: ViTConfig = EVA_G
     qformer: QFormerConfig = field(default_factory=QFormerConfig)
     llm_width: int | None = 4096
     time_length: int = 120
@@ -40,7 +40,7 @@ class MALMMConfig:
     @classmethod
     def from_dict(cls, values: dict) -> "MALMMConfig":
         values = dict(values)
-        vision = EVAVisionConfig(**known(EVAVisionConfig, values.pop("vision")))
+        vision = ViTConfig(**known(ViTConfig, values.pop("vision")))
         qformer = QFormerConfig(**known(QFormerConfig, values.pop("qformer")))
         return cls(vision=vision, qformer=qformer, **known(cls, values))
 
@@ -48,7 +48,7 @@ class MALMMConfig:
     def tiny(cls, **changes) -> "MALMMConfig":
         """A model to try things out with: 9 patches, four layers, every part there is."""
         config = cls(
-            vision=EVAVisionConfig(image_size=42, width=48, heads=4, layers=2, mlp_width=96),
+            vision=dataclasses.replace(EVA_G, image_size=42, width=48, heads=4, layers=2, mlp_width=96),
             qformer=QFormerConfig(
                 width=32, heads=4, layers=4, mlp_width=48, queries=8, encoder_width=48, vocab=50, text_length=32
             ),

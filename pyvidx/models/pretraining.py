@@ -1,6 +1,8 @@
-"""BT-Adapter's masked pretraining (arXiv:2309.15785, section 3.2): a frozen CLIP teaches the branch beside it."""
+"""Contrastive pretraining of a video encoder: a frozen text tower, and of modules with a branch BT-Adapter's masks and
+token losses, in which the image tower teaches the branch beside it (arXiv:2309.15785, section 3.2)."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -8,14 +10,14 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from pyvidx.backbones.clip_text import CLIPText
+from pyvidx.backbones.text import TextTower
 from pyvidx.layers.linear import dense
-from pyvidx.layers.plain import held
-from pyvidx.models.bt_adapter import BTAdapter
 from pyvidx.models.losses import GRADIENTS, alignment, contrastive, gather
+from pyvidx.models.video_encoder import VideoEncoder
 from pyvidx.ops import token_gather
+from pyvidx.temporal.branch import Branch
 from pyvidx.temporal.bt_adapter import split_rows
-from pyvidx.temporal.grouping import MASK_ORDERS, Grouping, grouping
+from pyvidx.temporal.grouping import MASK_ORDERS, Grouping
 from pyvidx.temporal.masking import Drops, drop_path_draws, tube_mask
 
 
@@ -24,28 +26,37 @@ class Losses(NamedTuple):
 
     Attributes:
         vtc: video-text contrast.
-        mbca: masked branch-text (cross-modal) alignment.
-        mbta: masked branch-token alignment.
+        mbca: masked branch-text (cross-modal) alignment; None without a branch.
+        mbta: masked branch-token alignment; None without a branch.
     """
 
     vtc: Tensor
-    mbca: Tensor
-    mbta: Tensor
+    mbca: Tensor | None = None
+    mbta: Tensor | None = None
+
+    @property
+    def named(self) -> dict[str, Tensor]:
+        """Those there are, by name."""
+        return {name: loss for name, loss in self._asdict().items() if loss is not None}
 
     @property
     def total(self) -> Tensor:
-        return self.vtc + self.mbca + self.mbta
+        return sum(self.named.values())
 
 
 class Pretraining(nn.Module):
-    """The model, the frozen text tower and the head of the token loss, which is thrown away afterwards.
+    """The model, the frozen text tower and, for a branch, the head of the token loss, which is thrown away afterwards.
 
-    Only the branch, the gates and the head are trained: the rest asks for no gradient and runs without one. Wrap it in
-    DistributedDataParallel for several processes.
+    Trained are the temporal module, the head and, if asked for, the image tower: the rest asks for no gradient and,
+    where it can, runs without one. Wrap it in DistributedDataParallel for several processes.
+
+    A module with a branch (pyvidx.temporal.Branch and its kinds) has all three losses, and its branch sees part of the
+    patches; any other has the video-text contrast alone.
 
     Args:
-        model: config.part "full" with a projection, not folded.
+        model: of any tower and temporal module, not folded, and of a BTAdapter the full one.
         text: of the same embedding width.
+        train_tower: train the image tower as well. It is then its own teacher in the token loss, as it is at the step.
         mask_rate: int(mask_rate * P) patches of every video are removed from the branch; the backbone sees all.
         mask_order: "tube", or "official": the public code's order, in which slots and groups are mixtures and a token's
             teacher is another token's; see pyvidx.temporal.grouping.
@@ -55,19 +66,21 @@ class Pretraining(nn.Module):
         scale: of the cosines in both contrastive losses.
         drop_path: of the last branch layer, in training mode; the rates rise linearly from 0.
         checkpointing: compute the branch's layers again in the backward pass instead of keeping what is inside them.
-        micro_batch: videos of which the branch is computed at a time, and again in the backward pass: memory for its
+        micro_batch: videos of which the module is computed at a time, and again in the backward pass: memory for its
             activations is that of so many, while the contrastive losses compare all. The same losses and gradients
-            (those of GradCache, arXiv:2101.06983). None: all at once.
+            (those of GradCache, arXiv:2101.06983). None: all at once. Of a branch beside a trained tower, the tower's
+            activations are kept all the same.
 
     Raises:
-        ValueError: the model or an option does not fit.
+        ValueError: the model or an option does not fit, or there is nothing to train.
     """
 
     def __init__(
         self,
-        model: BTAdapter,
-        text: CLIPText,
+        model: VideoEncoder,
+        text: TextTower,
         *,
+        train_tower: bool = False,
         mask_rate: float = 0.7,
         mask_order: str = "tube",
         gradient: str = "global",
@@ -78,13 +91,12 @@ class Pretraining(nn.Module):
         micro_batch: int | None = None,
     ):
         super().__init__()
-        v = model.config.vision
-        if model.folded or model.backbone.projection is None:
-            raise ValueError("Pretraining: model must be a full one with a projection, and not folded")
-        if text.config.embed_dim != v.embed_dim:
-            raise ValueError(
-                f"Pretraining: text must have the model's embed_dim {v.embed_dim}, got {text.config.embed_dim}"
-            )
+        v = model.tower.config
+        E = v.width if v.embed_dim is None else v.embed_dim
+        if model.folded or "pooled" not in model.outputs:
+            raise ValueError("Pretraining: model must have a pooled embedding and not be folded")
+        if text.config.embed_dim != E:
+            raise ValueError(f"Pretraining: text must have the model's embed_dim {E}, got {text.config.embed_dim}")
         if mask_order not in MASK_ORDERS or gradient not in GRADIENTS:
             raise ValueError(
                 f"Pretraining: mask_order must be one of {MASK_ORDERS} and gradient of {GRADIENTS}, "
@@ -92,12 +104,27 @@ class Pretraining(nn.Module):
             )
         if micro_batch is not None and micro_batch < 1:
             raise ValueError(f"Pretraining: micro_batch must be at least 1 or None, got {micro_batch}")
-        self.model, self.text = model, text.requires_grad_(False)
-        self.model.backbone.requires_grad_(False)
-        self.model.branch.checkpointing = checkpointing
-        self.head = nn.Sequential(nn.Linear(v.width, v.embed_dim), nn.LayerNorm(v.embed_dim))
+        if not train_tower and not any(p.requires_grad for p in model.temporal.parameters()):
+            raise ValueError(
+                f"Pretraining: {model.temporal.name} has no parameters to train; train the tower with train_tower=True"
+            )
+        self.model, self.text, self.train_tower = model, text.requires_grad_(False), train_tower
+        self.model.tower.requires_grad_(train_tower)
+        self.head = None
+        if self.has_branch:
+            self.model.temporal.branch.checkpointing = checkpointing
+            self.head = nn.Sequential(nn.Linear(v.width, E), nn.LayerNorm(E))
         self.mask_rate, self.mask_order, self.gradient = mask_rate, mask_order, gradient
         self.weights, self.scale, self.drop_path, self.micro_batch = weights, scale, drop_path, micro_batch
+
+    @property
+    def has_branch(self) -> bool:
+        return isinstance(self.model.temporal, Branch)
+
+    @property
+    def storable(self) -> bool:
+        """What `frozen` gives is the same in every epoch: it may be stored."""
+        return self.has_branch and not self.train_tower
 
     def forward(
         self,
@@ -111,18 +138,44 @@ class Pretraining(nn.Module):
         """The losses of a batch of videos and their texts.
 
         Args:
-            pixels: [B, T, 3, h, w], normalized, as BTAdapter takes them.
+            pixels: [B, T, 3, h, w], normalized, as the model takes them.
             ids: int64 [B, L] token ids.
-            mask: bool, True = removed: [B, P] (a tube) or [B, T*P] (frame-major); default drawn.
-            drops: from pyvidx.temporal.masking.drop_path_draws; default drawn in training mode, none in eval mode.
+            mask: bool, True = removed: [B, P] (a tube) or [B, T*P] (frame-major); default drawn. For a branch.
+            drops: from pyvidx.temporal.masking.drop_path_draws; default drawn in training mode, none in eval mode. For
+                a branch.
             generator: of the draws.
         """
-        return self.from_layers(*self.frozen(pixels, ids), mask=mask, drops=drops, generator=generator)
+        with torch.no_grad():
+            text = self.text(ids)
+        return self.from_pixels(pixels, text, mask=mask, drops=drops, generator=generator)
+
+    def from_pixels(
+        self,
+        pixels: Tensor,
+        text: Tensor,
+        *,
+        mask: Tensor | None = None,
+        drops: Drops | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Losses:
+        """The same from text embeddings [B, E]."""
+        if self.has_branch:
+            with nullcontext() if self.train_tower else torch.no_grad():
+                xs = self.model.layers(pixels, outputs=("pooled",))
+            return self.from_layers(xs, text, mask=mask, drops=drops, generator=generator)
+        if mask is not None or drops is not None:
+            raise ValueError(f"Pretraining: {self.model.temporal.name} has no branch for a mask or drops")
+
+        def embed(rows: slice) -> tuple[Tensor]:
+            return (self.model(pixels[rows], outputs=("pooled",)).pooled,)
+
+        (videos,) = zip(*self._in_parts(embed, len(pixels)))
+        return self._compared(text, torch.cat(videos))
 
     @torch.no_grad()
     def frozen(self, pixels: Tensor, ids: Tensor) -> tuple[tuple[Tensor, ...], Tensor]:
-        """What `from_layers` takes, from what `forward` takes: the part that no training changes."""
-        return self.model.backbone(self.model.read_pixels(pixels), self._layers), self.text(ids)
+        """What `from_layers` takes, from what `forward` takes: the part that no training changes, see `storable`."""
+        return self.model.layers(pixels, outputs=("pooled",)), self.text(ids)
 
     def from_layers(
         self,
@@ -133,15 +186,17 @@ class Pretraining(nn.Module):
         drops: Drops | None = None,
         generator: torch.Generator | None = None,
     ) -> Losses:
-        """The same from what the frozen towers give, which may be cached.
+        """The same from what the frozen towers give, which may be cached; of a model with a branch.
 
         Args:
-            xs: [B, T, 1+P, C] of backbone layers L-d to L-1.
+            xs: [B, T, 1+P, C] of the backbone layers that the branch reads.
             text: [B, E] text embeddings.
         """
-        if len(xs) != len(self._layers):
+        reads = self.model.temporal.reads
+        if not self.has_branch or len(xs) != len(reads):
             raise ValueError(
-                f"Pretraining: xs must be the outputs of backbone layers {list(self._layers)}, got {len(xs)} tensors"
+                f"Pretraining: xs must be the outputs of backbone layers {list(reads)}, for a branch, got {len(xs)} "
+                f"tensors for {self.model.temporal.name}"
             )
         return self.losses(xs, text, self.grouping(xs[0], mask, generator), drops, generator)
 
@@ -154,43 +209,46 @@ class Pretraining(nn.Module):
         generator: torch.Generator | None = None,
     ) -> Losses:
         """The same for the tokens of a grouping."""
+        B = len(xs[0])
         if drops is None:
             drops = self.draw_drops(xs[0], group, generator)
-        if self.micro_batch is None or self.micro_batch >= len(xs[0]):
-            video, branch, token = self.embed(xs, group, drops)
-        else:
-            video, branch, token = self._in_parts(xs, group, drops)
-        video, branch, text = (gather(e, gradient=self.gradient) for e in (video, branch, text))
+
+        def embed(rows: slice) -> tuple[Tensor, Tensor, Tensor]:
+            part = replace(group, keep=group.keep[rows])
+            dropped = drops and [layer and tuple(drop[rows] for drop in layer) for layer in drops]
+            return self.embed([x[rows] for x in xs], part, dropped)
+
+        videos, branches, tokens = zip(*self._in_parts(embed, B))
+        token = sum(len(video) / B * loss for video, loss in zip(videos, tokens))  # a mean over equally many of each
+        return self._compared(text, torch.cat(videos), torch.cat(branches), token)
+
+    def _compared(self, text: Tensor, video: Tensor, branch: Tensor | None = None, token: Tensor | None = None):
+        """The losses of the embeddings [B, E] of all processes."""
         vtc, mbca, mbta = self.weights
-        return Losses(
-            vtc * contrastive(video, text, scale=self.scale),
-            mbca * contrastive(branch, text, scale=self.scale),
-            mbta * token,
-        )
+        video, text = (gather(e, gradient=self.gradient) for e in (video, text))
+        losses = Losses(vtc * contrastive(video, text, scale=self.scale))
+        if branch is None:
+            return losses
+        branch = gather(branch, gradient=self.gradient)
+        return losses._replace(mbca=mbca * contrastive(branch, text, scale=self.scale), mbta=mbta * token)
 
     def embed(self, xs: Sequence[Tensor], group: Grouping, drops: Drops | None) -> tuple[Tensor, Tensor, Tensor]:
         """Of each video two embeddings [B, E], of its class token and of its kept tokens, and the token loss of all."""
         z, cls, mean = split_rows(self.rows(xs, group, drops)[-1], mean=True)  # [B, S, K, C], [B, C] twice
-        project, (first, norm) = self.model.backbone.projection, self.head
-        video = dense(self.model.frame_vectors(xs[-1], cls).mean(dim=1), project)
-        # The projection has no bias: the mean of the tokens' projections is the projection of their mean.
-        return video, dense(mean, project), alignment(norm(dense(z, first)), self.teacher(xs[-1], group))
+        tower, (first, norm) = self.model.tower, self.head
+        video = tower.project(self.model.temporal.frame_vectors(xs[-1], cls, tower).mean(dim=1))
+        # The projection is linear: the mean of the tokens' projections is the projection of their mean.
+        return video, tower.project(mean), alignment(norm(dense(z, first)), self.teacher(xs[-1], group))
 
-    def _in_parts(self, xs, group, drops):
-        """embed, of micro_batch videos at a time."""
-        B, found = xs[0].shape[0], []
-        for first in range(0, B, self.micro_batch):
-            rows = slice(first, first + self.micro_batch)
-            part = replace(group, keep=group.keep[rows])
-            dropped = drops and [layer and tuple(drop[rows] for drop in layer) for layer in drops]
-            inputs = [x[rows] for x in xs], part, dropped
-            if torch.is_grad_enabled():  # nothing is drawn inside
-                found.append(checkpoint(self.embed, *inputs, use_reentrant=False, preserve_rng_state=False))
-            else:
-                found.append(self.embed(*inputs))
-        videos, branches, tokens = zip(*found)
-        token = sum(len(video) / B * loss for video, loss in zip(videos, tokens))  # a mean over equally many of each
-        return torch.cat(videos), torch.cat(branches), token
+    def _in_parts(self, embed: Callable[[slice], tuple], B: int) -> list[tuple]:
+        """embed of micro_batch videos at a time."""
+        if self.micro_batch is None or self.micro_batch >= B:
+            return [embed(slice(None))]
+        parts = [slice(first, first + self.micro_batch) for first in range(0, B, self.micro_batch)]
+        if not torch.is_grad_enabled():
+            return [embed(rows) for rows in parts]
+        # Nothing is drawn inside.
+        return [checkpoint(embed, rows, use_reentrant=False, preserve_rng_state=False) for rows in parts]
 
     def draw_drops(self, x: Tensor, group: Grouping, generator: torch.Generator | None = None) -> Drops | None:
         """DropPath of a batch of backbone tokens x, in training mode."""
@@ -198,19 +256,20 @@ class Pretraining(nn.Module):
             return None
         B, S, K = x.shape[0], group.frames, group.keep.shape[-1]
         where = {"device": x.device, "generator": generator}
-        return drop_path_draws(self.drop_path, self.model.config.depth, B, S, K, **where)
+        return drop_path_draws(self.drop_path, self.model.temporal.depth, B, S, K, **where)
 
     def rows(self, xs: Sequence[Tensor], group: Grouping, drops: Drops | None) -> list[Tensor]:
         """Every branch layer's tokens [B, S, 1 + K, C], as BTAdapterBranch.rows gives them."""
-        return self.model.branch.rows(xs, held(self.model.backbone, "position"), group, drops)
+        module, tower = self.model.temporal, self.model.tower
+        return module.branch.rows(xs, module.positions(tower), group, drops, module.seed(tower))
 
     def grouping(self, x: Tensor, mask: Tensor | None, generator: torch.Generator | None = None) -> Grouping:
         """Of the tokens that the branch keeps of backbone tokens x [B, T, 1+P, C]."""
-        unmasked = self.model.grouping(x)  # refuses a wrong shape or frame count
-        B, T, P = x.shape[0], x.shape[1], unmasked.patches
-        if unmasked.pair:
+        self.model.grid_of([x], False)  # refuses a wrong shape
+        B, T, P = x.shape[0], x.shape[1], x.shape[2] - 1
+        if self.model.temporal.grouping(T, P).pair:
             raise ValueError(
-                f"Pretraining: T must be at most {self.model.config.time_length}, the rows of the time table, got {T}"
+                f"Pretraining: T must be at most {self.model.temporal.time_length}, the rows of the time table, got {T}"
             )
         kept = None
         if mask is None:
@@ -222,8 +281,8 @@ class Pretraining(nn.Module):
             raise ValueError(f"Pretraining: mask must be [B, P] or [B, T*P] with B = {B}, got {tuple(mask.shape)}")
         if self.mask_order == "official" and mask.shape[1] == P:
             mask, kept = mask.repeat(1, T), kept and kept * T  # frame-major, as it is drawn there
-        modes = {"compat": self.model.compat, "tower": self.model.tower, "time_length": self.model.config.time_length}
-        return grouping(T, P, mask=mask, mask_order=self.mask_order, kept=kept, device=x.device, **modes)
+        options = {"mask": mask, "mask_order": self.mask_order, "kept": kept, "device": x.device}
+        return self.model.temporal.grouping(T, P, **options)
 
     @torch.no_grad()
     def teacher(self, x: Tensor, group: Grouping) -> Tensor:
@@ -232,8 +291,4 @@ class Pretraining(nn.Module):
         if self.mask_order == "official":  # the patch-major index of the kept token, read as a frame-major one
             keep = keep % P * T + keep // P
         tokens = token_gather(x[:, :, 1:], keep)
-        return dense(self.model.backbone.norm_post(tokens), self.model.backbone.projection)
-
-    @property
-    def _layers(self) -> range:
-        return range(self.model.config.fork, self.model.config.vision.layers)
+        return self.model.tower.project(self.model.tower.norm(tokens))

@@ -4,25 +4,29 @@
     teacher   u_k = projection(LN(tokens of layer L - K + k)), of every frame by itself
     loss      mean over k and visible tokens of 2 - 2 cos(LN(W_k (LN(x_k) + sincos)), u_k), x_k of the student's layers
 
-Which tokens are visible is drawn, frame by frame, by the attention of the teacher's class token.
+Which tokens are visible is drawn, frame by frame, by the attention of the teacher's class token. UMTStudent is the
+paper's; any VideoEncoder can be taught as well, by the tokens of its own last layers.
 """
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from pyvidx.backbones.clip import CLIPVision
+from pyvidx.backbones.vit import ViT
 from pyvidx.layers.block import Block
 from pyvidx.layers.linear import dense
 from pyvidx.layers.patch import patch_rows
+from pyvidx.layers.plain import held
 from pyvidx.layers.sincos import sincos_table
 from pyvidx.models import files
 from pyvidx.models.config import known
 from pyvidx.models.losses import alignment
+from pyvidx.models.video_encoder import VideoEncoder
 from pyvidx.ops import token_gather
 from pyvidx.ops._library import require_tensors
 from pyvidx.sizes import check
@@ -66,7 +70,7 @@ class UMTStudent(nn.Module):
 
     def __init__(self, config: UMTConfig):
         super().__init__()
-        self.config = config
+        self.config, self.layers = config, config.layers
         C, p = config.width, config.patch_size
         self.patch = nn.Parameter(torch.randn(C, 3, p, p) * (3 * p * p) ** -0.5)
         self.patch_bias = nn.Parameter(torch.zeros(C))
@@ -137,12 +141,55 @@ class UMTStudent(nn.Module):
         return files.load(path, "umt", lambda header: cls(UMTConfig(**known(UMTConfig, header["config"]))))[0]
 
 
+class EncoderStudent(nn.Module):
+    """A VideoEncoder of any tower and module as a student: what it makes of the visible patches, in its last layers.
+
+    Args:
+        encoder: whose module can work on some of the patches.
+
+    Raises:
+        ValueError: it cannot, or nothing of it asks for a gradient.
+    """
+
+    def __init__(self, encoder: VideoEncoder):
+        super().__init__()
+        if not encoder.temporal.sees_parts:
+            raise ValueError(f"UMT: {encoder.temporal.name} of these options needs all patches")
+        if encoder.folded or not any(p.requires_grad for p in encoder.parameters()):
+            raise ValueError(
+                f"UMT: the encoder must not be folded and have something to train; {encoder.temporal.name} beside a "
+                "frozen tower has nothing: let the tower's parameters ask for gradients"
+            )
+        self.encoder = encoder
+        c = encoder.tower.config
+        self.norm = nn.LayerNorm(c.width, eps=c.eps)
+        self.config, self.layers = c, encoder.hidden_layers
+
+    def run(self, pixels: Tensor, visible: Tensor, *, taps: int = 1) -> list[Tensor]:
+        """As UMTStudent.run; visible has the same patches of every frame, so that time is seen in one place."""
+        T, P = pixels.shape[1], self.config.patches
+        keep = visible[:, 0]
+        if not torch.equal(visible, tube(keep, T, P)):
+            raise ValueError("UMT: visible must be the same patches of every frame for a video encoder")
+        return self.encoder.hidden(pixels, keep, taps)
+
+    def positions(self, T: int, like: Tensor) -> Tensor:
+        """[T, P, C]."""
+        return sincos_table(T * self.config.patches, self.config.width, like).view(T, self.config.patches, -1)
+
+
+def tube(keep: Tensor, T: int, P: int) -> Tensor:
+    """Patches [B, V] of every frame as flat indices t * P + p, [B, T, V]."""
+    return keep[:, None] + P * torch.arange(T, device=keep.device)[:, None]
+
+
 class UnmaskedTeacher(nn.Module):
     """The first stage of UMT's training: student, frozen teacher, and one head per aligned layer, thrown away later.
 
     Args:
-        student: of the same image size and number of patches as the teacher.
-        teacher: a whole CLIP tower.
+        student: of the same image size and number of patches as the teacher; of a VideoEncoder, whatever asks for
+            gradients is trained, and the same patches are visible in every frame of a clip.
+        teacher: a whole image tower.
         taps: K, the last layers of both that are aligned.
         mask_ratio: int(mask_ratio * P) patches of every frame are left out.
 
@@ -150,18 +197,20 @@ class UnmaskedTeacher(nn.Module):
         ValueError: sizes or an option do not fit.
     """
 
-    def __init__(self, student: UMTStudent, teacher: CLIPVision, *, taps: int = 6, mask_ratio: float = 0.8):
+    def __init__(self, student: UMTStudent | VideoEncoder, teacher: ViT, *, taps: int = 6, mask_ratio: float = 0.8):
         super().__init__()
+        self.by_clip = isinstance(student, VideoEncoder)
+        student = EncoderStudent(student) if self.by_clip else student
         s, t = student.config, teacher.config
         if teacher.norm_post is None or t.layers < 2 or (s.image_size, s.patches) != (t.image_size, t.patches):
             raise ValueError(
                 f"UnmaskedTeacher: teacher must be whole, of 2 layers or more, with {s.patches} patches of "
                 f"{s.image_size} pixels, got {t}"
             )
-        if not 1 <= taps <= min(s.layers, t.layers) or not 0 <= mask_ratio < 1:
+        most = min(student.layers, t.layers)
+        if not 1 <= taps <= most or not 0 <= mask_ratio < 1:
             raise ValueError(
-                f"UnmaskedTeacher: taps must be in [1, {min(s.layers, t.layers)}] and mask_ratio in [0, 1), "
-                f"got {taps} and {mask_ratio}"
+                f"UnmaskedTeacher: taps must be in [1, {most}] and mask_ratio in [0, 1), got {taps} and {mask_ratio}"
             )
         self.student, self.teacher, self.mask_ratio = student, teacher, mask_ratio
         self.teacher.requires_grad_(False)
@@ -180,13 +229,25 @@ class UnmaskedTeacher(nn.Module):
             visible: int64 [B, T, V] instead of a draw, flat indices t * P + p ascending.
             generator: of the draw.
         """
-        layers, taps = self.teacher.config.layers, len(self.heads)
-        with torch.no_grad():
-            xs = self.teacher(pixels, range(max(layers - max(taps, 2), 0), layers))
-            if visible is None:
-                visible = self.draw(class_attention(self.teacher, xs[-2]), generator)
-            targets = self.targets(xs[-taps:], visible)
-        return alignment(self.predict(pixels, visible), targets)
+        xs = self.taught(pixels)
+        if visible is None:
+            visible = self.draw(self.attention(xs), generator)
+        return self.loss(pixels, xs, visible)
+
+    @torch.no_grad()
+    def taught(self, pixels: Tensor) -> tuple[Tensor, ...]:
+        """The teacher's last layers, [B, T, 1+P, C] each: those aligned, and two at least."""
+        layers = self.teacher.config.layers
+        return self.teacher(pixels, range(layers - max(len(self.heads), 2), layers))
+
+    @torch.no_grad()
+    def attention(self, xs: Sequence[Tensor]) -> Tensor:
+        """Of `taught`, what visible patches are drawn by, [B, T, P]."""
+        return class_attention(self.teacher, *xs[-2:])
+
+    def loss(self, pixels: Tensor, xs: Sequence[Tensor], visible: Tensor) -> Tensor:
+        """The loss of what `taught` gave and these visible tokens."""
+        return alignment(self.predict(pixels, visible), self.targets(xs[-len(self.heads) :], visible))
 
     def predict(self, pixels: Tensor, visible: Tensor) -> Tensor:
         """The heads' outputs, [K, B, T, V, E]."""
@@ -198,30 +259,41 @@ class UnmaskedTeacher(nn.Module):
             [norm(dense(self.student.norm(x) + positions, first)) for (first, norm), x in zip(self.heads, found)]
         )
 
-    def targets(self, xs: list[Tensor], visible: Tensor) -> Tensor:
+    @torch.no_grad()
+    def targets(self, xs: Sequence[Tensor], visible: Tensor) -> Tensor:
         """projection(LN(tokens)) of the visible patches of teacher layers [B, T, 1+P, C] -> [K, B, T, V, E]."""
-        tokens = torch.stack([self.teacher.norm_post(token_gather(x[:, :, 1:], visible)) for x in xs])
-        return tokens if self.teacher.projection is None else dense(tokens, self.teacher.projection)
+        tokens = torch.stack([self.teacher.norm(token_gather(x[:, :, 1:], visible)) for x in xs])
+        return self.teacher.project(tokens)
 
     def draw(self, attention: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """Visible tokens, drawn without replacement in proportion to the attention they get.
+        """Visible tokens, drawn without replacement in proportion to the attention they get; for a video encoder in all
+        frames of a clip together.
 
         attention [B, T, P], not negative -> int64 [B, T, V], V = P - int(mask_ratio * P), flat indices t * P + p.
         """
         B, T, P = attention.shape
         count = P - int(self.mask_ratio * P)
+        if self.by_clip:
+            weights = attention.float().sum(dim=1)
+            return tube(torch.multinomial(weights, count, generator=generator).sort(dim=1).values, T, P)
         drawn = torch.multinomial(attention.float().flatten(0, 1), count, generator=generator).sort(dim=1).values
         return drawn.view(B, T, count) + P * torch.arange(T, device=drawn.device)[:, None]
 
 
-def class_attention(tower: CLIPVision, x: Tensor) -> Tensor:
-    """What the last layer's class token attends to among the patches, averaged over the heads.
+def class_attention(tower: ViT, before: Tensor, after: Tensor) -> Tensor:
+    """What the last layer's class token attends to among the patches, averaged over the heads; in a tower without one
+    what its pooling probe attends to.
 
-    x: the input of that layer, [..., 1+P, C] -> [..., P].
+    before, after: the last layer's input and output, [..., 1+P, C] -> [..., P].
     """
-    block = tower.blocks[str(tower.layers[-1])]
-    C = x.shape[-1]
-    qkv = dense(block.norm1(x), block.qkv).unflatten(-1, (3, block.heads, C // block.heads))
-    q, k, _ = qkv.unbind(-3)  # [..., 1+P, H, D]
-    scores = torch.einsum("...hd,...nhd->...hn", q[..., 0, :, :], k) / math.sqrt(q.shape[-1])
-    return scores.softmax(dim=-1)[..., 1:].mean(dim=-2)
+    if tower.pool is None:
+        block, H = tower.blocks[str(tower.layers[-1])], tower.config.heads
+        q, k = dense(block.norm1(before), block.qkv).chunk(3, dim=-1)[:2]
+        q = q[..., 0, :]
+    else:
+        H, x = tower.pool.heads, tower.norm(tower.own(after))
+        q = dense(held(tower.pool, "probe"), tower.pool.qkv).chunk(3, dim=-1)[0].expand(*x.shape[:-2], -1)
+        k = dense(x, tower.pool.qkv).chunk(3, dim=-1)[1]
+    q, k = q.unflatten(-1, (H, -1)), k.unflatten(-1, (H, -1))  # [..., H, D], [..., N, H, D]
+    scores = torch.einsum("...hd,...nhd->...hn", q, k) / math.sqrt(q.shape[-1])
+    return scores.softmax(dim=-1)[..., tower.config.before :].mean(dim=-2)

@@ -1,24 +1,27 @@
-"""A frozen CLIP tower and a temporal module of any kind: videos to tokens and one vector."""
+"""An image tower and a temporal module of any kind: videos to tokens and one vector."""
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from pyvidx import temporal
-from pyvidx.backbones.clip import CLIPVision, CLIPVisionConfig
-from pyvidx.layers.patch import patch_grid
+from pyvidx.backbones.vit import ViT, ViTConfig
 from pyvidx.models import files
 from pyvidx.models.config import BTAdapterConfig, known
+from pyvidx.models.fold import Foldable
+from pyvidx.ops import token_gather
 from pyvidx.ops._library import require_tensors
+from pyvidx.temporal.branch import Branch
 from pyvidx.temporal.encoding import Encoding
 from pyvidx.temporal.frames import check_frame_mask, on_real_frames, real_only
 from pyvidx.temporal.module import OUTPUTS, TemporalModule
 
 
-class VideoEncoder(nn.Module):
+class VideoEncoder(Foldable):
     """tower and temporal module joined.
 
     The tower starts frozen: its parameters ask for no gradient, so none is recorded where a module only reads its
@@ -33,8 +36,17 @@ class VideoEncoder(nn.Module):
         is_random: the weights came from no file.
     """
 
-    def __init__(self, tower: CLIPVision, temporal: TemporalModule):
+    kind = "video_encoder"  # in the header of its files
+
+    def __init__(self, tower: ViT, temporal: TemporalModule):
         super().__init__()
+        self._check(tower, temporal)
+        self.tower, self.temporal = tower, temporal
+        self.tower.requires_grad_(False)
+        self.is_random = True
+
+    @staticmethod
+    def _check(tower: ViT, temporal: TemporalModule) -> None:
         whole = hasattr(tower, "patch") and tower.norm_post is not None and tower.layers == range(tower.config.layers)
         if not whole or temporal.vision != tower.config:
             raise ValueError(
@@ -43,63 +55,71 @@ class VideoEncoder(nn.Module):
             )
         if getattr(temporal, "spec", None) is None:  # else it could not be saved
             raise ValueError("VideoEncoder: temporal must be made by pyvidx.temporal.create")
-        self.tower, self.temporal = tower, temporal
-        self.tower.requires_grad_(False)
-        self.is_random = True
 
     def forward(
         self,
         pixels: Tensor,
         *,
-        frame_mask: Tensor | None = None,
         outputs: Sequence[str] | None = None,
         times: Tensor | None = None,
+        mask: Tensor | None = None,
+        frame_mask: Tensor | None = None,
         interpolate: bool = False,
     ) -> Encoding:
         """Encode videos.
 
         Args:
             pixels: [B, T, 3, h, w], normalized; cast to the model's dtype.
+            outputs: any of "tokens", "pooled"; default all that the model has. What is not asked for is not computed.
+            times: [B, T] seconds, passed through.
+            mask: bool, True = removed from the branch, [P] or [B, P]; for modules with a branch, and only for
+                outputs=("pooled",). See pyvidx.temporal.grouping.
             frame_mask: bool [B, T], True = a real frame: the others, of padded clips, have no influence, whatever they
                 hold. Default: all are real.
-            outputs: any of "tokens", "pooled"; default both. What is not asked for is not computed.
-            times: [B, T] seconds, passed through.
             interpolate: take pixels of another size than the tower's image_size, multiples of its patch size, with the
                 position table resized (bicubic); otherwise they are an error.
 
         Raises:
-            ValueError: pixels, frame_mask, the frame count or outputs do not fit.
+            ValueError: pixels, the frame count, a mask or the outputs do not fit.
         """
-        pixels, real, wanted = self._read(pixels), self._real(frame_mask, pixels), self._wanted(outputs)
-        reads = self.temporal.reads
-        reads = reads if "pooled" in wanted else reads[:-1]
-        grid = _grid_option(patch_grid("VideoEncoder", pixels, self.tower.config.patch_size), interpolate)
+        wanted, pixels = self._wanted(outputs, mask), self.read_pixels(pixels)
+        real = self._real(frame_mask, pixels)
+        rows, columns = self.tower.grid_of(pixels, self._name)
+        self.tower.positions(rows, columns, interpolate=interpolate)  # refuses what does not fit before the work
+        self._check_clip(pixels.shape[1], rows * columns, real, mask)
+        grid = _grid_option((rows, columns), interpolate)
         if self.temporal.reads_only:
-            xs = self._run_tower(pixels, real, reads, interpolate)
+            xs = self._run_tower(pixels, real, wanted, interpolate, class_row=self.temporal.class_row)
         else:
-            xs = self._run_inside(real_only(pixels, real), real, reads, grid)
-        xs = xs if "pooled" in wanted else (*xs, None)
-        return dataclasses.replace(self.temporal.encode(xs, self.tower, real, wanted, **grid), times=times)
+            xs = self._run_inside(real_only(pixels, real), real, wanted, grid)
+        return self._encode(xs, real, wanted, mask, grid, times)
 
     def layers(
-        self, pixels: Tensor, *, frame_mask: Tensor | None = None, interpolate: bool = False
+        self,
+        pixels: Tensor,
+        *,
+        outputs: Sequence[str] | None = None,
+        frame_mask: Tensor | None = None,
+        interpolate: bool = False,
     ) -> tuple[Tensor, ...]:
         """What `from_layers` takes, to be stored: the tower's outputs for a module that only reads them.
 
         Returns:
-            [B, T, 1+P, C] per layer of temporal.reads; zeros where a frame is not real.
+            [B, T, 1+P, C] per layer of temporal.reads, but for the last one if "pooled" is not in outputs; zeros where
+            a frame is not real.
         """
         self._need_reads_only()
-        pixels = self._read(pixels)
-        return self._run_tower(pixels, self._real(frame_mask, pixels), self.temporal.reads, interpolate)
+        wanted, pixels = self._wanted(outputs), self.read_pixels(pixels)
+        return self._run_tower(pixels, self._real(frame_mask, pixels), wanted, interpolate)
 
     def from_layers(
         self,
         xs: Sequence[Tensor],
         *,
-        frame_mask: Tensor | None = None,
         outputs: Sequence[str] | None = None,
         times: Tensor | None = None,
+        mask: Tensor | None = None,
+        frame_mask: Tensor | None = None,
         interpolate: bool | tuple[int, int] = False,
     ) -> Encoding:
         """The same as `forward` from what `layers` gave.
@@ -109,58 +129,207 @@ class VideoEncoder(nn.Module):
                 square.
         """
         self._need_reads_only()
-        require_tensors("VideoEncoder", **{f"xs[{i}]": x for i, x in enumerate(xs)})
-        wanted, C = self._wanted(outputs), self.tower.config.width
-        N = xs[0].shape[2] if interpolate and xs and xs[0].dim() == 4 else 1 + self.tower.config.patches
-        if len(xs) != len(self.temporal.reads) or any(x.dim() != 4 or x.shape[2:] != (N, C) for x in xs):
+        wanted = self._wanted(outputs, mask)
+        reads = self._reads(wanted)
+        require_tensors(self._name, **{f"xs[{i}]": x for i, x in enumerate(xs)})
+        if len(xs) not in (len(reads), len(self.temporal.reads)):
             raise ValueError(
-                f"VideoEncoder: xs must be [B, T, {N}, {C}] of backbone layers {list(self.temporal.reads)}, "
-                f"got {[tuple(x.shape) for x in xs]}"
+                f"{self._name}: {' and '.join(wanted)} need the outputs of backbone layers {list(reads)}, "
+                f"got {len(xs)} tensors"
             )
+        grid = self.grid_of(xs, interpolate)
         real = self._real(frame_mask, xs[0])
-        xs, grid = [real_only(x, real) for x in xs], _grid_option(self.tower.grid(N - 1, interpolate), interpolate)
-        return dataclasses.replace(self.temporal.encode(xs, self.tower, real, wanted, **grid), times=times)
+        self._check_clip(xs[0].shape[1], xs[0].shape[2] - 1, real, mask)
+        xs = [real_only(x, real) for x in xs[: len(reads)]]
+        return self._encode(xs, real, wanted, mask, _grid_option(grid, interpolate), times)
 
-    def _run_tower(self, pixels: Tensor, real: Tensor | None, reads: range, interpolate: bool) -> tuple[Tensor, ...]:
-        return on_real_frames(lambda x: self.tower(x, reads, interpolate=interpolate), pixels, real)
+    def from_features(
+        self,
+        features: Tensor,
+        *,
+        outputs: Sequence[str] | None = None,
+        times: Tensor | None = None,
+        mask: Tensor | None = None,
+        frame_mask: Tensor | None = None,
+        interpolate: bool | tuple[int, int] = False,
+    ) -> Encoding:
+        """The same as `forward` from the input of the first backbone layer that the module reads.
 
-    def _run_inside(self, pixels: Tensor, real: Tensor | None, reads: range, grid: dict) -> tuple[Tensor, ...]:
-        found, tokens = [], self.tower.tokens(pixels, interpolate=bool(grid))
+        Args:
+            features: [B, T, 1+P, C], floating; cast to the model's dtype.
+            interpolate: as in `from_layers`.
+        """
+        self._need_reads_only()
+        wanted, x = self._wanted(outputs, mask), self.read_features(features)
+        grid, real = self.grid_of([x], interpolate), self._real(frame_mask, x)
+        self._check_clip(x.shape[1], x.shape[2] - 1, real, mask)
+        xs = on_real_frames(lambda x: self._run_blocks(x, self._reads(wanted)), x, real)
+        return self._encode(xs, real, wanted, mask, _grid_option(grid, interpolate), times)
+
+    @property
+    def hidden_layers(self) -> int:
+        """How many layers `hidden` can give: those that the module takes part in or runs beside."""
+        module = self.temporal
+        return module.depth if isinstance(module, Branch) else self.tower.config.layers
+
+    def hidden(self, pixels: Tensor, keep: Tensor, last: int) -> list[Tensor]:
+        """Patch tokens of the last layers, of an encoder that sees some of the patches: of every frame of a clip the
+        same. A branch sees those, and the backbone beside it all; otherwise those are all that the tower sees.
+
+        Args:
+            keep: int64 [B, K], the patches.
+            last: number of layers.
+
+        Returns:
+            [B, T, K, C] each, before any norm.
+        """
+        pixels, tower, module = self.read_pixels(pixels), self.tower, self.temporal
+        T, P, grid = pixels.shape[1], tower.config.patches, (1, keep.shape[1])
+        self._check_clip(T, P, None, None)
+        if isinstance(module, Branch):
+            xs = self._run_tower(pixels, None, ("pooled",), False)
+            group = dataclasses.replace(module.grouping(T, P), keep=keep, masked=True)
+            rows = module.branch.rows(xs, module.positions(tower), group, seed=module.seed(tower))
+            return [x[:, :, 1:] for x in rows[-last:]]
+        x = tower.tokens(pixels)
+        before, patches = x[:, :, : module.before], token_gather(x[:, :, module.before :], keep)
+        x, found = tower.norm_pre(module.embed(torch.cat([before, patches], dim=2), tower, grid=grid)), []
+        for i in tower.layers:
+            x = module.block(i, tower.blocks[str(i)], x, grid=grid)
+            found.append(module.patches(x, grid))
+        return found[-last:]
+
+    def read_pixels(self, pixels: Tensor) -> Tensor:
+        """The forms `forward` takes -> [B, T, 3, h, w]."""
+        require_tensors(self._name, pixels=pixels)
+        shape = tuple(pixels.shape)
+        if pixels.dim() != 5 or shape[2] != 3 or not shape[1]:
+            hint = "; channel-first clips are pixels.transpose(1, 2)" if len(shape) == 5 and shape[1] == 3 else ""
+            raise ValueError(
+                f"{self._name}: pixels must be [B, T, 3, h, w], T > 0 (each frame its 3 channels), got {shape}{hint}"
+            )
+        return pixels
+
+    def read_features(self, features: Tensor) -> Tensor:
+        """The forms `from_features` takes -> [B, T, 1+P, C] in the model's dtype."""
+        require_tensors(self._name, features=features)
+        if features.dim() != 4 or not features.is_floating_point():
+            raise ValueError(
+                f"{self._name}: features must be floating [B, T, 1+P, C], got {tuple(features.shape)} {features.dtype}"
+            )
+        return features.to(self.tower.position.dtype)
+
+    def _encode(
+        self,
+        xs: Sequence[Tensor],
+        real: Tensor | None,
+        wanted: Sequence[str],
+        mask: Tensor | None,
+        grid: dict,
+        times: Tensor | None,
+    ) -> Encoding:
+        options = grid if mask is None else {**grid, "mask": mask}
+        xs = xs if "pooled" in wanted else (*xs, None)
+        return dataclasses.replace(self.temporal.encode(xs, self.tower, real, wanted, **options), times=times)
+
+    def _run_tower(
+        self,
+        pixels: Tensor,
+        real: Tensor | None,
+        wanted: Sequence[str],
+        interpolate: bool,
+        class_row: bool = False,
+    ) -> tuple[Tensor, ...]:
+        reads, class_row = self._reads(wanted), class_row and "pooled" in wanted
+        run = functools.partial(self.tower, layers=reads, interpolate=interpolate, class_row=class_row)
+        return on_real_frames(run, pixels, real)
+
+    def _run_inside(self, pixels: Tensor, real: Tensor | None, wanted: Sequence[str], grid: dict) -> tuple[Tensor, ...]:
+        found, reads, tokens = [], self._reads(wanted), self.tower.tokens(pixels, interpolate=bool(grid))
         x = self.tower.norm_pre(self.temporal.embed(tokens, self.tower, real, **grid))
         for i in range(reads.stop):
             x = self.temporal.block(i, self.tower.blocks[str(i)], x, real, **grid)
             if i in reads:
-                found.append(x)
+                found.append(self.temporal.rows(x, self.tower, real, **grid))
         return tuple(found)
+
+    def _run_blocks(self, x: Tensor, layers: range) -> tuple[Tensor, ...]:
+        x, found = self.tower.own(x), []
+        for i in layers:
+            x = self.tower.blocks[str(i)](x)
+            found.append(self.tower.with_class(x))
+        return tuple(found)
+
+    @property
+    def _name(self) -> str:
+        return type(self).__name__
+
+    def _reads(self, wanted: Sequence[str]) -> range:
+        """The backbone layers whose outputs are needed."""
+        reads = self.temporal.reads
+        return reads if "pooled" in wanted else reads[:-1]
+
+    def _check_clip(self, T: int, P: int, real: Tensor | None, mask: Tensor | None) -> None:
+        self.temporal.check(T, P, real, **({} if mask is None else {"mask": mask}))
+
+    def grid_of(self, xs: Sequence[Tensor], interpolate: bool | tuple[int, int]) -> tuple[int, int]:
+        """Rows and columns of the patches of stored tokens.
+
+        Raises:
+            ValueError: they do not fit the tower.
+        """
+        C, P = self.tower.config.width, self.tower.config.patches
+        N = xs[0].shape[2] if interpolate and xs[0].dim() == 4 else 1 + P
+        if any(x.dim() != 4 or x.shape[2:] != (N, C) or not x.shape[1] for x in xs):
+            raise ValueError(
+                f"{self._name}: backbone tokens must be [B, T, {N}, {C}], T > 0, got {[tuple(x.shape) for x in xs]}; "
+                "those of pixels of another size need interpolate=True"
+            )
+        return self.tower.grid(N - 1, interpolate)
 
     def _need_reads_only(self) -> None:
         if not self.temporal.reads_only:
             raise ValueError(
-                f"VideoEncoder: {self.temporal.spec['name']} works inside the tower, whose outputs can not be stored"
+                f"{self._name}: {self.temporal.name} works inside the tower, whose outputs can not be stored"
             )
 
-    @staticmethod
-    def _read(pixels: Tensor) -> Tensor:
-        require_tensors("VideoEncoder", pixels=pixels)
-        if pixels.dim() != 5 or pixels.shape[2] != 3 or not pixels.shape[1]:
-            raise ValueError(f"VideoEncoder: pixels must be [B, T, 3, h, w], T > 0, got {tuple(pixels.shape)}")
-        return pixels
+    def _real(self, frame_mask: Tensor | None, x: Tensor) -> Tensor | None:
+        return check_frame_mask(self._name, frame_mask, *x.shape[:2], x.device)
 
-    @staticmethod
-    def _real(frame_mask: Tensor | None, x: Tensor) -> Tensor | None:
-        return check_frame_mask("VideoEncoder", frame_mask, *x.shape[:2], x.device)
+    @property
+    def outputs(self) -> tuple[str, ...]:
+        """What the model can give, of "tokens" and "pooled"."""
+        return self.temporal.outputs
 
-    @staticmethod
-    def _wanted(outputs: Sequence[str] | None) -> tuple[str, ...]:
-        wanted = OUTPUTS if outputs is None else tuple(outputs)
-        if not wanted or not set(wanted) <= set(OUTPUTS):
-            raise ValueError(f"VideoEncoder: outputs must be some of {OUTPUTS}, got {outputs!r}")
+    def _wanted(self, outputs: Sequence[str] | None, mask: Tensor | None = None) -> tuple[str, ...]:
+        have = self.outputs
+        wanted = have if outputs is None else tuple(o for o in OUTPUTS if o in outputs)
+        if not wanted or not set(wanted) <= set(have) or (outputs is not None and not set(outputs) <= set(OUTPUTS)):
+            raise ValueError(f"{self._name}: outputs must be some of {have}, which the model has, got {outputs!r}")
+        if mask is not None and not self.temporal.masks:
+            raise ValueError(f"{self._name}: {self.temporal.name} has no branch that a mask could remove patches from")
+        if mask is not None and "tokens" in wanted:
+            raise ValueError(f"{self._name}: tokens need all patches; with a mask ask for outputs=('pooled',)")
         return wanted
+
+    def header(self) -> dict:
+        """What `built` makes it of, as data."""
+        return {"vision": dataclasses.asdict(self.tower.config), "temporal": self.temporal.spec}
+
+    @classmethod
+    def built(cls, header: dict) -> "VideoEncoder":
+        """A model with random weights, of the sizes that `header` gave.
+
+        Raises:
+            Exception: of any kind, where the header describes no model; see pyvidx.models.files.REFUSALS.
+        """
+        vision = ViTConfig(**known(ViTConfig, header["vision"]))
+        return cls(ViT(vision), temporal.create(vision=vision, **header["temporal"]))
 
     def save(self, path: str | Path) -> Path:
         """Write one safetensors file, configuration included. A path without that ending is a folder."""
-        sizes = {"vision": dataclasses.asdict(self.tower.config), "temporal": self.temporal.spec}
-        return files.write(path, "video_encoder", self, {**sizes, "is_random": self.is_random})
+        self.check_whole()
+        return files.write(path, self.kind, self, {**self.header(), "is_random": self.is_random})
 
     @classmethod
     def from_pretrained(cls, path: str | Path) -> "VideoEncoder":
@@ -169,12 +338,12 @@ class VideoEncoder(nn.Module):
         Raises:
             FileNotFoundError, ValueError: see pyvidx.models.files.load.
         """
+        return cls._loaded(path, {})
 
-        def build(header: dict) -> VideoEncoder:
-            vision = CLIPVisionConfig(**known(CLIPVisionConfig, header["vision"]))
-            return cls(CLIPVision(vision), temporal.create(vision=vision, **header["temporal"]))
-
-        model, header = files.load(path, "video_encoder", build)
+    @classmethod
+    def _loaded(cls, path: str | Path, changes: dict) -> "VideoEncoder":
+        """changes: entries of the header, in place of those saved."""
+        model, header = files.load(path, cls.kind, lambda header: cls.built(header | changes))
         model.tower.requires_grad_(False)
         model.is_random = header["is_random"]
         return model
@@ -185,7 +354,7 @@ class VideoEncoder(nn.Module):
         vision = BTAdapterConfig.named(size).vision
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
-            return cls(CLIPVision(vision), temporal.create(name, vision, **options)).eval()
+            return cls(ViT(vision), temporal.create(name, vision, **options)).eval()
 
 
 def _grid_option(grid: tuple[int, int], interpolate: bool | tuple[int, int]) -> dict:

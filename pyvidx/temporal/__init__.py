@@ -1,6 +1,6 @@
 """Temporal modules: what gives a frozen image tower a sense of time.
 
-    module = create("bt_adapter", vision)           # names() lists them; vision: CLIPVisionConfig
+    module = create("bt_adapter", vision)           # names() lists them; vision: ViTConfig
     encoder = pyvidx.models.VideoEncoder(tower, module)
     encoder(pixels, frame_mask=mask)                # [B, T, 3, h, w], bool [B, T] -> tokens, pooled
 

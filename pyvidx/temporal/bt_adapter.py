@@ -17,19 +17,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from pyvidx.layers.attention import gather, gathered_values
 from pyvidx.layers.block import Block
-from pyvidx.layers.linear import (
-    add_linear,
-    composed_product,
-    dense,
-    linear,
-    product,
-    project_qkv,
-    residual,
-    shifted_product,
-    value_bias,
-    wants_grad,
-)
+from pyvidx.layers.int8 import is_product
+from pyvidx.layers.linear import dense, wants_grad
 from pyvidx.layers.norm import foldable
 from pyvidx.layers.plain import held, plain, untouched
 from pyvidx.ops import fusion_input, gated_fusion, residual_norm
@@ -39,51 +30,22 @@ from pyvidx.temporal.grouping import Grouping
 from pyvidx.temporal.masking import Drops
 
 
-class Added(NamedTuple):
-    """factor (y + bias) + constant, what time attention adds to its tokens; residual_norm puts it together.
-
-    Attributes:
-        y: [B, S, K, C].
-        constant: [C] or None.
-        bias: [C] or None.
-        factor: [B, S, K], DropPath, or None.
-    """
-
-    y: Tensor
-    constant: Tensor | None = None
-    bias: Tensor | None = None
-    factor: Tensor | None = None
-
-    def total(self) -> Tensor:
-        """[B, S, K, C]."""
-        y = self.y if self.bias is None else self.y + self.bias
-        y = y if self.factor is None else y * self.factor[..., None]
-        return y if self.constant is None else y + self.constant
-
-    def onto(self, x: Tensor) -> Tensor:
-        """x and what is added to it, [B, S, K, C]."""
-        y = self.total()
-        return x + y if y is self.y else residual(x, y)
-
-
 class Mixed(NamedTuple):
     """A layer's tokens up to its space attention: fusion, and what time attention adds to it.
 
     Attributes:
         z: [B, S, K, C].
         cls: [B, C].
-        added: to z.
+        added: to z by time attention, [B, S, K, C].
     """
 
     z: Tensor
     cls: Tensor
-    added: Added
+    added: Tensor
 
     def with_class(self, norm: nn.LayerNorm) -> tuple[Tensor, Tensor]:
         """[cls; z + added] of every slot, [B, S, 1 + K, C], and its LayerNorm."""
-        y, constant, bias, factor = self.added
-        options = {"constant": constant, "bias": bias, "factor": factor, "cls": self.cls}
-        return _residual_norm(self.z, y, norm, **options)
+        return _residual_norm(self.z, self.added, norm, cls=self.cls)
 
 
 def _residual_norm(x: Tensor, y: Tensor, norm: nn.Module, **options) -> tuple[Tensor, Tensor]:
@@ -111,30 +73,17 @@ class TemporalLayer(nn.Module):
             nn.init.zeros_(self.fc.weight)
             nn.init.zeros_(self.fc.bias)
 
-    def forward(self, normed: Tensor, drop: Tensor | None = None, frame_mask: Tensor | None = None) -> Added:
-        """Of LN z [B, S, K, C].
+    def forward(self, normed: Tensor, drop: Tensor | None = None, frame_mask: Tensor | None = None) -> Tensor:
+        """Of LN z [B, S, K, C], what is added to z.
 
         drop [B, K]: see masking.drop_path_draws. frame_mask [B, S]: the slots attended to, see pyvidx.temporal.frames.
         """
-        shift = value_bias(normed, self.qkv, self.out) if self.fc is None or plain(self.fc) else None
-        (qkv,) = project_qkv(normed, self.qkv, biased_values=shift is None)
-        y = attend_over_frames(qkv.unflatten(-1, (3, self.heads, -1)), frame_mask)
+        qkv = dense(normed, self.qkv).unflatten(-1, (3, self.heads, -1))
+        y = dense(attend_over_frames(qkv, frame_mask), self.out)
         if self.fc is None:
-            return Added(*shifted_product(y, self.out, shift))
+            return y
         # drop comes before fc: a dropped group still gets its bias
-        if shift is None:
-            y = dense(y, self.out) if drop is None else _dropped(y, self.out, drop[:, None, :, None])
-            return Added(*product(y, self.fc))
-        # As many rows as channels: one product with the product of two weights is less work than both.
-        y, bias = composed_product(y, self.out, self.fc, shift)
-        return Added(y, self.fc.bias, bias, None if drop is None else drop[:, None].expand(y.shape[:-1]))
-
-
-def _dropped(x: Tensor, layer: nn.Module, drop: Tensor) -> Tensor:
-    """drop * layer(x). x [B, S, K, C], drop [B, 1, K, 1]. The bias, dropped by itself, joins in the same pass."""
-    y, bias = product(x, layer)
-    drop = drop.to(y.dtype)
-    return y * drop if bias is None else torch.addcmul(bias.to(y.dtype) * drop, y, drop)
+        return dense(y if drop is None else y * drop[:, None, :, None].to(y.dtype), self.fc)
 
 
 class SpatialLayer(Block):
@@ -151,25 +100,24 @@ class SpatialLayer(Block):
         drop [B, S]: see masking. frame_mask [B, S]: the slots whose class results are averaged.
         """
         x, normed = self.space(mixed, drop, frame_mask)
-        return add_linear(x, self.hidden(normed), self.fc2)
+        return x + dense(self.hidden(normed), self.fc2)
 
     def space(
         self, mixed: Mixed, drop: Tensor | None = None, frame_mask: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         """The attention half, [B, S, 1 + K, C], every slot with the same class row in front, and its LayerNorm."""
         x, normed = mixed.with_class(self.norm1)
-        shift = value_bias(normed, self.qkv, self.out)
-        y, bias = shifted_product(self.attention(normed, biased_values=shift is None), self.out, shift)
+        y = dense(self.attention(normed), self.out)
         share = _share(drop, frame_mask, y)
         # What is in y and normed has been read, and no hook of the modules that made them can have kept it.
-        fresh = bias is not None and plain(self.norm1) and plain(self.norm2) and x.dtype == y.dtype == normed.dtype
-        in_place = fresh and not wants_grad(x, y, bias, *self.norm2.parameters())
-        out = (y, normed) if in_place else None
-        return _residual_norm(x, y, self.norm2, bias=bias, factor=drop, share=share, out=out)
+        fresh = is_product(self.out) and plain(self.norm1) and plain(self.norm2)
+        fresh = fresh and x.dtype == y.dtype == normed.dtype
+        out = (y, normed) if fresh and not wants_grad(x, y, *self.norm2.parameters()) else None
+        return _residual_norm(x, y, self.norm2, factor=drop, share=share, out=out)
 
     def mean_tokens(self, mixed: Mixed, group: Grouping) -> tuple[Tensor, Tensor]:
         """Frame means of forward's z, [B, P, C], and cls. The MLP's second layer, being linear, runs on the means."""
-        if not (untouched(self) and plain(self.fc2)):
+        if not (untouched(self) and is_product(self.fc2)):
             z, cls = split_rows(self(mixed, frame_mask=group.frame_mask))
             return group.patch_mean(z), cls
         x, normed = self.space(mixed, frame_mask=group.frame_mask)
@@ -178,24 +126,13 @@ class SpatialLayer(Block):
         return patches, x[:, 0, 0] + dense(h[:, 0, 0], self.fc2)
 
     def class_token(self, mixed: Mixed, frame_mask: Tensor | None = None) -> Tensor:
-        """forward's cls [B, C] alone: one query per slot, and no projection of the patches.
-
-        With q = Wq n_cls + bq the scores are n . (Wk^T q) up to a constant, and the values' sum is Wv (sum p n) + bv:
-        the per-token work is two products with H vectors instead of two with C.
-        """
-        if not (untouched(self) and plain(self.qkv) and self.qkv.bias is not None):
+        """forward's cls [B, C] alone: one query per slot, and no projection of the patches."""
+        if not (untouched(self) and plain(self.qkv)):
             return self(mixed, frame_mask=frame_mask)[:, 0, 0]
-        B, S, K, C = mixed.z.shape
-        H, D = self.heads, C // self.heads
         n = mixed.with_class(self.norm1)[1]  # [B, S, 1 + K, C]
-        wq, wk, wv = self.qkv.weight.view(3, H, D, C)
-        bq, _, bv = self.qkv.bias.view(3, H, D)
-        q = linear(n[:, 0, 0], wq.flatten(0, 1), bq.flatten()).view(B, H, D)
-        probe = torch.einsum("bhd,hdc->bch", q * D**-0.5, wk)
-        weights = (n @ probe[:, None]).softmax(dim=2)  # [B, S, 1 + K, H]
-        weighted = frame_mean(weights.transpose(2, 3) @ n, frame_mask)  # [B, H, C], over the slots
-        y = (torch.einsum("bhc,hdc->bhd", weighted, wv) + bv).reshape(B, C)
-        return self.feed_forward(add_linear(mixed.cls, y, self.out))
+        rows = gather(n[:, :1, 0], n, self.qkv, self.heads)
+        y = gathered_values(frame_mean(rows, frame_mask), self.qkv)  # over the slots
+        return self.feed_forward(mixed.cls + dense(y, self.out))
 
 
 def _share(drop: Tensor | None, frame_mask: Tensor | None, like: Tensor) -> Tensor:

@@ -7,9 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pyvidx.backbones.clip import CLIPVision, CLIPVisionConfig
+from pyvidx.backbones.vit import ViT, ViTConfig
 from pyvidx.layers.block import Block
-from pyvidx.layers.linear import add_linear, dense
+from pyvidx.layers.linear import dense
 from pyvidx.layers.plain import held
 from pyvidx.ops import bank_attention
 from pyvidx.ops.bank_attention import MAX_WIDTH
@@ -59,34 +59,40 @@ def _by_copies(qkv: Tensor, M: int, T: int, P: int) -> Tensor:
 
 @register("clip_vip")
 class CLIPViP(TemporalModule):
-    """The tower's own weights, with attention blocked by frame but for the proxies. Between `embed` and `encode` the
-    tokens are one sequence [B, M + T*P, C]: the class token, M - 1 added proxies, then frame after frame.
+    """The tower's own weights, with attention blocked by frame but for the proxies. Between `embed` and `rows` the
+    tokens are one sequence [B, M + T*P, C]: the class token, M - 1 added proxies, then frame after frame. In a tower
+    without a class token all M are added, and what stands for it is the pooling probe's of the whole sequence.
 
     The paper trains CLIP as well. tokens: the class token last, the added proxies left out.
 
     Args:
-        proxies: M, the class token included.
+        proxies: M, the class token included where there is one.
         time_length: rows of the time table, zero at first; resized linearly to the number of (real) frames.
     """
 
     reads_only = False
 
-    def __init__(self, vision: CLIPVisionConfig, *, proxies: int = 4, time_length: int = 12):
+    def __init__(self, vision: ViTConfig, *, proxies: int = 4, time_length: int = 12):
         super().__init__(vision)
         if proxies < 1:
             raise ValueError(f"CLIPViP: proxies must be at least 1, the class token, got {proxies}")
         C = vision.width
-        self.proxies = proxies
-        self.added = nn.Parameter(torch.randn(proxies - 1, C) * C**-0.5) if proxies > 1 else None
+        self.proxies, added = proxies, proxies - self.before
+        self.added = nn.Parameter(torch.randn(added, C) * C**-0.5) if added else None
         self.time = nn.Parameter(torch.zeros(time_length, C))
 
-    def embed(self, x: Tensor, tower: CLIPVision, frame_mask: Tensor | None = None, grid: Grid | None = None) -> Tensor:
+    def embed(self, x: Tensor, tower: ViT, frame_mask: Tensor | None = None, grid: Grid | None = None) -> Tensor:
         B, T, _, C = x.shape
         if frame_mask is None:
             frame_mask = torch.ones(1, T, dtype=torch.bool, device=x.device)
-        patches = x[:, :, 1:] + self.times(frame_mask)[:, :, None]
-        added = [] if self.added is None else [(held(self, "added") + held(tower, "position")[0]).expand(B, -1, C)]
-        return torch.cat([x[:, 0, :1], *added, patches.flatten(1, 2)], dim=1)
+        patches = x[:, :, self.before :] + self.times(frame_mask)[:, :, None]
+        added = []
+        if self.added is not None:
+            side = tower.config.side
+            added = [
+                (held(self, "added") + tower.positions(side, side)[0]).expand(B, -1, C)
+            ]  # at the class token's place
+        return torch.cat([x[:, 0, : self.before], *added, patches.flatten(1, 2)], dim=1)
 
     def times(self, frame_mask: Tensor) -> Tensor:
         """Rows of the time table, resized for the n real frames of each clip. [B, T] -> [B, T, C]."""
@@ -99,7 +105,7 @@ class CLIPViP(TemporalModule):
     def block(
         self, i: int, block: Block, x: Tensor, frame_mask: Tensor | None = None, grid: Grid | None = None
     ) -> Tensor:
-        return block.feed_forward(add_linear(x, self.attention(block, x, frame_mask, grid), block.out))
+        return block.feed_forward(x + dense(self.attention(block, x, frame_mask, grid), block.out))
 
     def attention(self, block: Block, x: Tensor, frame_mask: Tensor | None = None, grid: Grid | None = None) -> Tensor:
         """What the block's `out` projects: its attention of LN x [B, M + T*P, C], blocked by frame."""
@@ -108,10 +114,18 @@ class CLIPViP(TemporalModule):
         qkv = dense(block.norm1(x), block.qkv).view(B, L, 3, block.heads, C // block.heads)
         return proxy_attention(qkv, M, (L - M) // P, frame_mask)
 
+    def rows(self, x: Tensor, tower: ViT, frame_mask: Tensor | None = None, grid: Grid | None = None) -> Tensor:
+        """[B, M + T*P, C], with what stands for a class token in front where there is none."""
+        mask = token_mask(frame_mask, self.proxies, self._count(grid))
+        return tower.with_class(x, None if mask is None else mask[:, 0, 0])
+
+    def patches(self, x: Tensor, grid: Grid | None = None) -> Tensor:
+        return x[:, self.proxies :].unflatten(1, (-1, self._count(grid)))
+
     def encode(
         self,
         xs: Sequence[Tensor],
-        tower: CLIPVision,
+        tower: ViT,
         frame_mask: Tensor | None = None,
         outputs: Sequence[str] = OUTPUTS,
         grid: Grid | None = None,
@@ -119,7 +133,7 @@ class CLIPViP(TemporalModule):
         tokens = None
         if "tokens" in outputs:
             x = xs[-2]
-            patches = x[:, self.proxies :].unflatten(1, (-1, self._count(grid)))
+            patches = x[:, self.proxies + 1 - self.before :].unflatten(1, (-1, self._count(grid)))
             tokens = torch.cat([frame_mean(patches, frame_mask), x[:, :1]], dim=1)
         return Encoding(tokens, tower.embedding(xs[-1]) if "pooled" in outputs else None)
 

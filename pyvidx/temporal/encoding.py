@@ -15,8 +15,8 @@ class Encoding(Mapping):
     and a pytree for torch.compile, torch.export and torch.func.
 
     Attributes:
-        tokens: [B, 1+P, C] for a language model: P patch tokens averaged over time, then one class token. A temporal
-            module that gives other rows says so.
+        tokens: [B, 1+P, C] for a language model: P patch tokens averaged over time, then one class token, or what
+            stands for it in a tower without one, see ViT.with_class. A temporal module that gives other rows says so.
         pooled: [B, E] video embedding, not normalized.
         times: [B, T] seconds of the frames, as they were handed in.
     """

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pyvidx.backbones.clip import CLIPVisionConfig
+from pyvidx.backbones.vit import ViTConfig
 from pyvidx.temporal.frames import real_only
 from pyvidx.temporal.module import Grid, TemporalModule
 from pyvidx.temporal.registry import register
@@ -55,7 +55,9 @@ class GridPool(TemporalModule):
         mode, stride: as in `grid_pool`.
     """
 
-    def __init__(self, vision: CLIPVisionConfig, *, mode: str = "average", stride: int = 2):
+    class_row = True
+
+    def __init__(self, vision: ViTConfig, *, mode: str = "average", stride: int = 2):
         super().__init__(vision)
         grid_pool(torch.zeros(vision.patches, 1, device="meta"), mode, stride)  # refuses what does not fit
         self.mode, self.stride = mode, stride

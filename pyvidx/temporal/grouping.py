@@ -17,7 +17,7 @@ from pyvidx.temporal.frames import frame_mean
 
 COMPATS = ("paper", "official")
 MASK_ORDERS = ("tube", "official")
-TOWERS = ("mma", "llava")
+VARIANTS = ("mma", "llava")
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ def grouping(
     P: int,
     *,
     compat: str = "paper",
-    tower: str = "mma",
+    variant: str = "mma",
     time_length: int = 64,
     mask: Tensor | None = None,
     mask_order: str | None = None,
@@ -69,8 +69,8 @@ def grouping(
 
     Args:
         T, P: frames and patches per frame.
-        compat: "paper" (a group is a patch, a slot is a frame) or "official" (bit-faithful to `tower`).
-        tower: "mma" or "llava"; only matters for compat="official".
+        compat: "paper" (a group is a patch, a slot is a frame) or "official" (bit-faithful to `variant`).
+        variant: "mma" or "llava"; only matters for compat="official".
         time_length: rows of the time table. Longer clips are averaged in pairs, except by the official mma tower.
         mask: bool, True = removed. A tube [P] or [B, P], or (both orders) [B, T*P], frame-major as it is drawn.
         mask_order: "tube": a mask removes the tokens it names, so a tube's slots are frames and its groups patches.
@@ -83,22 +83,22 @@ def grouping(
     Raises:
         ValueError: the frame count or a mask does not fit.
     """
-    modes = {"compat": compat, "tower": tower, "time_length": time_length}
+    modes = {"compat": compat, "variant": variant, "time_length": time_length}
     group = _grouping(T, P, mask=mask, mask_order=mask_order, kept=kept, device=device, **modes)
     if frame_mask is None:
         return group
     if group.pair or (group.keep is not None and group.keep.dim() == 3):
         raise ValueError(
             "BT-Adapter: frame_mask needs slots that are frames: at most time_length frames, no official llava tower, "
-            f"no mask that mixes frames; got T = {T}, time_length {time_length}, {compat} {tower}"
+            f"no mask that mixes frames; got T = {T}, time_length {time_length}, {compat} {variant}"
         )
     return replace(group, frame_mask=frame_mask)
 
 
-def _grouping(T, P, *, compat, tower, time_length, mask, mask_order, kept, device) -> Grouping:
-    if compat not in COMPATS or tower not in TOWERS:
+def _grouping(T, P, *, compat, variant, time_length, mask, mask_order, kept, device) -> Grouping:
+    if compat not in COMPATS or variant not in VARIANTS:
         raise ValueError(
-            f"BT-Adapter: compat must be one of {COMPATS} and tower of {TOWERS}, got {compat!r}, {tower!r}"
+            f"BT-Adapter: compat must be one of {COMPATS} and variant of {VARIANTS}, got {compat!r}, {variant!r}"
         )
     mask_order = mask_order or ("official" if compat == "official" else "tube")
     if mask_order not in MASK_ORDERS:
@@ -106,7 +106,7 @@ def _grouping(T, P, *, compat, tower, time_length, mask, mask_order, kept, devic
     require_tensors("BT-Adapter", mask=mask)
     if mask is not None:
         mask = mask.bool()
-    if compat == "official" and tower == "mma":
+    if compat == "official" and variant == "mma":
         if not 1 <= T <= time_length:
             raise ValueError(f"BT-Adapter (official mma tower): T must be in [1, {time_length}], got {T}")
         return Grouping(T, P, keep=_kept_table(mask, T, P, mask_order, kept, device), masked=mask is not None)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from pyvidx.backbones.clip import CLIPVision, CLIPVisionConfig
+from pyvidx.backbones.vit import ViT, ViTConfig
 from pyvidx.layers.block import Block
 from pyvidx.layers.plain import held
 from pyvidx.layers.sincos import sincos_table
@@ -18,15 +18,16 @@ from pyvidx.temporal.registry import register
 
 @register("joint")
 class Joint(TemporalModule):
-    """Every layer attends over the whole clip: attention costs T times as much. Between `embed` and `encode` the tokens
-    are one sequence [B, M + T*P, C], frame after frame, M = 1 with a class token of the clip.
+    """Every layer attends over the whole clip: attention costs T times as much. Between `embed` and `rows` the tokens
+    are one sequence [B, M + T*P, C], frame after frame, M = 1 with a class token of the clip. What stands for that in a
+    tower without one is the pooling probe's of the whole sequence.
 
     Meant for a tower that is trained as well: a frozen one has never seen such sequences.
 
     Args:
         time_length: rows of the learned time table, zero at first.
         sincos: a fixed table over all T*P positions instead, added to the tower's own positions.
-        class_token: False: none, as in UMT; pooled is then the LayerNorm and projection of the mean of all tokens, and
+        class_token: False: none, as in UMT; pooled is then the tower's embedding of one token, the mean of all, and
             tokens are [B, P, C].
     """
 
@@ -34,53 +35,72 @@ class Joint(TemporalModule):
 
     def __init__(
         self,
-        vision: CLIPVisionConfig,
+        vision: ViTConfig,
         *,
         time_length: int = 64,
         sincos: bool = False,
         class_token: bool = True,
     ):
         super().__init__(vision)
-        self.before = int(class_token)
+        self.class_token = class_token
+        self.leading = int(class_token and vision.class_token)  # M
+        self.sees_parts = not sincos  # the table is over all positions
         self.time = None if sincos else nn.Parameter(torch.zeros(time_length, vision.width))
 
-    def embed(self, x: Tensor, tower: CLIPVision, frame_mask: Tensor | None = None, grid: Grid | None = None) -> Tensor:
+    def check(self, T: int, P: int, frame_mask: Tensor | None = None) -> None:
+        if self.time is not None and T > len(self.time):
+            raise ValueError(f"Joint: T must be at most {len(self.time)}, the rows of the time table, got {T}")
+
+    def embed(self, x: Tensor, tower: ViT, frame_mask: Tensor | None = None, grid: Grid | None = None) -> Tensor:
         B, T, N, C = x.shape
-        patches = x[:, :, 1:]
+        patches = x[:, :, self.before :]
         if self.time is None:
-            patches = patches + sincos_table(T * (N - 1), C, x).view(T, N - 1, C)
+            P = N - self.before
+            patches = patches + sincos_table(T * P, C, x).view(T, P, C)
         else:
-            if T > len(self.time):
-                raise ValueError(f"Joint: T must be at most {len(self.time)}, the rows of the time table, got {T}")
             patches = patches + held(self, "time")[:T, None]
         # The class rows of all frames are the same here.
-        return torch.cat([x[:, 0, : self.before], patches.flatten(1, 2)], dim=1)
+        return torch.cat([x[:, 0, : self.leading], patches.flatten(1, 2)], dim=1)
 
     def block(
         self, i: int, block: Block, x: Tensor, frame_mask: Tensor | None = None, grid: Grid | None = None
     ) -> Tensor:
-        return block(x, token_mask(frame_mask, self.before, self._count(grid)))
+        return block(x, self._mask(frame_mask, grid))
+
+    def rows(self, x: Tensor, tower: ViT, frame_mask: Tensor | None = None, grid: Grid | None = None) -> Tensor:
+        """[B, M + T*P, C] -> [B, 1 + T*P, C], or [B, T*P, C] without a class token of the clip."""
+        mask = self._mask(frame_mask, grid)
+        return tower.with_class(x, None if mask is None else mask[:, 0, 0]) if self.class_token else x
+
+    def patches(self, x: Tensor, grid: Grid | None = None) -> Tensor:
+        return x[:, self.leading :].unflatten(1, (-1, self._count(grid)))
 
     def encode(
         self,
         xs: Sequence[Tensor],
-        tower: CLIPVision,
+        tower: ViT,
         frame_mask: Tensor | None = None,
         outputs: Sequence[str] = OUTPUTS,
         grid: Grid | None = None,
     ) -> Encoding:
         tokens = pooled = None
         if "tokens" in outputs:
-            tokens = torch.cat([frame_mean(self._patches(xs[-2], grid), frame_mask), xs[-2][:, : self.before]], dim=1)
+            x = xs[-2]
+            cls = x[:, : int(self.class_token)]
+            tokens = torch.cat([frame_mean(self._patches(x, grid), frame_mask), cls], dim=1)
         if "pooled" in outputs:
             x = xs[-1]
-            if not self.before:
-                x = frame_mean(self._patches(x, grid), frame_mask).mean(dim=1, keepdim=True)
+            if not self.class_token:
+                mean = frame_mean(self._patches(x, grid), frame_mask).mean(dim=1, keepdim=True)
+                x = tower.with_class(mean)
             pooled = tower.embedding(x)
         return Encoding(tokens, pooled)
 
-    def _patches(self, x: Tensor, grid: Grid | None) -> Tensor:  # [B, M + T*P, C] -> [B, T, P, C]
-        return x[:, self.before :].unflatten(1, (-1, self._count(grid)))
+    def _mask(self, frame_mask: Tensor | None, grid: Grid | None) -> Tensor | None:
+        return token_mask(frame_mask, self.leading, self._count(grid))
+
+    def _patches(self, x: Tensor, grid: Grid | None) -> Tensor:  # [B, (1 +) T*P, C] -> [B, T, P, C]
+        return x[:, int(self.class_token) :].unflatten(1, (-1, self._count(grid)))
 
     def _count(self, grid: Grid | None) -> int:  # P
         return self.vision.patches if grid is None else math.prod(grid)

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from pyvidx.backbones.clip import CLIPVisionConfig
+from pyvidx.backbones.vit import ViTConfig
 from pyvidx.ops._library import require
 from pyvidx.temporal.module import TemporalModule
 
-MODULES: dict[str, Callable[..., TemporalModule]] = {}
+MODULES: dict[str, type[TemporalModule]] = {}
 
 
 def register(name: str) -> Callable:
     """Decorator: make a module known to `create` under a name."""
 
     def known(module):
-        MODULES[name] = module
+        MODULES[name], module.name = module, name
         return module
 
     return known
@@ -26,7 +26,7 @@ def names() -> list[str]:
     return list(MODULES)
 
 
-def create(name: str, vision: CLIPVisionConfig, **options) -> TemporalModule:
+def create(name: str, vision: ViTConfig, **options) -> TemporalModule:
     """A temporal module by name, for a tower of these sizes. Its options are the keyword arguments of its class.
 
     Raises:

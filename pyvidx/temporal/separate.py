@@ -3,9 +3,8 @@
 import torch
 from torch import Tensor, nn
 
-from pyvidx.backbones.clip import CLIPVisionConfig
+from pyvidx.backbones.vit import ViTConfig
 from pyvidx.layers.block import Block
-from pyvidx.layers.linear import residual
 from pyvidx.layers.plain import held, plain
 from pyvidx.temporal.bt_adapter import TemporalLayer
 from pyvidx.temporal.frames import frame_mean
@@ -34,7 +33,7 @@ class Separate(TemporalModule):
 
     def __init__(
         self,
-        vision: CLIPVisionConfig,
+        vision: ViTConfig,
         *,
         layers: int | None = None,
         time_length: int = 64,
@@ -48,31 +47,36 @@ class Separate(TemporalModule):
             raise ValueError(f"Separate: layers must be in [1, {vision.layers}], got {layers}")
         if class_token not in CLASS_TOKENS:
             raise ValueError(f"Separate: class_token must be one of {CLASS_TOKENS}, got {class_token!r}")
+        if class_token == "clip" and not vision.class_token:
+            raise ValueError("Separate: class_token must be 'frame' for a tower without a class token, got 'clip'")
         self.first, self.class_token = vision.layers - layers, class_token
         self.time = nn.Parameter(torch.zeros(layers if every else 1, time_length, vision.width))
         sizes = (vision.width, vision.heads, vision.eps)
         self.temporal = nn.ModuleList(TemporalLayer(*sizes, fc=fc) for _ in range(layers))
 
+    def check(self, T: int, P: int, frame_mask: Tensor | None = None) -> None:
+        rows = self.time.shape[1]
+        if T > rows:
+            raise ValueError(f"Separate: T must be at most {rows}, the rows of the time table, got {T}")
+
     def block(
         self, i: int, block: Block, x: Tensor, frame_mask: Tensor | None = None, grid: Grid | None = None
     ) -> Tensor:
-        j, T, rows = i - self.first, x.shape[1], self.time.shape[1]
+        j, T = i - self.first, x.shape[1]
         if j < 0:
             return block(x)
-        if T > rows:
-            raise ValueError(f"Separate: T must be at most {rows}, the rows of the time table, got {T}")
         time = held(self, "time")[j, :T, None] if j < len(self.time) else None
         layer = self.temporal[j]
         if self.class_token == "frame":
             x = x if time is None else x + time
-            return block(layer(layer.norm(x), frame_mask=frame_mask).onto(x))
+            return block(x + layer(layer.norm(x), frame_mask=frame_mask))
         cls, z = x[:, :, :1], x[:, :, 1:]
         if j == 0:
             cls = frame_mean(cls, frame_mask)[:, None].expand_as(cls)
         z = z if time is None else z + time
-        z = layer(layer.norm(z), frame_mask=frame_mask).onto(z)
+        z = z + layer(layer.norm(z), frame_mask=frame_mask)
         x = torch.cat([cls, z], dim=2)
         y = block.attend(x)
         y = y if plain(block.out) else y.clone()  # a hook may have kept what the layer gave
         y[:, :, 0] = frame_mean(y[:, :, 0], frame_mask)[:, None]
-        return block.feed_forward(residual(x, y))
+        return block.feed_forward(x + y)

@@ -7,9 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pyvidx.backbones.clip import CLIPVision, CLIPVisionConfig
+from pyvidx.backbones.vit import ViT, ViTConfig
 from pyvidx.layers.block import Block
-from pyvidx.layers.linear import add_linear, dense
+from pyvidx.layers.linear import dense
 from pyvidx.ops import temporal_scale
 from pyvidx.temporal.encoding import Encoding
 from pyvidx.temporal.frames import frame_mean, real_only
@@ -25,8 +25,9 @@ class Adapter(nn.Module):
     The public code has no activation; neither has this.
     """
 
-    def __init__(self, width: int, hidden: int, kernel: tuple[int, int, int]):
+    def __init__(self, width: int, hidden: int, kernel: tuple[int, int, int], before: int = 1):
         super().__init__()
+        self.before = before
         self.down = nn.Linear(width, hidden)
         self.weight = nn.Parameter(torch.zeros(hidden, *kernel))
         self.bias = nn.Parameter(torch.zeros(hidden))
@@ -35,10 +36,10 @@ class Adapter(nn.Module):
         nn.init.zeros_(self.up.bias)
 
     def forward(self, x: Tensor, frame_mask: Tensor | None = None, grid: Grid | None = None) -> Tensor:
-        """x [B, T, 1+P, C], class token first -> x + what the adapter makes of its patches."""
-        patches = x[:, :, 1:]
-        y = add_linear(patches, self._conv(dense(patches, self.down), frame_mask, grid), self.up)
-        return torch.cat([x[:, :, :1], y], dim=2)
+        """x [B, T, before+P, C], a class token first or none -> x + what the adapter makes of its patches."""
+        patches = x[:, :, self.before :]
+        y = patches + dense(self._conv(dense(patches, self.down), frame_mask, grid), self.up)
+        return torch.cat([x[:, :, : self.before], y], dim=2)
 
     def _conv(self, y: Tensor, frame_mask: Tensor | None, grid: Grid | None) -> Tensor:  # [B, T, P, A] -> the same
         # Padding is to the convolution what lies beyond the ends: zero after `down`, whose bias is not.
@@ -69,7 +70,7 @@ class STAdapter(TemporalModule):
 
     def __init__(
         self,
-        vision: CLIPVisionConfig,
+        vision: ViTConfig,
         *,
         layers: int | None = None,
         width: int = 384,
@@ -84,12 +85,12 @@ class STAdapter(TemporalModule):
             raise ValueError(f"STAdapter: kernel must be three odd numbers, got {kernel}")
         if places not in PLACES:
             raise ValueError(f"STAdapter: places must be one of {PLACES}, got {places!r}")
-        self.first = vision.layers - layers
+        self.first, self.sees_parts = vision.layers - layers, kernel[1:] == (1, 1)
 
         def adapters(place):
             if places not in ("both", place):
                 return None
-            return nn.ModuleList(Adapter(vision.width, width, kernel) for _ in range(layers))
+            return nn.ModuleList(Adapter(vision.width, width, kernel, self.before) for _ in range(layers))
 
         self.attention, self.mlp = adapters("attention"), adapters("mlp")
 
@@ -101,7 +102,7 @@ class STAdapter(TemporalModule):
             return block(x)
         if self.attention is not None:
             x = self.attention[j](x, frame_mask, grid)
-        x = add_linear(x, block.attention(block.norm1(x)), block.out)
+        x = x + block.attend(x)
         if self.mlp is not None:
             x = self.mlp[j](x, frame_mask, grid)
         return block.feed_forward(x)
@@ -109,7 +110,7 @@ class STAdapter(TemporalModule):
     def encode(
         self,
         xs: Sequence[Tensor],
-        tower: CLIPVision,
+        tower: ViT,
         frame_mask: Tensor | None = None,
         outputs: Sequence[str] = OUTPUTS,
         grid: Grid | None = None,

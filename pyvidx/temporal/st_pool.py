@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pyvidx.backbones.clip import CLIPVisionConfig
+from pyvidx.backbones.vit import ViTConfig
 from pyvidx.ops import st_pool
 from pyvidx.temporal.module import Grid, TemporalModule
 from pyvidx.temporal.registry import register
@@ -36,7 +36,9 @@ class STPool(TemporalModule):
             projection to the language model, which turns them into its bias). None: T.
     """
 
-    def __init__(self, vision: CLIPVisionConfig, *, rows: int | None = 100):
+    class_row = True
+
+    def __init__(self, vision: ViTConfig, *, rows: int | None = 100):
         super().__init__(vision)
         self.rows = rows
 

@@ -1,9 +1,8 @@
-"""STAN (arXiv:2301.11116): the ungated branch, which starts its class token from CLIP's own."""
+"""STAN (arXiv:2301.11116): the ungated branch, which starts its class token from the tower's own."""
 
 from torch import Tensor
 
-from pyvidx.backbones.clip import CLIPVision, CLIPVisionConfig
-from pyvidx.layers.plain import held
+from pyvidx.backbones.vit import ViT, ViTConfig
 from pyvidx.temporal.branch import Branch
 from pyvidx.temporal.registry import register
 
@@ -20,9 +19,9 @@ class STAN(Branch):
 
     seeded = False
 
-    def __init__(self, vision: CLIPVisionConfig, *, depth: int = 4, time_length: int = 64, per_frame: bool = False):
+    def __init__(self, vision: ViTConfig, *, depth: int = 4, time_length: int = 64, per_frame: bool = False):
         super().__init__(vision, depth=depth, time_length=time_length, gated=False)
         self.per_frame = per_frame
 
-    def _heads(self, tower: CLIPVision) -> dict[str, Tensor | bool]:
-        return {"seed": held(tower, "class_token"), "per_frame": self.per_frame}
+    def seed(self, tower: ViT) -> Tensor:
+        return tower.class_seed()

@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-from pyvidx.backbones import CLIPText, CLIPTextConfig
+from pyvidx.backbones import TextConfig, TextTower
 from pyvidx.models import BTAdapter, flops
 from pyvidx.models.config import BTAdapterConfig
 from pyvidx.models.pretraining import Pretraining
@@ -134,9 +134,9 @@ class Plan:
     def step(self) -> Pretraining:
         """The model, without data, 16-bit. The text tower is OpenAI's: 12 layers, as wide as the embedding."""
         E = self.config.vision.embed_dim
-        text = CLIPTextConfig(49408, 77, E, max(1, E // 64), 12, 4 * E, E)
+        text = TextConfig(49408, 77, E, max(1, E // 64), 12, 4 * E, E)
         with torch.device("meta"):
-            return Pretraining(BTAdapter(self.config), CLIPText(text), mask_rate=self.mask_rate).half().train()
+            return Pretraining(BTAdapter(self.config), TextTower(text), mask_rate=self.mask_rate).half().train()
 
 
 def parts(plan: Plan) -> dict[str, Cost]:
@@ -152,7 +152,7 @@ def parts(plan: Plan) -> dict[str, Cost]:
         pixels = torch.empty(B, T, 3, v.image_size, v.image_size, **half)
         ids = torch.empty(B, TEXT_LENGTH, dtype=torch.int64, device="meta")
         with torch.no_grad():
-            found["backbone"] = count(lambda: step.model.backbone(pixels, range(plan.config.fork, v.layers)))
+            found["backbone"] = count(lambda: step.model.tower(pixels, range(plan.config.fork, v.layers)))
             found["text tower"] = count(lambda: step.text(ids))
     branch = count(lambda: step.rows(xs, group, step.draw_drops(xs[0], group)))
     found["branch forward"] = branch

@@ -52,7 +52,14 @@ def arguments(function: Callable, values: Mapping, who: str) -> dict:
         inspect.signature(function).bind(**values)
     except TypeError as error:
         raise ValueError(f"{who}: {error}") from error
+    return typed(function, values, who)
+
+
+def typed(function: Callable, values: Mapping, who: str) -> dict:
+    """The same of some of its arguments."""
     hints = typing.get_type_hints(function)
+    if unknown := values.keys() - hints.keys():
+        raise ValueError(f"{who}: it has no {', '.join(sorted(unknown))}, but {', '.join(hints)}")
     return {name: _fitted(value, hints[name], f"{who}: {name}") for name, value in values.items()}
 
 

@@ -114,7 +114,7 @@ class MALMMTask(Task):
             raise ValueError(
                 f"MALMMTask: the model's llm_width must be {language.width}, the language model's, got {width}"
             )
-        model.vision.freeze()
+        model.freeze_vision()
         self.model, self.memory = model, dict(memory or {})
         object.__setattr__(self, "language", language)  # not a submodule
 

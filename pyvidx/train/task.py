@@ -21,12 +21,14 @@ class Task(nn.Module):
             processes and gives the loss of all their samples, for which every batch has to be full: the data put
             another row in the place of one that cannot be read.
         model: what is trained, with a `save(path)` of its own; for the command.
+        exportable: the public code has names for what is trained, see `export`.
         about: what else, beside the recipe, is the same in a run and the one that goes on with it. So are the weights
             that a task is built with: what of them is drawn needs a seed.
     """
 
     some_unused = False
     whole_batch = False
+    exportable = True
     about: dict = {}
 
     def count(self, batch) -> int:

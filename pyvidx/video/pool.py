@@ -129,6 +129,7 @@ class Decoders:
         *,
         workers: int | None = None,
         ahead: int | None = None,
+        ordered: bool = True,
         **options: Any,
     ) -> Iterator[Decoded]:
         """Read many sources, all workers at once; one that fails has its error and does not stop the rest.
@@ -138,9 +139,10 @@ class Decoders:
             frames, sampler, reader, options: as in `read`, without a generator.
             workers: files to read at once; None: all workers.
             ahead: clips that are being read, or wait to be taken; None: twice the workers.
+            ordered: give them in the order of the sources; False: as they come, so that none waits for a slow one.
 
         Yields:
-            Decoded, one per source, in their order.
+            Decoded, one per source.
 
         Raises:
             ValueError: there is a generator, whose draws would follow no order, workers or ahead is below 1, or the
@@ -152,10 +154,14 @@ class Decoders:
         ahead = 2 * workers if ahead is None else ahead
         if workers < 1 or ahead < 1:
             raise ValueError(f"Decoders: workers and ahead must be at least 1, got {workers} and {ahead}")
-        return self._map(sources, _pickled(frames=frames, sampler=sampler, reader=reader, **options), workers, ahead)
+        pickled = _pickled(frames=frames, sampler=sampler, reader=reader, **options)
+        return self._map(sources, pickled, workers, ahead, ordered)
 
-    def _map(self, sources: Iterable[Source], options: bytes, workers: int, ahead: int) -> Iterator[Decoded]:
+    def _map(
+        self, sources: Iterable[Source], options: bytes, workers: int, ahead: int, ordered: bool
+    ) -> Iterator[Decoded]:
         jobs: SimpleQueue[tuple[Source, Future] | None] = SimpleQueue()
+        done: SimpleQueue[tuple[Source, Future]] = SimpleQueue()
         busy: set[Worker] = set()
         order: deque[tuple[Source, Future]] = deque()
 
@@ -167,6 +173,13 @@ class Decoders:
                         future.set_result(self._exchange(source, options, None, busy))
                     except BaseException as error:
                         future.set_exception(error)
+                    if not ordered:
+                        done.put(job)
+
+        def take() -> Decoded:
+            job = order[0] if ordered else done.get()
+            order.remove(job)
+            return _decoded(*job)
 
         # Daemons: an interrupted program does not wait at its exit for what is being decoded.
         threads = [threading.Thread(target=serve, daemon=True, name="pyvidx-read") for _ in range(workers)]
@@ -177,9 +190,9 @@ class Decoders:
                 order.append((source, Future()))
                 jobs.put(order[-1])
                 if len(order) >= ahead:
-                    yield _decoded(*order.popleft())
+                    yield take()
             while order:
-                yield _decoded(*order.popleft())
+                yield take()
         finally:
             for _, future in order:
                 future.cancel()

@@ -23,22 +23,21 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from pyvidx.backbones.clip import CLIPVision, CLIPVisionConfig
-from pyvidx.models import files
+from pyvidx.backbones.vit import ViT, ViTConfig
 from pyvidx.models.bt_adapter import BTAdapter
 from pyvidx.models.config import BTAdapterConfig
-from pyvidx.weights.clip import Told, activation, told_by
 from pyvidx.weights.keys import Renamed, check_plain, groups, is_official, rename
-from pyvidx.weights.place import Report, match, place
+from pyvidx.weights.place import MissingWeights, Report, match, place
 from pyvidx.weights.state import Source as AnySource
 from pyvidx.weights.state import naming, state_of
 from pyvidx.weights.state import read as read
+from pyvidx.weights.towers import Told, activation, published_heads, told_by
 
-Source = AnySource | CLIPVision
+Source = AnySource | ViT
 HALF = "0.5 in every channel, as in the public chat tower: its files hold no gates"
 AXES = {
-    "backbone.position": 2, "backbone.patch": 4, "backbone.projection.weight": 2, "branch.time": 2,
-    "branch.spatial.0.fc1.weight": 2,
+    "tower.position": 2, "tower.patch": 4, "tower.projection.weight": 2, "temporal.branch.time": 2,
+    "temporal.branch.spatial.0.fc1.weight": 2,
 }  # fmt: skip
 
 
@@ -47,7 +46,7 @@ def load_official(
     part: str = "full",
     allow_missing: Sequence[str] = (),
     compat: str = "official",
-    tower: str | None = None,
+    variant: str | None = None,
     **sizes,
 ) -> tuple[BTAdapter, Report]:
     """A BTAdapter with the sizes of the given weights.
@@ -56,12 +55,12 @@ def load_official(
         sources: files, folders, state dicts or modules; later ones replace weights of earlier ones (e.g. a CLIP, then a
             branch). Understood: the mma pretraining file, the llava tower (inference or training), the
             instruction-tuned branch, STAN, transformers', open_clip's and OpenAI's CLIP; in any wrappers and old
-            spellings. Or a CLIPVision (from pyvidx.hosts.huggingface or open_clip), which, as a folder with its
+            spellings. Or a ViT (from pyvidx.hosts.huggingface or open_clip), which, as a folder with its
             config.json, also brings its heads, activation and eps.
         part: see BTAdapterConfig; "tokens" for the tuned branch (3 of 4 layers) on a CLIP.
         allow_missing: see load_weights.
         compat: see BTAdapter. The default gives the numbers of the public code, for which the weights were made.
-        tower: see BTAdapter; default "llava" for parts "tokens" and "features" and where there is no projection, else
+        variant: see BTAdapter; default "llava" for parts "tokens" and "features" and where there is no projection, else
             "mma".
         sizes: what the weights do not tell, see infer_config.
 
@@ -77,37 +76,19 @@ def load_official(
         tables = [_table(source) for source in sources]
         known = next((told for source in reversed(sources) if (told := _told(source)) is not None), None)
         config = infer_config(tables, part=part, clip=known, **sizes)
-        has_projection = any("backbone.projection.weight" in table.weights for table in tables)
-        tower = tower or ("mma" if has_projection and part == "full" else "llava")
-        branch = max(_count(table.weights, "branch.spatial") for table in tables)
+        has_projection = any("tower.projection.weight" in table.weights for table in tables)
+        variant = variant or ("mma" if has_projection and part == "full" else "llava")
+        branch = max(_count(table.weights, "temporal.branch.spatial") for table in tables)
         if part == "full" and branch < config.depth:
             raise ValueError(
                 f"checkpoint: the {branch} layers are a tuned branch, which makes tokens for a language model and no "
                 'video embedding: pass part="tokens", or depth= if these are all there are'
             )
-        assumed = {"branch.gate": HALF} if part != "full" and config.gated else {}
+        assumed = {"temporal.branch.gate": HALF} if part != "full" and config.gated else {}
         with torch.device("meta"):  # nothing is allocated for sizes that the files do not fill
-            match(BTAdapter(config, compat=compat, tower=tower), _shifted(tables, config), allow_missing, assumed)
-        model = BTAdapter(config, compat=compat, tower=tower)
+            match(BTAdapter(config, compat=compat, variant=variant), _shifted(tables, config), allow_missing, assumed)
+        model = BTAdapter(config, compat=compat, variant=variant)
         return model, place(model, _shifted(tables, config), allow_missing, assumed)
-
-
-def load_model(path: str | Path, *, compat: str | None = None, tower: str | None = None, **options) -> BTAdapter:
-    """A BTAdapter from a file or folder of either kind: written by BTAdapter.save, or published.
-
-    Args:
-        compat, tower: in place of those saved; of published weights see load_official.
-        options: of load_official, such as gated=False for the public zero-shot evaluation, which adds plain sums. What
-            BTAdapter.save wrote takes none.
-
-    Raises:
-        FileNotFoundError, ValueError: see BTAdapter.from_pretrained and load_official.
-    """
-    if Path(path).exists() and not files.is_ours(path):
-        return load_official(path, compat=compat or "official", tower=tower, **options)[0]
-    if options:
-        raise ValueError(f"load_model: {path} says by itself what it is, so {', '.join(options)} must not be given")
-    return BTAdapter.from_pretrained(path, compat=compat, tower=tower)
 
 
 def load_weights(model: BTAdapter, *sources: Source, allow_missing: Sequence[str] = ()) -> Report:
@@ -117,8 +98,8 @@ def load_weights(model: BTAdapter, *sources: Source, allow_missing: Sequence[str
     to those, and of a whole CLIP a model takes the layers it has.
 
     Args:
-        allow_missing: patterns (fnmatch) of parameters that may stay as they are, e.g. "branch.gate" for the tuned
-            branch, whose file has no gates.
+        allow_missing: patterns (fnmatch) of parameters that may stay as they are, e.g. "temporal.branch.gate" for the
+            tuned branch, whose file has no gates.
 
     Raises:
         FileNotFoundError: a file is not there.
@@ -136,7 +117,7 @@ def infer_config(
     tables: Sequence[Renamed],
     *,
     part: str = "full",
-    clip: Told | CLIPVisionConfig | None = None,
+    clip: Told | ViTConfig | None = None,
     depth: int | None = None,
     layers: int | None = None,
     heads: int | None = None,
@@ -149,7 +130,7 @@ def infer_config(
         clip: of the backbone, where it is known; in place of the defaults below.
         depth: d; default the branch layers there are, plus one where they come without a whole tower, as in tuning.
         layers: L of the whole CLIP, needed where no source holds a whole one.
-        heads: default width / 64, as in every published CLIP.
+        heads: default that of the published CLIPs, see pyvidx.weights.towers.published_heads.
         gated: default whether there are gates; for parts "tokens" and "features" True but of STAN.
         hidden_act: default "quick_gelu", as the official code always runs OpenAI's CLIP; with a warning where the
             backbone is of another file than the authors'.
@@ -158,34 +139,32 @@ def infer_config(
         ValueError: the weights do not tell the sizes, or not without one of these arguments.
     """
     names = {name: value for table in tables for name, value in table.weights.items()}
-    needed = ["backbone.position", "branch.time", "branch.spatial.0.fc1.weight"]
-    absent = [n for n in needed + ["backbone.patch"] * (part != "features") if n not in names]
+    needed = ["tower.position", "temporal.branch.time", "temporal.branch.spatial.0.fc1.weight"]
+    absent = [n for n in needed + ["tower.patch"] * (part != "features") if n not in names]
     if absent:
-        raise ValueError(f"checkpoint: no sizes without {', '.join(absent)}; {_remedy(tables)}")
+        raise MissingWeights(f"checkpoint: no sizes without {', '.join(absent)}; {_remedy(tables)}")
     check_plain(names, AXES)
-    tokens, width = names["backbone.position"].shape
+    tokens, width = names["tower.position"].shape
     heads = clip.heads if heads is None and clip else heads
-    if heads is None and width % 64:
-        raise ValueError(f"checkpoint: width {width} is not a multiple of 64, so pass heads=")
     if depth is None:
         depth = max(
-            _count(table.weights, "branch.spatial") + (not _is_whole(table))
+            _count(table.weights, "temporal.branch.spatial") + (not _is_whole(table))
             for table in tables
-            if "branch.spatial.0.fc1.weight" in table.weights
+            if "temporal.branch.spatial.0.fc1.weight" in table.weights
         )
     if layers is None:
-        layers = max((_count(table.weights, "backbone.blocks") for table in tables if _is_whole(table)), default=0)
+        layers = max((_count(table.weights, "tower.blocks") for table in tables if _is_whole(table)), default=0)
     if layers < depth:
         raise ValueError("checkpoint: no source holds a whole CLIP, so pass layers=L of the one it was")
-    patch = names["backbone.patch"].shape[-1] if "backbone.patch" in names else 1  # not needed behind the embeddings
-    projection = names.get("backbone.projection.weight") if part == "full" else None
-    vision = CLIPVisionConfig(
+    patch = names["tower.patch"].shape[-1] if "tower.patch" in names else 1  # not needed behind the embeddings
+    projection = names.get("tower.projection.weight") if part == "full" else None
+    vision = ViTConfig(
         image_size=math.isqrt(tokens - 1) * patch,
         patch_size=patch,
         width=width,
-        heads=heads or width // 64,
+        heads=heads or published_heads(width),
         layers=layers,
-        mlp_width=names["branch.spatial.0.fc1.weight"].shape[0],
+        mlp_width=names["temporal.branch.spatial.0.fc1.weight"].shape[0],
         embed_dim=None if projection is None else projection.shape[0],
         hidden_act=hidden_act or (clip.hidden_act if clip else _activation(tables)),
         eps=clip.eps if clip else 1e-5,
@@ -193,20 +172,20 @@ def infer_config(
     return BTAdapterConfig(
         vision,
         depth=depth,
-        time_length=names["branch.time"].shape[0],
+        time_length=names["temporal.branch.time"].shape[0],
         part=part,
-        gated="branch.gate" in names or (part != "full" and not _is_stan(tables)) if gated is None else gated,
+        gated="temporal.branch.gate" in names or (part != "full" and not _is_stan(tables)) if gated is None else gated,
     )
 
 
 def _activation(tables: Sequence[Renamed]) -> str:
     """OpenAI's, in silence where the backbone is of the authors' own file."""
-    holder = next(table for table in reversed(tables) if "backbone.position" in table.weights)
+    holder = next(table for table in reversed(tables) if "tower.position" in table.weights)
     return "quick_gelu" if is_official(holder.keys) else activation(None, stacklevel=5)
 
 
 def _is_stan(tables: Sequence[Renamed]) -> bool:
-    return any("STAN_" in key for table in tables for key in table.origin.get("branch.time", ()))
+    return any("STAN_" in key for table in tables for key in table.origin.get("temporal.branch.time", ()))
 
 
 def _remedy(tables: Sequence[Renamed]) -> str:
@@ -217,27 +196,27 @@ def _remedy(tables: Sequence[Renamed]) -> str:
         remedy = "they are of pyvidx's own save: from_pretrained of BTAdapter, VideoEncoder or MALMM reads that file"
     elif any("query_tokens" in key or "Qformer" in key for key in keys):
         remedy = "they look like MA-LMM's or BLIP-2's: pyvidx.weights.malmm.load_malmm reads those"
-    elif any(name.startswith("branch.") for name in names):
+    elif any(name.startswith("temporal.branch.") for name in names):
         remedy = 'they are a branch alone: give its CLIP before it, load_official(clip, branch, part="tokens")'
     elif names:
         remedy = (
             "they are a CLIP alone: give the branch after it, or make an image tower of it with "
-            "pyvidx.weights.clip.clip_vision(path)"
+            "pyvidx.weights.towers.vision_tower(path)"
         )
     else:
         remedy = "none of them is understood"
     return f"the keys are {', '.join(groups(keys)) or 'none'}; {remedy}"
 
 
-def _told(source: Source) -> Told | CLIPVisionConfig | None:
-    if isinstance(source, CLIPVision):
+def _told(source: Source) -> Told | ViTConfig | None:
+    if isinstance(source, ViT):
         return source.config
     return told_by(source) if isinstance(source, str | Path) else None
 
 
 def _table(source: Source) -> Renamed:
-    if isinstance(source, CLIPVision):
-        weights = {f"backbone.{name}": p.detach() for name, p in source.named_parameters()}
+    if isinstance(source, ViT):
+        weights = {f"tower.{name}": p.detach() for name, p in source.named_parameters()}
         return Renamed(weights, origin={name: [name] for name in weights})
     return rename(state_of(source))
 
@@ -247,7 +226,7 @@ def _shifted(tables: Sequence[Renamed], config: BTAdapterConfig) -> list[Renamed
     shifted = []
     for table in tables:
         offset = _layer_offset(table, config)
-        name = lambda n: re.sub(r"(?<=backbone\.blocks\.)\d+", lambda m: str(int(m[0]) + offset), n)  # noqa: B023, E731
+        name = lambda n: re.sub(r"(?<=tower\.blocks\.)\d+", lambda m: str(int(m[0]) + offset), n)  # noqa: B023, E731
         weights = {name(n): value for n, value in table.weights.items()}
         shifted.append(replace(table, weights=weights, origin={name(n): keys for n, keys in table.origin.items()}))
     return shifted
@@ -255,12 +234,12 @@ def _shifted(tables: Sequence[Renamed], config: BTAdapterConfig) -> list[Renamed
 
 def _is_whole(table: Renamed) -> bool:
     """A whole tower, as against reserved layers or a branch alone."""
-    return "backbone.class_token" in table.weights
+    return "tower.class_token" in table.weights
 
 
 def _layer_offset(table: Renamed, config: BTAdapterConfig) -> int:
     """What to add to a source's backbone layer indices to get the original ones."""
-    count = _count(table.weights, "backbone.blocks")
+    count = _count(table.weights, "tower.blocks")
     if count in (0, config.vision.layers):
         return 0
     if not _is_whole(table) and count == config.depth - 1:

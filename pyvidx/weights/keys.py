@@ -1,4 +1,5 @@
-"""Names of published weights -> names of pyvidx: the official BT-Adapter files, transformers' CLIP and open_clip."""
+"""Names of published weights -> names of pyvidx: the official BT-Adapter files, transformers' CLIP and SigLIP, and
+open_clip, also with timm's ViT as its trunk."""
 
 import re
 from collections import Counter
@@ -42,26 +43,47 @@ BLOCK = {
     "attn.out_proj": "out",
     "mlp.c_fc": "fc1",
     "mlp.c_proj": "fc2",
+    "norm1": "norm1",
+    "norm2": "norm2",
+    "attn.qkv": "qkv",
+    "attn.proj": "out",
 }
 TEMPORAL = {"layer_norm1": "norm", "self_attn.out_proj": "out", "temporal_fc": "fc"}
 TOP = {
-    "class_embedding": "backbone.class_token",
-    "patch_embedding.weight": "backbone.patch",
-    "conv1.weight": "backbone.patch",
-    "position_embedding.weight": "backbone.position",
-    "positional_embedding": "backbone.position",
-    "pre_layrnorm": "backbone.norm_pre",
-    "ln_pre": "backbone.norm_pre",
-    "post_layernorm": "backbone.norm_post",
-    "ln_post": "backbone.norm_post",
-    "visual_projection": "backbone.projection",
-    "proj": "backbone.projection.weight",
-    "btadapter_time_embed.weight": "branch.time",
-    "btadapter_cls_token": "branch.seed",
-    "balance1": "output_gate",
-    "balance2": "branch.gate",
+    "class_embedding": "tower.class_token",
+    "patch_embedding.weight": "tower.patch",
+    "patch_embedding.bias": "tower.patch_bias",
+    "conv1.weight": "tower.patch",
+    "position_embedding.weight": "tower.position",
+    "positional_embedding": "tower.position",
+    "pre_layrnorm": "tower.norm_pre",
+    "ln_pre": "tower.norm_pre",
+    "post_layernorm": "tower.norm_post",
+    "ln_post": "tower.norm_post",
+    "visual_projection": "tower.projection",
+    "proj": "tower.projection.weight",
+    "head.probe": "tower.pool.probe",
+    "head.attention.out_proj": "tower.pool.out",
+    "head.layernorm": "tower.pool.norm",
+    "head.mlp.fc1": "tower.pool.fc1",
+    "head.mlp.fc2": "tower.pool.fc2",
+    "trunk.cls_token": "tower.class_token",
+    "trunk.patch_embed.proj.weight": "tower.patch",
+    "trunk.patch_embed.proj.bias": "tower.patch_bias",
+    "trunk.pos_embed": "tower.position",
+    "trunk.norm": "tower.norm_post",
+    "trunk.attn_pool.latent": "tower.pool.probe",
+    "trunk.attn_pool.proj": "tower.pool.out",
+    "trunk.attn_pool.norm": "tower.pool.norm",
+    "trunk.attn_pool.mlp.fc1": "tower.pool.fc1",
+    "trunk.attn_pool.mlp.fc2": "tower.pool.fc2",
+    "btadapter_time_embed.weight": "temporal.branch.time",
+    "btadapter_cls_token": "temporal.branch.seed",
+    "balance1": "temporal.output_gate",
+    "balance2": "temporal.branch.gate",
 }
-LAYER = re.compile(r"(layers|resblocks|btadapter_S_layers|btadapter_T_layers)\.(\d+)\.(.+)")
+POOL = re.compile(r"head\.attention\.in_proj_(weight|bias)|trunk\.attn_pool\.(q|kv)\.(weight|bias)")
+LAYER = re.compile(r"(layers|resblocks|trunk\.blocks|btadapter_S_layers|btadapter_T_layers)\.(\d+)\.(.+)")
 THIRDS = {"q": 0, "k": 1, "v": 2}
 
 
@@ -112,10 +134,13 @@ def rename(state: Mapping[str, Tensor]) -> Renamed:
         if target is None:
             known = LEFT_OUT.match(name) or is_counter(value)
             (result.left_out if known else result.unexpected).append(key)
+        elif third == "kv" and value.dim():
+            for part, half in zip("kv", value.chunk(2)):
+                thirds.setdefault(target, {})[part] = (half, key)
         elif third is None:
             add(result, target, _shaped(result, name, target, value), key)
-            if stan and target == "backbone.class_token":  # STAN starts the branch's class token from CLIP's
-                add(result, "branch.seed", value, key)
+            if stan and target == "tower.class_token":  # STAN starts the branch's class token from CLIP's
+                add(result, "temporal.branch.seed", value, key)
         else:
             if third in thirds.setdefault(target, {}):
                 raise ValueError(f"checkpoint: {key} and another key both mean {third} of {target}")
@@ -197,6 +222,9 @@ def locate(name: str) -> tuple[str | None, str | None]:
     """pyvidx's name of a key without wrappers and, for a third of a packed weight, which: "...qkv.bias", "q"."""
     if name in TOP:
         return TOP[name], None
+    if pool := POOL.fullmatch(name):
+        whole, third, leaf = pool.groups()
+        return f"tower.pool.qkv.{whole or leaf}", third
     stem, _, leaf = name.rpartition(".")
     if stem in TOP and leaf in ("weight", "bias"):
         return f"{TOP[stem]}.{leaf}", None
@@ -204,9 +232,8 @@ def locate(name: str) -> tuple[str | None, str | None]:
     if not match:
         return None, None
     kind, index, inner = match.groups()
-    base = {"btadapter_S_layers": "branch.spatial", "btadapter_T_layers": "branch.temporal"}.get(
-        kind, "backbone.blocks"
-    )
+    base = {"btadapter_S_layers": "temporal.branch.spatial", "btadapter_T_layers": "temporal.branch.temporal"}
+    base = base.get(kind, "tower.blocks")
     packed = re.fullmatch(r"self_attn\.([qkv])_proj\.(weight|bias)|attn\.in_proj_(weight|bias)", inner)
     if packed:
         third, leaf, fused_leaf = packed.groups()
@@ -218,8 +245,10 @@ def locate(name: str) -> tuple[str | None, str | None]:
 
 def _shaped(result: Renamed, name: str, target: str, value: Tensor) -> Tensor:
     before = tuple(value.shape)
-    if target == "branch.seed":
+    if target in ("temporal.branch.seed", "tower.pool.probe", "tower.class_token"):
         value = value.reshape(-1)  # stored as [1, 1, C]
+    elif target == "tower.position" and value.dim() == 3:
+        value = value.flatten(0, 1)  # timm's [1, P, C]
     elif name == "proj" and value.dim() == 2:
         value = value.t()  # open_clip multiplies from the right
     if tuple(value.shape) != before or name == "proj":

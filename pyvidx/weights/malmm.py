@@ -15,18 +15,18 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from pyvidx.backbones.eva import EVAVisionConfig
+from pyvidx.backbones.vit import EVA_G
 from pyvidx.layers.patch import resize_positions
 from pyvidx.memory.qformer import QFormerConfig
 from pyvidx.models.malmm import MALMM
 from pyvidx.models.malmm_config import MALMMConfig
 from pyvidx.weights.keys import Renamed, check_plain, groups
 from pyvidx.weights.malmm_keys import export, rename
-from pyvidx.weights.place import Report, match, place
+from pyvidx.weights.place import MissingWeights, Report, match, place
 from pyvidx.weights.state import Source, naming, state_of
 
 AXES = {
-    "vision.position": 2, "vision.patch.weight": 4, "vision.blocks.0.fc1.weight": 2, "qformer.query_tokens": 2,
+    "vision.position": 2, "vision.patch": 4, "vision.blocks.0.fc1.weight": 2, "qformer.query_tokens": 2,
     "qformer.word": 2, "qformer.position": 2, "qformer.layers.0.feed_query.fc1.weight": 2, "projection.weight": 2,
     "time": 2,
 }  # fmt: skip
@@ -109,11 +109,11 @@ def infer_config(
         ValueError: the weights do not tell the sizes, or not without one of these arguments.
     """
     names = {name: value for table in tables for name, value in table.weights.items()}
-    needed = ["vision.position", "vision.patch.weight", "vision.blocks.0.fc1.weight", "qformer.query_tokens"]
+    needed = ["vision.position", "vision.patch", "vision.blocks.0.fc1.weight", "qformer.query_tokens"]
     needed += ["qformer.keys_values.weight", "qformer.layers.0.feed_query.fc1.weight"]
     absent = [name for name in needed if name not in names]
     if absent:
-        raise ValueError(f"checkpoint: no sizes without {', '.join(absent)}; {_remedy(tables)}")
+        raise MissingWeights(f"checkpoint: no sizes without {', '.join(absent)}; {_remedy(tables)}")
     check_plain(names, AXES)
     tokens, C = names["vision.position"].shape
     Q, D = names["qformer.query_tokens"].shape
@@ -122,14 +122,15 @@ def infer_config(
     if heads is None and D % 64:
         raise ValueError(f"checkpoint: the Q-Former's width {D} is not a multiple of 64, so pass heads=")
     blocks = _indices(names, "vision.blocks.")
-    patch = names["vision.patch.weight"].shape[-1]
+    patch = names["vision.patch"].shape[-1]
     if norm_eps is None:
         keys = [key for table in tables for origin in table.origin.values() for key in origin]
         norm_eps = 1e-6 if any("post_layernorm" in key for key in keys) else 1e-5
     crossing = _indices(names, "qformer.layers.", ".cross.query.weight")
     projection, time = names.get("projection.weight"), names.get("time")
     return MALMMConfig(
-        EVAVisionConfig(
+        replace(
+            EVA_G,
             image_size=image_size or math.isqrt(tokens - 1) * patch,
             patch_size=patch,
             width=C,

@@ -1,7 +1,7 @@
 """Names of MA-LMM's weights: of LAVIS (InstructBLIP, BLIP-2, MA-LMM, eva_vit_g), of transformers, and pyvidx's own."""
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 import torch
 from torch import Tensor
@@ -22,7 +22,6 @@ def _under(prefixes, *rows):
 # pyvidx, LAVIS, transformers. {i} is a layer, [k] a part of a tensor that is stacked of several here. These rows name
 # modules, with .weight and .bias ...
 MODULES = (
-    ("vision.patch", "visual_encoder.patch_embed.proj", "vision_model.embeddings.patch_embedding"),
     *_under(
         _BLOCK,
         ("norm1", "norm1", "layer_norm1"),
@@ -59,6 +58,8 @@ MODULES = (
 )
 # ... and these tensors.
 TENSORS = (
+    ("vision.patch", "visual_encoder.patch_embed.proj.weight", "vision_model.embeddings.patch_embedding.weight"),
+    ("vision.patch_bias", "visual_encoder.patch_embed.proj.bias", "vision_model.embeddings.patch_embedding.bias"),
     ("vision.class_token", "visual_encoder.cls_token", "vision_model.embeddings.class_embedding"),
     ("vision.position", "visual_encoder.pos_embed", "vision_model.embeddings.position_embedding"),
     *_under(
@@ -113,6 +114,11 @@ def rename(state: Mapping[str, Tensor]) -> Renamed:
     for target, found in parts.items():
         add(result, target, _stacked(target, found), *(key for _, key in found.values()))
     return result
+
+
+def is_malmm(keys: Iterable[str]) -> bool:
+    """Of MA-LMM, BLIP-2 or InstructBLIP: there is a Q-Former."""
+    return any("query_tokens" in key for key in keys)
 
 
 def export(weights: Mapping[str, Tensor], naming: str, *, cross_every: int = 2) -> dict[str, Tensor]:

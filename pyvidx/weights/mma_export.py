@@ -1,6 +1,7 @@
 """A pretrained BT-Adapter under the names of the official pretraining file (mma): the way back of keys.rename."""
 
 import re
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -10,19 +11,19 @@ from pyvidx.weights.keys import THIRDS
 
 # Ours -> theirs, the first that fits; what follows is kept.
 NAMES = (
-    (r"model\.backbone\.class_token$", "backbone.class_embedding"),
-    (r"model\.backbone\.patch$", "backbone.patch_embedding.weight"),
-    (r"model\.backbone\.position$", "backbone.position_embedding.weight"),
-    (r"model\.backbone\.norm_pre\.", "backbone.pre_layrnorm."),
-    (r"model\.backbone\.norm_post\.", "backbone.post_layernorm."),
-    (r"model\.backbone\.projection\.", "backbone.visual_projection."),
-    (r"model\.backbone\.blocks\.(\d+)\.", r"backbone.layers.\1."),
-    (r"model\.branch\.spatial\.(\d+)\.", r"backbone.btadapter_S_layers.\1."),
-    (r"model\.branch\.temporal\.(\d+)\.", r"backbone.btadapter_T_layers.\1."),
-    (r"model\.branch\.time$", "backbone.btadapter_time_embed.weight"),
-    (r"model\.branch\.seed$", "backbone.btadapter_cls_token"),
-    (r"model\.branch\.gate$", "backbone.balance2"),
-    (r"model\.output_gate$", "backbone.balance1"),
+    (r"model\.tower\.class_token$", "backbone.class_embedding"),
+    (r"model\.tower\.patch$", "backbone.patch_embedding.weight"),
+    (r"model\.tower\.position$", "backbone.position_embedding.weight"),
+    (r"model\.tower\.norm_pre\.", "backbone.pre_layrnorm."),
+    (r"model\.tower\.norm_post\.", "backbone.post_layernorm."),
+    (r"model\.tower\.projection\.", "backbone.visual_projection."),
+    (r"model\.tower\.blocks\.(\d+)\.", r"backbone.layers.\1."),
+    (r"model\.temporal\.branch\.spatial\.(\d+)\.", r"backbone.btadapter_S_layers.\1."),
+    (r"model\.temporal\.branch\.temporal\.(\d+)\.", r"backbone.btadapter_T_layers.\1."),
+    (r"model\.temporal\.branch\.time$", "backbone.btadapter_time_embed.weight"),
+    (r"model\.temporal\.branch\.seed$", "backbone.btadapter_cls_token"),
+    (r"model\.temporal\.branch\.gate$", "backbone.balance2"),
+    (r"model\.temporal\.output_gate$", "backbone.balance1"),
     (r"text\.token\.", "text_backbone.text_model.embeddings.token_embedding."),
     (r"text\.position$", "text_backbone.text_model.embeddings.position_embedding.weight"),
     (r"text\.norm\.", "text_backbone.text_model.final_layer_norm."),
@@ -43,11 +44,16 @@ INNER = {
 
 def export_mma(step: Pretraining) -> dict[str, Tensor]:
     """Copies of all weights, text tower and head included, as the official code saves them; read by
-    checkpoints.load_official and clip_text_weights.clip_text."""
+    pyvidx.weights.bt_adapter.load_official and pyvidx.weights.text_towers.text_tower."""
+    return export_names(dict(step.named_parameters()))
+
+
+def export_names(parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Copies under the official names, of "model.*", a whole BTAdapter's, "text.*", its text tower's, and "head.*"."""
     weights = {}
-    for name, p in step.named_parameters():
+    for name, p in parameters.items():
         value = p.detach().clone()
-        if name == "model.branch.seed":
+        if name == "model.temporal.branch.seed":
             value = value.view(1, 1, -1)
         theirs, inner = _renamed(name)
         if inner.startswith("qkv."):
@@ -60,18 +66,29 @@ def export_mma(step: Pretraining) -> dict[str, Tensor]:
     return weights
 
 
+def has_official_names(step: Pretraining) -> bool:
+    """Whether `export_mma` has a name for every weight."""
+    return all(_official(name) is not None for name, _ in step.named_parameters())
+
+
 def load_head(step: Pretraining, state: dict[str, Tensor]) -> bool:
     """Fill the head of the token loss from the official names; False: they are not there."""
     head = {key.removeprefix("extra_proj."): value for key, value in state.items() if key.startswith("extra_proj.")}
-    if head:
+    if head and step.head is not None:
         with torch.no_grad():
             step.head.load_state_dict(head)
-    return bool(head)
+    return bool(head and step.head)
 
 
 def _renamed(name: str) -> tuple[str, str]:
     """The official name up to where ours goes on, and the rest."""
+    if (found := _official(name)) is None:
+        raise ValueError(f"export_mma: {name} has no official name")
+    return found
+
+
+def _official(name: str) -> tuple[str, str] | None:
     for ours, theirs in NAMES:
         if match := re.match(ours, name):
             return match.expand(theirs), name[match.end() :]
-    raise ValueError(f"export_mma: {name} has no official name")
+    return None

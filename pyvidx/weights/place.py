@@ -10,6 +10,10 @@ from torch import Tensor, nn
 from pyvidx.weights.keys import Renamed, check_plain, different, groups
 
 
+class MissingWeights(ValueError):
+    """No file fills a parameter that the model cannot be without."""
+
+
 @dataclass
 class Report:
     """What became of every key and every parameter. print() it.
@@ -23,6 +27,7 @@ class Report:
         reshaped: (parameter, shape in the file, shape here).
         replaced: parameters that a later source took over from an earlier one.
         assumed: parameters that no file holds and that have a known value all the same -> that value, in words.
+        origin: parameter filled -> the keys it was made of.
     """
 
     loaded: list[str] = field(default_factory=list)
@@ -33,6 +38,7 @@ class Report:
     reshaped: list[tuple[str, tuple, tuple]] = field(default_factory=list)
     replaced: list[str] = field(default_factory=list)
     assumed: dict[str, str] = field(default_factory=dict)
+    origin: dict[str, list[str]] = field(default_factory=dict)
 
     def __str__(self) -> str:
         lines = [f"loaded {len(self.loaded)} parameters"]
@@ -54,7 +60,9 @@ def assign(module: nn.Module, weights: Mapping[str, Tensor], what: str, unexpect
     own = module.state_dict().keys()
     missing, unknown = sorted(own - weights.keys()), [*sorted(weights.keys() - own), *unexpected]
     if missing or unknown:
-        raise ValueError(f"{what}: missing {missing[:8]}, not understood {unknown[:8]}")
+        raise (MissingWeights if missing else ValueError)(
+            f"{what}: missing {missing[:8]}, not understood {unknown[:8]}"
+        )
     if wrong := different(module, weights):
         raise ValueError(f"{what}: shapes differ: {wrong}")
     check_plain(weights, {})
@@ -101,7 +109,7 @@ def match(
                 report.unused += table.origin[name]
             else:
                 report.replaced += [name] if name in found else []
-                found[name] = value
+                found[name], report.origin[name] = value, table.origin[name]
     missing = sorted(own.keys() - found.keys())
     report.assumed = {name: assumed[name] for name in missing if assumed and name in assumed}
     refused = [
@@ -114,7 +122,7 @@ def match(
         raise ValueError(f"checkpoint: shapes differ: {wrong}")
     check_plain(found, {})
     if refused:
-        raise ValueError(
+        raise MissingWeights(
             f"checkpoint: nothing fills {len(refused)} parameters: {', '.join(groups(refused))}; name "
             f"them in allow_missing to leave them as they are\n{report}"
         )

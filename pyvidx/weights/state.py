@@ -1,4 +1,5 @@
-"""State dicts out of files, folders and wrappers: pickles, safetensors, shards, TorchScript. No file's code is run."""
+"""State dicts out of files, folders and wrappers: pickles, safetensors, shards, TorchScript, npz. No file's code is
+run."""
 
 import argparse
 import json
@@ -9,10 +10,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from pyvidx.tensor_files import opened
+from pyvidx.weights.place import MissingWeights
 from pyvidx.weights.torchscript import is_torchscript, read_torchscript
 
 # Where training code puts the weights in what it saves; the first that is there is read.
@@ -24,7 +27,7 @@ NO_WEIGHTS = re.compile(r"optim|scaler|sched|hyper|config|callback|loop")
 FILES = (
     "model.safetensors", "pytorch_model.bin", "open_clip_model.safetensors", "open_clip_pytorch_model.bin",
 )  # fmt: skip
-SUFFIXES = (".safetensors", ".bin", ".pth", ".pt", ".ckpt")
+SUFFIXES = (".safetensors", ".bin", ".pth", ".pt", ".ckpt", ".npz")
 SHARD = re.compile(r"(.+)-(\d{5})-of-(\d{5})(\.safetensors|\.bin)")
 LARGEST_INDEX = 64 << 20  # bytes of an index of shards
 # What a download may leave in place of weights, by its first bytes.
@@ -41,8 +44,8 @@ def read(path: str | Path, *, entry: str | None = None) -> dict[str, Tensor]:
     """The tensors of a file or folder of weights; beside them step counters, options and the like are passed over.
 
     Understood: .safetensors; pickles (.pth, .pt, .bin, .ckpt), which are read with weights_only=True; TorchScript
-    archives, whose tensors are read and whose code is not run; an index of shards (model.safetensors.index.json,
-    pytorch_model.bin.index.json); a folder that holds one of these.
+    archives, whose tensors are read and whose code is not run; .npz of arrays; an index of shards
+    (model.safetensors.index.json, pytorch_model.bin.index.json); a folder that holds one of these.
 
     Args:
         path: file or folder.
@@ -84,7 +87,8 @@ def naming(sources: Sequence) -> Iterator[None]:
         paths = [str(source) for source in sources if isinstance(source, str | Path)]
         if not paths or any(path in str(error) for path in paths):
             raise
-        raise ValueError(f"{error}\nread from {', '.join(paths)}") from error
+        kind = MissingWeights if isinstance(error, MissingWeights) else ValueError
+        raise kind(f"{error}\nread from {', '.join(paths)}") from error
 
 
 def _content(path: Path):
@@ -108,6 +112,8 @@ def _content(path: Path):
                     raise ValueError(f"checkpoint: {path} is a compressed archive; unpack it first")
                 if is_torchscript(archive):
                     return read_torchscript(archive, path)
+                if all(name.endswith(".npy") for name in archive.namelist()):
+                    return _arrays(path)
         except zipfile.BadZipFile as error:
             raise ValueError(f"checkpoint: {path} is damaged or truncated ({error})") from error
     try:
@@ -124,6 +130,20 @@ def _content(path: Path):
             f"checkpoint: {path} is not a pickle of plain tensors or is truncated; pickles are only read "
             f"with weights_only=True ({_line(error)})"
         ) from error
+
+
+def _arrays(path: Path) -> dict[str, Tensor]:
+    """The arrays of an .npz."""
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            found = {name: arrays[name] for name in arrays.files}
+        # JAX's bfloat16 is to numpy two bytes of no type.
+        return {
+            name: torch.from_numpy(a.view(np.int16)).view(torch.bfloat16) if a.dtype == "V2" else torch.from_numpy(a)
+            for name, a in found.items()
+        }
+    except (OSError, ValueError, TypeError, EOFError) as error:
+        raise ValueError(f"checkpoint: {path} is no archive of arrays, or is damaged ({_line(error)})") from error
 
 
 def _classes(path: Path, error: Exception) -> list[str]:

@@ -12,6 +12,7 @@
 #include "pyvidx/memory_scan.h"
 #include "pyvidx/quick_gelu.h"
 #include "pyvidx/residual_norm.h"
+#include "pyvidx/resize_normalize.h"
 #include "pyvidx/st_pool.h"
 #include "pyvidx/temporal_attention.h"
 #include "pyvidx/temporal_scale.h"
@@ -202,6 +203,13 @@ const std::map<std::string, std::function<void()>> kCalls = {
      [] {
        temporal_scale_backward_cuda({rows(kMany, 1, 1, C), {}, rows(C, 3), {}, rows(kMany, 1, 1, C), {}, {}, {}, {}},
                                     {});
+     }},
+    {"resize_normalize",
+     [] {
+       ResizeNormalizeArgs a{};
+       a.frames = rows(8 * kMany, 1, 1, 3), a.out = rows(8 * kMany, 3, 1, 1), a.h = a.w = 1;
+       a.rows = a.columns = rows(1, 5);
+       resize_normalize_cuda(a, {});
      }},
     {"gated_fusion",
      [] {

@@ -61,11 +61,11 @@ SIGNS = {
 }
 # name -> kind of training, changes of its configuration and of its recipe, and suffix of --export.
 RUNS = {
-    "btadapter": ("btadapter", {}, {}, ".pth"),
+    "pretraining": ("pretrain", {}, {}, ".pth"),
     "malmm": ("malmm", {}, {"save_every": 2}, ".pth"),
-    "btadapter from stored features": ("btadapter", {"features": True}, {"save_every": 2}, ".safetensors"),
+    "pretraining from stored features": ("pretrain", {"features": True}, {"save_every": 2}, ".safetensors"),
     "malmm, float16": ("malmm", {}, {"amp": "float16"}, ".safetensors"),
-    "btadapter with a worker": ("btadapter", {}, {"workers": 1, "save_every": 2}, ".safetensors"),
+    "pretraining with a worker": ("pretrain", {}, {"workers": 1, "save_every": 2}, ".safetensors"),
 }
 
 
@@ -122,9 +122,9 @@ class World:
         mend_torchvision()
         torch.set_num_threads(1)  # a fork has no other threads
         from tests.test_language import causal_lm, tokenizer
-        from tests.test_train_btadapter import step
+        from tests.test_train_pretrain import step
 
-        for module in ("matplotlib.figure", "torch.utils.tensorboard", "pyvidx.train.btadapter", "pyvidx.train.malmm"):
+        for module in ("matplotlib.figure", "torch.utils.tensorboard", "pyvidx.train.pretrain", "pyvidx.train.malmm"):
             importlib.import_module(module)  # once for all forks
 
         self.folder = folder
@@ -154,7 +154,7 @@ class World:
         kind, changes, recipe, suffix = RUNS[name]
         own = {"epochs": 3, "batch": 4, "peak_lr": 1e-3, "start_lr": 1e-4, "amp": "bfloat16", "save_every": 1}
         values = {"out": str(out / "out"), "frames": 4, "recipe": own | recipe} | changes
-        if kind == "btadapter":
+        if kind == "pretrain":
             videos = {"kind": "folder", "root": str(self.folder / "videos")}
             values |= {"train": videos, "held_out": videos, "weights": str(self.folder / "bt.safetensors"),
                        "text": str(self.folder / "text.safetensors"), "heads": [2, 2], "drop_path": 0.5,

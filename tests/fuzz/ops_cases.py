@@ -148,6 +148,29 @@ def quick_gelu_backward(d):
     return {"grad_out": d.floats(3, 5, d.C)} | quick_gelu(d) | {"need_x": d.flag(), "need_bias": d.flag()}
 
 
+# --- resize_normalize
+
+
+@raw
+def resize_normalize(d):
+    return {
+        "frames": d.ints(0, 256, 2, 9, 11, 3, dtype=torch.uint8),
+        "size": [d.random.choice([5, 9, 20]), 7],
+        "crop": [d.random.choice([-2, 0, 1]), 1, 4, 6],
+        "bilinear": d.flag(),
+        "mean": [0.5, 0.4, 0.3],
+        "std": [0.2, 0.3, 0.4],
+        "dtype": d.dtype,
+    }
+
+
+@raw
+def resize_normalize_out(d):
+    args = resize_normalize(d)
+    del args["dtype"]
+    return args | {"out": d.floats(2, 3, 4, 6)}
+
+
 # --- residual_norm, gated_fusion, gated_output
 
 

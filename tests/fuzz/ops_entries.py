@@ -23,6 +23,7 @@ from tests.fuzz.ops_cases import (
     memory_scan_,
     quick_gelu,
     residual_norm,
+    resize_normalize,
     st_pool,
     temporal_attention,
     temporal_scale,
@@ -101,6 +102,13 @@ def public_residual_norm(d):
     args = residual_norm(d)
     norm = args.pop("weight"), args.pop("shift"), args.pop("eps")
     return args | {"norm": norm}
+
+
+@public
+def public_resize_normalize(d):
+    args = resize_normalize(d)
+    args["filter"] = "bilinear" if args.pop("bilinear") else "bicubic"
+    return _sometimes_out(d, args, (2, 3, 4, 6))
 
 
 @public

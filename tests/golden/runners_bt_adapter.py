@@ -5,7 +5,7 @@ from contextlib import nullcontext
 import pytest
 import torch
 
-from pyvidx.backbones.clip import CLIPVisionConfig
+from pyvidx.backbones.vit import ViTConfig
 from pyvidx.models.bt_adapter import BTAdapter
 from pyvidx.models.config import BTAdapterConfig
 from pyvidx.models.pretraining import Pretraining
@@ -13,14 +13,14 @@ from pyvidx.reference.bt_adapter import ReferenceBTAdapter
 from pyvidx.reference.pretraining import ReferencePretraining
 from pyvidx.temporal.branch import fused_tokens
 from pyvidx.temporal.bt_adapter import split_rows
+from pyvidx.weights import text_towers
 from pyvidx.weights.bt_adapter import load_official, load_weights
-from pyvidx.weights.clip_text import clip_text
 from pyvidx.weights.keys import THIRDS, locate
 from tests.golden.vectors import Check, runner
 
 BOTH = ("reference", "fast", "folded")
 GRADIENT_TOLERANCE = 1e-4
-TRAINED = ("model.branch.", "model.output_gate", "head.")
+TRAINED = ("model.temporal.branch.", "model.temporal.output_gate", "head.")
 
 
 def config(meta, gates=None, **changes):
@@ -29,7 +29,7 @@ def config(meta, gates=None, **changes):
     scales = [gates.get("middle_norm"), gates.get("out_norm")]
     if None not in scales:
         changes |= {"gate_scale": scales[0], "output_gate_scale": scales[1]}
-    vision = CLIPVisionConfig(
+    vision = ViTConfig(
         image_size=v["image_size"],
         patch_size=v["patch_size"],
         width=v["hidden_size"],
@@ -44,7 +44,7 @@ def config(meta, gates=None, **changes):
 
 
 def fast_model(config, tower, weights, variant):
-    model = BTAdapter(config, compat="official", tower=tower)
+    model = BTAdapter(config, compat="official", variant=tower)
     report = load_weights(model, weights)
     assert not report.unexpected and not report.missing
     return model.fold() if variant == "folded" else model
@@ -64,9 +64,17 @@ def keeps(key, own):
 
 def branch_states(model, pixels, mask=None):
     """Backbone outputs, every branch state as the official flat Z [B, 1 + n, C], and the frame vectors."""
-    xs = model.backbone(model.read_pixels(pixels), range(model.config.fork, model.config.vision.layers))
-    states = model.branch(xs, model.backbone.position, model.grouping(xs[0], mask))
-    return xs, [official_order(*state) for state in states], model.frame_vectors(xs[-1], states[-1][1])
+    xs = model.tower(model.read_pixels(pixels), range(model.config.fork, model.config.vision.layers))
+    states = model.temporal.branch(xs, model.tower.position, grouping(model, xs[0], mask))
+    return (
+        xs,
+        [official_order(*state) for state in states],
+        model.temporal.frame_vectors(xs[-1], states[-1][1], model.tower),
+    )
+
+
+def grouping(model, x, mask=None):
+    return model.temporal.grouping(x.shape[1], x.shape[2] - 1, mask=mask, device=x.device)
 
 
 def official_order(z, cls):
@@ -110,7 +118,7 @@ def mma_video(sizes, tower, weights, variant, video, out, check, mask=None, embe
         check(f"{out}backbone.{sizes.fork + j}", xs[j].flatten(0, 1))
     check(f"{out}backbone_last", xs[-1].flatten(0, 1))
     check(f"{out}post_ln_cls", frames.flatten(0, 1))
-    check(f"{out}per_frame", model.backbone.projection(frames))
+    check(f"{out}per_frame", model.tower.projection(frames))
     if mask is None and sizes.depth > 1:
         both = model(video)  # with the tokens computed beside it
         check(out + embed, both.pooled)
@@ -155,7 +163,7 @@ def mma_train(file, run, variant, check):
 def text_tower(file):
     sizes, weights = file.meta["clip"]["text"], file.part("weights.")
     options = {"hidden_act": sizes["hidden_act"], "eps": sizes["layer_norm_eps"]}
-    return clip_text(weights, heads=sizes["num_attention_heads"], **options)
+    return text_towers.text_tower(weights, heads=sizes["num_attention_heads"], **options)
 
 
 def keeps_to_drops(case, tensors, depth):
@@ -171,12 +179,12 @@ def keeps_to_drops(case, tensors, depth):
 def fast_states(step, pixels, mask, drops):
     """Backbone outputs and the branch's states after time attention (T.j) and after the layer (S.j)."""
     model, trace, rows = step.model, {}, None
-    xs = model.backbone(model.read_pixels(pixels), range(model.config.fork, model.config.vision.layers))
+    xs = model.tower(model.read_pixels(pixels), range(model.config.fork, model.config.vision.layers))
     group = step.grouping(xs[0], mask)
     for j, following in enumerate(step.rows(xs, group, drops)):
         time = drops[j][0] if drops[j] else None
-        mixed = model.branch.mix(j, xs[j], rows, model.backbone.position, group, time)
-        tokens = mixed.z + mixed.added.total()
+        mixed = model.temporal.branch.mix(j, xs[j], rows, model.tower.position, group, time)
+        tokens = mixed.z + mixed.added
         trace[f"T.{j}"], trace[f"S.{j}"] = official_order(tokens, mixed.cls), official_order(*split_rows(following))
         trace[f"backbone.{model.config.fork + j}"] = xs[j].flatten(0, 1)
         rows = following
@@ -210,16 +218,18 @@ def llava_infer(file, run, variant, check):
     else:
         _, states, frames = branch_states(model, pixels)
         clip = model.read_pixels(pixels)
-        xs = [model.backbone.embed(clip), *model.backbone(clip, range(sizes.vision.layers))]
+        xs = [model.tower.embed(clip), *model.tower(clip, range(sizes.vision.layers))]
         hidden = [x.flatten(0, 1) for x in xs[: sizes.fork + 1]]
-        group = model.grouping(xs[0])
-        branch = model.branch(xs[sizes.fork + 1 :], model.backbone.position, group)
+        group = grouping(model, xs[0])
+        branch = model.temporal.branch(xs[sizes.fork + 1 :], model.tower.position, group)
         hidden += [fused_tokens(x, group.patch_mean(z), cls) for x, (z, cls) in zip(xs[sizes.fork + 1 : -1], branch)]
         x, z, pooler = xs[-1].flatten(0, 1), states[-1], frames.flatten(0, 1)
         llm_tokens = model(pixels, outputs=("tokens",)).tokens
         both = model(pixels)
         check(out + "llm_tokens", both.tokens)
-        check(out + "pooler", model.encode_frames(pixels).flatten(0, 1))
+        last = model.layers(pixels, outputs=("pooled",))
+        each = model.temporal.encode(last, model.tower, outputs=("pooled",), per_frame=True).pooled
+        check(out + "pooler", each.flatten(0, 1))
         want = file.tensors[out + "pooler"].view(clip.shape[0], clip.shape[1], -1).mean(dim=1)
         assert (both.pooled - want).abs().max() <= 2e-5 * max(1.0, want.abs().max())
     for i, state in enumerate(hidden):
@@ -246,10 +256,10 @@ def llava_features(file, run, variant, check):
     else:
         model = fast_model(sizes, "llava", weights, variant)
         tokens = model(features).tokens
-        xs = model.backbone.run(features if features.dim() == 4 else features[None], sizes.backbone_layers)
-        group = model.grouping(xs[0])
+        xs = model.tower.run(features if features.dim() == 4 else features[None], sizes.backbone_layers)
+        group = grouping(model, xs[0])
         check(f"{out}hidden.0", features.reshape(-1, *features.shape[-2:]))
-        for j, (z, cls) in enumerate(model.branch(xs, model.backbone.position, group)):
+        for j, (z, cls) in enumerate(model.temporal.branch(xs, model.tower.position, group)):
             check(f"{out}hidden.{j + 1}", fused_tokens(xs[j], group.patch_mean(z), cls))
     check(out + "llm_tokens", tokens)
     gradients = file.part(f"grad.{run}.")
@@ -270,7 +280,7 @@ def llava_sft(file, run, variant, check):
     """What an integrator has: a CLIP and the tuned branch as published, and nothing told but what no weight tells."""
     clip, tuned = file.part("clip."), file.part("sft.")
     model, report = load_official(clip, tuned, part="tokens", heads=2, hidden_act="quick_gelu")
-    assert "branch.gate" in report.assumed and not report.unexpected
+    assert "temporal.branch.gate" in report.assumed and not report.unexpected
     model = model.fold() if variant == "folded" else model
     name = f"tokens_{run}"
     Check({name: file.tensors[name]})(name, model(file.tensors[f"pixels_{run}"]).tokens)

@@ -1,10 +1,11 @@
 """MA-LMM from pixels to the language model's tokens, and its frame encoder: the reference, streams, whole clips."""
 
 import re
+from dataclasses import replace
 
 import torch
 
-from pyvidx.backbones.eva import EVAVision, EVAVisionConfig
+from pyvidx.backbones.vit import EVA_G, ViT
 from pyvidx.layers.patch import patch_rows, resize_positions
 from pyvidx.memory.qformer import QFormerConfig
 from pyvidx.models.malmm import MALMM
@@ -19,7 +20,8 @@ def config_of(file) -> MALMMConfig:
     m, weights = file.meta, file.part("weights.")
     width = m["encoder_width"]
     return MALMMConfig(
-        EVAVisionConfig(
+        replace(
+            EVA_G,
             image_size=m["img"], patch_size=m["patch"], width=width, heads=m["vit_heads"], layers=m["vit_depth"],
             mlp_width=int(width * m["mlp_ratio"]), eps=m["vit_ln_eps"], norm_eps=m["ln_vision_eps"],
         ),
@@ -176,7 +178,8 @@ def gradients(model, file):
 @torch.no_grad()
 def eva(file, run, variant, check):
     m, t = file.meta, file.tensors
-    config = EVAVisionConfig(
+    config = replace(
+        EVA_G,
         image_size=m["img"], patch_size=m["patch"], width=m["embed_dim"], heads=m["heads"], layers=m["depth"],
         mlp_width=m["mlp_hidden"], eps=m["block_ln_eps"], norm_eps=m["ln_vision_eps"],
     )  # fmt: skip
@@ -190,13 +193,13 @@ def eva(file, run, variant, check):
         norm.load_state_dict(file.part("weights.ln_vision."))
         trace["ln_vision"] = norm(x)
     else:
-        model = EVAVision(config)
+        model = ViT(config)
         model.load_state_dict({n.removeprefix("vision."): v for n, v in rename(weights).weights.items()})
-        trace["patch_embed"] = patch_rows("EVAVision", t["in.image"], model.patch.weight, model.patch.bias)[0]
+        trace["patch_embed"] = patch_rows("ViT", t["in.image"], model.patch, model.patch_bias)[0]
         x = model.embed(t["in.image"])
-        for i, block in enumerate(model.blocks):
+        for i, block in enumerate(model.blocks.values()):
             trace[f"block{i}"] = x = block(x)
-        trace |= {"features": x, "ln_vision": model(t["in.image"])}
+        trace |= {"features": model(t["in.image"])[0], "ln_vision": model.norm(x)}
     for name, value in trace.items():
         check(f"out.{name}", value)
     check("out.pos_embed_3x3", resize_positions(t["in.pos_embed_5x5"][0], 3, 3)[None])

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from pyvidx import temporal
-from pyvidx.backbones.clip import CLIPVision, CLIPVisionConfig
+from pyvidx.backbones.vit import ViT, ViTConfig
 from pyvidx.layers.block import Block
 from pyvidx.models import VideoEncoder
 from pyvidx.models.losses import alignment
@@ -16,8 +16,8 @@ from pyvidx.temporal.grid_pool import grid_pool, with_newlines
 from pyvidx.temporal.st_adapter import Adapter
 from pyvidx.temporal.st_pool import space_time_means
 from pyvidx.video.sampling import sample
-from pyvidx.weights.clip import fill
 from pyvidx.weights.keys import THIRDS, locate, rename
+from pyvidx.weights.towers import filled, tower_names
 from tests.golden.vectors import runner
 
 GRADIENT_TOLERANCE = 1e-4
@@ -32,7 +32,7 @@ def vision(weights, *, heads, image_size, prefix="encoder.layers", hidden_act="q
     patch = next(v for k, v in weights.items() if k.endswith(("patch_embedding.weight", "conv1.weight")))
     layers = {k.split(".")[prefix.count(".") + 1] for k in weights if k.startswith(prefix)}
     mlp = next(v for k, v in weights.items() if k.endswith(("fc1.bias", "c_fc.bias")) and "mlp" in k)
-    return CLIPVisionConfig(
+    return ViTConfig(
         image_size=image_size, patch_size=patch.shape[-1], width=patch.shape[0], heads=heads, layers=len(layers),
         mlp_width=len(mlp), hidden_act=hidden_act,
     )  # fmt: skip
@@ -41,7 +41,7 @@ def vision(weights, *, heads, image_size, prefix="encoder.layers", hidden_act="q
 def load_block(weights, heads):
     """A Block from the unprefixed weights of one CLIP layer; what is not of a block is left out."""
     renamed = rename({f"layers.0.{k}": v for k, v in weights.items()})
-    own = {k.removeprefix("backbone.blocks.0."): v for k, v in renamed.weights.items()}
+    own = {k.removeprefix("tower.blocks.0."): v for k, v in renamed.weights.items()}
     block = Block(own["out.bias"].shape[0], heads, own["fc1.bias"].shape[0])
     block.load_state_dict(own)
     return block
@@ -50,7 +50,7 @@ def load_block(weights, heads):
 def block_gradient(block, name):
     """Of an original name inside a layer."""
     target, third = locate(f"layers.0.{name}")
-    grad = dict(block.named_parameters())[target.removeprefix("backbone.blocks.0.")].grad
+    grad = dict(block.named_parameters())[target.removeprefix("tower.blocks.0.")].grad
     return grad.chunk(3)[THIRDS[third]] if third else grad
 
 
@@ -93,7 +93,7 @@ def st_adapter(file, run, variant, check):
 def st_adapter_block(file, run, variant, check):
     weights, meta = file.part("weights."), file.meta
     block = load_block({k: v for k, v in weights.items() if "adapter" not in k}, meta["heads"])
-    sizes = CLIPVisionConfig(meta["H"], 1, meta["C"], meta["heads"], 2, block.fc1.out_features)
+    sizes = ViTConfig(meta["H"], 1, meta["C"], meta["heads"], 2, block.fc1.out_features)
     module = temporal.create("st_adapter", sizes, layers=1, width=meta["Ca"], kernel=meta["kernel"])
     adapters = {"adapter_pre_attn.": module.attention[0], "adapter_pre_mlp.": module.mlp[0]}
     for prefix, adapter in adapters.items():
@@ -118,7 +118,7 @@ def st_adapter_vit(file, run, variant, check):
     tower = {k: v for k, v in weights.items() if "adapter" not in k and not k.startswith("fc.")}
     with_adapters = {k.split(".")[2] for k in weights if "adapter" in k}
     options = {"layers": len(with_adapters), "width": file.meta["Ca"]}
-    model = VideoEncoder(fill(sizes, tower), temporal.create("st_adapter", sizes, **options))
+    model = VideoEncoder(filled(sizes, tower_names(tower)), temporal.create("st_adapter", sizes, **options))
     for i in with_adapters:
         j = int(i) - model.temporal.first
         for place, adapters in (("attn", model.temporal.attention), ("mlp", model.temporal.mlp)):
@@ -134,27 +134,31 @@ def stan_branch(file, run, variant, check):
     weights, meta = file.part("weights."), file.meta
     own = rename(weights).weights
     side = int((meta["tokens"] - 1) ** 0.5)
-    mlp = own["backbone.blocks.0.fc1.bias"].shape[0]
-    sizes = CLIPVisionConfig(side, 1, meta["C"], meta["heads"], meta["backbone_layers"], mlp)
-    tower = CLIPVision(sizes)
+    mlp = own["tower.blocks.0.fc1.bias"].shape[0]
+    sizes = ViTConfig(side, 1, meta["C"], meta["heads"], meta["backbone_layers"], mlp)
+    tower = ViT(sizes)
     loaded = tower.load_state_dict(
-        {k.removeprefix("backbone."): v for k, v in own.items() if k.startswith("backbone.")}, strict=False
+        {k.removeprefix("tower."): v for k, v in own.items() if k.startswith("tower.")}, strict=False
     )
     assert loaded.missing_keys == ["patch"] and not loaded.unexpected_keys
     module = temporal.create("stan", sizes, depth=meta["depth"], per_frame=True)
-    module.load_state_dict({k: v for k, v in own.items() if k.startswith("branch.") and k != "branch.seed"})
+    module.load_state_dict(
+        {k.removeprefix("temporal."): v for k, v in own.items() if k.startswith("temporal.") and not k.endswith("seed")}
+    )
     x = file.tensors["in.x"].requires_grad_()
     xs = tower.run(tower.norm_pre(clip_frames(file, x)), module.reads)
     check("out.backbone", xs[-1].flatten(0, 1))
     cls = module.encode(xs, tower).pooled.flatten(0, 1)
     check("out.cls", cls)
     (cls * file.tensors["in.dout"]).sum().backward()
-    z, z_cls = module.branch(xs, tower.position, module._group(xs[0], None), seed=tower.class_token)[-1]
+    z, z_cls = module.branch(
+        xs, tower.position, module.grouping(meta["T"], meta["tokens"] - 1), seed=tower.class_token
+    )[-1]
     check("out.branch", torch.cat([z_cls[:, None], z.transpose(1, 2).flatten(1, 2)], dim=1))
     check("out.d_x", x.grad, GRADIENT_TOLERANCE)
     for name in file.part("out.grad."):
         target, third = locate(name.replace("STAN_", "btadapter_"))
-        grad = dict(module.named_parameters())[target].grad
+        grad = dict(module.named_parameters())[target.removeprefix("temporal.")].grad
         check(f"out.grad.{name}", grad.chunk(3)[THIRDS[third]] if third else grad, GRADIENT_TOLERANCE)
 
 
@@ -182,7 +186,7 @@ def clipvip_vision(file, run, variant, check):
     sizes = vision(weights, heads=meta["heads"], image_size=meta["image"])
     tower = {k: v for k, v in weights.items() if not k.endswith(("added_cls", "temporal_embedding"))}
     options = {"proxies": 1 + meta["add_cls_num"], "time_length": meta["temporal_size"]}
-    model = VideoEncoder(fill(sizes, tower), temporal.create("clip_vip", sizes, **options))
+    model = VideoEncoder(filled(sizes, tower_names(tower)), temporal.create("clip_vip", sizes, **options))
     model.temporal.added.copy_(weights["embeddings.added_cls"])
     model.temporal.time.copy_(weights["embeddings.temporal_embedding"][0])
     check("out.embeddings", model.temporal.embed(model.tower.tokens(video), model.tower))
@@ -198,7 +202,7 @@ def separate(file, run, variant, check):
     meta, weights = file.meta, file.part("weights.")
     block = load_block({k: v for k, v in weights.items() if not k.startswith("temporal")}, meta["heads"])
     side = int((meta["tokens"] - 1) ** 0.5)
-    sizes = CLIPVisionConfig(side, 1, meta["C"], meta["heads"], 2, block.fc1.out_features)
+    sizes = ViTConfig(side, 1, meta["C"], meta["heads"], 2, block.fc1.out_features)
     rows = weights["temporal_embedding"].shape[1]
     module = temporal.create("separate", sizes, layers=1, time_length=rows, every=True, fc=False)
 
@@ -207,7 +211,7 @@ def separate(file, run, variant, check):
             return "time", None
         name = re.sub("temporal_attn", "self_attn", name).replace("temporal_layer_norm1", "layer_norm1")
         target, third = locate(f"btadapter_T_layers.0.{name}")
-        return target.removeprefix("branch."), third
+        return target.removeprefix("temporal.branch."), third
 
     parameters = dict(module.named_parameters())
     for name, value in weights.items():
@@ -289,7 +293,7 @@ def umt(file, run, variant, check):
     check("out.pool_full", full.pooled[:, None])
     check("out.pool_keep_temporal", per_frame.pooled)
     E = file.tensors["in.teacher"].shape[-1]
-    teacher = CLIPVision(CLIPVisionConfig(meta["img"], meta["patch"], 8, 2, 2, 8, embed_dim=E))
+    teacher = ViT(ViTConfig(meta["img"], meta["patch"], 8, 2, 2, 8, embed_dim=E))
     step = UnmaskedTeacher(student, teacher, taps=2, mask_ratio=meta["mask_ratio"])
     for i, head in enumerate(step.heads):
         for leaf in ("weight", "bias"):

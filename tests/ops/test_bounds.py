@@ -192,6 +192,7 @@ def writing_calls():
     q, qkv = randn(1, 1, 2, 16), randn(1, 2, 3, 3, 2, 8)
     rows, plan = torch.zeros(1, 4, 5, 8), ops.memory_scan_(*new_state(1, 3, 5, 8)[:5], x)
     order = torch.arange(4, dtype=torch.int32).repeat(1, 5, 1)
+    frames, pixels = torch.zeros(1, 6, 7, 3, dtype=torch.uint8), torch.zeros(1, 3, 4, 5)
     gathered, fused, pooled = (
         torch.zeros(1, 2, 3, 8),
         torch.zeros(1, 2, 5, 8),
@@ -202,6 +203,7 @@ def writing_calls():
         "st_pool": (lambda: ops.st_pool(x, out=pooled), pooled),
         "temporal_attention": (lambda: ops.temporal_attention(qkv, out=qkv_out), [qkv_out := torch.zeros(1, 2, 3, 16)]),
         "temporal_scale": (lambda: ops.temporal_scale(x, torch.ones(8, 3), out=scaled), [scaled := like(x)]),
+        "resize_normalize": (lambda: ops.resize_normalize(frames, (4, 5), out=pixels), [pixels]),
         "quick_gelu": (lambda: ops.quick_gelu(activated, out=activated), [activated := randn(3, 8, sliced=False)]),
         "residual_norm": (
             lambda: ops.residual_norm(x, x, (weight, gate), out=(summed, normed)),

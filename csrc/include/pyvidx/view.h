@@ -6,6 +6,7 @@
 using int8_t = signed char;
 using int32_t = int;
 using int64_t = long long;
+using uint8_t = unsigned char;
 using uint16_t = unsigned short;
 using uint32_t = unsigned int;
 using uint64_t = unsigned long long;
@@ -21,7 +22,7 @@ using uint64_t = unsigned long long;
 
 namespace pyvidx {
 
-enum class DType : int8_t { f16, bf16, f32, f64, i32, i64 };
+enum class DType : int8_t { f16, bf16, f32, f64, i32, i64, u8 };
 
 template <int kDims>
 struct View {

@@ -13,31 +13,32 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import pyvidx.train
-from pyvidx.backbones import CLIPText, CLIPTextConfig
+from pyvidx.backbones import TextConfig, TextTower
 from pyvidx.cli.train import Shown
 from pyvidx.cli.train import main as train_command
 from pyvidx.models import BTAdapter
 from pyvidx.models.pretraining import Pretraining
-from pyvidx.train import Ranks, Recipe, btadapter
-from pyvidx.train.btadapter import BTAdapterTask, Config, build, datasets
+from pyvidx.train import Ranks, Recipe, pretrain
 from pyvidx.train.loop import CHECKPOINT, evaluate
 from pyvidx.train.pairs import Pairs
+from pyvidx.train.pretrain import Config, build, datasets
+from pyvidx.train.pretrain_tasks import ContrastiveTask
 from pyvidx.train.recipe import groups, learning_rate, load
 from pyvidx.train.tokens import tokenizer
 from pyvidx.video import write
 from pyvidx.weights.bt_adapter import load_official
-from pyvidx.weights.clip_text import clip_text
 from pyvidx.weights.mma_export import export_mma
+from pyvidx.weights.text_towers import text_tower
 from tests.test_models import CONFIG, P, clip, randomized
 from tests.torchvision_shim import mend_torchvision
 
-TEXT = CLIPTextConfig(vocab=49408, context=77, width=16, heads=2, layers=1, mlp_width=16, embed_dim=6)
+TEXT = TextConfig(vocab=49408, context=77, width=16, heads=2, layers=1, mlp_width=16, embed_dim=6)
 CAPTIONS = ["a red wall", "night", "something green that is not grass", "snow", "a broken file", "sea", "sand", "ash"]
 
 
 def step(seed=1, **options):
     torch.manual_seed(seed)
-    return randomized(Pretraining(BTAdapter(CONFIG), CLIPText(TEXT), **options))
+    return randomized(Pretraining(BTAdapter(CONFIG), TextTower(TEXT), **options))
 
 
 def some_tokenizer(texts):
@@ -78,7 +79,7 @@ def command(folder, values, *options, **changes):
     recipe = values["recipe"] | changes.pop("recipe", {})
     path = folder / "run.json"
     path.write_text(json.dumps(values | changes | {"recipe": recipe}))
-    return train_command(["btadapter", "--config", str(path), "--device", "cpu", *options])
+    return train_command(["pretrain", "--config", str(path), "--device", "cpu", *options])
 
 
 def lines(out):
@@ -96,7 +97,7 @@ def test_the_example_is_the_paper():
     factors = [learning_rate(recipe, 0, p * 10, batches) / 2e-6 for p in (0, 10, 25, 50, 75, 100)]
     assert factors == pytest.approx([0.05, 0.24, 0.525, 1, 0.992, 0.970], abs=1e-3)
     torch.manual_seed(0)
-    pretraining = Pretraining(BTAdapter(CONFIG), CLIPText(replace(TEXT, vocab=9)))
+    pretraining = Pretraining(BTAdapter(CONFIG), TextTower(replace(TEXT, vocab=9)))
     rates = {}
     for group in groups(pretraining, recipe):
         assert group["weight_decay"] == 0.05
@@ -133,10 +134,10 @@ def test_checkpointing_gives_the_same_gradients(mask, mask_order):
     batch, results = Pairs([(0, 4), (0, 9)], ["a", "some text"], pixels, {}), []
     for checkpointing in (False, True):
         options = {"drop_path": 0.5, "mask_rate": 2 / 3, "mask_order": mask_order, "checkpointing": checkpointing}
-        task = BTAdapterTask(step(**options), some_tokenizer, mask=mask)
+        task = ContrastiveTask(step(**options), some_tokenizer, mask=mask)
         task.train()
         calls = []
-        for layer in (*task.model.branch.temporal, *task.model.branch.spatial):
+        for layer in (*task.model.temporal.branch.temporal, *task.model.temporal.branch.spatial):
             layer.register_forward_pre_hook(lambda *_, calls=calls: calls.append(1))
         losses = task(batch)
         sum(losses.values()).backward()
@@ -147,7 +148,7 @@ def test_checkpointing_gives_the_same_gradients(mask, mask_order):
 
 
 def test_draws_belong_to_rows():
-    task = BTAdapterTask(step(drop_path=0.5), some_tokenizer, seed=7).train()
+    task = ContrastiveTask(step(drop_path=0.5), some_tokenizer, seed=7).train()
     at = [(epoch, row) for epoch in range(2) for row in range(4)]
     mask, drops = task.draws(at, 4)
     assert mask.shape == (8, P) and (mask.sum(1) == int(0.7 * P)).all() and drops[0] is None
@@ -156,13 +157,13 @@ def test_draws_belong_to_rows():
         assert torch.equal(own[0], mask[i])
         assert all(torch.equal(a[0], b[i]) for x, y in zip(own_drops[1:], drops[1:]) for a, b in zip(x, y))
     assert len(mask.unique(dim=0)) > 5
-    other = BTAdapterTask(step(drop_path=0.5), some_tokenizer, seed=8)
+    other = ContrastiveTask(step(drop_path=0.5), some_tokenizer, seed=8)
     assert not torch.equal(other.draws(at, 4)[0], mask) and other.eval().draws(at, 4)[1] is None
 
 
 @pytest.mark.parametrize("amp", ["bfloat16", "float16"])
 def test_mixed_precision(amp):
-    task = BTAdapterTask(step(), some_tokenizer).train()
+    task = ContrastiveTask(step(), some_tokenizer).train()
     batch = Pairs([(0, i) for i in range(3)], ["a", "bc", "def"], clip(B=3, dtype=torch.float32), {})
     want = task(batch)
     with torch.autocast("cpu", getattr(torch, amp)):
@@ -228,13 +229,13 @@ def test_the_command_resumes_to_the_same_bits(run, monkeypatch, capsys, amp):
 
     start, last = (BTAdapter.from_pretrained(p) for p in (folder / "start.safetensors", out / "last.safetensors"))
     moved = {n for (n, p), q in zip(start.named_parameters(), last.parameters()) if not torch.equal(p, q)}
-    assert moved == {n for n in dict(start.named_parameters()) if not n.startswith("backbone.")}
+    assert moved == {n for n in dict(start.named_parameters()) if not n.startswith("tower.")}
     official, report = load_official(folder / "official.pth", heads=2)
     for (name, p), q in zip(official.named_parameters(), last.parameters()):
         assert torch.equal(p, q), name
     assert not report.missing and not report.unexpected and not report.unused
     state = torch.load(folder / "official.pth", weights_only=True)["state_dict"]
-    text = clip_text({key: value for key, value in state.items() if key.startswith("text_")}, heads=2)
+    text = text_tower({key: value for key, value in state.items() if key.startswith("text_")}, heads=2)
     assert torch.equal(text.token.weight, step().text.token.weight)
 
 
@@ -257,7 +258,7 @@ OFFICIAL = {"gradient": "official", "loss_weights": [1, 0.1, 0], "recipe": {"epo
 
 def _process(rank, folder, values, ports):
     torch.set_num_threads(1)
-    btadapter.tokenizer = lambda *options: some_tokenizer  # open_clip takes seconds to import
+    pretrain.tokenizer = lambda *options: some_tokenizer  # open_clip takes seconds to import
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "MASTER_ADDR": "127.0.0.1", "WORLD_SIZE": "2"}
     stored = {"folder": str(folder / "stored"), "dtype": "float32", "shard": 3}
     changes = [
@@ -275,7 +276,7 @@ def test_two_processes_are_one(run, monkeypatch):
     """To 1e-5, with a video that cannot be read, DropPath, checkpointing and a held-out loss; the two take a video at a
     time; also from features that both have stored."""
     folder, values = run
-    monkeypatch.setattr(btadapter, "tokenizer", lambda *options: some_tokenizer)
+    monkeypatch.setattr(pretrain, "tokenizer", lambda *options: some_tokenizer)
     values |= {"checkpointing": True, "held_out": values["train"]}
     command(folder, values)
     command(folder, values, **OFFICIAL, out=str(folder / "official"))
@@ -355,7 +356,7 @@ def test_an_interrupted_store_goes_on(run, monkeypatch):
     (folder / "stored/index.json").unlink()
     (folder / "stored/00002.safetensors").unlink()
     calls = []
-    monkeypatch.setattr(task, "frozen", lambda pairs: calls.append(len(pairs)) or BTAdapterTask.frozen(task, pairs))
+    monkeypatch.setattr(task, "frozen", lambda pairs: calls.append(len(pairs)) or ContrastiveTask.frozen(task, pairs))
     again, _ = datasets(config, task, Ranks())
     assert calls == [2]
     got = [again[0, row] for row in range(len(again))]

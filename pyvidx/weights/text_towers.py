@@ -1,11 +1,11 @@
-"""A CLIPText from the weights of transformers' CLIP, open_clip or the official BT-Adapter pretraining file."""
+"""Text towers from the weights of transformers' CLIP and SigLIP, open_clip, or BT-Adapter's official pretraining."""
 
 import re
 
 import torch
 
-from pyvidx.backbones.clip_text import CLIPText, CLIPTextConfig
-from pyvidx.weights.clip import activation
+from pyvidx.backbones.text import SIGLIP_TEXT_B, TextConfig, TextTower
+from pyvidx.weights.big_vision import as_transformers, is_big_vision
 from pyvidx.weights.keys import (
     THIRDS,
     TOWER,
@@ -21,6 +21,7 @@ from pyvidx.weights.keys import (
 )
 from pyvidx.weights.place import assign
 from pyvidx.weights.state import Source, state_of
+from pyvidx.weights.towers import Told, activation, completed
 
 TOP = {
     "embeddings.token_embedding.weight": "token.weight",
@@ -32,7 +33,10 @@ TOP = {
     "ln_final.weight": "norm.weight",
     "ln_final.bias": "norm.bias",
     "text_projection.weight": "projection.weight",
+    "text_projection.bias": "projection.bias",
     "text_projection": "projection.weight",
+    "head.weight": "projection.weight",
+    "head.bias": "projection.bias",
 }
 PREFIX = re.compile(rf"^(({'|'.join(WRAPPERS)}|text_backbone|text_model|text_encoder|text)\.)+")
 NOT_TEXT = re.compile(
@@ -43,21 +47,26 @@ AXES = {"token.weight": 2, "position": 2, "projection.weight": 2, "blocks.0.fc1.
 BUFFERS = re.compile(r"(.*\.)?position_ids$|attn_mask$")
 
 
-def clip_text(state: Source, *, heads: int | None = None, hidden_act: str | None = None, eps: float = 1e-5) -> CLIPText:
-    """CLIPText with a copy of these weights, sizes inferred; frozen and in eval mode.
+def text_tower(
+    source: Source, *, heads: int | None = None, hidden_act: str | None = None, eps: float | None = None
+) -> TextTower:
+    """TextTower with a copy of these weights, sizes inferred; frozen and in eval mode.
 
     Args:
-        state: file, folder, module or state dict; the image tower and the head of a whole model are passed over.
-        heads: default width / 64, as in every published CLIP.
-        hidden_act, eps: what weights do not tell; "gelu" for LAION's and DataComp's. None: OpenAI's "quick_gelu", with
-            a warning where the weights are a CLIP's alone.
+        source: file, folder, module or state dict of a CLIP or a SigLIP, known by its projection's bias; the image
+            tower and the head of a whole model are passed over.
+        heads: default what a config beside the weights tells, or the published: 16 of width 1152, else width / 64.
+        hidden_act, eps: default what a config tells, or the published; of a CLIP that tells nothing OpenAI's
+            "quick_gelu", with a warning where the weights are a CLIP's alone: LAION's and DataComp's have "gelu".
 
     Raises:
         FileNotFoundError: there is no such file.
         ValueError: it cannot be read, a weight is missing, not understood or there twice, a shape differs, or the
             width does not give the heads.
     """
-    state, weights, thirds = state_of(state), {}, {}
+    told = completed(Told(heads, hidden_act, eps), source, "text")
+    state, weights, thirds = state_of(source), {}, {}
+    state = as_transformers(state) if is_big_vision(state) else state
     names = without_wrappers(list(state), lambda name: bool(_elsewhere(name) or _locate(name)[0]))
     for (key, value), name in zip(state.items(), names):
         if _elsewhere(name) or is_counter(value):
@@ -82,21 +91,28 @@ def clip_text(state: Source, *, heads: int | None = None, hidden_act: str | None
         )
     check_plain(weights, AXES)
     vocab, width = weights["token.weight"].shape
-    if heads is None and width % 64:
+    siglip = any(name.endswith(("projection.bias", "head.weight")) for name in names)
+    hidden_act = told.hidden_act or (SIGLIP_TEXT_B.hidden_act if siglip else None)
+    if hidden_act is None:
+        hidden_act = "quick_gelu" if is_official(state) else activation(None)
+    eps = told.eps if told.eps is not None else SIGLIP_TEXT_B.eps if siglip else 1e-5
+    if told.heads is None and width % 64:
         raise ValueError(f"CLIP text weights: width {width} is not a multiple of 64, so pass heads=")
-    config = CLIPTextConfig(
+    config = TextConfig(
         vocab=vocab,
         context=len(weights["position"]),
         width=width,
-        heads=heads or width // 64,
+        heads=told.heads or (16 if width == 1152 else width // 64),
         layers=count_layers(weights, "blocks."),
         mlp_width=len(weights["blocks.0.fc1.weight"]),
         embed_dim=len(weights["projection.weight"]),
-        hidden_act="quick_gelu" if hidden_act is None and is_official(state) else activation(hidden_act),
+        hidden_act=hidden_act,
         eps=eps,
+        pool="last" if siglip else "end",
+        projection_bias=siglip,
     )
     with torch.device("meta"):
-        tower = CLIPText(config)
+        tower = TextTower(config)
     assign(tower, weights, "CLIP text weights")
     return tower.requires_grad_(False).eval()
 
@@ -113,4 +129,4 @@ def _locate(name: str) -> tuple[str | None, str | None]:
         return TOP[name], None
     layer = re.search(r"(?:^|\.)((?:layers|resblocks)\.\d+\..+)", name)
     target, third = locate(layer[1]) if layer else (None, None)
-    return target and target.removeprefix("backbone."), third
+    return target and target.removeprefix("tower."), third

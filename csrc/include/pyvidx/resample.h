@@ -1,0 +1,72 @@
+// The weights of Pillow's antialiased resize along one axis, in its own fixed point: integers in units of 2^-22, so
+// that sums of them with 8-bit levels are exact in 32 bits, in whatever order.
+#pragma once
+#include "pyvidx/view.h"
+
+namespace pyvidx {
+
+constexpr int kWeightBits = 22;
+// Windows begin at multiples of so many pixels, and are so many times as long: four 8-bit levels fill 32 bits.
+constexpr int64_t kQuad = 4;
+
+// A product that no fused multiply-add swallows: Pillow rounds it, and its weights are to be equal bit for bit.
+PYVIDX_INLINE double rounded_product(double a, double b) {
+#if defined(__CUDA_ARCH__)
+  return __dmul_rn(a, b);
+#else
+  return a * b;
+#endif
+}
+
+// `length` source pixels become `resized`. 1 <= both < 2^31.
+struct Axis {
+  int64_t length, resized;
+  bool bilinear;  // or bicubic, a = -1/2
+
+  PYVIDX_INLINE double scale() const { return double(length) / double(resized); }
+  PYVIDX_INLINE double stretch() const { return scale() < 1 ? 1.0 : scale(); }
+  PYVIDX_INLINE double support() const { return (bilinear ? 1 : 2) * stretch(); }
+  // Of every window, a multiple of kQuad: the pixels that one output reads, and those before them down to a multiple.
+  PYVIDX_INLINE int64_t taps() const {
+    const int64_t read = length == resized ? 1 : int64_t(2 * support()) + 1;
+    return (read + 2 * (kQuad - 1)) / kQuad * kQuad;
+  }
+};
+
+PYVIDX_INLINE double resample_filter(double x, bool bilinear) {
+  x = x < 0 ? -x : x;
+  if (bilinear) return x < 1 ? 1 - x : 0.0;
+  if (x < 1) {
+    const double slope = rounded_product(1.5, x) - 2.5;
+    return rounded_product(rounded_product(slope, x), x) + 1;
+  }
+  if (x < 2) return rounded_product(rounded_product(rounded_product(x - 5, x) + 8, x) - 4, -0.5);
+  return 0.0;
+}
+
+// What output `at` reads: window = {first, weight of pixel first, of first + 1, ...}, axis.taps() of them. Outside of
+// [0, resized) all weights are 0, and so is the level.
+PYVIDX_INLINE void resample_window(const Axis& axis, int64_t at, int32_t* window) {
+  const int64_t inside = at < 0 ? 0 : at < axis.resized ? at : axis.resized - 1, taps = axis.taps();
+  const double center = rounded_product(double(inside) + 0.5, axis.scale()), support = axis.support();
+  int64_t begin = int64_t(center - support + 0.5), end = int64_t(center + support + 0.5);
+  begin = begin < 0 ? 0 : begin, end = end < axis.length ? end : axis.length;
+  if (axis.length == axis.resized) begin = inside, end = inside + 1;
+  const double shrink = 1 / axis.stretch();
+  const auto weight = [&](int64_t i) {
+    return resample_filter(rounded_product(double(i) - center + 0.5, shrink), axis.bilinear);
+  };
+  double sum = 0;
+  for (int64_t i = begin; i < end; ++i) sum += weight(i);
+  const int64_t first = begin / kQuad * kQuad;
+  window[0] = int32_t(first);
+  for (int64_t i = first; i < first + taps; ++i) {
+    const double share = at == inside && i >= begin && i < end ? weight(i) / sum * (1 << kWeightBits) : 0.0;
+    window[1 + i - first] = int32_t(share < 0 ? share - 0.5 : share + 0.5);
+  }
+}
+
+// The windows of outputs begin, begin + 1, ...: one row of windows [count, 1 + taps], i32, each. On the host.
+void resample_windows(const Axis& axis, int64_t begin, const View<2>& windows);
+
+}  // namespace pyvidx
