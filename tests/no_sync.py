@@ -125,11 +125,11 @@ def test_memory_policies(options):
         bank = policy.new(B, 6, 16, device="cuda:0", attached=widths)
         active, seconds = torch.ones(B, dtype=torch.bool), torch.zeros(B)
         with NoTraffic():
-            for step in range(M + 3):
+            for step in range(M + 2):
                 frame, rows = torch.randn(B, 6, 16), [torch.randn(B, 6, width) for width in widths]
                 bank = policy.push(bank, frame, seconds, None if step % 2 else active, rows)
             bank = policy.compress(policy.append(bank, frame, attached=rows))
-            clip, rows = torch.randn(B, M + 3, 6, 16), [torch.randn(B, M + 3, 6, width) for width in widths]
+            clip, rows = torch.randn(B, 2, 6, 16), [torch.randn(B, 2, 6, width) for width in widths]
             bank = policy.flush(policy.extend(bank, clip, attached=rows))
             bank.entries()
             bank.slots()

@@ -306,9 +306,8 @@ class Policy:
 @contextmanager
 def plain(device: str) -> Iterator[None]:
     """No graph, and no autocast: the choices are made in float32."""
-
-    plain = torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
-    with torch.no_grad(), plain:
+    off = torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
+    with torch.no_grad(), off:
         yield
 
 
