@@ -53,8 +53,8 @@ def text_tower(
     """TextTower with a copy of these weights, sizes inferred; frozen and in eval mode.
 
     Args:
-        source: file, folder, module or state dict of a CLIP or a SigLIP, known by its head; the image
-            tower and the head of a whole model are passed over.
+        source: file, folder, module or state dict of a CLIP or a SigLIP, known by its head; the image tower
+            and the head of a whole model are passed over.
         heads: default what a config beside the weights tells, or the published: 16 of width 1152, else width / 64.
         hidden_act, eps: default what a config tells, or the published; of a CLIP that tells nothing OpenAI's
             "quick_gelu", with a warning where the weights are a CLIP's alone: LAION's and DataComp's have "gelu".
