@@ -37,8 +37,13 @@ def tower(T):
 
 
 @pytest.mark.parametrize("T", [1, 8])
+@torch.no_grad()
 def test_the_tower(T):
-    assert forward("mean", {}, T) == tower(T)
+    """The last layer works for the class token alone: a block of one token, and a weight of every head for each."""
+    encoder, pixels = meta_encoder(LARGE, "mean", {}), meta(1, T, 3, LARGE.image_size, LARGE.image_size)
+    assert count(lambda: encoder.from_layers(encoder.layers(pixels))) == tower(T)
+    alone = 24 * C**2 + 4 * N * LARGE.heads * C
+    assert forward("mean", {}, T) == tower(T) - T * (block(N) - alone)
 
 
 def test_closed_formulas():
@@ -85,7 +90,7 @@ def test_official_towers(tower_name, T, gflop):
 def test_whole_encoders(T, joint, separate, last4):
     """Over the tower alone, within 1 %; a branch costs less than its layers in full, since what nobody reads is not
     computed."""
-    base = forward("mean", {}, T)
+    base = tower(T)
     assert forward("joint", {}, T) / base == pytest.approx(joint, rel=0.01)
     assert forward("separate", {"fc": False}, T) / base == pytest.approx(separate, rel=0.01)
     assert forward("separate", {"layers": 4}, T) / base == pytest.approx(last4, rel=0.01)

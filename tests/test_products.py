@@ -11,7 +11,7 @@ from pyvidx.layers import attention, products
 from pyvidx.layers.attention import self_attention
 from pyvidx.layers.block import Block
 from pyvidx.layers.linear import dense, linear
-from pyvidx.layers.products import _choose
+from pyvidx.layers.products import _amd, _choose
 from pyvidx.models import flops
 from pyvidx.ops import bank_attention
 from tests.test_layers import gradients
@@ -88,8 +88,9 @@ def test_attention_kernel(dtype, autocast, monkeypatch):
     seen = []
     monkeypatch.setattr(attention, "bank_attention", lambda *a: seen.append(a[0].dtype) or bank_attention(*a))
     results = []
-    for library, most in (("onednn", 0), ("torch", N), ("torch", N - 1)):
-        monkeypatch.setattr(products, "LIBRARY", library)
+    monkeypatch.setattr(products, "LIBRARY", "torch")
+    for slow, most in ((True, 0), (False, N), (False, N - 1)):
+        monkeypatch.setattr(products, "MKL_IS_SLOW", slow)
         monkeypatch.setattr(attention, "MOST", dict.fromkeys(attention.MOST, most))
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
             results.append(gradients(self_attention(x, module, HEADS), x, *module.parameters()))
@@ -140,9 +141,10 @@ ZEN4, ZEN5, INTEL = (
 
 def test_choice(monkeypatch):
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
-    assert [_choose("", text) for text in (ZEN4, ZEN5, INTEL, "")] == ["torch", "onednn", "torch", "torch"]
-    assert [_choose("torch", ZEN5), _choose("onednn", INTEL)] == ["torch", "onednn"]
+    assert [_amd(text) for text in (ZEN4, ZEN5, INTEL, "")] == [25, 26, 0, 0]
+    assert [_choose("", family) for family in (0, 25, 26)] == ["torch", "onednn", "onednn"]
+    assert [_choose("torch", 26), _choose("onednn", 0)] == ["torch", "onednn"]
     with pytest.raises(ValueError, match="PYVIDX_PRODUCTS must be torch or onednn, got 'blas'"):
-        _choose("blas", ZEN5)
-    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
-    assert _choose("", ZEN5) == "torch"
+        _choose("blas", 26)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")  # Zen 3 is of family 25 too
+    assert _amd(ZEN4) == 0

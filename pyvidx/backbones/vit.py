@@ -175,7 +175,12 @@ class ViT(nn.Module):
         return range(indices[0], indices[-1] + 1) if indices else range(0)
 
     def forward(
-        self, pixels: Tensor, layers: Sequence[int] | None = None, *, interpolate: bool = False
+        self,
+        pixels: Tensor,
+        layers: Sequence[int] | None = None,
+        *,
+        interpolate: bool = False,
+        class_row: bool = False,
     ) -> tuple[Tensor, ...]:
         """Tokens of the chosen layers.
 
@@ -185,20 +190,23 @@ class ViT(nn.Module):
                 Layers after the last wanted one are not run.
             interpolate: resize the position table (bicubic) for images of another size; otherwise such images are an
                 error.
+            class_row: of the last wanted layer, give the class token alone where the tower has one: `embedding` reads
+                no other, and the layer takes next to no work.
 
         Returns:
-            one [..., 1+P, C] per wanted layer, first the class token or what stands for it, see `with_class`. Not
-            normalized.
+            one [..., 1+P, C] per wanted layer, first the class token or what stands for it, see `with_class`; with
+            class_row the last may be [..., 1, C]. Not normalized.
 
         Raises:
             ValueError: pixels or layers do not fit.
         """
-        return tuple(self.with_class(x) for x in self.run(self.embed(pixels, interpolate=interpolate), layers))
+        x = self.embed(pixels, interpolate=interpolate)
+        return tuple(self.with_class(x) for x in self.run(x, layers, class_row=class_row))
 
-    def run(self, x: Tensor, layers: Sequence[int] | None = None) -> tuple[Tensor, ...]:
+    def run(self, x: Tensor, layers: Sequence[int] | None = None, *, class_row: bool = False) -> tuple[Tensor, ...]:
         """The tower's own tokens [..., N, C] of the chosen layers, from the input of the first layer held.
 
-        N = 1+P with a class token, P without.
+        N = 1+P with a class token, P without. class_row: as in `forward`.
         """
         held = self.layers
         wanted = list(held[-1:]) if layers is None else list(layers)
@@ -208,7 +216,8 @@ class ViT(nn.Module):
             raise ValueError(f"ViT: layers must be ascending and in [{held[0]}, {held[-1]}], got {wanted}")
         found = []
         for i in range(held[0], wanted[-1] + 1):
-            x = self.blocks[str(i)](x)
+            block = self.blocks[str(i)]
+            x = block.class_row(x) if class_row and self.config.class_token and i == wanted[-1] else block(x)
             if i == wanted[len(found)]:
                 found.append(x)
         return tuple(found)

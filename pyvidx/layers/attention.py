@@ -34,7 +34,7 @@ def _fits_kernel(x: Tensor, width: int) -> bool:
     Elsewhere it pays on the lengths that MOST names.
     """
     fits = width % 8 == 0 and width <= MAX_WIDTH and x.dtype in MOST
-    return KERNEL and x.is_cpu and fits and (products.LIBRARY == "onednn" or x.shape[1] <= MOST[x.dtype])
+    return KERNEL and x.is_cpu and fits and (products.MKL_IS_SLOW or x.shape[1] <= MOST[x.dtype])
 
 
 def gather(query: Tensor, x: Tensor, layer: nn.Module, heads: int, mask: Tensor | None = None) -> Tensor:

@@ -6,8 +6,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pyvidx import ops
-from pyvidx.layers.attention import self_attention
+from pyvidx.layers.attention import gather, gathered_values, self_attention
 from pyvidx.layers.linear import dense
+from pyvidx.layers.plain import plain, untouched
 
 # silu is what quick_gelu becomes when its two factors are folded into the weights beside it.
 ACTIVATIONS = {
@@ -54,6 +55,17 @@ class Block(nn.Module):
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """[..., N, C] -> [..., N, C], attention over N. mask: as in `attend`."""
         return self.feed_forward(x + self.attend(x, mask))
+
+    def class_row(self, x: Tensor) -> Tensor:
+        """Row 0 of forward(x) without most of the work for the others: one query, no keys and no values, see `gather`.
+
+        [..., N, C] -> [..., 1, C].
+        """
+        if self.causal or not (untouched(self) and plain(self.qkv)):
+            return self(x)[..., :1, :]
+        normed = self.norm1(x)
+        y = gathered_values(gather(normed[..., 0, :], normed, self.qkv, self.heads), self.qkv)
+        return self.feed_forward(x[..., :1, :] + dense(y[..., None, :], self.out))
 
     def attend(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """MHA(LN x) without the residual. [..., N, C] -> [..., N, C].

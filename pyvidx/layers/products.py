@@ -1,7 +1,9 @@
 """Which library multiplies float32 matrices on a CPU: MKL, as torch has it, or oneDNN, which torch carries as well.
 
-MKL runs 256-bit code on AMD's CPUs, which is half of what they can do from Zen 5 on: 105 GFLOP/s a thread against 220.
-On other CPUs torch's choice stands. PYVIDX_PRODUCTS=torch|onednn decides otherwise.
+On AMD's CPUs MKL runs 256-bit code and oneDNN 512-bit code. From Zen 5 on that is twice as fast, 220 GFLOP/s a thread
+against 105. On Zen 4, whose units are 256 bits wide, a tower's layers run at 98 against 85, at any number of rows, and
+their gradients as fast by both. On other CPUs torch's choice stands: with AVX2 both run at 90, but oneDNN's gradients
+at 50 to 80. PYVIDX_PRODUCTS=torch|onednn decides otherwise.
 
 Nothing here knows gradients; pyvidx.layers.linear does.
 """
@@ -14,20 +16,24 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-ZEN5 = 26  # the family of AMD's CPUs that is the first with units for whole 512-bit vectors
+ZEN4, ZEN5 = 25, 26  # families of AMD's CPUs; with 512-bit vectors, and with units for whole ones (Zen 3 has neither)
 OP = getattr(torch.ops.mkldnn, "_linear_pointwise", None)  # torch has oneDNN on some platforms only
 LEAST = 1 << 20  # multiply-adds; in fewer the 10 us that a call of oneDNN takes show
 
 
-def _choose(wish: str, cpuinfo: str) -> str:
-    """Of the environment's wish and what Linux says of the CPU: onednn, or torch for torch's own choice."""
+def _amd(cpuinfo: str) -> int:
+    """The family of an AMD CPU that torch runs 512-bit code on, by what Linux says of it; of others 0."""
+    family = re.search(r"^vendor_id\s*: AuthenticAMD\ncpu family\s*: (\d+)$", cpuinfo, re.MULTILINE)
+    return int(family[1]) if family is not None and torch.backends.cpu.get_cpu_capability() == "AVX512" else 0
+
+
+def _choose(wish: str, family: int) -> str:
+    """Of the environment's wish and `_amd`: onednn, or torch for torch's own choice."""
     if wish not in ("", "torch", "onednn"):
         raise ValueError(f"PYVIDX_PRODUCTS must be torch or onednn, got {wish!r}")
     if wish == "onednn" and OP is None:
         raise ValueError(f"PYVIDX_PRODUCTS=onednn: torch {torch.__version__} has no oneDNN here")
-    family = re.search(r"^vendor_id\s*: AuthenticAMD\ncpu family\s*: (\d+)$", cpuinfo, re.MULTILINE)
-    fit = family is not None and int(family[1]) >= ZEN5 and torch.backends.cpu.get_cpu_capability() == "AVX512"
-    return wish or ("onednn" if OP is not None and fit else "torch")
+    return wish or ("onednn" if OP is not None and family >= ZEN4 else "torch")
 
 
 def cpuinfo() -> str:
@@ -35,7 +41,9 @@ def cpuinfo() -> str:
     return path.read_text() if path.exists() else ""
 
 
-LIBRARY = _choose(os.environ.get("PYVIDX_PRODUCTS", ""), cpuinfo())
+FAMILY = _amd(cpuinfo())
+LIBRARY = _choose(os.environ.get("PYVIDX_PRODUCTS", ""), FAMILY)
+MKL_IS_SLOW = FAMILY >= ZEN5  # at half of what the CPU can do
 
 
 def onednn(x: Tensor, matrix: Tensor) -> bool:

@@ -1,6 +1,7 @@
 """An image tower and a temporal module of any kind: videos to tokens and one vector."""
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -88,7 +89,7 @@ class VideoEncoder(Foldable):
         self._check_clip(pixels.shape[1], rows * columns, real, mask)
         grid = _grid_option((rows, columns), interpolate)
         if self.temporal.reads_only:
-            xs = self._run_tower(pixels, real, wanted, interpolate)
+            xs = self._run_tower(pixels, real, wanted, interpolate, class_row=self.temporal.class_row)
         else:
             xs = self._run_inside(real_only(pixels, real), real, wanted, grid)
         return self._encode(xs, real, wanted, mask, grid, times)
@@ -232,10 +233,16 @@ class VideoEncoder(Foldable):
         return dataclasses.replace(self.temporal.encode(xs, self.tower, real, wanted, **options), times=times)
 
     def _run_tower(
-        self, pixels: Tensor, real: Tensor | None, wanted: Sequence[str], interpolate: bool
+        self,
+        pixels: Tensor,
+        real: Tensor | None,
+        wanted: Sequence[str],
+        interpolate: bool,
+        class_row: bool = False,
     ) -> tuple[Tensor, ...]:
-        reads = self._reads(wanted)
-        return on_real_frames(lambda x: self.tower(x, reads, interpolate=interpolate), pixels, real)
+        reads, class_row = self._reads(wanted), class_row and "pooled" in wanted
+        run = functools.partial(self.tower, layers=reads, interpolate=interpolate, class_row=class_row)
+        return on_real_frames(run, pixels, real)
 
     def _run_inside(self, pixels: Tensor, real: Tensor | None, wanted: Sequence[str], grid: dict) -> tuple[Tensor, ...]:
         found, reads, tokens = [], self._reads(wanted), self.tower.tokens(pixels, interpolate=bool(grid))

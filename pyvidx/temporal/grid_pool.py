@@ -55,6 +55,8 @@ class GridPool(TemporalModule):
         mode, stride: as in `grid_pool`.
     """
 
+    class_row = True
+
     def __init__(self, vision: ViTConfig, *, mode: str = "average", stride: int = 2):
         super().__init__(vision)
         grid_pool(torch.zeros(vision.patches, 1, device="meta"), mode, stride)  # refuses what does not fit

@@ -38,6 +38,8 @@ class TemporalModule(nn.Module):
         outputs: what `encode` can give, of OUTPUTS.
         reads: original indices of the backbone layers whose outputs `encode` wants.
         reads_only: the tower runs untouched, `embed` and `block` are not called: its outputs may be cached.
+        class_row: of the last layer in `reads`, `encode` looks at the class row alone: where a tower has a class token
+            it may be given no other row.
         masks: `check` and `encode` take a mask of patches to leave out; see pyvidx.temporal.branch.
         sees_parts: `embed` and `block` also work on some of the patches of each frame, with grid (1, their number).
         spec: {"name": ..., options}, what `pyvidx.temporal.create` made it of.
@@ -46,6 +48,7 @@ class TemporalModule(nn.Module):
     name: str
     outputs: tuple[str, ...] = OUTPUTS
     reads_only = True
+    class_row = False
     masks = False
     sees_parts = True
     spec: dict

@@ -36,6 +36,8 @@ class STPool(TemporalModule):
             projection to the language model, which turns them into its bias). None: T.
     """
 
+    class_row = True
+
     def __init__(self, vision: ViTConfig, *, rows: int | None = 100):
         super().__init__(vision)
         self.rows = rows
