@@ -99,8 +99,14 @@ def test_ops(name):
 # ---- memories ----
 
 
-MEMORIES = [{"name": name} for name in memory.names()] + [
+MEMORIES = [{"name": name} for name in memory.names() if name != "fluxmem"] + [
     {"name": "merge", "capacity": M},
+    {"name": "flash_vstream", "capacity": M, "clusters": 2},
+    {"name": "flash_vstream", "capacity": M, "clusters": 2, "compat": "official"},
+    {"name": "moviechat", "fragment": M, "merged": 1},
+    {"name": "moviechat", "form": "onevision", "short": M, "merged": 1},
+    {"name": "fluxmem", "short": 1, "medium": 1, "grid": (2, 3)},
+    {"name": "dtd", "threshold": None, "ratio": 0.5},
     {"name": "merge", "capacity": M, "unit": "synchronized"},
     {"name": "merge", "capacity": M, "hard": True},
     {"name": "fifo", "capacity": M, "anchors": 1},
@@ -134,6 +140,9 @@ def test_memory_policies(options):
         lambda x, n: memory.vidcom2(x, 0.5, n),
         lambda x, n: memory.vidcom2(x, 0.5, n, form="authors"),
         lambda x, n: memory.keyframes(x, 2, lengths=n),
+        lambda x, n: memory.ordered_kmeans(x, 2),
+        lambda x, n: memory.retrieve(x, x, x[..., 0, 0], 2),
+        lambda x, n: memory.moviechat_consolidate(x, 2, n),
         lambda x, n: memory.create("merge", capacity=2).shrink(x, lengths=n),
     ],
 )

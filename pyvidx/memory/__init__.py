@@ -10,8 +10,11 @@ the properties of all.
 """
 
 from pyvidx.memory.bank import Bank, Entries, log_size_bias
+from pyvidx.memory.dtd import Dtd, dtd_pixels
 from pyvidx.memory.evs import evs
 from pyvidx.memory.files import load, save
+from pyvidx.memory.flash_vstream import Clusters, FlashVStream, ordered_kmeans, retrieve
+from pyvidx.memory.fluxmem import FluxMem
 from pyvidx.memory.keyframes import Keyframes, keyframes
 from pyvidx.memory.layout import batched
 from pyvidx.memory.merge import Average, Merge
@@ -29,9 +32,13 @@ __all__ = [
     "PRUNERS",
     "Average",
     "Bank",
+    "Clusters",
     "Concat",
+    "Dtd",
     "Entries",
     "Fifo",
+    "FlashVStream",
+    "FluxMem",
     "History",
     "Keyframes",
     "Merge",
@@ -45,6 +52,7 @@ __all__ = [
     "compute_retained_tokens_count",
     "compute_retention_mask",
     "create",
+    "dtd_pixels",
     "evs",
     "keyframes",
     "load",
@@ -52,9 +60,11 @@ __all__ = [
     "merge_tokens",
     "moviechat_consolidate",
     "names",
+    "ordered_kmeans",
     "plot",
     "reduce_tokens",
     "register",
+    "retrieve",
     "save",
     "vidcom2",
 ]

@@ -1,9 +1,11 @@
 """Memory and pruning methods of the field: what their authors' functions make of small clips."""
 
+import torch
+
 from pyvidx import memory
 from tests.golden.vectors import runner
 
-INPUTS = ("*.frames", "*.start", "*.start.*")
+INPUTS = ("*.frames", "*.start", "*.start.*", "*.either.*")
 
 
 def method(pattern):
@@ -99,3 +101,100 @@ def moviechat_onevision(file, run, variant, check):
 def moviechat_consolidate(file, run, variant, check):
     frames, L = file.tensors[f"{run}.frames"][None], file.meta["cases"][run]["long_memory_length"]
     check(f"{run}.long", memory.moviechat_consolidate(frames, L, compat="official").rows[0], 1e-6)
+
+
+def tokens(policy, frames):
+    """What a ragged policy keeps of frames [T, N, C]: mask [T, N] and rows [T, N, C], 0 where nothing is."""
+    bank = policy.extend(policy.new(1, *frames.shape[1:]), frames[None])
+    entries = bank.entries()
+    return entries.mask[0], entries.rows[0]
+
+
+def rule(options):
+    absolute = options["absolute"]
+    return {
+        "threshold": options["threshold"] if absolute else None,
+        "ratio": None if absolute else options["threshold"],
+    }
+
+
+@method("dtd_feature")
+def dtd_feature(file, run, variant, check):
+    frames = file.tensors[f"{run}.frames"]
+    for i, options in enumerate(file.meta["cases"][run]["runs"]):
+        keep, rows = tokens(memory.create("dtd", **rule(options)), frames)
+        check.equal(f"{run}.keep.{i}", keep)
+        assert rows.equal(frames.where(keep[..., None], 0))
+
+
+@method("dtd_pixel")
+def dtd_pixel(file, run, variant, check):
+    case = file.meta["cases"][run]
+    grid, norm = [case[n] for n in "Thw"], {"mean": case["mean"], "std": case["std"]}
+    for i, options in enumerate(case["runs"]):
+        check.equal(f"{run}.keep.{i}", memory.dtd_pixels(file.tensors["pixels"], grid, **rule(options), **norm))
+
+
+@method("fluxmem_*")
+def fluxmem(file, run, variant, check):
+    case = file.meta["cases"][run]
+    policy = memory.create(
+        "fluxmem",
+        short=case["short_frames"] // case["temporal_patch_size"],
+        medium=case["medium_frames"] // case["temporal_patch_size"],
+        drop=case["direct_drop"],
+        threshold=case["pair_distance_threshold"],
+        grid=(case["h"], case["w"]),
+    )
+    for n in case["prefixes"]:
+        frames = file.tensors[f"{run}.frames"][:n]
+        keep, rows = tokens(policy, frames)
+        want = file.tensors[f"{run}.keep.{n}"]
+        for t, a, b in file.tensors[f"{run}.either.{n}"].tolist():  # the mean of a and b stands in either place
+            if want[t, a] != keep[t, a]:
+                keep[t, [a, b]], rows[t, [a, b]] = keep[t, [b, a]], rows[t, [b, a]]
+        certain = [t for t in range(n) if t not in case["rounding_decides"]]
+        check.equal(f"{run}.keep.{n}", keep, part=(certain,))
+        dense = torch.zeros_like(frames)
+        dense[want] = file.tensors[f"{run}.rows.{n}"]
+        torch.testing.assert_close(rows[certain], dense[certain], rtol=1e-5, atol=1e-5)
+        check.excuse(f"{run}.rows.{n}")
+
+
+def start_of(rows, start):
+    """The numbers of the rows that the authors' random start picked."""
+    return torch.cdist(start.flatten(1)[None].double(), rows.flatten(1)[None].double()).argmin(2)
+
+
+@method("flashvstream_kmeans")
+def flash_vstream(file, run, variant, check):
+    frames, case = file.tensors[f"{run}.frames"], file.meta["cases"][run]
+    start = start_of(frames, file.tensors[f"{run}.start"])
+    start = torch.cat([start, start[:, :1].expand(-1, case["clusters"] - start.shape[1])], 1)  # too few rows differ
+    got = memory.ordered_kmeans(frames[None], case["clusters"], start=start, compat="official")
+    check(f"{run}.rows", got.rows[0], 1e-6)
+    check.equal(f"{run}.weights", got.sizes[0])
+    check(f"{run}.times", got.times[0], 1e-6)
+
+
+@method("flashvstream_chunks")
+def flash_vstream_chunks(file, run, variant, check):
+    frames, case = file.tensors[f"{run}.frames"], file.meta["cases"][run]
+    rows, sizes = frames[None, :0], torch.zeros(1, 0, dtype=torch.int32)
+    for begin, end in zip([0, *case["ends"]], case["ends"]):
+        rows = torch.cat([rows, frames[None, begin:end]], 1)
+        sizes = torch.cat([sizes, torch.ones(1, end - begin, dtype=torch.int32)], 1)
+        start = start_of(rows[0], file.tensors[f"{run}.start.{end}"])
+        got = memory.ordered_kmeans(rows, case["clusters"], start=start, sizes=sizes, compat="official")
+        rows, sizes = got.rows, got.sizes
+        check(f"{run}.rows.{end}", rows[0], 1e-6)
+        check.equal(f"{run}.weights.{end}", sizes[0])
+        check(f"{run}.times.{end}", got.times[0], 1e-6)
+
+
+@runner("flashvstream_retrieve", runs=lambda file: [""], inputs=("x", "pooled", "centroids", "weights"))
+def flash_vstream_retrieve(file, run, variant, check):
+    x, pooled, centroids, weights = (file.tensors[name][None] for name in ("x", "pooled", "centroids", "weights"))
+    places = memory.retrieve(pooled, centroids, weights, file.meta["cases"]["retrieve"]["spatial_length"])[0]
+    check.equal("places", places)
+    check("rows", x[0, places], 0)
