@@ -116,6 +116,20 @@ def test_what_a_run_refuses(folder, tmp_path, capsys, monkeypatch):
     assert "has no names for the weights" in capsys.readouterr().err
 
 
+def test_the_module_of_the_command_line(folder, tmp_path, capsys, monkeypatch):
+    """In place of the configuration's, and told."""
+    monkeypatch.setattr(pretrain, "tokenizer", lambda *options: some_tokenizer)
+    asked = values(folder, tmp_path / "out", module={"name": "joint"})
+    assert command(tmp_path, asked, "--module", "st_adapter:width=4,kernel=(3,1,1)") == 0
+    assert "st_adapter on the tower of" in capsys.readouterr().err
+    found = VideoEncoder.from_pretrained(tmp_path / "out/last.safetensors")
+    assert found.temporal.spec == {"name": "st_adapter", "width": 4, "kernel": [3, 1, 1]}
+    for module, text in {"stan:depht=2": "stan takes depth", "st_adapter:width=-1": "width must be in"}.items():
+        with pytest.raises(SystemExit):
+            command(tmp_path, asked, "--module", module)
+        assert text in capsys.readouterr().err
+
+
 def test_the_teacher_is_the_tower_as_it_starts(folder, tmp_path):
     asked = values(folder, tmp_path / "out", module={"name": "separate"}, objective="umt", train_tower=True)
     task = build(Config.from_dict(asked), torch.device("cpu"))

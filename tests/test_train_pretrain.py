@@ -383,7 +383,7 @@ def test_a_loss_over_the_batch_does_not_accumulate(run, capsys):
         ({"features": {"folder": "f", "dtype": "int8"}}, "dtype must be one of"),
         ({"text": None}, "holds no text tower"),
         ({"weights": "TEXT"}, "holds no image tower"),
-        ({"weights": {"open_clip": "ViT-L-14"}}, "weights must be a path or"),
+        ({"weights": "open_clip:ViT-L-14"}, "weights must be a path or"),
         ({"mask_order": "frames"}, "mask_order"),
         ({"preset": "none"}, "preset must be one of"),
         ({"weights": "nowhere.pth"}, "no file or folder nowhere.pth"),

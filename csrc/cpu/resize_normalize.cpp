@@ -27,7 +27,7 @@ constexpr int kLanes = simd::kFloats;
 constexpr int kRowQuads = kLanes / int(kQuad);   // of one block of source rows
 constexpr int kTogether = 2;                     // vectors of columns
 constexpr int64_t kTile = 512;                   // columns of one turn: bounds the scratch
-constexpr int64_t kMask = 0x00ff00ff;            // every other of four levels
+constexpr int32_t kEven = 0x00ff00ff;            // of four levels
 constexpr int64_t kBlock = int64_t(kLanes) * 4;  // bytes of a vector
 typedef uint16_t VS __attribute__((vector_size(simd::kBytes)));
 
@@ -66,7 +66,7 @@ PYVIDX_INLINE void weigh(const char* levels, int64_t step, int64_t apart, const 
     const VI high_even = VI{} + window[2], high_odd = VI{} + window[3];
 #pragma GCC unroll 4
     for (int n = 0; n < kN; ++n) {
-      const VI four = simd::read<VI>(levels + n * apart), even = four & int32_t(kMask), odd = (VI)((VS)four >> 8);
+      const VI four = simd::read<VI>(levels + n * apart), even = four & kEven, odd = (VI)((VS)four >> 8);
       low[n] += multiply_add(even, low_even) + multiply_add(odd, low_odd);
       high[n] += multiply_add(even, high_even) + multiply_add(odd, high_odd);
     }

@@ -17,6 +17,7 @@ from pyvidx.corpus.encode import Encoded, Timing, encode_videos, widths
 from pyvidx.corpus.folder import DTYPES, Corpus, Manifest, check, made_of
 from pyvidx.files import printable
 from pyvidx.models import VideoEncoder
+from pyvidx.models.fold import PRECISIONS
 from pyvidx.preprocess import PRESETS
 from pyvidx.video import find_videos, sampling
 from pyvidx.video.pool import shared
@@ -69,6 +70,8 @@ def add_job(p: argparse.ArgumentParser) -> None:
     p.add_argument("--batch", type=arguments.count, default=1, help="videos encoded together")
     arguments.add_device(p)
     p.add_argument("--dtype", choices=list(DTYPES), help="default: float16 on a GPU, float32 on a CPU")
+    p.add_argument("--precision", choices=PRECISIONS, default="float", help="int8: linear layers in 8 bits, on a CPU, "
+                   "the rest in float32; a third of the time where the CPU has VNNI")  # fmt: skip
     p.add_argument("--dtype-out", choices=list(DTYPES), default="float32", help="of the embeddings that are written")
 
 
@@ -92,7 +95,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             shared(options.workers)  # they start while the model is loaded
         loaded = opened(options)
         random, made = loaded.is_random, made_of(loaded) if folder else {}
-        model = folded(loaded, options.device, options.dtype)
+        model = folded(loaded, options.device, options.dtype, options.precision)
         corpus = _corpus(options, model, made, random) if folder else None
     except (OSError, RuntimeError, ValueError) as error:
         p.error(str(error))
@@ -115,6 +118,8 @@ def opened(options: argparse.Namespace) -> VideoEncoder:
     Raises:
         FileNotFoundError, RuntimeError, ValueError: see pyvidx.cli.models.load; it does not give what is asked for.
     """
+    if options.precision == "int8" and (options.device != "cpu" or options.dtype not in (None, "float32")):
+        raise ValueError("--precision int8 is for --device cpu and float32")
     loaded, preset = load(options.model, options.module, compat=options.compat)
     options.preset = options.preset or preset
     if not hasattr(loaded.tower, "patch"):
@@ -151,7 +156,7 @@ def _check_output(p: argparse.ArgumentParser, options: argparse.Namespace, folde
 
 def _made(options: argparse.Namespace) -> dict[str, str]:
     """What embeddings depend on, but for the weights."""
-    names = ("module", "compat", "frames", "sampler", "start", "end", "reader", "preset", "dtype_out")
+    names = ("module", "compat", "frames", "sampler", "start", "end", "reader", "preset", "precision", "dtype_out")
     given = {name: getattr(options, name) for name in names}
     given |= {"outputs": options.outputs and ",".join(options.outputs)}
     given |= {"dtype": dtype_of(options.device, options.dtype)}
@@ -257,9 +262,9 @@ def find(given: Sequence[Path]) -> tuple[list[str], str]:
     return list(map(str, videos)), said
 
 
-def folded(model: VideoEncoder, device: str, dtype: str | None) -> VideoEncoder:
+def folded(model: VideoEncoder, device: str, dtype: str | None, precision: str = "float") -> VideoEncoder:
     """The model ready for inference."""
-    return model.to(device).fold(dtype_of(device, dtype))
+    return model.to(device).fold(dtype_of(device, dtype), precision=precision)
 
 
 def dtype_of(device: str, dtype: str | None) -> torch.dtype:

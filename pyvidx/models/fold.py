@@ -15,7 +15,7 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 
-from pyvidx.backbones.vit import AttentionPool
+from pyvidx.backbones.vit import AttentionPool, ViT
 from pyvidx.layers.int8 import quantize
 from pyvidx.layers.plain import BIASES, unhooked
 from pyvidx.temporal.bt_adapter import BTAdapterBranch, TemporalLayer
@@ -111,6 +111,8 @@ def _read_past(model: nn.Module) -> Iterator[nn.Module]:
             yield module.qkv
         elif isinstance(module, BTAdapterBranch):
             yield module.spatial[-1].qkv
+        elif isinstance(module, ViT) and module.layers:
+            yield module.blocks[str(module.layers[-1])].qkv  # see class_row
 
 
 def _check_own(name: str, module: nn.Module) -> None:

@@ -9,7 +9,8 @@ from torch import Tensor
 from pyvidx import temporal
 from pyvidx.backbones.text import TextTower
 from pyvidx.backbones.vit import ViT
-from pyvidx.hosts.importing import importing
+from pyvidx.hosts import open_clip
+from pyvidx.hosts.open import check_source
 from pyvidx.models import BTAdapter, BTAdapterConfig, VideoEncoder, files
 from pyvidx.weights.bt_adapter import load_official, state_of
 from pyvidx.weights.text_towers import text_tower
@@ -34,7 +35,7 @@ class Start(NamedTuple):
 
 
 def start(
-    weights: str | dict,
+    weights: str,
     module: dict | None = None,
     *,
     heads: tuple[int, int] | None = None,
@@ -53,7 +54,11 @@ def start(
         RuntimeError: a library that they need is not installed.
     """
     vision_heads, text_heads = heads or (None, None)
-    if isinstance(weights, str) and files.is_ours(weights):
+    check_source(weights)
+    if weights.startswith(open_clip.SCHEME):
+        vision, text = towers(weights)
+        return Start(joined(vision, module or DEFAULT), text, {})
+    if files.is_ours(weights):
         kind = files.kind(weights)
         if kind not in SAVED:
             raise ValueError(f"train: {weights} holds {kind!r:.100}, which is no encoder")
@@ -61,7 +66,7 @@ def start(
         modes = {"compat": "paper", "variant": "mma"} if kind == "bt_adapter" else {}
         model = SAVED[kind].from_pretrained(weights, **modes)
         return Start(model if module is None else joined(model.tower, module), None, {})
-    state = {} if isinstance(weights, dict) or Path(weights).is_dir() else state_of(weights)
+    state = {} if Path(weights).is_dir() else state_of(weights)
     if any("btadapter" in key or "timesFPN" in key for key in state):
         model, _ = load_official(state, heads=vision_heads, hidden_act=hidden_act, compat="paper", variant="mma")
         text = {key: value for key, value in state.items() if "text_" in key}
@@ -89,7 +94,7 @@ def joined(tower: ViT, module: dict) -> VideoEncoder:
 
 
 def towers(
-    weights: str | dict | Mapping[str, Tensor],
+    weights: str | Mapping[str, Tensor],
     *,
     heads: tuple[int, int] | None = None,
     hidden_act: str | None = None,
@@ -98,8 +103,9 @@ def towers(
     """The towers of a CLIP or SigLIP, in any of the forms of Config.weights and Config.text, or of a state dict;
     image=False leaves that one in a state dict, which may be more than theirs."""
     vision_heads, text_heads = heads or (None, None)
-    if isinstance(weights, dict) and "open_clip" in weights:
-        return _open_clip(**weights)
+    if isinstance(weights, str) and weights.startswith(open_clip.SCHEME):
+        model, _ = open_clip.named(weights)
+        return open_clip.vision_tower(model), open_clip.text_tower(model)
     if isinstance(weights, str) and Path(weights).is_dir():
         return vision_tower(weights) if image else None, text_tower(weights)
     state = state_of(weights)
@@ -108,14 +114,3 @@ def towers(
     has_text = any("token_embedding" in key for key in state)
     hidden_act = hidden_act or (vision and vision.config.hidden_act)
     return vision, text_tower(state, heads=text_heads, hidden_act=hidden_act) if has_text else None
-
-
-def _open_clip(open_clip: str, pretrained: str) -> tuple[ViT, TextTower]:
-    from pyvidx.hosts import open_clip as ours
-
-    if not Path(pretrained).is_file():
-        raise FileNotFoundError(f"train: there is no file {pretrained}")  # open_clip would ask the network for it
-    with importing("train", "open_clip"):
-        from open_clip import create_model
-    model = create_model(open_clip, pretrained=pretrained)
-    return ours.vision_tower(model), ours.text_tower(model)

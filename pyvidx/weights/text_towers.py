@@ -5,7 +5,6 @@ import re
 import torch
 
 from pyvidx.backbones.text import SIGLIP_TEXT_B, TextConfig, TextTower
-from pyvidx.weights.big_vision import as_transformers, is_big_vision
 from pyvidx.weights.keys import (
     THIRDS,
     TOWER,
@@ -66,7 +65,6 @@ def text_tower(
     """
     told = completed(Told(heads, hidden_act, eps), source, "text")
     state, weights, thirds = state_of(source), {}, {}
-    state = as_transformers(state) if is_big_vision(state) else state
     names = without_wrappers(list(state), lambda name: bool(_elsewhere(name) or _locate(name)[0]))
     for (key, value), name in zip(state.items(), names):
         if _elsewhere(name) or is_counter(value):
