@@ -50,7 +50,7 @@ def test_slots_find_the_scenes(video, tmp_path, capsys):
 @pytest.mark.parametrize("options, sizes", [
     (["--policy", "fifo", "--capacity", "4", "--anchors", "1"], 4),
     (["--policy", "tome:axis=space"], 45),
-    (["--policy", "moviechat:fragment=4"], 45),
+    (["--policy", "moviechat"], 45),
     (["--policy", "flash_vstream", "--capacity", "70"], 45),
     (["--policy", "average", "--fps", "5", "--features", "model", "--position", "3"], 9),
 ])  # fmt: skip

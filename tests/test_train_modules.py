@@ -70,7 +70,7 @@ def test_two_steps(folder, tmp_path, monkeypatch, name, objective):
 def test_a_tower_without_a_class_token(folder, tmp_path, monkeypatch):
     """A SigLIP with a module inside it, resumed in the middle to the same bits; its text tower reads the last place."""
     text = TextTower(replace(TEXT, embed_dim=SIGLIP.width, pool="last", context=4))
-    monkeypatch.setattr("pyvidx.train.pretrain.towers", lambda *args, **options: (None, text))
+    monkeypatch.setattr("pyvidx.train.pretrain.text_of", lambda *args, **options: text)
     monkeypatch.setattr(pretrain, "tokenizer", lambda *options: some_tokenizer)
     asked = values(folder, tmp_path / "out", "siglip", module={"name": "st_adapter", "width": 8})
     with pytest.raises(SystemExit):  # SigLIP's text tower reads padding, which must be there
