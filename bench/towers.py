@@ -3,10 +3,10 @@
     frames      a CLIP tower, a clip's frames to the mean of their embeddings
     bt_adapter  BT-Adapter, a clip to its embedding
 
-Of both: pyvidx (folded); the public code (transformers with its sdpa attention, the official BT-Adapter), in torch,
-under torch.compile, and exported to OpenVINO and ONNX Runtime; int8 of those that have one: OpenVINO's by NNCF (static,
-calibrated on what is measured), ONNX Runtime's dynamic, per channel. Of frames: open_clip's tower as well. What is not
-installed is left out with a word.
+Of both: pyvidx, folded, in float32 and in int8; the public code (transformers with its sdpa attention, the official
+BT-Adapter) in torch, under torch.compile, and exported to OpenVINO and ONNX Runtime; their int8: OpenVINO's by NNCF
+(static, calibrated on what is measured), ONNX Runtime's dynamic, per channel. Of frames: open_clip's tower as well.
+What is not installed is left out with a word.
 
 Weights are random, the same for all (open_clip has its own, and pyvidx those once more). Each result is first compared
 with pyvidx's. Then the contenders take turns, a call each per round, so that a machine that drifts drifts for all of
@@ -83,7 +83,7 @@ def pooled(model: nn.Module, pixels: Tensor) -> Run:
 
 
 def frames_of(tower: nn.Module) -> VideoEncoder:
-    return VideoEncoder(tower, temporal.create("mean", tower.config)).eval().fold()
+    return VideoEncoder(tower, temporal.create("mean", tower.config)).eval()
 
 
 def openvino(module: nn.Module, pixels: Tensor, threads: int, folder: Path, *, int8: bool = False) -> Run:
@@ -140,7 +140,7 @@ def contenders(kind: str, config: BTAdapterConfig, pixels: Tensor, threads: int,
     if kind == "frames":
         tower = transformers_tower(config)
         public, name = Frames(tower).eval(), "transformers"
-        model = VideoEncoder(huggingface.vision_tower(tower), temporal.create("mean", config.vision)).eval()
+        model = frames_of(huggingface.vision_tower(tower))
     else:
         public, name = ReferenceBTAdapter(config, "mma").eval(), "official"
         model = BTAdapter(config).eval()
@@ -153,7 +153,7 @@ def contenders(kind: str, config: BTAdapterConfig, pixels: Tensor, threads: int,
     if kind == "frames":
         visual = functools.cache(lambda: open_clip_tower(config))
         run = lambda: visual()(pixels[0]).mean(dim=0, keepdim=True)  # noqa: E731
-        same = lambda: pooled(frames_of(open_clip.vision_tower(visual())), pixels)()  # noqa: E731
+        same = lambda: pooled(frames_of(open_clip.vision_tower(visual())).fold(), pixels)()  # noqa: E731
         yield Contender("open_clip", lambda: visual() and run, same)
     for library in (openvino, onnxruntime):
         for int8 in (False, True):

@@ -67,5 +67,7 @@ def test_files_to_embeddings(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["files_to_embeddings", "--out", str(out), *options.split()])
     files_to_embeddings.main()
     rows = json.loads(out.read_text())["results"]
-    assert [row["height"] for row in rows] == [360, 720]
-    assert all(row["cosine"] > 0.999 and row["wall_ratio"] > 0 for row in rows)
+    names = ["pyvidx", "pyvidx, int8", "script"]
+    assert [(row["height"], row["name"]) for row in rows] == [(h, name) for h in (360, 720) for name in names]
+    assert all(row["wall_gain"] == 1 for row in rows[2::3])
+    assert all(row["cosine"] > 0.999 and row["cpu_gain"] > 0 for row in rows)
