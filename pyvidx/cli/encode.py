@@ -154,13 +154,14 @@ def _check_output(p: argparse.ArgumentParser, options: argparse.Namespace, folde
         arguments.check_outputs(p, options.overwrite, Path(options.out), inputs=inputs)
 
 
-def _made(options: argparse.Namespace) -> dict[str, str]:
-    """What embeddings depend on, but for the weights."""
-    names = ("module", "compat", "frames", "sampler", "start", "end", "reader", "preset", "precision", "dtype_out")
-    given = {name: getattr(options, name) for name in names}
-    given |= {"outputs": options.outputs and ",".join(options.outputs)}
-    given |= {"dtype": dtype_of(options.device, options.dtype)}
-    return {name: str(value).removeprefix("torch.") for name, value in given.items() if value is not None}
+def _made(options: argparse.Namespace) -> dict[str, str | None]:
+    """What embeddings depend on, but for the weights; a model's own preset and outputs are not there before it is."""
+    names = ("module", "compat", "frames", "sampler", "start", "end", "reader", "precision", "dtype_out", "preset")
+    made = {name: getattr(options, name) for name in names}
+    made |= {"outputs": options.outputs and ",".join(options.outputs)}
+    made |= {"dtype": str(dtype_of(options.device, options.dtype)).removeprefix("torch.")}
+    made = {name: None if value is None else str(value) for name, value in made.items()}
+    return {name: value for name, value in made.items() if value or name not in ("preset", "outputs")}
 
 
 def _corpus(options: argparse.Namespace, model: VideoEncoder, made: dict[str, str], random: bool) -> Corpus:
@@ -169,7 +170,7 @@ def _corpus(options: argparse.Namespace, model: VideoEncoder, made: dict[str, st
         options.store,
         widths(model, options.frames, options.outputs),
         options.dtype_out,
-        _made(options) | made,
+        {name: value for name, value in _made(options).items() if value is not None} | made,
         {name: value for name, value in notes.items() if value != "None"},
     )
     return Corpus(
