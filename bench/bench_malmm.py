@@ -1,7 +1,8 @@
 """MA-LMM's memory step on full memories, image encoder not included: a stream's single frame, and 16 frames of a clip.
 
 Against the official algorithm in plain torch (whole-bank cosines, the whole bank projected in every layer), which does
-one frame per call. An answer is asked for after every run.
+one frame per call. An answer is asked for after every run. int8: ours with precision="int8"; the official one is
+float32 as before.
 """
 
 import functools
@@ -99,16 +100,19 @@ def case(path: str, size: str, M: int, device: str, precision: str = "float32") 
 
 
 @pytest.mark.parametrize(
-    "path, size, M",
+    "path, size, M, precision",
     [
-        pytest.param(path, size, M, id=f"{path}-{'small-' if size == 'small' else ''}M{M}")
+        pytest.param(path, size, M, precision, id=f"{path}-{'small-' if size == 'small' else ''}M{M}-{precision}")
         for size, lengths in (("small", [4]), ("real", [10, 20, 40]))
         for M in lengths
         for path in ("stream", "clip")
+        for precision in ("float32", "int8")
     ],
 )
-def test_malmm(path, size, M, device, measure, benchmark):
-    measure(case(path, size, M, device))
+def test_malmm(path, size, M, precision, device, measure, benchmark):
+    if precision == "int8" and device != "cpu":
+        pytest.skip("8 bits are a CPU's")
+    measure(case(path, size, M, device, precision))
     info = benchmark.extra_info
     info["vs_reference"] = info["vs_eager"]
     info["ms_per_frame"] = info["ms"] / info["shape"]["frames"]

@@ -1,4 +1,5 @@
-"""A clip through the memory bank, and its merges on one layer's keys and values, at MA-LMM's sizes: 257 tokens.
+"""A clip through the memory bank, and its merges on one layer's keys and values, at MA-LMM's sizes: 257 tokens; and a
+clip through the policy merge, `extend` against a loop of pushes.
 
 Against the steps one by one: t calls of memory_merge_, and of memory_merge_ on the layer's rows alone. Floors: the scan
 reads the clip, writes its plan and the frames that find a slot; the replay reads M + 1 + t rows per position and writes
@@ -9,6 +10,7 @@ import pytest
 import torch
 
 from bench.harness import Case, nbytes
+from pyvidx.memory import create
 from pyvidx.ops.memory_merge import memory_merge_, new_state
 from pyvidx.ops.memory_scan import memory_replay_, memory_scan_
 
@@ -56,6 +58,28 @@ def replay_case(M, dtype, device):
     return Case("memory_replay_", {"B": 1, "T": T, "M": M, "N": N, "W": KV}, dtype,
                 lambda: memory_replay_(state.attached[0], rows, plan, order, out=out), eager, compiled=False,
                 bytes=nbytes(state.attached[0], rows, out) + changed)  # fmt: skip
+
+
+def extend_case(n, width, device):
+    """A clip of 100 frames of n tokens through `extend` of the policy merge, against a loop of its pushes."""
+    policy, frames, M = create("merge", capacity=20), torch.randn(1, 100, n, width, device=device), 20
+
+    def new():
+        return policy.new(1, n, width, device=device)
+
+    def eager():
+        bank = new()
+        for t in range(100):
+            bank = policy.push(bank, frames[:, t])
+
+    return Case("memory.extend", {"B": 1, "T": 100, "M": M, "N": n, "C": width}, torch.float32,
+                lambda: policy.extend(new(), frames), eager, compiled=False, graph=False,
+                bytes=nbytes(frames, frames[:, : M + 1]))  # fmt: skip
+
+
+@pytest.mark.parametrize("n, width", [(1, 1408), (32, 768), (196, 768), (257, 1408)])
+def test_memory_extend(n, width, device, measure):
+    measure(extend_case(n, width, device))
 
 
 @pytest.mark.parametrize("M", [10, 20, 40])

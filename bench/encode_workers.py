@@ -36,7 +36,7 @@ class Threads:
     def start(self, workers: int) -> None:
         pass
 
-    def map(self, sources, *arguments, workers, ahead, **options):
+    def map(self, sources, *arguments, workers, ahead, ordered, **options):
         from pyvidx.video import read
         from pyvidx.video.pool import Decoded
 

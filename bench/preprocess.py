@@ -5,8 +5,9 @@ pil          CLIPImageProcessorPil, which resizes with Pillow
 torchvision  CLIPImageProcessor on torchvision, where that imports; up to a level off
 
 All take 8 frames of noise of one size, decoded, as uint8 [T, H, W, 3], and return float32 [T, 3, 224, 224]. The rounds
-of all are interleaved. cpu is the time of all threads together. The ratios are of the least times, which other
-processes of the machine disturb least.
+of all are interleaved. The ratios are of the least times, which other processes of the machine disturb least. cpu is
+the time of all threads together; that of the second one is known to Linux by the tick only, so calls below 4 ms may
+show half of it.
 """
 
 import argparse

@@ -21,6 +21,8 @@ def check(config, zero: Sequence[str] = ()) -> None:
     hints, kind = typing.get_type_hints(type(config)), type(config).__name__
     for field in dataclasses.fields(config):
         value, low = getattr(config, field.name), 0 if field.name in zero else 1
+        if typing.get_origin(hints[field.name]) is tuple:
+            continue
         wanted = typing.get_args(hints[field.name]) or (hints[field.name],)
         if not {*wanted} <= {int, float, str, bool, type(None)}:
             continue

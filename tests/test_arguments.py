@@ -40,7 +40,7 @@ def there(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name in ("a.mp4", "taken.npz", "taken.png", "taken.json", "t.csv"):
         (tmp_path / name).write_bytes(b"x")
-    monkeypatch.setattr(opening, "_opened", None)
+    monkeypatch.setattr(opening, "opened", None)
     return tmp_path
 
 
@@ -64,6 +64,8 @@ def refused(command, given, capsys) -> str:
     ("a.mp4 --model https://host/x.pth", "download https://host/x.pth and give its path"),
     ("a.mp4 --module stann", "must be one of branch, bt_adapter"),
     ("a.mp4 --module stan:deep=2", "stan takes depth, time_length, per_frame"),
+    ("a.mp4 --precision int4", "invalid choice"),
+    ("a.mp4 --precision int8 --dtype float16", "--precision int8 is for --device cpu and float32"),
     ("a.mp4 --frames 99999", "of at most 10000, got '99999'"),
     ("a.mp4 --workers 9999", "of at most 1024"),
     ("a.mp4 --model taken.npz --out taken.npz --overwrite", "taken.npz is an input"),
@@ -108,7 +110,12 @@ def test_encode(there, given, message, capsys):
     (memory, "a.mp4 --fps nan", "--fps: must be above 0"),
     (memory, "a.mp4 --position -1", "at least 0"),
     (memory, "a.mp4 --features colors --model t.csv", "--model must not be given with --features colors"),
-    (memory, "a.mp4 --policy fifo --unit token", "unit"),
+    (memory, "a.mp4 --policy fifo:unit=token", "unit"),
+    (memory, "a.mp4 --policy first", "must be one of fifo"),
+    (memory, "a.mp4 --policy merge:capacity=3 --capacity 4", "has a capacity already"),
+    (memory, "a.mp4 --policy merge:capacity", "must be NAME=VALUE"),
+    (memory, "a.mp4 --policy merge:unit=both", "unit"),
+    (memory, "a.mp4 --anchors -1", "at least 0"),
     (memory, "taken.png --out taken.png --overwrite", "taken.png is an input"),
     (memory, "a.mp4 --device foo", "must be cpu"),
     (memory, "a.mp4 --features model --model x.pth", "there is no x.pth"),
@@ -118,6 +125,15 @@ def test_encode(there, given, message, capsys):
     (plan, "pretrain --videos nan", "at least 1"),
     (plan, "pretrain --decode-seconds -1", "must be seconds"),
     (plan, "pretrain --decode-video b.mp4", "no such file: b.mp4"),
+    (plan, "pretrain --decode-seconds 1 --decode-video a.mp4", "not allowed with"),
+    (plan, "pretrain --decode-seconds 1 --cached-features", "--cached-features decodes nothing"),
+    (plan, "pretrain --mask-rate 1", "mask rate must be in [0, 1)"),
+    (plan, "pretrain --products-share 2", "share of products must be in (0, 1]"),
+    (plan, "encode", "there must be videos to measure on, or --rates"),
+    (plan, "encode a.mp4 --rates t.csv", "there must be videos to measure on, or --rates"),
+    (plan, "encode --rates t.csv", "must hold rates"),
+    (plan, "encode a.mp4 --videos 0", "at least 1"),
+    (plan, "encode --rates t.csv --json t.csv --overwrite", "t.csv is an input"),
     (bench, ["report", "b.json"], "no such file"),
     (bench, ["report", "a.mp4"], "must be JSON"),
     (evaluate, "retrieval t.csv --json taken.json", "exists"),
@@ -249,21 +265,21 @@ def parsers(parser: arguments.Parser):
     return [p for action in inner for p in action.choices.values()] if inner else [parser]
 
 
-@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("command", [*COMMANDS, "plan_encode"])
 def test_help_has_an_example_that_parses(command, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     whole = importlib.import_module(f"pyvidx.cli.{command}").parser()
-    assert whole.prog == f"pyvidx {command}"
+    assert whole.prog == f"pyvidx {command.replace('_', ' ')}"
     for parser in parsers(whole):
         words = shlex.split(parser.example)
         assert " ".join(words).startswith(parser.prog + " "), "the name that users type"
-        whole.parse_args(given_here(words[2:], tmp_path))
+        whole.parse_args(given_here(words[len(whole.prog.split()) :], tmp_path))
         with pytest.raises(SystemExit) as stop:
-            whole.parse_args([*words[2 : len(parser.prog.split())], "--help"])
+            whole.parse_args([*words[len(whole.prog.split()) : len(parser.prog.split())], "--help"])
         assert stop.value.code == 0 and capsys.readouterr().out.rstrip().endswith(parser.example)
 
 
-@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("command", [*COMMANDS, "plan_encode"])
 def test_every_option_says_what_it_is(command):
     """Choices and switches say it by their names; the rest has a help."""
     for parser in parsers(importlib.import_module(f"pyvidx.cli.{command}").parser()):
@@ -275,6 +291,6 @@ def test_the_table_of_commands():
     """One table, and a module of cli for each of its rows."""
     folder = Path(arguments.__file__).parent
     with_main = {p.stem for p in folder.glob("*.py") if "\ndef main(" in p.read_text()}
-    assert with_main == {*COMMANDS}
+    assert {*COMMANDS} <= with_main
     script = (folder.parents[1] / "pyproject.toml").read_text()
     assert 'pyvidx = "pyvidx.__main__:main"' in script

@@ -77,3 +77,13 @@ def test_wrong_weights_and_ids():
     for ids in (IDS[0], IDS.int(), torch.zeros(1, 11, dtype=torch.int64)):
         with pytest.raises(ValueError, match="ids must be int64"):
             tower(ids)
+
+
+@torch.no_grad()
+def test_a_head_of_the_image_tower_is_none_of_the_text():
+    """EVA-CLIP's image tower has one, beside the text tower of a CLIP."""
+    theirs = of_transformers().state_dict()
+    whole = theirs | {"visual.head.weight": torch.zeros(20, 8), "visual.head.bias": torch.zeros(20)}
+    ours = text_tower(whole, heads=3, hidden_act="quick_gelu")
+    assert (ours.config.pool, ours.config.eps) == ("end", 1e-5)
+    close(ours(IDS), text_tower(theirs, heads=3, hidden_act="quick_gelu")(IDS))

@@ -9,9 +9,12 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.export import Dim
 from torch.utils.data import default_collate
 
-from pyvidx import memory, ops
-from pyvidx.models import MALMM, Encoding, TextVideo
+from pyvidx import memory, ops, temporal
+from pyvidx.backbones import ViT
+from pyvidx.models import MALMM, Encoding, TextVideo, VideoEncoder
 from pyvidx.ops.memory_merge import new_state
+from tests.test_models import randomized
+from tests.test_pretraining import SIGLIP
 from tests.tools import IDS, NAMES, clips, differ, model
 
 SIZES = ((2, 4), (3, 5), (4, 7), (5, 6))  # B, T
@@ -207,6 +210,18 @@ def test_export(name):
     got, want = loaded(*args), subject(*args)
     assert type(got) is type(want)
     assert differ(*(pytree.tree_leaves([y]) if name == "MALMM" else [y.tokens, y.pooled] for y in (got, want))) < 1e-5
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", [pytest.param(n, marks=() if n in ("stan", *FEW) else slow) for n in temporal.names()])
+def test_export_of_another_tower(name):
+    """SigLIP's, folded, with another batch size."""
+    torch.manual_seed(1)
+    subject = randomized(VideoEncoder(ViT(SIGLIP), temporal.create(name, SIGLIP))).fold()
+    program = torch.export.export(subject, (clips(),), dynamic_shapes={"pixels": {0: Dim.DYNAMIC}}).module()
+    pixels = clips(3)
+    got, want = program(pixels), subject(pixels)
+    assert differ([got.tokens, got.pooled], [want.tokens, want.pooled]) < 1e-5
 
 
 def test_encodings_go_through_tools():

@@ -133,6 +133,10 @@ def test_resume_and_its_errors(tmp_path):
         Corpus(out, made())
     with pytest.raises(ValueError, match="it has frames = 2, not 3, weights = abc, not d"):
         Corpus(out, made(frames="3", weights="d"), resume=True)
+    with pytest.raises(ValueError, match="it has frames = 2, not None"):
+        Corpus(out, Manifest("parquet", {"pooled": 6, "tokens": 4}, options={"weights": "abc"}), resume=True)
+    with pytest.raises(ValueError, match="widths = .*, dtype_out = float32, not float16"):
+        Corpus(out, Manifest("parquet", {"pooled": 6}, "float16", made().options), resume=True)
     with pytest.raises(ValueError, match="store = parquet, not npz"):
         check(out, "npz", {}, resume=True)
     (out / f".part-000003.host.{2**22 + 1}.00.part.parquet").write_bytes(b"half")
@@ -256,12 +260,23 @@ def test_the_command(store, videos, tmp_path, capsys, model):
     assert len(corpus.read(out).errors) == 1
     for more, message in (
         ([], "--resume goes on with it"), (["--resume", "--frames", "4"], "it has frames = 3, not 4"),
+        (["--resume", "--start", "0.1"], "it has start = None, not 0.1"),
+        (["--resume", "--outputs", "pooled"], "outputs"),
         (["--resume", "--overwrite"], "give one of them"), (["--resume", "--compat", "official"], "compat = None, not"),
     ):  # fmt: skip
         with pytest.raises(SystemExit) as stop:
             encode([*given, *more])
         said = capsys.readouterr().err
         assert stop.value.code == 2 and message in said and said.count("\n") == 1, said
+
+
+def test_a_progress_bar_counts_failures(videos, tmp_path, capsys, monkeypatch):
+    pytest.importorskip("tqdm")
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True, raising=False)
+    assert encode([str(videos), "--out", str(tmp_path / "out"), "--frames", "2", "--outputs", "pooled"]) == 1
+    said = capsys.readouterr().err
+    assert "12/12" in said and "failed=1" in said and "video/s" in said
+    assert "\nFAILED" in said.replace("\r", "\n"), "on a line of its own"
 
 
 def test_another_model_is_refused(videos, tmp_path, capsys):

@@ -12,19 +12,43 @@ import torch
 
 from pyvidx import corpus
 from pyvidx.cli.encode import main as encode
+from pyvidx.corpus import engines
+from pyvidx.corpus.engines import Job
+from pyvidx.corpus.engines import ray as engine
 from pyvidx.corpus.folder import parts
-from pyvidx.video import write
+from pyvidx.video import read, write
 from tests.drawn import drawn_clip
 
 pytest.importorskip("av", reason="reading video needs PyAV: pip install 'pyvidx[video]'")
 pytest.importorskip("pyarrow")
-pytest.importorskip("ray.data", reason="needs Ray Data: pip install 'pyvidx[ray]'")
 ROOT = Path(__file__).parents[1]
 COMMAND = "import sys; from pyvidx.__main__ import main; sys.exit(main())"
 
 
+@pytest.mark.parametrize("name", [b"a.mp4", b"caf\xe9 \xff.mp4", b"none.mp4"])
+def test_what_its_tasks_hand_on(name, tmp_path):
+    """Without Ray: frames and errors as bytes, in any shape and under any name."""
+    if name != b"none.mp4":
+        write(tmp_path / "a.mp4", drawn_clip(0.2, (48, 64)), fps=25)
+        os.rename(tmp_path / "a.mp4", os.fsencode(tmp_path) + b"/" + name)
+    path = os.fsdecode(os.fsencode(tmp_path) + b"/" + name)
+    row = engine._decode({"path": os.fsencode(path)}, Job(frames=3))
+    found = engine._decoded(row["frames"], row["rest"])
+    assert found.source == path and (found.error is None) == (name != b"none.mp4")
+    if found.clip is not None:
+        want = read(path, frames=3)
+        assert torch.equal(found.clip.frames, want.frames) and torch.equal(found.clip.seconds, want.seconds)
+
+
+def test_it_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "ray.data", None)
+    with pytest.raises(RuntimeError, match=r"pip install 'pyvidx\[ray\]'"):
+        engines.named("ray")
+
+
 @pytest.mark.slow
 def test_one_broken_file_and_one_kill_in_the_middle(tmp_path):
+    pytest.importorskip("ray.data", reason="needs Ray Data: pip install 'pyvidx[ray]'")
     videos, out = tmp_path / "videos", tmp_path / "ray"
     videos.mkdir()
     write(videos / "000.mp4", drawn_clip(0.3, (48, 64)), fps=25)

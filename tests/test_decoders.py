@@ -193,6 +193,14 @@ def test_reading_ahead_is_bounded(folder, decoders):
     clips.close()
 
 
+def test_without_an_order_no_file_waits_for_a_slow_one(folder):
+    with Decoders(2) as decoders:
+        paths = [folder / "long.mp4", folder / "v.mp4", folder / "v.mp4"]
+        clips = decoders.map(paths, sampler=decoding.hang_if_long, ahead=2, ordered=False)
+        assert [next(clips).source.name for _ in range(2)] == ["v.mp4", "v.mp4"]
+        clips.close()
+
+
 def test_an_end_waits_for_no_file(folder):
     with Decoders(2) as decoders:
         processes = [worker.process.pid for worker in decoders._idle]

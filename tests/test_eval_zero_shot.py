@@ -141,6 +141,12 @@ def test_what_the_encoder_wrote_is_taken(folder, capsys):
         assert encode([*command, name]) == 0
         assert main(["retrieval", "--config", str(config(folder, videos=name, root=None))]) == 0
         assert "videos: 3" in capsys.readouterr().out
+    assert encode([*command[:1], *command[3:9], "--device", "cpu", "--out", "e"]) == 0
+    for _ in range(2):  # what the folder lacks is added to it, then there
+        assert main(["retrieval", "--config", str(config(folder, videos="e"))]) == 0
+        assert "videos: 3" in capsys.readouterr().out
+    rows, _ = embeddings.load("e")
+    assert len(rows) == 3 and all(row.encoding.tokens is not None for row in rows)
     moments = [{"video": f"{name}.mov", "description": "a"} for name in ("one", "two", "three")]
     (folder / "didemo.json").write_text(json.dumps(moments))
     assert encode([*command, "e.npz", "--end", "30"]) == 0

@@ -88,7 +88,8 @@ def test_cpu_kernels_leave_nothing_to_share():
 
 # Rooms of pyvidx, from the ground up: a room imports from those before it only.
 ROOMS = (
-    ("files", "sizes", "device"), ("tensor_files",), ("ops",), ("layers", "video", "preprocess"), ("backbones",),
+    ("files", "sizes", "device", "spec"), ("tensor_files",), ("ops",), ("layers", "video", "preprocess"),
+    ("backbones",),
     ("temporal", "memory"), ("models",), ("reference", "weights", "data"), ("hosts",), ("corpus",), ("train",),
     ("eval",), ("cli",), ("__main__",),
 )  # fmt: skip

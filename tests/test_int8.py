@@ -8,12 +8,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from bench.int8_retrieval import study
 from pyvidx import temporal
 from pyvidx.backbones import ViT, ViTConfig
-from pyvidx.layers import int8
 from pyvidx.layers.int8 import Int8Linear, quantize
 from pyvidx.layers.linear import dense, dense_rows
-from pyvidx.models import MALMM, BTAdapter, VideoEncoder
+from pyvidx.models import MALMM, BTAdapter, VideoEncoder, flops
 from pyvidx.models.text_video import TextVideo
 
 SIZES = {"image_size": 32, "patch_size": 16, "width": 64, "heads": 2, "layers": 4, "mlp_width": 256, "embed_dim": 32}
@@ -22,12 +22,6 @@ TOWERS = {
     "eva": ViTConfig(**SIZES, hidden_act="gelu", norm_pre=False, patch_bias=True),
     "siglip": ViTConfig(**SIZES, hidden_act="gelu_tanh", pool="attention", norm_pre=False, patch_bias=True),
 }  # fmt: skip
-
-
-@pytest.fixture(autouse=True)
-def every_layer(monkeypatch):
-    """Small ones too."""
-    monkeypatch.setattr(int8, "LEAST", 1)
 
 
 def cosine(a, b):
@@ -77,6 +71,13 @@ def test_numbers_at_the_edge():
         assert not Int8Linear(module)(torch.full((2, 96), bad)).isfinite().any()
 
 
+@torch.no_grad()
+def test_operations_are_counted():
+    module, x = layer(), torch.randn(5, 96)
+    ours = Int8Linear(module)
+    assert flops.count(lambda: ours(x)) == flops.count(lambda: module(x)) > 0
+
+
 def test_copies():
     ours, x = Int8Linear(layer()), torch.randn(5, 96)
     for other in (copy.deepcopy(ours), pickle.loads(pickle.dumps(ours))):
@@ -94,14 +95,11 @@ def test_layer_refuses():
         quantize(nn.Sequential(layer().double()))
 
 
-def test_shared_layers_and_small_ones(monkeypatch):
-    shared = layer()
-    model = nn.ModuleList([nn.Sequential(shared), nn.Sequential(shared), layer(8, 8), layer(8, 9)])
-    monkeypatch.setattr(int8, "LEAST", 72)
-    quantize(model)
-    assert model[0][0] is model[1][0] and [type(m) for m in (model[0][0], *model[2:])] == [
-        Int8Linear, nn.Linear, Int8Linear
-    ]  # fmt: skip
+def test_shared_layers_and_those_to_keep():
+    shared, kept = layer(), layer()
+    model = nn.ModuleList([nn.Sequential(shared), nn.Sequential(shared), kept])
+    quantize(model, keep=[kept])
+    assert model[0][0] is model[1][0] and type(model[0][0]) is Int8Linear and model[2] is kept
 
 
 @pytest.mark.parametrize("name", temporal.names())
@@ -160,11 +158,8 @@ def test_malmm():
         ours.save("x")
 
 
-@torch.no_grad()
-def test_trained_weights(monkeypatch):
-    """The model that ships, with the layers that are put into 8 bits outside of tests."""
-    monkeypatch.undo()
-    both = TextVideo.default()
-    size, T = both.model.tower.config.image_size, both.about["frames"]
-    pixels = torch.randn(4, T, 3, size, size)
-    assert cosine(both.model.fold(precision="int8")(pixels).pooled, both.model(pixels).pooled) > 0.995
+def test_trained_weights():
+    """Those that ship, and the bench of what 8 bits do to retrieval."""
+    found = study(TextVideo.default(), singles=4, pairs=1)
+    assert found["cosine"]["least"] > 0.995 and found["layers"]["int8"] > 40
+    assert abs(found["int8"]["pair"] - found["float"]["pair"]) < 20

@@ -50,7 +50,13 @@ CLUSTERS = {
         name="flash_vstream", capacity=M, clusters=max(1, M // 2), compat="official"
     ),
 }
-ALL = {name: options for name, (options, _) in POLICIES.items()} | SPACE | MOVIECHAT | RAGGED | CLUSTERS
+FOREST = dict(name="streamforest", now=3, short=2, tokens=1, split=2, heads=1)
+TOKENS = {  # their entries are tokens, and they keep no anchors
+    "streamforest": lambda M: FOREST | dict(window=M, quota=M + 1),
+    "streamforest_official": lambda M: FOREST | dict(window=M, quota=M + 1, compat="official"),
+}
+ALL = {name: options for name, (options, _) in POLICIES.items()}
+ALL |= SPACE | MOVIECHAT | RAGGED | CLUSTERS | TOKENS
 DROPS = {"fifo", "tome_space_fifo"}
 ENDLESS = {"concat", "tome_space", *MOVIECHAT, *RAGGED}
 REPEATS = {"moviechat_onevision"}  # its entries hold some frames more than once
@@ -61,7 +67,7 @@ lengths, capacities, anchor_counts = st.integers(1, 25), st.integers(1, 5), st.i
 
 
 def policy_of(name, M=4, anchors=0):
-    return create(anchors=anchors, **ALL[name](M + anchors))
+    return create(anchors=0 if name in TOKENS else anchors, **ALL[name](M + anchors))
 
 
 def frames_of(B, T, seed=0, device="cpu"):
@@ -139,6 +145,9 @@ def test_frames_are_conserved_within_capacity_and_in_order(name, T, M, anchors, 
             assert entries.rows.shape[1] == t + 1 and entries.ragged
             assert ((entries.first == torch.arange(t + 1)[:, None]) == entries.mask).all()
             assert ((entries.sizes > 0) == entries.mask).all() and (entries.sizes.sum(2) <= N).all()
+        elif name in TOKENS:
+            assert (entries.first[:, 1:] < entries.first[:, :-1]).sum() == 0 and (entries.mask[:, -3:]).all()
+            assert name == "streamforest_official" or (entries.sizes.sum((1, 2)) == held * N).all()
         elif name not in REPEATS:
             all_of = entries.sizes.sum((1, 2)) if name in SPACE else entries.sizes.sum(1)
             assert (all_of == (held * N if name in SPACE else held)).all()
@@ -188,7 +197,7 @@ def test_videos_of_a_batch_are_independent(name, data, T, M, anchors):
         chosen = active[b].nonzero().flatten()
         alone = streamed(policy, frames[b : b + 1, chosen], seconds[b : b + 1, chosen]).entries()
         L = alone.rows.shape[1]
-        assert (entries.mask[b, :L].all() or name in RAGGED) and not entries.mask[b, L:].any()
+        assert (entries.mask[b, :L].all() or name in (*RAGGED, *TOKENS)) and not entries.mask[b, L:].any()
         for mine, want in zip(entries[:5], alone[:5]):
             assert equal(mine[b, :L], want[0])
         assert (entries.rows[b, L:] == 0).all() and (entries.sizes[b, L:] == 0).all()
@@ -281,7 +290,7 @@ def test_sessions(name, anchors, tmp_path):
     assert cleared.frames.tolist() == [0, 1, 0] and not cleared.entries().mask[0].any()
     after = policy.push(cleared, frames[:, 5], seconds[:, 5]).entries()
     want = streamed(policy, frames[:1, 5:6], seconds[:1, 5:6]).entries()
-    assert torch.equal(after.rows[0, :1], want.rows[0]) and after.sizes[0].sum() == want.sizes.sum()
+    assert torch.equal(after.rows[0, : want.rows.shape[1]], want.rows[0]) and after.sizes[0].sum() == want.sizes.sum()
     emptied = whole.reset()
     assert name in ENDLESS or same(emptied, policy.new(3, N, C))
     assert emptied.entries().rows.shape[1] == 0
@@ -304,7 +313,7 @@ def test_a_state_that_was_given_up_says_so():
     assert after.entries().rows.shape == (1, 1, N, C)
 
 
-@pytest.mark.parametrize("name", [n for n in POLICIES if n != "merge_average"])
+@pytest.mark.parametrize("name", [n for n in ALL if n not in ("merge_average", *SPACE, *TOKENS)])
 def test_attached_rows_follow(name):
     """Keys are affine in the rows, so merging them by size gives the keys of the merged rows."""
     policy = policy_of(name, 4, anchors=1)
@@ -354,8 +363,8 @@ def test_nothing_is_read_back(name, anchors):
     policy = policy_of(name, anchors=anchors)
     bank = policy.new(2, N, C, device="meta")
     active = torch.empty(2, dtype=torch.bool, device="meta")
-    for t in range(24):
-        bank = policy.push(bank, torch.empty(2, N, C, device="meta"), active=active if t > 12 else None)
+    for t in range(13):
+        bank = policy.push(bank, torch.empty(2, N, C, device="meta"), active=active if t > 10 else None)
         assert bank.entries().rows.shape[0] == len(bank.slots().rows) == 2
     assert bank.reset(active).select(torch.empty(5, dtype=torch.int64, device="meta")).rows.is_meta
 
@@ -373,7 +382,7 @@ def test_memory_stays_flat(name):
 
 
 @pytest.mark.parametrize("make, message", [
-    (lambda: create("mean"), "name must be one of merge"),
+    (lambda: create("mean"), "name must be one of"),
     (lambda: create("fifo", size=3), "options do not fit 'fifo'"),
     (lambda: create("merge", capacity=2, anchors=2), "capacity must leave room"),
     (lambda: create("merge", capacity=None), "capacity must leave room"),

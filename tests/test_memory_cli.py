@@ -34,7 +34,7 @@ def test_colors_are_means_of_cells():
 
 def test_slots_find_the_scenes(video, tmp_path, capsys):
     out, saved = tmp_path / "new/slots.png", tmp_path / "bank.safetensors"
-    arguments = [str(video), "--capacity", "3", "--unit", "frame", "--out", str(out), "--save", str(saved)]
+    arguments = [str(video), "--policy", "merge:unit=frame", "--capacity", "3", "--out", str(out), "--save", str(saved)]
     assert main(arguments) == 0
     text = capsys.readouterr().out
     assert "45 frames, policy merge (capacity 3, weighted True, unit frame), features: colors" in text
@@ -49,7 +49,9 @@ def test_slots_find_the_scenes(video, tmp_path, capsys):
 
 @pytest.mark.parametrize("options, sizes", [
     (["--policy", "fifo", "--capacity", "4", "--anchors", "1"], 4),
-    (["--policy", "tome", "--axis", "space"], 45),
+    (["--policy", "tome:axis=space"], 45),
+    (["--policy", "moviechat"], 45),
+    (["--policy", "flash_vstream", "--capacity", "70"], 45),
     (["--policy", "average", "--fps", "5", "--features", "model", "--position", "3"], 9),
 ])  # fmt: skip
 def test_options(video, tmp_path, options, sizes, capsys):
@@ -59,14 +61,14 @@ def test_options(video, tmp_path, options, sizes, capsys):
     text = capsys.readouterr()
     assert ("moving shapes" in text.err) == ("model" in options)
     sizes_found = memory.load(tmp_path / "a.safetensors")[1].entries().sizes
-    assert sizes_found.sum() == sizes * sizes_found.shape[2] if "space" not in options else 45 * 16
+    assert sizes_found.sum() == sizes * sizes_found.shape[2] if "tome:axis=space" not in options else 45 * 16
 
 
 @pytest.mark.parametrize("arguments, message", [
     (["nothing.mp4"], "there is no nothing.mp4"),
     (["VIDEO", "--policy", "average", "--capacity", "3"], "options do not fit 'average'"),
-    (["VIDEO", "--policy", "fifo", "--unit", "frame"], "options do not fit 'fifo'"),
-    (["VIDEO", "--capacity", "0"], "capacity must leave room"),
+    (["VIDEO", "--policy", "fifo:unit=frame"], "options do not fit 'fifo'"),
+    (["VIDEO", "--capacity", "0"], "at least 1"),
     (["VIDEO", "--position", "16"], "position must be in"),
     (["https://example.org/a.mp4"], "and give its path"),
     (["VIDEO", "--fps", "0"], "--fps: must be above 0"),

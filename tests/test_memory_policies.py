@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from pyvidx import memory
 from pyvidx.memory import create, fluxmem
+from pyvidx.memory.ragged_tome import shorten
 from tests.harness import randn
 from tests.memory_reference import cosine
 
@@ -261,6 +262,70 @@ def test_retrieve_finds_the_heaviest_clusters_frames():
     assert memory.retrieve(x, clusters, torch.tensor([[1, 5, 3], [2, 2, 2]]), 2).tolist() == [[1, 7], [4, 1]]
 
 
+# ---- streamforest ----
+
+SMALL = dict(now=6, short=4, tokens=2, window=3, split=3, quota=12, heads=2)
+
+
+@given(data=st.data(), seed=st.integers(0, 99))
+@small
+def test_lists_of_unequal_lengths_merge_as_they_do_alone(data, seed):
+    x = randn(3, 13, 6, seed=seed)
+    count = torch.tensor([data.draw(st.integers(1, 13)) for _ in range(3)])
+    target = torch.tensor([data.draw(st.integers(1, 6)) for _ in range(3)])
+    sizes = torch.ones(3, 13, dtype=torch.int32)
+    rows, merged = shorten(x, sizes, count, target, heads=1, width=13, ratio=13)
+    for b in range(3):
+        want, counts, _ = memory.reduce_tokens(x[b : b + 1, : count[b]], int(target[b]))
+        n = want.shape[1]
+        torch.testing.assert_close(rows[b, :n], want[0], rtol=1e-5, atol=1e-5)
+        assert merged[b, :n].tolist() == counts[0].tolist() and not merged[b, n:].any() and not rows[b, n:].any()
+
+
+@pytest.mark.parametrize("compat", ["paper", "official"])
+def test_streamforest_stays_within_its_quota(compat):
+    policy, frames = create("streamforest", **SMALL, compat=compat), randn(2, 40, 7, 4)
+    bank = policy.new(2, 7, 4)
+    for t in range(40):
+        bank = policy.push(bank, frames[:, t])
+        e, entries = bank.extra, bank.entries()
+        count = (entries.sizes > 0).sum((1, 2))
+        assert (2 * e["frames"].sum(1) <= max(12, 2 * 3)).all() and (e["waiting"] < 6).all()
+        assert torch.equal(count, 2 * e["frames"].sum(1) + 4 * e["waiting"] + 6)
+        if compat == "paper":
+            assert (entries.sizes.sum((1, 2)) == 7 * (t + 1)).all(), "every token of every frame is held"
+            held = (e["held"].sum(1) + e["waiting"] + 1).tolist()
+            assert held == [t + 1, t + 1]
+            # The mean of all there was is that of all there is.
+            mean = (entries.rows * entries.sizes[..., None]).sum((1, 2)) / entries.sizes.sum((1, 2))[:, None]
+            torch.testing.assert_close(mean, frames[:, : t + 1].mean((1, 2)), rtol=1e-4, atol=1e-5)
+    assert (e["merges"].sum(1) >= e["frames"].sum(1)).all()
+
+
+def test_streamforest_of_a_clip_merges_events_at_its_end():
+    frames = randn(2, 40, 7, 4)
+    roomy = create("streamforest", **SMALL | dict(quota=100))
+    stream, clip = streamed(roomy, frames), roomy.clip(frames)
+    for name in ("frames", "time", "likeness"):
+        n = stream.extra[name].shape[1]
+        assert torch.equal(clip.extra[name][:, :n], stream.extra[name]), "nothing merges within the quota"
+    policy = create("streamforest", **SMALL)
+    clip = policy.clip(frames)
+    assert (2 * clip.extra["frames"].sum(1) <= 12).all()
+    assert torch.equal(clip.extra["held"].sum(1), stream.extra["held"].sum(1))
+    short = policy.clip(frames, lengths=torch.tensor([40, 25])).extra["time"][1]
+    alone = policy.clip(frames[1:, :25]).extra["time"][0]
+    torch.testing.assert_close(short[: len(alone)], alone)
+
+
+def test_packed_tokens_say_where_they_were():
+    frames = randn(2, 6, 5, 4)
+    entries = streamed(create("dtd", threshold=0.1), frames).entries()
+    for b, (rows, entry, place) in enumerate(memory.packed(entries)):
+        assert len(rows) == entries.mask[b].sum() < 30 and torch.equal(rows, frames[b, entry, place])
+        assert torch.equal(entry * 5 + place, (entry * 5 + place).sort().values)
+
+
 @pytest.mark.parametrize("call, message", [
     (lambda: create("moviechat", form="mine"), "form must be"),
     (lambda: create("moviechat", fragment=0), "must be at least 1"),
@@ -271,6 +336,15 @@ def test_retrieve_finds_the_heaviest_clusters_frames():
     (lambda: memory.ordered_kmeans(randn(1, 5, 2, 3), 2, start=torch.zeros(1, 3)), "start must be"),
     (lambda: memory.retrieve(randn(1, 5, 2, 3), randn(1, 3, 2, 3), torch.ones(1, 3), 4), "count must be"),
     (lambda: memory.retrieve(randn(1, 5, 2, 3), randn(1, 3, 3, 3), torch.ones(1, 3), 1), "clusters must be"),
+    (lambda: create("streamforest", anchors=1), "keeps no anchors"),
+    (lambda: create("streamforest", tokens=200), "tokens <= short <= now"),
+    (lambda: create("streamforest", weights=(1, 2)), "weights must be three"),
+    (lambda: create("streamforest", compat="mine"), "compat must be"),
+    (lambda: create("streamforest", **SMALL).new(1, 5, 4), "at least now"),
+    (lambda: create("streamforest", **SMALL).new(1, 7, 5), "heads must divide"),
+    (lambda: create("streamforest", **SMALL).new(1, 7, 4, attached=[2]), "attached must be"),
+    (lambda: create("streamforest", **SMALL).push(create("streamforest", **SMALL).new(1, 7, 4), randn(1, 8, 4)),
+     "frame must be"),
     (lambda: create("dtd", ratio=0.5), "give a threshold or a ratio"),
     (lambda: create("dtd", threshold=None, ratio=2.0), "ratio must be in"),
     (lambda: memory.dtd_pixels(randn(8, 10), (2, 1, 1)), "pixels must be"),

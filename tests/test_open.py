@@ -61,13 +61,13 @@ def test_every_module(clip_folder, name, tmp_path):
     given = {"stan": "stan:depth=2", "branch": "branch:depth=2", "bt_adapter": "bt_adapter:depth=2"}.get(name, name)
     encoder, loaded = open_model(folder, given)
     again, _ = open_model(folder, given)
-    assert encoder.temporal.spec["name"] == name and name in loaded.module
+    assert encoder.temporal.name == name and loaded.module.startswith(name)
     for (key, p), q in zip(encoder.state_dict().items(), again.state_dict().values(), strict=True):
         assert torch.equal(p, q), key
     assert encoder.is_random == ("never trained" in loaded.module) == bool(list(encoder.temporal.parameters()))
     encoder.save(tmp_path / "saved")
     saved, loaded = open_model(tmp_path / "saved")
-    assert saved.temporal.spec == encoder.temporal.spec and str(tmp_path / "saved") in loaded.model
+    assert type(saved) is type(encoder) and str(tmp_path / "saved") in loaded.model
     pixels = torch.randn(1, 3, 3, 28, 28)
     torch.testing.assert_close(saved(pixels).pooled, encoder(pixels).pooled)
 
@@ -193,7 +193,7 @@ def test_modules_as_text(text, want):
 
 @pytest.mark.parametrize("text, message", [
     ("stann", "must be one of .*stan"), ("", "must be one of"), ("mean:depth=2", "takes no options"),
-    ("stan:deep=2", "stan takes depth, time_length, per_frame"), ("stan:depth", "NAME=VALUE, got 'depth'"),
+    ("stan:deep=2", "stan takes depth, time_length, per_frame, got deep"), ("stan:depth", "NAME=VALUE.*got 'depth'"),
     ("stan:depth=1,depth=2", "each once"), ("stan:depth=1,", "got ''"),
 ])  # fmt: skip
 def test_modules_that_are_none(text, message):

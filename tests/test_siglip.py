@@ -10,7 +10,7 @@ from pyvidx.backbones import SIGLIP_B, ViT
 from pyvidx.hosts import huggingface
 from pyvidx.hosts import open_clip as open_clip_weights
 from pyvidx.weights.text_towers import text_tower
-from pyvidx.weights.towers import vision_tower
+from pyvidx.weights.towers import told_by_config, vision_tower
 from tests.test_backbones import close, randomized
 from tests.torchvision_shim import mend_torchvision
 
@@ -220,3 +220,19 @@ def test_official_files(stacked, tmp_path):
     (tmp_path / "webli.npz").write_bytes((tmp_path / "webli.npz").read_bytes()[:-400])
     with pytest.raises(ValueError, match=r"webli\.npz.*damaged"):
         vision_tower(tmp_path / "webli.npz")
+
+
+def test_what_a_config_tells():
+    """transformers leaves out its own defaults, and writes some sizes as height and width."""
+    told = told_by_config({"model_type": "siglip_vision_model", "image_size": [30, 30]})
+    assert told == (12, "gelu_tanh", 1e-6, 30)
+    assert told_by_config({"model_type": "clip", "text_config": {}}, "text") == (8, "quick_gelu", 1e-5, None)
+    with pytest.raises(ValueError, match="must be square"):
+        told_by_config({"model_type": "siglip_vision_model", "image_size": [30, 20]})
+    with pytest.raises(ValueError, match="got 'siglip2'"):
+        told_by_config({"model_type": "siglip2"})
+    naflex = {"vision_model.embeddings.patch_embedding.weight": torch.zeros(64, 147)}
+    naflex |= {"vision_model.embeddings.position_embedding.weight": torch.zeros(16, 64)}
+    naflex |= {"vision_model.encoder.layers.0.mlp.fc1.weight": torch.zeros(80, 64)}
+    with pytest.raises(ValueError, match="NaFlex"):
+        vision_tower(naflex)

@@ -37,7 +37,7 @@ BOTH = [
     ({"frames": 0}, "frames must be at least 1"), ({"frames": 10**9}, "frames must be at most"),
     ({"frames": "4"}, "frames must be a whole number"), ({"preset": "none"}, "preset must be one of"),
     ({"preset": ["ma_lmm"]}, "preset must be a text"), ({"reader": "opencv"}, "reader must be one of"),
-    ({"weights": 5}, "weights must be a text or"),
+    ({"weights": 5}, "weights must be a text"),
 ]  # fmt: skip
 OWN = {
     "pretrain": [
@@ -62,7 +62,7 @@ OWN = {
         ({"area": None}, "area must be a list of 2"), ({"shorter": 0}, "shorter must be at least 1"),
         ({"text_length": 99}, "text_length must be at most 77"), ({"text_end": "cut"}, "text_end must be one of"),
         ({"micro_batch": 0}, "micro_batch must be at least 1"), ({"hidden_act": "relu"}, "hidden_act must be one of"),
-        ({"weights": {"open_clip": "ViT-L-14"}}, "weights must be a path or"), ({"text": 1}, "text must be a text or"),
+        ({"weights": "open_clip:ViT-L-14"}, "weights must be a path or"), ({"text": 1}, "text must be a text or"),
         ({"features": "stored"}, "features must be an object"), ({"features": {}}, "folder must be given"),
         ({"features": {"folder": "f", "shard": 0}}, "shard must be at least 1"),
         ({"features": {"folder": "f", "variants": 1.5}}, "variants must be a whole number"),
@@ -123,7 +123,7 @@ def test_files_of_configurations(tmp_path, capsys, content, text):
     (tmp_path / "run.json").write_bytes(content)
     assert text in refused("pretrain", tmp_path / "run.json", capsys)
     (tmp_path / "run.json").unlink()
-    assert "No such file" in refused("pretrain", tmp_path / "run.json", capsys)
+    assert "no such file" in refused("pretrain", tmp_path / "run.json", capsys)
 
 
 def test_a_device_that_is_not_there(tmp_path, capsys, monkeypatch):

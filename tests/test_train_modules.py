@@ -70,7 +70,7 @@ def test_two_steps(folder, tmp_path, monkeypatch, name, objective):
 def test_a_tower_without_a_class_token(folder, tmp_path, monkeypatch):
     """A SigLIP with a module inside it, resumed in the middle to the same bits; its text tower reads the last place."""
     text = TextTower(replace(TEXT, embed_dim=SIGLIP.width, pool="last", context=4))
-    monkeypatch.setattr("pyvidx.train.pretrain.towers", lambda *args, **options: (None, text))
+    monkeypatch.setattr("pyvidx.train.pretrain.text_of", lambda *args, **options: text)
     monkeypatch.setattr(pretrain, "tokenizer", lambda *options: some_tokenizer)
     asked = values(folder, tmp_path / "out", "siglip", module={"name": "st_adapter", "width": 8})
     with pytest.raises(SystemExit):  # SigLIP's text tower reads padding, which must be there
@@ -114,6 +114,20 @@ def test_what_a_run_refuses(folder, tmp_path, capsys, monkeypatch):
     with pytest.raises(SystemExit):
         command(tmp_path, values(folder, tmp_path / "out", module={"name": "joint"}), "--export", "x.pth")
     assert "has no names for the weights" in capsys.readouterr().err
+
+
+def test_the_module_of_the_command_line(folder, tmp_path, capsys, monkeypatch):
+    """In place of the configuration's, and told."""
+    monkeypatch.setattr(pretrain, "tokenizer", lambda *options: some_tokenizer)
+    asked = values(folder, tmp_path / "out", module={"name": "joint"})
+    assert command(tmp_path, asked, "--module", "st_adapter:width=4,kernel=(3,1,1)") == 0
+    assert "st_adapter on the tower of" in capsys.readouterr().err
+    found = VideoEncoder.from_pretrained(tmp_path / "out/last.safetensors")
+    assert found.temporal.spec == {"name": "st_adapter", "width": 4, "kernel": [3, 1, 1]}
+    for module, text in {"stan:depht=2": "stan takes depth", "st_adapter:width=-1": "width must be in"}.items():
+        with pytest.raises(SystemExit):
+            command(tmp_path, asked, "--module", module)
+        assert text in capsys.readouterr().err
 
 
 def test_the_teacher_is_the_tower_as_it_starts(folder, tmp_path):

@@ -107,7 +107,7 @@ def test_weights_of_open_clip(tmp_path):
     model = open_clip.create_model("pyvidx-tiny")
     torch.save(model.state_dict(), tmp_path / "w.pt")
     values = {"out": "o", "train": {}, "module": {"name": "bt_adapter", "depth": 2}, "hidden_act": "gelu"}
-    named = {"open_clip": "pyvidx-tiny", "pretrained": str(tmp_path / "w.pt")}
+    named = f"open_clip:pyvidx-tiny:{tmp_path / 'w.pt'}"
     task = build(Config.from_dict({**values, "weights": named}), torch.device("cpu"))
     same(build(Config.from_dict({**values, "weights": str(tmp_path / "w.pt")}), torch.device("cpu")), task.step)
     with torch.no_grad():

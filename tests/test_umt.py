@@ -182,3 +182,5 @@ def test_attention_of_a_pooling_probe():
     q, k = head.qkv(head.probe)[:16].view(2, 8), head.qkv(tokens)[..., 16:32].view(2, 4, P, 2, 8)
     want = (torch.einsum("hd,btnhd->bthn", q, k) / math.sqrt(8)).softmax(-1).mean(2)
     torch.testing.assert_close(class_attention(tower, x, x), want)
+    mean = ViT(dataclasses.replace(tower.config, pool="mean"))
+    assert torch.equal(class_attention(mean, x, x), torch.full_like(want, 1 / want.shape[-1]))

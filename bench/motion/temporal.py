@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from bench.motion import world
 from bench.motion.clip import TinyCLIP
 from pyvidx.data import motion
+from pyvidx.hosts.open import with_module
 from pyvidx.models import VideoEncoder
 from pyvidx.models.pretraining import Pretraining
 from pyvidx.train.recipe import Recipe, groups
-from pyvidx.train.start import joined
 
 DEPTH = 4  # of the branches
 
@@ -55,7 +55,7 @@ PLAIN = {"weights": (1.0, 0.0, 0.0), "mask_rate": 0.0}
 
 def encoder_of(clip: TinyCLIP, row: Row) -> VideoEncoder:
     """The row's module on the CLIP, as it starts."""
-    return joined(copy.deepcopy(clip.vision), {"name": row.module, **row.options})
+    return with_module(copy.deepcopy(clip.vision), row.module, row.options)
 
 
 def build(clip: TinyCLIP, row: Row) -> tuple[nn.Module, Callable | None, Callable]:

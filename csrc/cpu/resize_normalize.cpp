@@ -16,7 +16,6 @@
 namespace pyvidx {
 namespace {
 
-using simd::Acc;
 using simd::Full;
 using simd::Part;
 using simd::VF;
@@ -27,20 +26,20 @@ constexpr int kLanes = simd::kFloats;
 constexpr int kRowQuads = kLanes / int(kQuad);   // of one block of source rows
 constexpr int kTogether = 2;                     // vectors of columns
 constexpr int64_t kTile = 512;                   // columns of one turn: bounds the scratch
-constexpr int64_t kMask = 0x00ff00ff;            // every other of four levels
+constexpr int32_t kEven = 0x00ff00ff;            // of four levels
 constexpr int64_t kBlock = int64_t(kLanes) * 4;  // bytes of a vector
 typedef uint16_t VS __attribute__((vector_size(simd::kBytes)));
 
 // Both 16-bit halves of a lane, multiplied and added.
-PYVIDX_INLINE VI multiply_add(VI a, VI b) {
+PYVIDX_INLINE VU multiply_add(VI a, VI b) {
 #if defined(__AVX512BW__)
-  return (VI)_mm512_madd_epi16((__m512i)a, (__m512i)b);
+  return (VU)_mm512_madd_epi16((__m512i)a, (__m512i)b);
 #elif defined(__AVX2__)
-  return (VI)_mm256_madd_epi16((__m256i)a, (__m256i)b);
+  return (VU)_mm256_madd_epi16((__m256i)a, (__m256i)b);
 #elif defined(__x86_64__)
-  return (VI)_mm_madd_epi16((__m128i)a, (__m128i)b);
+  return (VU)_mm_madd_epi16((__m128i)a, (__m128i)b);
 #else
-  return (a >> 16) * (b >> 16) + ((VI)((VU)a << 16) >> 16) * ((VI)((VU)b << 16) >> 16);
+  return (VU)((a >> 16) * (b >> 16) + ((VI)((VU)a << 16) >> 16) * ((VI)((VU)b << 16) >> 16));
 #endif
 }
 
@@ -59,19 +58,19 @@ void split(int32_t* k) {
 template <int kN>
 PYVIDX_INLINE void weigh(const char* levels, int64_t step, int64_t apart, const int32_t* window, int64_t quads,
                          VI (&out)[kN]) {
-  VI low[kN], high[kN];
-  for (int n = 0; n < kN; ++n) low[n] = VI{} + (1 << (kWeightBits - 1)), high[n] = VI{};
+  VU low[kN], high[kN];
+  for (int n = 0; n < kN; ++n) low[n] = VU{} + (1u << (kWeightBits - 1)), high[n] = VU{};
   for (int64_t q = 0; q < quads; ++q, levels += step, window += kQuad) {
     const VI low_even = VI{} + window[0], low_odd = VI{} + window[1];
     const VI high_even = VI{} + window[2], high_odd = VI{} + window[3];
 #pragma GCC unroll 4
     for (int n = 0; n < kN; ++n) {
-      const VI four = simd::read<VI>(levels + n * apart), even = four & int32_t(kMask), odd = (VI)((VS)four >> 8);
+      const VI four = simd::read<VI>(levels + n * apart), even = four & kEven, odd = (VI)((VS)four >> 8);
       low[n] += multiply_add(even, low_even) + multiply_add(odd, low_odd);
       high[n] += multiply_add(even, high_even) + multiply_add(odd, high_odd);
     }
   }
-  for (int n = 0; n < kN; ++n) out[n] = (VI)(((VU)high[n] << 16) + (VU)low[n]) >> kWeightBits;
+  for (int n = 0; n < kN; ++n) out[n] = (VI)((high[n] << 16) + low[n]) >> kWeightBits;
 }
 
 // Levels of four columns, a row per lane, clamped: for every four rows 16 bytes, 4 of each column, `step` bytes apart.

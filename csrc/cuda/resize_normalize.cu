@@ -54,8 +54,8 @@ __device__ __forceinline__ void load_pixels(const View<4>& frames, const uint8_t
 }
 
 template <typename T, bool kWords>
-__global__ __launch_bounds__(kResizeThreads) void resize_normalize_kernel(ResizeNormalizeArgs a, unsigned tiles_down,
-                                                                          unsigned tiles_across) {
+__global__ __launch_bounds__(kResizeThreads, 2) void resize_normalize_kernel(ResizeNormalizeArgs a, unsigned tiles_down,
+                                                                             unsigned tiles_across) {
   __shared__ uint8_t across[kResizeChunk][3][kResizeColumns];
   const int64_t H = a.frames.size[1], rows = a.rows.size[0], columns = a.columns.size[0];
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;

@@ -12,6 +12,7 @@ from torch import Tensor
 from pyvidx import memory
 from pyvidx.cli import arguments
 from pyvidx.files import printable
+from pyvidx.spec import parse
 from pyvidx.video import stream
 
 GRID, CELL = 4, 8  # "colors": a frame is 4 x 4 positions of 8 x 8 mean colors
@@ -26,14 +27,11 @@ def parser() -> argparse.ArgumentParser:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     p.add_argument("video", type=arguments.there, help="a video file, or a folder of frames, whose rate is --fps")
-    p.add_argument(
-        "--policy", default="merge", choices=memory.names(), help="what is kept of the frames, see pyvidx.memory"
-    )
-    p.add_argument("--capacity", type=int, help="entries kept, anchors included; default: the policy's own")
-    p.add_argument("--anchors", type=int, default=0, help="keep the first frames as they are")
-    p.add_argument("--unit", choices=["token", "frame"], help="merge: each position for itself, or whole frames")
-    p.add_argument("--plain-mean", action="store_true", help="merge: the mean of two entries, not of all their frames")
-    p.add_argument("--axis", choices=["time", "space"], help="tome: merge over time, or the tokens of each frame")
+    p.add_argument("--policy", default="merge", type=named_policy, metavar="NAME[:OPTION=VALUE,...]",
+                   help="what is kept of the frames, e.g. merge:unit=frame or tome:axis=space; of "
+                   f"{', '.join(memory.names())}, see pyvidx.memory")  # fmt: skip
+    p.add_argument("--capacity", type=arguments.count, help="entries kept, anchors included; default: the policy's own")
+    p.add_argument("--anchors", type=arguments.whole_number(0, 10**9), help="keep the first frames as they are")
     p.add_argument("--fps", type=arguments.positive, help="frames per second to take; default: all")
     p.add_argument(
         "--features",
@@ -107,10 +105,24 @@ def watch(policy: memory.Policy, features: Callable[[Tensor], Tensor], options: 
     return bank, history, thumbnails
 
 
+def named_policy(text: str) -> tuple[str, dict]:
+    """The name of a policy, and its options."""
+    try:
+        name, options = parse(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+    if name not in memory.names():
+        raise argparse.ArgumentTypeError(f"must be one of {', '.join(memory.names())}, got {name!r:.100}")
+    return name, options
+
+
 def policy_of(options: argparse.Namespace) -> memory.Policy:
-    chosen = {"capacity": options.capacity, "unit": options.unit, "axis": options.axis}
-    chosen |= {"weighted": False if options.plain_mean else None}
-    return memory.create(options.policy, anchors=options.anchors, **{k: v for k, v in chosen.items() if v is not None})
+    name, chosen = options.policy
+    given = {"capacity": options.capacity, "anchors": options.anchors}
+    given = {option: value for option, value in given.items() if value is not None}
+    if twice := given.keys() & chosen.keys():
+        raise ValueError(f"--policy {name} has a {min(twice)} already, --{min(twice)} is another")
+    return memory.create(name, **chosen, **given)
 
 
 def colors(frames: Tensor) -> Tensor:

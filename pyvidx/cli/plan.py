@@ -66,6 +66,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return plan_encode.main(argv[1:])
     p = parser()
     options = p.parse_args(argv)
+    if options.cached_features and (options.decode_seconds is not None or options.decode_video is not None):
+        p.error("--cached-features decodes nothing: leave --decode-seconds and --decode-video out")
     try:
         shares = cost.Shares(options.products_share, options.memory_share, options.link_share)
         names = ("size", "frames", "batch", "mask_rate", "checkpoint")

@@ -42,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = p.parse_args(argv)
     arguments.check_span(p, options.start, options.end)
     arguments.check_reader(p, options.reader)
-    arguments.check_outputs(p, options.overwrite, options.json)
+    arguments.check_outputs(p, options.overwrite, options.json, inputs=[*options.samples, options.rates, options.model])
     try:
         if bool(options.samples) == (options.rates is not None):
             raise ValueError("there must be videos to measure on, or --rates, one of the two")
@@ -62,7 +62,7 @@ def _measured(options: argparse.Namespace) -> Rates:
     paths = paths[:: -(-len(paths) // options.most)]
     if DTYPES[options.dtype_out] not in stores.named(options.store).dtypes:
         raise ValueError(f"--dtype-out {options.dtype_out} cannot be kept in {options.store}")
-    model = folded(opened(options), options.device, options.dtype)
+    model = folded(opened(options), options.device, options.dtype, options.precision)
     return measure(paths, model, job_of(options), options.store)
 
 

@@ -13,6 +13,7 @@ from safetensors import SafetensorError
 
 from pyvidx.cli import arguments
 from pyvidx.files import check_output
+from pyvidx.hosts.open import parse_module
 from pyvidx.train import recipe as recipes
 from pyvidx.train.checkpoint import CHECKPOINT
 from pyvidx.train.curve import Board, Curve, held_out_row, progress
@@ -34,6 +35,8 @@ def parser() -> argparse.ArgumentParser:
     )
     p.add_argument("what", choices=list(KINDS), help="; ".join(f"{name}: {what}" for name, what in KINDS.items()))
     p.add_argument("--config", type=arguments.existing, required=True, help=".json or .toml, see pyvidx/train/configs")
+    p.add_argument("--module", type=arguments.module, help="of pretrain: the temporal module, e.g. stan:depth=2, in "
+                   "place of the configuration's")  # fmt: skip
     p.add_argument("--device", choices=["cuda", "cpu"], help="default: GPUs if there are any")
     p.add_argument("--export", type=Path, help="also write the weights under the public code's names, .safetensors or"
                    " .pth as the public code does")  # fmt: skip
@@ -46,7 +49,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = p.parse_args(argv)
     kind = importlib.import_module(f"pyvidx.train.{options.what}")
     try:
-        config = kind.Config.from_dict(recipes.load(options.config))
+        values = recipes.load(options.config)
+        if options.module is not None:
+            values["module"] = chosen(options.what, options.module)
+        config = kind.Config.from_dict(values)
         check_outputs(Path(config.out), options.export, options.overwrite)
         if options.device == "cuda" and not torch.cuda.is_available():
             raise ValueError("--device cuda needs a GPU that torch can use, and there is none; give --device cpu")
@@ -57,6 +63,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             task = kind.build(config, alike.device)
             if options.export is not None and not task.exportable:
                 raise ValueError("--export: the public code has no names for the weights of this run")
+            if alike.first and task.said:
+                print(task.said, file=sys.stderr)
             data, held_out = kind.datasets(config, task, alike)
             out = Path(config.out)
             with Shown(out, alike, config.recipe.epochs) as shown:
@@ -70,6 +78,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         except (OSError, ValueError, SafetensorError) as error:
             p.error(str(error))
     return 0
+
+
+def chosen(what: str, module: str) -> dict:
+    """--module as a configuration has it.
+
+    Raises:
+        ValueError: it is for another kind of training.
+    """
+    if what != "pretrain":
+        raise ValueError(f"--module is of `pyvidx train pretrain`, not of {what}")
+    name, sizes = parse_module(module)
+    return {"name": name} | {key: list(v) if isinstance(v, tuple) else v for key, v in sizes.items()}
 
 
 def check_outputs(out: Path, export: Path | None, overwrite: bool) -> None:

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -53,8 +54,11 @@ def save(path: str | os.PathLike[str], results: Sequence[Encoded], about: dict) 
     store.write(path, results, layout, about)
 
 
-def load(path: str | os.PathLike[str]) -> tuple[list[Encoded], dict]:
+def load(path: str | os.PathLike[str], outputs: Iterable[str] = NAMES) -> tuple[list[Encoded], dict]:
     """What `save` wrote, or a folder of `pyvidx encode`, all of it in memory: the results and `about`.
+
+    Args:
+        outputs: "pooled", "tokens" or both, of what is there; what is not asked for takes no memory.
 
     Returns:
         Of a file those that failed come last, of a folder last in each part; tensors have the dtype they are kept in.
@@ -63,27 +67,30 @@ def load(path: str | os.PathLike[str]) -> tuple[list[Encoded], dict]:
         FileNotFoundError: there is no such file.
         ValueError: the suffix is unknown, `save` did not write it, or it is damaged; what is in it is checked.
     """
-    path = Path(path)
+    path, outputs = Path(path), _names(outputs)
     if is_corpus(path):
-        return list(iterate(path)), manifest(path).described()
+        return list(iterate(path, outputs)), manifest(path).described()
     store = stores.of_suffix(path)
     if not path.is_file():
         raise FileNotFoundError(f"embeddings: there is no {printable(path)}")
-    return _checked(path, store.read)
+    rows, about = _checked(path, store.read)
+    return [only(row, outputs) for row in rows], about
 
 
-def iterate(path: str | os.PathLike[str]) -> Iterator[Encoded]:
+def iterate(path: str | os.PathLike[str], outputs: Iterable[str] = NAMES) -> Iterator[Encoded]:
     """The rows of `load` one by one: of a folder, one part is in memory at a time.
 
     Raises:
         FileNotFoundError, ValueError: as `load`.
     """
-    path = Path(path)
+    path, outputs = Path(path), _names(outputs)
     if not is_corpus(path):
-        yield from load(path)[0]
+        yield from load(path, outputs)[0]
         return
+    store = manifest(path).store
     for part in parts(path):
-        yield from _checked(part, manifest(path).store.read)[0]
+        for row in _checked(part, store.read)[0]:
+            yield only(row, outputs)
 
 
 class Embeddings(NamedTuple):
@@ -110,32 +117,41 @@ def read(path: str | os.PathLike[str], outputs: Iterable[str] = NAMES) -> Embedd
     """A folder of `pyvidx encode`, or a file, as arrays.
 
     Args:
-        outputs: "pooled", "tokens" or both; what is not asked for takes no memory.
+        outputs: as in `load`.
 
     Raises:
         FileNotFoundError, ValueError: as `load`.
     """
-    outputs = set(outputs)
-    if not outputs <= set(NAMES):
-        raise ValueError(f"embeddings: outputs must be of {', '.join(NAMES)}, got {', '.join(sorted(outputs))}")
-    path, errors, done, about = Path(path), {}, [], None
-    kept: dict[str, list[Tensor]] = {name: [] for name in NAMES if name in outputs}
     if is_corpus(path):
-        rows, about = iterate(path), manifest(path).described()
+        rows, about = iterate(path, outputs), manifest(path).described()
     else:
-        rows, about = load(path)
+        rows, about = load(path, outputs)
+    errors, paths, seconds = {}, [], []
+    arrays: dict[str, list[Tensor]] = {name: [] for name in NAMES}
     for row in rows:
         if row.error is not None:
             errors[row.path] = row.error
             continue
-        done.append((row.path, row.seconds))
-        for name, found in kept.items():
-            if name in row.encoding:
-                found.append(row.encoding[name][0].clone())  # else one row of a part would keep all of it
-    arrays = {n: _stacked(found) for n, found in kept.items()}
-    return Embeddings(
-        [p for p, _ in done], arrays.get("pooled"), arrays.get("tokens"), [s for _, s in done], errors, about
-    )
+        paths.append(row.path)
+        seconds.append(row.seconds.clone())
+        for name in {*row.encoding} & {*NAMES}:
+            arrays[name].append(row.encoding[name][0].clone())  # else one row of a part would keep all of it
+    return Embeddings(paths, _stacked(arrays["pooled"]), _stacked(arrays["tokens"]), seconds, errors, about)
+
+
+def _names(outputs: Iterable[str]) -> set[str]:
+    outputs = set(outputs)
+    if not outputs <= set(NAMES):
+        raise ValueError(f"embeddings: outputs must be of {', '.join(NAMES)}, got {', '.join(sorted(outputs))}")
+    return outputs
+
+
+def only(row: Encoded, outputs: Iterable[str]) -> Encoded:
+    """A row without the outputs that are not asked for."""
+    left_out = set(NAMES) - set(outputs)
+    if row.encoding is None or not left_out:
+        return row
+    return replace(row, encoding=replace(row.encoding, **dict.fromkeys(left_out)))
 
 
 def _stacked(found: list[Tensor]) -> Tensor | list[Tensor] | None:

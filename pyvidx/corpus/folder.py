@@ -97,12 +97,17 @@ def parts(folder: str | os.PathLike[str]) -> list[Path]:
 
 
 def check(
-    folder: str | os.PathLike[str], kind: str, options: dict[str, str], *, resume: bool = False, overwrite: bool = False
+    folder: str | os.PathLike[str],
+    kind: str,
+    options: dict[str, str | None],
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
 ) -> None:
     """Raise before any work is done if a run with these options cannot write there.
 
     Args:
-        options: of the run, also some of them only.
+        options: of the run, also some of them only; None: the corpus must have been made without.
 
     Raises:
         ValueError: the store is unknown, or, to be resumed, the corpus was made with other options.
@@ -121,7 +126,7 @@ def check(
             _compare(folder, {"store": manifest(folder).kind, **manifest(folder).options}, {"store": kind, **options})
         elif not overwrite:
             raise FileExistsError(
-                f"corpus: {printable(folder)} is one; --resume goes on with it, --overwrite replaces it"
+                f"corpus: {printable(folder)} has one already; --resume goes on with it, --overwrite replaces it"
             )
     elif folder.is_dir() and any(not _left(name) for name in os.listdir(folder)):
         raise FileExistsError(f"corpus: {printable(folder)} must be a new or empty folder, or one of pyvidx encode")
@@ -140,7 +145,7 @@ class Corpus:
     Args:
         folder: made if need be.
         made: what the rows have in common; written at once in a new folder.
-        resume: go on with what is there. Its options must be the same; its widths and notes stay.
+        resume: go on with what is there. It must be the same but for its notes, which stay.
         overwrite: replace what is there. With neither, there must be nothing.
         retry_errors: rows of videos that failed are taken out, so that these are not `done`.
         rows, size, seconds: a part is written with so many rows, bytes of embeddings, or after so many seconds.
@@ -174,6 +179,7 @@ class Corpus:
             if not is_corpus(folder):
                 write_json(self.folder / MANIFEST, asdict(made), indent=1)
             self.made = manifest(folder)
+            _compare(self.folder, _all(self.made), dict.fromkeys(_all(self.made)) | _all(made))
             self._pending: list[Encoded] = []
             self._held, self._since = 0, time.monotonic()
             self._next = 1 + max((int(_PART.fullmatch(p.name)[1]) for p in parts(folder)), default=-1)
@@ -256,7 +262,11 @@ class Corpus:
             (self.folder / MANIFEST).unlink()
 
 
-def _compare(folder: Path, have: dict[str, str], want: dict[str, str]) -> None:
+def _all(made: Manifest) -> dict:
+    return {"store": made.kind, "widths": made.widths, "dtype_out": made.dtype, **made.options}
+
+
+def _compare(folder: Path, have: dict, want: dict) -> None:
     differing = [name for name in want if have.get(name) != want[name]]
     if differing:
         said = ", ".join(f"{name} = {have.get(name)}, not {want[name]}" for name in differing)

@@ -9,7 +9,8 @@ Paths are relative to where the command runs. Shipped bases are in eval/configs.
 import json
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from contextlib import nullcontext
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -18,6 +19,7 @@ from torch.nn.functional import normalize
 
 from pyvidx.corpus import embeddings
 from pyvidx.corpus.encode import Encoded, encode_videos
+from pyvidx.corpus.folder import DTYPES, Corpus, is_corpus, made_of, manifest
 from pyvidx.device import usable
 from pyvidx.eval.annotations import Sample, parse
 from pyvidx.eval.annotations.classes import class_names
@@ -54,8 +56,8 @@ class Config:
     Attributes:
         format, annotations, options: see pyvidx.eval.annotations.parse.
         root: folder that is searched for the videos, by name, with or without suffix.
-        videos: file of video embeddings, as `pyvidx encode` writes it. What is in it is not encoded again; what is not
-            is added, if there is a model.
+        videos: file or folder of video embeddings, as `pyvidx encode` writes it. What is in it is not encoded again;
+            what is not is added, if there is a model. A file is written if there is none.
         texts: file of text embeddings, `text` [n, E] in the order of the annotations; written if there is none.
         model, module: see pyvidx.hosts.open.open_model; e.g. the official pretraining file (.pth).
         model_options: of open_model, e.g. {"gated": false}, as the public code evaluates the pretraining file, or
@@ -146,7 +148,7 @@ def check(config: Config) -> None:
     """Raise before any work is done if a device is not here, or a cache cannot be written.
 
     Raises:
-        ValueError, RuntimeError: see pyvidx.device.usable.
+        ValueError, RuntimeError: see pyvidx.device.usable and pyvidx.corpus.embeddings.check_format.
         OSError: see pyvidx.files.check_output.
     """
     config.where  # noqa: B018
@@ -157,6 +159,8 @@ def check(config: Config) -> None:
         source = getattr(config, name)
         if source is not None and not (cache and Path(cache).exists()):
             check_source(os.fspath(source))
+    if config.videos is not None and not Path(config.videos).exists():
+        embeddings.check_format(config.videos)
     for cache in (config.videos, config.texts):
         if cache is not None and not Path(cache).exists():
             check_output(cache)
@@ -215,7 +219,7 @@ def video_embeddings(config: Config, samples: Sequence[Sample]) -> tuple[Tensor,
     results, about = [], {}
     cache = None if config.videos is None else Path(config.videos)
     if cache is not None and cache.exists():
-        results, about = embeddings.load(cache)
+        results, about = embeddings.load(cache, ["pooled"])
         wanted = asked | ({"model": config.model} if config.model else {})
         differing = [
             k for k in {*wanted, "start", "end", "module", "model_options"} if _noted(about, k) != wanted.get(k)
@@ -305,20 +309,32 @@ def _encode(
     device, dtype = config.where
     model, loaded = open_model(config.model, config.module, **config.model_options)
     about = about | {"tower and module": f"{loaded.model}; {loaded.module}", "is_random": model.is_random}
+    of_model = made_of(model)
     model = model.to(device).fold(dtype)
-    results = list(results)
+    results, paths = list(results), list(dict.fromkeys(paths))
+
+    cache = config.videos
+    if cache is not None and is_corpus(cache):
+        made = manifest(cache)
+        folder = Corpus(cache, replace(made, options=made.options | of_model), resume=True, retry_errors=True)
+        outputs, dtype = tuple(made.widths), DTYPES[made.dtype]
+    else:
+        folder, outputs, dtype = None, ("pooled",), torch.float32
 
     def save():
-        if config.videos is not None and any(r.error is None for r in results):
-            embeddings.save(config.videos, results, about)
+        if folder is None and cache is not None and any(r.error is None for r in results):
+            embeddings.save(cache, results, about)
 
     encoded = encode_videos(
         paths, model, frames=config.frames, sampler=config.sampler, reader=config.reader, preset=config.preset,
-        start=start, end=end, outputs=("pooled",), batch=config.batch, workers=config.workers,
+        start=start, end=end, outputs=outputs, dtype=dtype, batch=config.batch, workers=config.workers,
     )  # fmt: skip
-    for n, result in enumerate(encoded, 1):
-        results.append(result)
-        if n % SAVE_EVERY == 0:
-            save()
+    with folder or nullcontext():
+        for n, result in enumerate(encoded, 1):
+            if folder is not None:
+                folder.add(result)
+            results.append(embeddings.only(result, ["pooled"]))
+            if n % SAVE_EVERY == 0:
+                save()
     save()
     return results, about

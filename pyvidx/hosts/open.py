@@ -5,7 +5,6 @@ print(loaded)
 encoder(pixels).pooled  # [B, T, 3, h, w] -> [B, E]
 """
 
-import ast
 import inspect
 import os
 from collections.abc import Sequence
@@ -20,7 +19,8 @@ from pyvidx.backbones.text import TextTower
 from pyvidx.backbones.vit import ViT
 from pyvidx.data.tables import read_json
 from pyvidx.hosts import open_clip
-from pyvidx.models import BTAdapter, TextVideo, VideoEncoder, files
+from pyvidx.models import BTAdapter, BTAdapterConfig, TextVideo, VideoEncoder, files
+from pyvidx.spec import parse
 from pyvidx.weights.bt_adapter import load_official
 from pyvidx.weights.keys import is_official
 from pyvidx.weights.place import Report, match
@@ -91,7 +91,7 @@ def open_model(
     """
     name, sizes = (None, {}) if module is None else parse_module(module)
     sources = [] if source is None else [source] if isinstance(source, str | os.PathLike) else list(source)
-    found = _opened([os.fspath(source) for source in sources], compat, options)
+    found = opened(sources, compat, **options)
     if isinstance(found.what, ViT):
         return _joined(found, found.what, name or "mean", sizes)
     own = _own_module(found.what)
@@ -103,7 +103,7 @@ def open_model(
     return found.what, _told(found, found.what.tower, f"{_named(own)}, {weights}")
 
 
-class _Opened(NamedTuple):
+class Opened(NamedTuple):
     """A whole encoder, or a tower alone; where it is from; what became of its keys; whether it is from no file; whether
     a configuration beside it says that its images are resized bilinearly."""
 
@@ -140,26 +140,36 @@ def open_text(source: Source, **options) -> TextTower:
     return TextVideo.load(source).text
 
 
+def holds_text(source: Source) -> bool:
+    """Whether there is a text tower for open_text.
+
+    Raises:
+        FileNotFoundError, ValueError: it is not there or cannot be read.
+    """
+    source = os.fspath(source)
+    if not is_published(source):
+        return source.startswith(open_clip.SCHEME) or files.kind(source) == "text_video"
+    return any("token_embedding" in key for key in state_of(source))
+
+
+def is_published(source: Source) -> bool:
+    """A file or folder that is not pyvidx's own."""
+    return not os.fspath(source).startswith(open_clip.SCHEME) and not files.is_ours(source)
+
+
 def parse_module(text: str) -> tuple[str, dict]:
     """A temporal module and its options: "stan" or "stan:depth=2,per_frame=True".
 
     Raises:
-        ValueError: the name or an option is unknown, or a value does not read.
+        ValueError: the name or an option is unknown, or it does not read.
     """
-    name, _, rest = text.partition(":")
+    name, options = parse(text)
     if name not in temporal.MODULES:
-        raise ValueError(f"module: it must be one of {', '.join(temporal.names())}, got {name!r}")
+        raise ValueError(f"module: it must be one of {', '.join(temporal.names())}, got {name!r:.100}")
     known = [p.name for p in inspect.signature(temporal.MODULES[name]).parameters.values()][1:]
-    options = {}
-    for part in _split(rest) if rest else ():
-        option, equals, value = part.partition("=")
-        if not equals or option not in known or option in options:
-            takes = f"takes {', '.join(known)}" if known else "takes no options"
-            raise ValueError(f"module: {name} {takes}, each once as NAME=VALUE, got {part!r}")
-        try:
-            options[option] = ast.literal_eval(value)
-        except (ValueError, SyntaxError):
-            options[option] = value  # a word
+    if unknown := [option for option in options if option not in known]:
+        takes = f"takes {', '.join(known)}" if known else "takes no options"
+        raise ValueError(f"module: {name} {takes}, got {', '.join(unknown)}")
     return name, options
 
 
@@ -184,26 +194,28 @@ def check_source(source: str) -> None:
     raise FileNotFoundError(f"there is no {source or repr(source)}{hint}")
 
 
-def _opened(sources: list[str], compat: str | None, options: dict) -> _Opened:
+def opened(sources: Sequence[Source], compat: str | None = None, **options) -> Opened:
+    """What sources hold: a whole encoder, or a tower alone. Arguments and errors as of open_model."""
+    sources = [os.fspath(source) for source in sources]
     given = {} if compat is None else {"compat": compat}
     for source in sources:
         check_source(source)
     if not sources:
         _only((), options, "the model that ships with pyvidx")
-        return _Opened(TextVideo.default(**given).model, "that ships with pyvidx")
+        return Opened(TextVideo.default(**given).model, "that ships with pyvidx")
     if len(sources) == 1 and sources[0].startswith(open_clip.SCHEME):
         _only((), options | given, sources[0])
         model, said = open_clip.named(sources[0])
-        return _Opened(open_clip.vision_tower(model), said, random=sources[0].count(":") == 1)
-    if len(sources) == 1 and files.is_ours(sources[0]):
+        return Opened(open_clip.vision_tower(model), said, random=sources[0].count(":") == 1)
+    if len(sources) == 1 and not is_published(sources[0]):
         return _saved(sources[0], given, options)
-    if wrong := [s for s in sources if s.startswith(open_clip.SCHEME) or files.is_ours(s)]:
+    if wrong := [source for source in sources if not is_published(source)]:
         raise ValueError(f"open_model: several sources must be published files, {wrong[0]} is none")
     with naming(sources):
         return _published(sources, given, options)
 
 
-def _saved(source: str, given: dict, options: dict) -> _Opened:
+def _saved(source: str, given: dict, options: dict) -> Opened:
     kind = files.kind(source)
     if kind == "malmm":
         raise ValueError(
@@ -214,24 +226,24 @@ def _saved(source: str, given: dict, options: dict) -> _Opened:
         raise ValueError(f"open_model: {source} holds {kind!r:.100}, which is no encoder of videos")
     _only((), options | (given if kind == "video_encoder" else {}), source)
     encoder = SAVED[kind](source, **given)
-    return _Opened(encoder, f"of {source}", random=encoder.is_random)
+    return Opened(encoder, f"of {source}", random=encoder.is_random)
 
 
-def _published(sources: list[str], given: dict, options: dict) -> _Opened:
+def _published(sources: list[str], given: dict, options: dict) -> Opened:
     states, said = [state_of(source) for source in sources], f"of {', '.join(sources)}"
     if any(map(is_official, states)):
         _only(OFFICIAL, options, said)
         # Paths where they bring a config.json, which the weights alone do not have.
         known = [source if told_by(source) else state for source, state in zip(sources, states)]
         model, report = load_official(*known, **given, **options)
-        return _Opened(model, f"published BT-Adapter weights {said}", report)
+        return Opened(model, f"published BT-Adapter weights {said}", report)
     if len(sources) > 1:
         raise ValueError(f"open_model: none of {', '.join(sources)} holds a branch; give one of them")
     _only(TOWER, options | given, f"{sources[0]}, which holds no BT-Adapter")
     told = told_by(sources[0])
     tower = vision_tower(states[0], **({} if told is None else told._asdict()) | options)
     report, _ = match(tower, [tower_names(states[0])])
-    return _Opened(tower, said, report, bilinear=_bilinear(Path(sources[0])))
+    return Opened(tower, said, report, bilinear=_bilinear(Path(sources[0])))
 
 
 def _bilinear(folder: Path) -> bool:
@@ -244,16 +256,29 @@ def _bilinear(folder: Path) -> bool:
     return False
 
 
-def _joined(found: _Opened, tower: ViT, name: str, sizes: dict) -> tuple[VideoEncoder, Loaded]:
+def _joined(found: Opened, tower: ViT, name: str, sizes: dict) -> tuple[VideoEncoder, Loaded]:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)  # the same in every process
-        module = temporal.create(name, tower.config, **sizes)
-    weight = next(tower.parameters())
-    encoder = VideoEncoder(tower, module.to(weight.device, weight.dtype)).eval()
-    has_weights = any(True for _ in module.parameters())
+        encoder = with_module(tower, name, sizes).eval()
+    has_weights = any(True for _ in encoder.temporal.parameters())
     encoder.is_random = found.random or has_weights
     what = "random weights, never trained" if has_weights else "without weights of its own"
-    return encoder, _told(found, tower, f"{_named(module.spec)}, {what}")
+    return encoder, _told(found, tower, f"{_named({'name': name, **sizes})}, {what}")
+
+
+def with_module(tower: ViT, name: str, options: dict) -> VideoEncoder:
+    """The tower and a new temporal module, which takes over from it what its training starts from; BT-Adapter is the
+    class of its own, which knows the official names and numbers."""
+    if name == "bt_adapter":
+        eps = options.get("eps", tower.config.eps)
+        config = BTAdapterConfig(tower.config, branch_eps=eps, **{k: v for k, v in options.items() if k != "eps"})
+        model = BTAdapter(config)
+        model.tower.load_state_dict(tower.state_dict())
+    else:
+        model = VideoEncoder(tower, temporal.create(name, tower.config, **options))
+    weight = next(tower.parameters())
+    model.temporal.init_from(model.tower)
+    return model.to(weight.device, weight.dtype)
 
 
 def _own_module(encoder: VideoEncoder) -> dict:
@@ -267,23 +292,11 @@ def _named(spec: dict, name: str | None = None) -> str:
     return (name or spec["name"]) + (f" ({options})" if options else "")
 
 
-def _told(found: _Opened, tower: ViT, module: str) -> Loaded:
+def _told(found: Opened, tower: ViT, module: str) -> Loaded:
     c = tower.config
     sizes = f"ViT of {c.layers} layers, width {c.width}, {c.image_size} pixels in patches of {c.patch_size}"
     preset = "clip" if c.pool == "class" else "siglip2" if found.bilinear else "siglip"
     return Loaded(f"{sizes}, {found.said}", module, preset, found.report)
-
-
-def _split(text: str) -> list[str]:
-    """At commas that are in no bracket: kernel=(3,1,1),width=64."""
-    parts, depth = [""], 0
-    for c in text:
-        depth += (c in "([") - (c in ")]")
-        if c == "," and not depth:
-            parts.append("")
-        else:
-            parts[-1] += c
-    return parts
 
 
 def _only(allowed: Sequence[str], options: dict, what: str) -> None:

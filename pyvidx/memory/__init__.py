@@ -1,15 +1,19 @@
 """Memory banks for videos of any length: what to keep of an endless stream of frames.
 
-    policy = create("merge", capacity=20)           # or fifo, average, concat, uniform, tome
+    policy = create("merge", capacity=20)           # or any of names()
     bank = policy.new(B, N, C)                      # a value; the policy holds options only
     bank = policy.push(bank, frame, seconds)        # [B, N, C], [B]; constant time and memory per frame
     entries = bank.entries()                        # rows [B, L, N, C], sizes, mask, first and last second of each
 
-A new policy is a class in policies.py with one method, `_shrink_`, and @register; tests/test_memory.py then holds it to
-the properties of all.
+policy.layout says what is read: "grid", every entry has all its positions; "ragged", some, as the mask says (packed
+makes lists of them). Functions of a whole clip: evs, vidcom2, keyframes, dtd_pixels, ordered_kmeans,
+moviechat_consolidate, and `shrink` of merge; those whose number of tokens is known before are in PRUNERS.
+
+A new policy is a file with a class and @register, like those in policies.py, whose one method is `_shrink_`;
+tests/test_memory.py then holds it to the properties of all.
 """
 
-from pyvidx.memory.bank import Bank, Entries, log_size_bias
+from pyvidx.memory.bank import Bank, Entries, log_size_bias, packed
 from pyvidx.memory.dtd import Dtd, dtd_pixels
 from pyvidx.memory.evs import evs
 from pyvidx.memory.files import load, save
@@ -24,6 +28,7 @@ from pyvidx.memory.policies import Concat, Fifo, Uniform
 from pyvidx.memory.policy import Policy
 from pyvidx.memory.pruning import PRUNERS, compute_retained_tokens_count, compute_retention_mask
 from pyvidx.memory.registry import POLICIES, create, names, register
+from pyvidx.memory.streamforest import StreamForest
 from pyvidx.memory.tome import ToMeSpace, ToMeTime, merge_tokens, reduce_tokens
 from pyvidx.memory.vidcom2 import vidcom2
 
@@ -45,6 +50,7 @@ __all__ = [
     "MovieChat",
     "MovieChatOneVision",
     "Policy",
+    "StreamForest",
     "ToMeSpace",
     "ToMeTime",
     "Uniform",
@@ -61,6 +67,7 @@ __all__ = [
     "moviechat_consolidate",
     "names",
     "ordered_kmeans",
+    "packed",
     "plot",
     "reduce_tokens",
     "register",

@@ -42,6 +42,16 @@ def log_size_bias(entries: Entries, dtype: torch.dtype = torch.float32) -> Tenso
     return entries.sizes.to(dtype).log()
 
 
+def packed(entries: Entries) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """What a ragged policy keeps, without the gaps, for a language model that takes lists of tokens. Waits for the
+    device, which alone knows how many there are.
+
+    Returns:
+        For each video rows [K, C], and int64 [K] each: the entry and the position in it that they stand at.
+    """
+    return [(rows[mask], *mask.nonzero(as_tuple=True)) for rows, mask in zip(entries.rows, entries.mask)]
+
+
 @dataclass(frozen=True, eq=False)
 class Bank:
     """The memory of B videos. Made by Policy.new, advanced by Policy.push; never changed by reading.

@@ -185,9 +185,8 @@ class Policy:
         W = bank.rows.shape[2] * bank.rows.shape[3]
         widths = [x.shape[2] * x.shape[3] // bank.positions for x in bank.attached]
         times = bank.first is not None
-        like = self.new(
-            len(bank), bank.positions, W // bank.positions, bank.rows.dtype, "meta", attached=widths, times=times
-        )
+        N = self._given_positions(bank)
+        like = self.new(len(bank), N, W // bank.positions, bank.rows.dtype, "meta", attached=widths, times=times)
         pairs = [(like, bank)] if like.head is None or bank.head is None else [(like, bank), (like.head, bank.head)]
         fits = (like.head is None) == (bank.head is None)
         for a, b in pairs:
@@ -213,6 +212,10 @@ class Policy:
     def _stored_positions(self, N: int) -> int:
         """N of what is stored."""
         return N
+
+    def _given_positions(self, bank: Bank) -> int:
+        """N of the frames that a bank is for, as far as it tells."""
+        return bank.positions
 
     def _first_slots(self) -> int:
         return self.room + 1
@@ -303,9 +306,8 @@ class Policy:
 @contextmanager
 def plain(device: str) -> Iterator[None]:
     """No graph, and no autocast: the choices are made in float32."""
-
-    plain = torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
-    with torch.no_grad(), plain:
+    off = torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
+    with torch.no_grad(), off:
         yield
 
 

@@ -26,7 +26,7 @@ def names() -> list[str]:
 
 
 def create(name: str, **options) -> Policy:
-    """A policy by name: merge, fifo, average, concat, uniform, tome. Its options are the fields of its class.
+    """A policy by name, one of `names()`. Its options are the fields of its class.
 
     Raises:
         ValueError: the name, an option or its value is unknown.

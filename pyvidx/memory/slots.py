@@ -110,6 +110,11 @@ def may(on: Tensor) -> bool:
     return not on.is_cpu or torch.compiler.is_compiling() or bool(on.any())
 
 
+def known(count: Tensor, most: int) -> int:
+    """The largest of some numbers >= 1 where it is known, on a CPU; else what it is at most."""
+    return most if not count.is_cpu or torch.compiler.is_compiling() else min(most, max(1, int(count.max())))
+
+
 def count_(bank: Bank, change: int, on: Tensor | None) -> None:
     bank.length.add_(change if on is None else change * on.int())
 

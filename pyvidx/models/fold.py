@@ -2,7 +2,7 @@
 
 * temporal_fc after the time attention's output projection: W = Wfc Wo, b = Wfc bo + bfc (in training DropPath is
   between them).
-* quick_gelu(h) = silu(1.702 h) / 1.702: one factor goes into fc1, the other into fc2, and what is left runs in place.
+* quick_gelu(h) = silu(1.702 h) / 1.702: one factor goes into fc1, the other into fc2.
 
 The scale of the attention scores stays where it is: both attention kernels apply it in registers.
 

@@ -282,14 +282,16 @@ class UnmaskedTeacher(nn.Module):
 
 def class_attention(tower: ViT, before: Tensor, after: Tensor) -> Tensor:
     """What the last layer's class token attends to among the patches, averaged over the heads; in a tower without one
-    what its pooling probe attends to.
+    what its pooling probe attends to, or all alike where their mean stands for it.
 
     before, after: the last layer's input and output, [..., 1+P, C] -> [..., P].
     """
-    if tower.pool is None:
+    if tower.config.class_token:
         block, H = tower.blocks[str(tower.layers[-1])], tower.config.heads
         q, k = dense(block.norm1(before), block.qkv).chunk(3, dim=-1)[:2]
         q = q[..., 0, :]
+    elif tower.pool is None:
+        return torch.full_like(after[..., 1:, 0], 1 / (after.shape[-2] - 1))
     else:
         H, x = tower.pool.heads, tower.norm(tower.own(after))
         q = dense(held(tower.pool, "probe"), tower.pool.qkv).chunk(3, dim=-1)[0].expand(*x.shape[:-2], -1)

@@ -9,6 +9,7 @@ from torch.utils.data import Dataset
 
 from pyvidx import temporal
 from pyvidx.data.captions import KINDS, captioned
+from pyvidx.hosts.open_clip import SCHEME
 from pyvidx.models.losses import GRADIENTS
 from pyvidx.models.pretraining import Pretraining
 from pyvidx.models.umt import UnmaskedTeacher
@@ -22,7 +23,7 @@ from pyvidx.train.loop import autocast
 from pyvidx.train.pairs import Pairs, PairVideos
 from pyvidx.train.pretrain_tasks import ContrastiveTask, UMTTask
 from pyvidx.train.recipe import Recipe
-from pyvidx.train.start import Start, start, towers
+from pyvidx.train.start import Start, start, text_of
 from pyvidx.train.task import Task
 from pyvidx.train.tokens import CONTEXT, ENDS, tokenizer, vocabulary
 from pyvidx.weights.mma_export import load_head
@@ -52,14 +53,13 @@ class Config:
     Attributes:
         out: folder for checkpoint, weights, losses and what could not be read.
         train, held_out: rows, {"kind": ..., ...}, see data.captions.captioned; held_out may be left out.
-        weights: what to start from: a file or folder written by save of BTAdapter or VideoEncoder, the official
-            pretraining file, a folder of transformers' or open_clip's CLIP or SigLIP, a state dict of either, or
-            {"open_clip": NAME, "pretrained": FILE}.
+        weights: what to start from, see pyvidx.hosts.open.open_model: what pyvidx saved, the official pretraining file,
+            a folder or file of a CLIP, a SigLIP or an EVA, or open_clip:NAME:FILE.
         module: {"name": ..., options}, a temporal module to train on the tower of the weights, see pyvidx.temporal;
             None: the weights' own, or BT-Adapter for a tower alone.
         train_tower: train the image tower as well; `multipliers` of the recipe give it a rate of its own.
         objective: "contrastive", see Pretraining, or "umt", see pyvidx.models.umt, which reads no captions.
-        text: the text tower's, one of the last four; None: `weights` holds it. "umt" needs none.
+        text: the text tower's, see pyvidx.hosts.open.open_text; None: `weights` holds it. "umt" needs none.
         hidden_act: of a CLIP from a state dict, see ViTConfig; None: OpenAI's, with a warning.
         heads: of such a CLIP and of its text tower; None: width / 64.
         tokenizer: folder of transformers; None: open_clip's.
@@ -78,12 +78,12 @@ class Config:
 
     out: str
     train: dict
-    weights: str | dict
+    weights: str
     module: dict | None = None
     train_tower: bool = False
     objective: str = "contrastive"
     held_out: dict | None = None
-    text: str | dict | None = None
+    text: str | None = None
     hidden_act: str | None = None
     heads: tuple[int, int] | None = None
     tokenizer: str | None = None
@@ -112,9 +112,9 @@ class Config:
         check_choices(self, CHOICES)
         check_ranges(self, RANGES)
         for name in ("weights", "text"):
-            value = getattr(self, name)
-            if isinstance(value, dict) and set(value) != {"open_clip", "pretrained"}:
-                raise ValueError(f'Config: {name} must be a path or {{"open_clip", "pretrained"}}, got {value}')
+            value = getattr(self, name) or ""
+            if value.startswith(SCHEME) and value.count(":") < 2:  # whose weights would be random, and frozen
+                raise ValueError(f"Config: {name} must be a path or open_clip:NAME:FILE, got {value}")
         if self.module is not None:
             check_module(self.module)
         if self.objective == "umt" and self.features is not None:
@@ -169,11 +169,16 @@ def build(config: Config, device: torch.device) -> Task:
     # Trained weights have to be float32, whatever the file has; autocast makes the rest.
     task = task.float().to(device)
     task.about = config.about | {"tokenizer": vocabulary(config.tokenizer), "module": task.model.temporal.name}
+    trained = sum(p.numel() for p in task.model.parameters() if p.requires_grad)
+    task.said = (
+        f"{task.model.temporal.name} on the tower of {config.weights}, {config.objective}: {trained:,} of "
+        f"{sum(p.numel() for p in task.model.parameters()):,} values are trained"
+    )
     return task
 
 
 def _contrastive(config: Config, begun: Start, told: dict) -> ContrastiveTask:
-    text = begun.text if config.text is None else towers(config.text, image=False, **told)[1]
+    text = begun.text if config.text is None else text_of(config.text, begun.model.tower, **told)
     if text is None:
         raise ValueError(f"Config: {config.weights} holds no text tower, so text must be given")
     if text.config.pool == "last" and (config.text_end, config.text_length) != ("kept", text.config.context):

@@ -1,22 +1,20 @@
 """What a pretraining starts from: an encoder and a text tower from any of the weights that a configuration may name."""
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import NamedTuple
 
 from torch import Tensor
 
-from pyvidx import temporal
 from pyvidx.backbones.text import TextTower
 from pyvidx.backbones.vit import ViT
-from pyvidx.hosts.importing import importing
-from pyvidx.models import BTAdapter, BTAdapterConfig, VideoEncoder, files
-from pyvidx.weights.bt_adapter import load_official, state_of
-from pyvidx.weights.text_towers import text_tower
-from pyvidx.weights.towers import vision_tower
+from pyvidx.hosts.open import holds_text, is_published, open_text, opened, with_module
+from pyvidx.models import BTAdapter, VideoEncoder
+from pyvidx.weights.keys import is_official
+from pyvidx.weights.state import state_of
+from pyvidx.weights.towers import told_by
 
 DEFAULT = {"name": "bt_adapter"}
-SAVED = {model.kind: model for model in (BTAdapter, VideoEncoder)}
+Heads = tuple[int, int] | None
 
 
 class Start(NamedTuple):
@@ -33,17 +31,11 @@ class Start(NamedTuple):
     state: Mapping[str, Tensor]
 
 
-def start(
-    weights: str | dict,
-    module: dict | None = None,
-    *,
-    heads: tuple[int, int] | None = None,
-    hidden_act: str | None = None,
-) -> Start:
+def start(weights: str, module: dict | None = None, *, heads: Heads = None, hidden_act: str | None = None) -> Start:
     """An encoder, and a text tower if the weights hold one.
 
     Args:
-        weights: see pyvidx.train.pretrain.Config.
+        weights: see pyvidx.hosts.open.open_model.
         module: {"name": ..., options} of pyvidx.temporal.create, made anew for the tower of the weights, with random
             weights; None: what the weights hold, or BT-Adapter where they are a tower's alone.
         heads, hidden_act: of towers whose weights do not tell.
@@ -52,70 +44,26 @@ def start(
         FileNotFoundError, ValueError: weights are not there or do not fit.
         RuntimeError: a library that they need is not installed.
     """
-    vision_heads, text_heads = heads or (None, None)
-    if isinstance(weights, str) and files.is_ours(weights):
-        kind = files.kind(weights)
-        if kind not in SAVED:
-            raise ValueError(f"train: {weights} holds {kind!r:.100}, which is no encoder")
+    told = {"heads": heads and heads[0], "hidden_act": hidden_act} if is_published(weights) else {}
+    found = opened([weights], **{name: value for name, value in told.items() if value is not None}).what
+    if isinstance(found, BTAdapter):
         # Both codes give the same numbers here but where the public one takes 3 frames for 3 channels.
-        modes = {"compat": "paper", "variant": "mma"} if kind == "bt_adapter" else {}
-        model = SAVED[kind].from_pretrained(weights, **modes)
-        return Start(model if module is None else joined(model.tower, module), None, {})
-    state = {} if isinstance(weights, dict) or Path(weights).is_dir() else state_of(weights)
-    if any("btadapter" in key or "timesFPN" in key for key in state):
-        model, _ = load_official(state, heads=vision_heads, hidden_act=hidden_act, compat="paper", variant="mma")
-        text = {key: value for key, value in state.items() if "text_" in key}
-        options = {"heads": text_heads, "hidden_act": model.config.vision.hidden_act}
-        model = model if module is None else joined(model.tower, module)
-        return Start(model, text_tower(text, **options) if text else None, state)
-    vision, text = towers(state or weights, heads=heads, hidden_act=hidden_act)
-    if vision is None:
-        raise ValueError(f"train: {weights} holds no image tower")
-    return Start(joined(vision, module or DEFAULT), text, {})
+        found.temporal.compat, found.temporal.variant = "paper", "mma"
+    tower = found if isinstance(found, ViT) else found.tower
+    model = found
+    if module is not None or isinstance(found, ViT):
+        options = dict(module or DEFAULT)
+        model = with_module(tower, options.pop("name"), options)
+    text = text_of(weights, tower, heads=heads, hidden_act=hidden_act) if holds_text(weights) else None
+    state = state_of(weights) if is_published(weights) else {}
+    return Start(model, text, state if is_official(state) else {})
 
 
-def joined(tower: ViT, module: dict) -> VideoEncoder:
-    """The tower and a new module, which takes over from it what its training starts from; BT-Adapter is the class of
-    its own, which knows the official names and numbers."""
-    name, options = module["name"], {k: v for k, v in module.items() if k != "name"}
-    if name == "bt_adapter":
-        eps = options.pop("eps", None) or tower.config.eps
-        model = BTAdapter(BTAdapterConfig(tower.config, branch_eps=eps, **options))
-        model.tower.load_state_dict(tower.state_dict())
-    else:
-        model = VideoEncoder(tower, temporal.create(name, tower.config, **options))
-    model.temporal.init_from(model.tower)
-    return model
-
-
-def towers(
-    weights: str | dict | Mapping[str, Tensor],
-    *,
-    heads: tuple[int, int] | None = None,
-    hidden_act: str | None = None,
-    image: bool = True,
-) -> tuple[ViT | None, TextTower | None]:
-    """The towers of a CLIP or SigLIP, in any of the forms of Config.weights and Config.text, or of a state dict;
-    image=False leaves that one in a state dict, which may be more than theirs."""
-    vision_heads, text_heads = heads or (None, None)
-    if isinstance(weights, dict) and "open_clip" in weights:
-        return _open_clip(**weights)
-    if isinstance(weights, str) and Path(weights).is_dir():
-        return vision_tower(weights) if image else None, text_tower(weights)
-    state = state_of(weights)
-    has_vision = image and any("patch_embed" in key or "conv1.weight" in key for key in state)
-    vision = vision_tower(state, heads=vision_heads, hidden_act=hidden_act) if has_vision else None
-    has_text = any("token_embedding" in key for key in state)
-    hidden_act = hidden_act or (vision and vision.config.hidden_act)
-    return vision, text_tower(state, heads=text_heads, hidden_act=hidden_act) if has_text else None
-
-
-def _open_clip(open_clip: str, pretrained: str) -> tuple[ViT, TextTower]:
-    from pyvidx.hosts import open_clip as ours
-
-    if not Path(pretrained).is_file():
-        raise FileNotFoundError(f"train: there is no file {pretrained}")  # open_clip would ask the network for it
-    with importing("train", "open_clip"):
-        from open_clip import create_model
-    model = create_model(open_clip, pretrained=pretrained)
-    return ours.vision_tower(model), ours.text_tower(model)
+def text_of(weights: str, tower: ViT, *, heads: Heads = None, hidden_act: str | None = None) -> TextTower:
+    """The text tower of weights; where these do not tell its activation it is that of the image tower."""
+    if not is_published(weights):
+        return open_text(weights)
+    if hidden_act is None and told_by(weights, "text") is None:
+        hidden_act = tower.config.hidden_act
+    told = {"heads": heads and heads[1], "hidden_act": hidden_act}
+    return open_text(weights, **{name: value for name, value in told.items() if value is not None})

@@ -22,6 +22,7 @@ class Task(nn.Module):
             another row in the place of one that cannot be read.
         model: what is trained, with a `save(path)` of its own; for the command.
         exportable: the public code has names for what is trained, see `export`.
+        said: what is trained, for people.
         about: what else, beside the recipe, is the same in a run and the one that goes on with it. So are the weights
             that a task is built with: what of them is drawn needs a seed.
     """
@@ -29,6 +30,7 @@ class Task(nn.Module):
     some_unused = False
     whole_batch = False
     exportable = True
+    said = ""
     about: dict = {}
 
     def count(self, batch) -> int:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from pyvidx.tensor_files import opened
+from pyvidx.weights.big_vision import as_transformers, is_big_vision
 from pyvidx.weights.place import MissingWeights
 from pyvidx.weights.torchscript import is_torchscript, read_torchscript
 
@@ -212,7 +213,7 @@ def _read_shards(folder: Path, names: list[str], entry: str | None, *, whole: bo
 
 
 def _unwrapped(content, where: str | Path, entry: str | None = None) -> dict[str, Tensor]:
-    """The innermost name -> tensor of what was saved."""
+    """The innermost name -> tensor of what was saved; JAX's layout becomes transformers'."""
     if entry is not None:
         if not isinstance(content, Mapping) or entry not in content:
             raise ValueError(f"checkpoint: {where} must have an entry {entry!r}, it has {_entries(content)}")
@@ -224,7 +225,8 @@ def _unwrapped(content, where: str | Path, entry: str | None = None) -> dict[str
         if known:
             chosen = known[0]
         elif tensors:
-            return _plain(tensors, where)
+            tensors = _plain(tensors, where)
+            return as_transformers(tensors) if is_big_vision(tensors) else tensors
         elif len(inner) == 1:
             chosen = inner[0]
         else:

@@ -5,7 +5,6 @@ import re
 import torch
 
 from pyvidx.backbones.text import SIGLIP_TEXT_B, TextConfig, TextTower
-from pyvidx.weights.big_vision import as_transformers, is_big_vision
 from pyvidx.weights.keys import (
     THIRDS,
     TOWER,
@@ -43,6 +42,7 @@ NOT_TEXT = re.compile(
     rf"({'|'.join(TOWER)}|visual_projection|extra_proj)\.|logit_(scale|bias)$"
     r"|(input_resolution|context_length|vocab_size)$"
 )
+SIGLIP = {"head.weight", "head.bias", "text_projection.bias"}  # what only its text towers have
 AXES = {"token.weight": 2, "position": 2, "projection.weight": 2, "blocks.0.fc1.weight": 2}
 BUFFERS = re.compile(r"(.*\.)?position_ids$|attn_mask$")
 
@@ -53,8 +53,8 @@ def text_tower(
     """TextTower with a copy of these weights, sizes inferred; frozen and in eval mode.
 
     Args:
-        source: file, folder, module or state dict of a CLIP or a SigLIP, known by its projection's bias; the image
-            tower and the head of a whole model are passed over.
+        source: file, folder, module or state dict of a CLIP or a SigLIP, known by its head; the image tower
+            and the head of a whole model are passed over.
         heads: default what a config beside the weights tells, or the published: 16 of width 1152, else width / 64.
         hidden_act, eps: default what a config tells, or the published; of a CLIP that tells nothing OpenAI's
             "quick_gelu", with a warning where the weights are a CLIP's alone: LAION's and DataComp's have "gelu".
@@ -66,7 +66,6 @@ def text_tower(
     """
     told = completed(Told(heads, hidden_act, eps), source, "text")
     state, weights, thirds = state_of(source), {}, {}
-    state = as_transformers(state) if is_big_vision(state) else state
     names = without_wrappers(list(state), lambda name: bool(_elsewhere(name) or _locate(name)[0]))
     for (key, value), name in zip(state.items(), names):
         if _elsewhere(name) or is_counter(value):
@@ -91,7 +90,7 @@ def text_tower(
         )
     check_plain(weights, AXES)
     vocab, width = weights["token.weight"].shape
-    siglip = any(name.endswith(("projection.bias", "head.weight")) for name in names)
+    siglip = not SIGLIP.isdisjoint(PREFIX.sub("", name) for name in names if not _elsewhere(name))
     hidden_act = told.hidden_act or (SIGLIP_TEXT_B.hidden_act if siglip else None)
     if hidden_act is None:
         hidden_act = "quick_gelu" if is_official(state) else activation(None)

@@ -21,7 +21,6 @@ from torch import Tensor
 
 from pyvidx.backbones.vit import EVA_G, SIGLIP_B, ViT, ViTConfig
 from pyvidx.weights import malmm_keys
-from pyvidx.weights.big_vision import as_transformers, is_big_vision
 from pyvidx.weights.keys import Renamed, check_plain, count_layers, groups, rename
 from pyvidx.weights.place import MissingWeights, assign
 from pyvidx.weights.state import Source, state_of
@@ -95,7 +94,7 @@ def told_by_config(values: Mapping, part: str = "vision") -> Told:
         values.get("num_attention_heads", vision_heads if part == "vision" else text_heads),
         ACTIVATIONS[act],
         values.get("layer_norm_eps", eps),
-        values.get("image_size"),
+        _side(values.get("image_size")),
     )
 
 
@@ -107,8 +106,17 @@ def _of_open_clip(values: dict, part: str) -> Told:
         return Told(inner["heads"], act, inner.get("norm_kwargs", {}).get("eps", 1e-5))
     if "timm_model_name" in inner:  # whose heads are those of every SigLIP
         act = "gelu_tanh" if TANH.search(inner["timm_model_name"]) else "gelu"
-        return Told(None, act, 1e-6, inner.get("image_size"))
-    return Told(inner["width"] // inner.get("head_width", 64), act, 1e-5, inner.get("image_size"))
+        return Told(None, act, 1e-6, _side(inner.get("image_size")))
+    return Told(inner["width"] // inner.get("head_width", 64), act, 1e-5, _side(inner.get("image_size")))
+
+
+def _side(size: int | list | None) -> int | None:
+    """Pixels of an image, which some configurations write as height and width."""
+    if not isinstance(size, list | tuple):
+        return size
+    if len({*size}) != 1:
+        raise ValueError(f"weights: images must be square, got {size}")
+    return size[0]
 
 
 def completed(given: Told, source: Source, part: str) -> Told:
@@ -173,7 +181,6 @@ def vision_tower(
 
 def tower_names(state: Mapping[str, Tensor]) -> Renamed:
     """The weights of the image tower in a state dict of any known naming under ViT's names."""
-    state = as_transformers(state) if is_big_vision(state) else state
     is_eva = any(map(EVA.match, state))
     renamed = malmm_keys.rename(state) if is_eva else rename(state)
     start = "vision." if is_eva else "tower."

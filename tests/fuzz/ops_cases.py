@@ -160,7 +160,7 @@ def resize_normalize(d):
         "bilinear": d.flag(),
         "mean": [0.5, 0.4, 0.3],
         "std": [0.2, 0.3, 0.4],
-        "dtype": d.dtype,
+        "dtype": str(d.dtype).removeprefix("torch."),  # exported programs take no torch.dtype
     }
 
 

@@ -109,7 +109,7 @@ def outcome(name: str, entry: Entry, run, args: dict, again: dict, how: list[str
             elif not same_bits(x, y):
                 return {"outcome": "wrong", "error": f"{what} was changed"}
     for what, x, y in pairs:
-        if (problem := difference(x, y, tolerance)) is not None:
+        if (problem := difference(x, y, max(tolerance, TOLERANCE.get(y.dtype, 0.0)))) is not None:
             return {"outcome": "wrong", "error": f"{what}: {problem}"}
     return {"outcome": "right"}
 

@@ -178,6 +178,10 @@ def _with_references(function: Callable, args: dict):
         return function(**args)
 
 
+def _typed(args: dict) -> dict:
+    return args | ({"dtype": getattr(torch, args["dtype"])} if "dtype" in args else {})
+
+
 def entries() -> dict[str, Entry]:
     """Every op as "pyvidx::name", every public function by its name."""
     all_of_them = {}
@@ -186,8 +190,8 @@ def entries() -> dict[str, Entry]:
         writes = {a.name for a in op._schema.arguments if a.alias_info is not None and a.alias_info.is_write}
         all_of_them[f"pyvidx::{name}"] = Entry(
             make,
-            lambda args, op=op: op(*args.values()),
-            lambda args, name=name: REFERENCES[name](*args.values()),
+            lambda args, op=op: op(*_typed(args).values()),
+            lambda args, name=name: REFERENCES[name](*_typed(args).values()),
             frozenset(writes),
         )
     for name, make in PUBLIC.items():
@@ -198,8 +202,8 @@ def entries() -> dict[str, Entry]:
             writes = {"bank", "sizes", "order", "similarity", "length", "attached"}
         all_of_them[name] = Entry(
             make,
-            lambda args, f=function: f(**args),
-            lambda args, f=function: _with_references(f, args),
+            lambda args, f=function: f(**_typed(args)),
+            lambda args, f=function: _with_references(f, _typed(args)),
             frozenset(writes),
         )
     return all_of_them

@@ -198,3 +198,35 @@ def flash_vstream_retrieve(file, run, variant, check):
     places = memory.retrieve(pooled, centroids, weights, file.meta["cases"]["retrieve"]["spatial_length"])[0]
     check.equal("places", places)
     check("rows", x[0, places], 0)
+
+
+@method("streamforest_*")
+def streamforest(file, run, variant, check):
+    frames, case = file.tensors[f"{run}.frames"][None], file.meta["cases"][run]
+    (newest, window), (now, short) = case["st_memory_windows"], case["st_memory_tokens"]
+    assert newest == 1
+    policy = memory.create(
+        "streamforest",
+        now=now,
+        short=short,
+        tokens=case["long_memory_tokens_per_frame"],
+        window=window,
+        split=case["event_split_window"],
+        quota=case["long_memory_tokens_quota"],
+        heads=case["num_attention_heads"],
+        weights=(case["sim_weight_g"], case["time_weight_a"], case["merge_weight_b"]),
+        compat="official",
+    )
+    for n in case["prefixes"]:
+        if case["read"] == "after every frame":
+            bank = policy.extend(policy.new(1, *frames.shape[2:]), frames[:, :n])
+        else:
+            bank = policy.clip(frames[:, :n])
+        entries, events = bank.entries(), bank.extra
+        there = events["frames"][0] > 0
+        check.equal(f"{run}.{n}.event_frames", events["frames"][0, there])
+        check(f"{run}.{n}.event_time", events["time"][0, there], 1e-6)
+        check.equal(f"{run}.{n}.event_merges", events["merges"][0, there])
+        check(f"{run}.{n}.event_similarity", events["likeness"][0, there][1:], 1e-5)
+        check(f"{run}.{n}.tokens", entries.rows[0, :, 0][entries.mask[0, :, 0]], 1e-5)
+        check.equal(f"{run}.{n}.levels", torch.tensor([events["frames"].sum(), events["waiting"].sum(), 1]))
