@@ -265,7 +265,7 @@ def parsers(parser: arguments.Parser):
     return [p for action in inner for p in action.choices.values()] if inner else [parser]
 
 
-@pytest.mark.parametrize("command", [*COMMANDS, "plan_encode"])
+@pytest.mark.parametrize("command", COMMANDS)
 def test_help_has_an_example_that_parses(command, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     whole = importlib.import_module(f"pyvidx.cli.{command}").parser()
@@ -279,7 +279,7 @@ def test_help_has_an_example_that_parses(command, tmp_path, monkeypatch, capsys)
         assert stop.value.code == 0 and capsys.readouterr().out.rstrip().endswith(parser.example)
 
 
-@pytest.mark.parametrize("command", [*COMMANDS, "plan_encode"])
+@pytest.mark.parametrize("command", COMMANDS)
 def test_every_option_says_what_it_is(command):
     """Choices and switches say it by their names; the rest has a help."""
     for parser in parsers(importlib.import_module(f"pyvidx.cli.{command}").parser()):

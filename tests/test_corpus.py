@@ -279,6 +279,22 @@ def test_a_progress_bar_counts_failures(videos, tmp_path, capsys, monkeypatch):
     assert "\nFAILED" in said.replace("\r", "\n"), "on a line of its own"
 
 
+def test_a_store_and_an_engine_are_one_class_each(videos, tmp_path, monkeypatch):
+    class Shards(stores.Safetensors):
+        suffix = ".shard"
+
+    class Backwards(engines.Local):
+        def run(self, paths, *arguments):
+            return super().run(paths[::-1], *arguments)
+
+    monkeypatch.setitem(stores.STORES, "shards", Shards())
+    monkeypatch.setitem(engines.ENGINES, "backwards", Backwards())
+    out = tmp_path / "out"
+    words = ["--out", str(out), "--frames", "2", "--store", "shards", "--engine", "backwards", "--outputs", "pooled"]
+    assert encode([str(videos), *words]) == 1
+    assert [path.name for path in parts(out)] == ["part-000000.shard"] and len(corpus.read(out).paths) == 11
+
+
 def test_another_model_is_refused(videos, tmp_path, capsys):
     for i in range(2):
         torch.manual_seed(i)

@@ -32,9 +32,9 @@ def test_what_its_tasks_hand_on(name, tmp_path):
         write(tmp_path / "a.mp4", drawn_clip(0.2, (48, 64)), fps=25)
         os.rename(tmp_path / "a.mp4", os.fsencode(tmp_path) + b"/" + name)
     path = os.fsdecode(os.fsencode(tmp_path) + b"/" + name)
-    row = engine._decode({"path": os.fsencode(path)}, Job(frames=3))
+    row = engine._decode({"path": name}, Job(frames=3), str(tmp_path))
     found = engine._decoded(row["frames"], row["rest"])
-    assert found.source == path and (found.error is None) == (name != b"none.mp4")
+    assert found.source == os.fsdecode(name) and (found.error is None) == (name != b"none.mp4")
     if found.clip is not None:
         want = read(path, frames=3)
         assert torch.equal(found.clip.frames, want.frames) and torch.equal(found.clip.seconds, want.seconds)

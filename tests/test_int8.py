@@ -11,6 +11,7 @@ from torch import nn
 from bench.int8_retrieval import study
 from pyvidx import temporal
 from pyvidx.backbones import ViT, ViTConfig
+from pyvidx.layers import int8
 from pyvidx.layers.int8 import Int8Linear, quantize
 from pyvidx.layers.linear import dense, dense_rows
 from pyvidx.models import MALMM, BTAdapter, VideoEncoder, flops
@@ -46,7 +47,7 @@ def test_layer(shape, bias):
     want, got = module(x), Int8Linear(module)(x)
     assert got.shape == want.shape and got.dtype == want.dtype
     if x.numel():
-        assert (got - want).norm() < 0.02 * want.norm()
+        assert (got - want).norm() < (0.02 if int8.VNNI else 0.04) * want.norm()  # 8 or 7 bits
 
 
 @torch.no_grad()
@@ -66,7 +67,7 @@ def test_numbers_at_the_edge():
     module.weight[0], module.weight[1:4] = 0, module.weight[1:4] * 1e4
     x = torch.randn(96, 7).t()
     want, got = module(x), Int8Linear(module)(x)
-    assert ((got - want).abs() <= 0.005 * torch.outer(x.norm(dim=1), module.weight.norm(dim=1))).all()
+    assert ((got - want).abs() <= 0.015 * torch.outer(x.norm(dim=1), module.weight.norm(dim=1))).all()
     for bad in (float("nan"), float("inf")):
         assert not Int8Linear(module)(torch.full((2, 96), bad)).isfinite().any()
 

@@ -384,6 +384,7 @@ def test_memory_stays_flat(name):
 @pytest.mark.parametrize("make, message", [
     (lambda: create("mean"), "name must be one of"),
     (lambda: create("fifo", size=3), "options do not fit 'fifo'"),
+    (lambda: create("merge", hard="false"), "hard must be bool"),
     (lambda: create("merge", capacity=2, anchors=2), "capacity must leave room"),
     (lambda: create("merge", capacity=None), "capacity must leave room"),
     (lambda: create("merge", unit="pixel"), "unit must be"),

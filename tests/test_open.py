@@ -210,5 +210,16 @@ def test_contradictions(tmp_path, clip_folder):
     open_model(folder, "stan:depth=2")[0].save(tmp_path / "stan")
     with pytest.raises(ValueError, match="holds stan .depth=2., which cannot become stan .depth=3."):
         open_model(tmp_path / "stan", "stan:depth=3")
+    with pytest.raises(
+        ValueError, match="cannot become stan .time_length=5."
+    ):  # an option that was left at its default
+        open_model(tmp_path / "stan", "stan:time_length=5")
+    assert open_model(tmp_path / "stan", "stan:depth=2,time_length=64")[1].module.startswith("stan (depth=2), random")
     with pytest.raises(ValueError, match="gated must not be given"):
         open_model(tmp_path / "stan", gated=False)
+    for other in ("gated=False", "eps=1"):
+        with pytest.raises(ValueError, match="cannot become bt_adapter"):
+            open_model(None, f"bt_adapter:{other}")
+    for wrong in ("stan:depth=x", "bt_adapter:depth=x", "bt_adapter:time_length=-1", "clip_vip:proxies=(1,2)"):
+        with pytest.raises(ValueError):
+            open_model(folder, wrong)

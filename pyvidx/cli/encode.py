@@ -38,7 +38,8 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--out", help="where the embeddings go: a folder, which takes a corpus of any size part by part and "
                    f"can be resumed, or a file: {', '.join(embeddings.FORMATS)}")  # fmt: skip
     add_job(p)
-    p.add_argument("--workers", type=arguments.workers, default=1, help="how many read ahead")
+    p.add_argument("--workers", type=arguments.workers, default=1,
+                   help="how many read ahead; with --engine ray, on all machines together")  # fmt: skip
     arguments.add_overwrite(p)
     f = p.add_argument_group("if --out is a folder")
     f.add_argument("--resume", action="store_true", help="go on: videos that have a row there are left out")

@@ -1,10 +1,9 @@
-"""pyvidx plan pretrain --cards 8 --card v100; for `pyvidx plan encode` see plan_encode.py"""
+"""pyvidx plan pretrain --cards 8 --card v100; pyvidx plan encode is in plan_encode.py"""
 
 import argparse
 import math
 import os
 import statistics
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -20,16 +19,19 @@ SHARES = cost.Shares()
 
 
 def parser() -> argparse.ArgumentParser:
-    p = arguments.Parser(
-        prog="pyvidx plan",
+    whole = arguments.Parser(prog="pyvidx plan", description="What a job takes, before it is started.",
+                             example="pyvidx plan encode some_videos/ --videos 1e6")  # fmt: skip
+    jobs = whole.add_subparsers(dest="what", required=True)
+    plan_encode.add_to(jobs)
+    p = jobs.add_parser(
+        "pretrain",
+        help="one epoch of BT-Adapter's pretraining",
         description="Predict the hours of one epoch of BT-Adapter's pretraining. The work is counted by running the "
         "real step on tensors without data; cards are data-sheet numbers; the shares of them that are reached are "
         "assumptions, no GPU having been measured: --products-share, --memory-share, --link-share.",
         example="pyvidx plan pretrain --cards 8 --card v100 --decode-seconds 0.1",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    p.add_argument("what", choices=["pretrain", "encode"], help="pretrain: one epoch of BT-Adapter's pretraining; "
-                   "encode: a corpus, see pyvidx plan encode --help")  # fmt: skip
     p.add_argument("--cards", type=arguments.count, default=8, help="how many")
     p.add_argument("--card", choices=list(cost.cards()["cards"]), default="v100", help="of which kind")
     p.add_argument("--videos", type=arguments.amount, default=2.5e6, help="video-text pairs of the epoch")
@@ -57,15 +59,14 @@ def parser() -> argparse.ArgumentParser:
         default=os.cpu_count(),
         help="CPU cores that decode, all machines together",
     )
-    return p
+    return whole
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    argv = sys.argv[1:] if argv is None else list(argv)
-    if argv[:1] == ["encode"]:
-        return plan_encode.main(argv[1:])
     p = parser()
     options = p.parse_args(argv)
+    if options.what == "encode":
+        return plan_encode.run(p, options)
     if options.cached_features and (options.decode_seconds is not None or options.decode_video is not None):
         p.error("--cached-features decodes nothing: leave --decode-seconds and --decode-video out")
     try:

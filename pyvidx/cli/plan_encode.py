@@ -4,7 +4,6 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -16,9 +15,11 @@ from pyvidx.corpus.rates import Rates, measure, report
 from pyvidx.files import write_json
 
 
-def parser() -> argparse.ArgumentParser:
-    p = arguments.Parser(
-        prog="pyvidx plan encode",
+def add_to(jobs) -> None:
+    """The arguments, as a subparser of `pyvidx plan`."""
+    p = jobs.add_parser(
+        "encode",
+        help="the embeddings of a corpus",
         description="Predict the hours of cores and the storage that `pyvidx encode` takes for a corpus, from what it "
         "takes for a few of its videos, measured here, or from the rates in a file.",
         example="pyvidx plan encode some_videos/ --model clip-vit-large-patch14/ --module stan --videos 1e6 --cores 32",
@@ -34,12 +35,9 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--json", type=Path, help="write what was measured")
     arguments.add_overwrite(p)
     add_job(p)
-    return p
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    p = parser()
-    options = p.parse_args(argv)
+def run(p: argparse.ArgumentParser, options: argparse.Namespace) -> int:
     arguments.check_span(p, options.start, options.end)
     arguments.check_reader(p, options.reader)
     arguments.check_outputs(p, options.overwrite, options.json, inputs=[*options.samples, options.rates, options.model])

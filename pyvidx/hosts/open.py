@@ -1,8 +1,10 @@
 """One door for every model: what a command's --model and --module name becomes an encoder, and a word on what it is.
 
-encoder, loaded = open_model("clip-vit-large-patch14", "stan:depth=2")
-print(loaded)
-encoder(pixels).pooled  # [B, T, 3, h, w] -> [B, E]
+    encoder, loaded = open_model("clip-vit-large-patch14", "stan:depth=2")
+    print(loaded)
+    encoder(pixels).pooled  # [B, T, 3, h, w] -> [B, E]
+
+`opened` gives a tower alone as it is, `open_text` the text tower beside it.
 """
 
 import inspect
@@ -81,8 +83,7 @@ def open_model(
             the same ones.
         compat: of BT-Adapter, see BTAdapter; default as saved, and "official" for published weights.
         options: what published weights do not tell, see pyvidx.weights.bt_adapter.load_official (gated, part, heads,
-            ...) and pyvidx.weights.towers.vision_tower (heads,
-            hidden_act, eps, image_size).
+            ...) and pyvidx.weights.towers.vision_tower (heads, hidden_act, eps, image_size).
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -97,7 +98,7 @@ def open_model(
     own = _own_module(found.what)
     if name is not None and name != own["name"]:
         return _joined(found, found.what.tower, name, sizes)
-    if differing := {k: v for k, v in sizes.items() if own.get(k, v) != v}:
+    if differing := {k: v for k, v in sizes.items() if {**_options(own["name"]), **own}[k] != v}:
         raise ValueError(f"open_model: {source} holds {_named(own)}, which cannot become {_named(differing, name)}")
     weights = "random weights" if found.random else "its own weights"
     return found.what, _told(found, found.what.tower, f"{_named(own)}, {weights}")
@@ -166,7 +167,7 @@ def parse_module(text: str) -> tuple[str, dict]:
     name, options = parse(text)
     if name not in temporal.MODULES:
         raise ValueError(f"module: it must be one of {', '.join(temporal.names())}, got {name!r:.100}")
-    known = [p.name for p in inspect.signature(temporal.MODULES[name]).parameters.values()][1:]
+    known = _options(name)
     if unknown := [option for option in options if option not in known]:
         takes = f"takes {', '.join(known)}" if known else "takes no options"
         raise ValueError(f"module: {name} {takes}, got {', '.join(unknown)}")
@@ -281,10 +282,18 @@ def with_module(tower: ViT, name: str, options: dict) -> VideoEncoder:
     return model.to(weight.device, weight.dtype)
 
 
+def _options(name: str) -> dict:
+    """The options of a module, and their defaults."""
+    parameters = list(inspect.signature(temporal.MODULES[name]).parameters.values())[1:]
+    return {p.name: p.default for p in parameters}
+
+
 def _own_module(encoder: VideoEncoder) -> dict:
-    if isinstance(encoder, BTAdapter):
-        return {"name": "bt_adapter", "depth": encoder.config.depth, "time_length": encoder.config.time_length}
-    return encoder.temporal.spec
+    if not isinstance(encoder, BTAdapter):
+        return encoder.temporal.spec
+    c = encoder.config
+    sizes = {name: getattr(c, name) for name in _options("bt_adapter") if hasattr(c, name)}
+    return {"name": "bt_adapter", **sizes, "eps": c.branch_eps}
 
 
 def _named(spec: dict, name: str | None = None) -> str:

@@ -12,7 +12,6 @@ from pyvidx.memory.bank import Bank
 from pyvidx.memory.policy import Policy
 from pyvidx.memory.registry import create
 from pyvidx.ops._library import FLOATING, require
-from pyvidx.sizes import check
 from pyvidx.tensor_files import note, opened
 
 _KEY = "pyvidx.memory"
@@ -54,7 +53,6 @@ def load(path: str | Path, device: torch.device | str = "cpu") -> tuple[Policy, 
         require(about is not None, f"memory.load: {path} must be a file of memory.save, got other tensors")
         try:
             policy = create(**about)
-            check(policy, zero=("anchors",))
             bank = Bank.load_state_dict({name: file.get_tensor(name) for name in file.keys()})
             _check_values(bank)
             if bank.head is not None:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 from pyvidx.memory.policy import Policy
 from pyvidx.ops._library import require
+from pyvidx.sizes import check
 
 POLICIES: dict[str, Callable[..., Policy]] = {}
 
@@ -33,6 +34,8 @@ def create(name: str, **options) -> Policy:
     """
     require(name in POLICIES, f"memory.create: name must be one of {', '.join(POLICIES)}, got {name!r}")
     try:
-        return POLICIES[name](**options)
+        policy = POLICIES[name](**options)
     except TypeError as error:
         raise ValueError(f"memory.create: the options do not fit {name!r}: {error}") from None
+    check(policy, zero=("anchors",))
+    return policy

@@ -23,8 +23,8 @@ from pyvidx.corpus.engines.registry import Job, register
 from pyvidx.video import Clip
 from pyvidx.video.pool import Decoded, shared
 
-# Videos of a block: what is handed from task to task, and done again if a machine is lost.
-_BLOCK = 32
+# Videos of a block: what is handed from task to task, and done again if a machine is lost; and blocks at most.
+_BLOCK, _BLOCKS = 32, 4096
 
 
 @register("ray")
@@ -42,7 +42,6 @@ class Ray:
         import ray
 
         began = time.perf_counter()
-
         if not ray.is_initialized():
             # Of a cluster that runs already, RAY_ADDRESS or `ray start` on this machine says so.
             os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
@@ -57,9 +56,10 @@ class Ray:
         weights = ray.put(copy.deepcopy(model).to("cpu"))
         share = 1.0 if cores > 1 else 0.5
         names = [{"path": os.fsencode(path)} for path in paths]  # bytes: a name need not be UTF-8
-        rows = ray.data.from_items(names, override_num_blocks=-(-len(names) // _BLOCK))
-        rows = rows.map(
-            _decode, fn_kwargs={"job": job}, num_cpus=share, compute=ray.data.TaskPoolStrategy(size=tasks)
+        blocks = min(_BLOCKS, -(-len(names) // _BLOCK))
+        rows = ray.data.from_items(names, override_num_blocks=blocks).map(
+            _decode, fn_kwargs={"job": job, "folder": os.getcwd()},
+            compute=ray.data.TaskPoolStrategy(size=tasks), num_cpus=share,
         ).map_batches(
             _Encoder, fn_constructor_args=(weights, job), batch_size=job.batch,
             # Of other resources than decoding: Ray would have the same process do both.
@@ -81,13 +81,17 @@ class Ray:
             raise RuntimeError(f"corpus: Ray ended with {type(error).__name__}: {last}") from error
 
 
-def _decode(row: dict, job: Job) -> dict:
-    """A video's frames in place of its path, or its error. As bytes: rows of one column differ in shape."""
-    path = os.fsdecode(row["path"])
+def _decode(row: dict, job: Job, folder: str) -> dict:
+    """A video's frames in place of its path, or its error. As bytes: rows of one column differ in shape.
+
+    folder: that a relative path starts from; a worker of Ray may be in another.
+    """
+    given = os.fsdecode(row["path"])
+    path = os.path.join(folder, given)
     options = {"start": job.start, "end": job.end, "workers": 1, "ahead": 1}
     (found,) = shared().map([path], job.frames, job.sampler, job.reader, **options)
     frames = b"" if found.clip is None else found.clip.frames.numpy().tobytes()
-    rest = found if found.clip is None else found._replace(clip=_without_frames(found.clip))
+    rest = found._replace(source=given, clip=None if found.clip is None else _without_frames(found.clip))
     return {"frames": frames, "rest": pickle.dumps(rest)}
 
 
