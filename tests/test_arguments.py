@@ -249,7 +249,9 @@ def test_ctrl_c_leaves_one_line_and_no_file(tmp_path):
     pipe = tmp_path / "t.csv"  # a reader of it waits for ever
     os.mkfifo(pipe)
     process = run("eval", "rows", "--task", "coin", "--format", "msrvtt_csv", "--annotations", str(pipe), "--out",
-                  str(tmp_path / "rows.jsonl"))  # fmt: skip
+                  str(tmp_path / "rows.jsonl"),
+                  # a job in the background ignores it
+                  preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))  # fmt: skip
     writer = os.open(pipe, os.O_WRONLY)  # returns when the command has opened it
     time.sleep(0.3)
     process.send_signal(signal.SIGINT)

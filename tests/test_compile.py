@@ -13,6 +13,8 @@ from pyvidx import memory, ops, temporal
 from pyvidx.backbones import ViT
 from pyvidx.models import MALMM, Encoding, TextVideo, VideoEncoder
 from pyvidx.ops.memory_merge import new_state
+from tests.test_memory import ALL as POLICIES
+from tests.test_memory import N
 from tests.test_models import randomized
 from tests.test_pretraining import SIGLIP
 from tests.tools import IDS, NAMES, clips, differ, model
@@ -88,13 +90,12 @@ def test_streams():
 
 @pytest.mark.parametrize("name", memory.names())
 def test_policies(name):
-    options = {} if name in ("average", "concat", "tome") else {"capacity": 4}
-    policy = memory.create(name, **options, **({"axis": "space"} if name == "tome" else {}))
+    policy = memory.create(**POLICIES[name](2))
     push = torch.compile(policy.push, fullgraph=True, backend="eager")
     for B in (2, 3):
-        got, want = policy.new(B, 3, 8), policy.new(B, 3, 8)
-        for _ in range(6):
-            frame = torch.randn(B, 3, 8)
+        got, want = policy.new(B, N, 8), policy.new(B, N, 8)
+        for _ in range(4):
+            frame = torch.randn(B, N, 8)
             got, want = push(got, frame), policy.push(want, frame)
         assert got.entries().rows.equal(want.entries().rows) and got.entries().sizes.equal(want.entries().sizes)
 

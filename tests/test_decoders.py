@@ -268,7 +268,9 @@ def test_no_worker_outlives_its_parent(folder, number):
     """While it decodes, and whatever ends the parent. The script is not guarded by __name__."""
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-c", SCRIPT, str(folder / "v.mp4")]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment) as run:
+    heard = {"preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)}  # a job in the background ignores it
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen(command, **pipes, text=True, env=environment, **heard) as run:
         worker = int(run.stdout.readline())
         assert alive(worker)
         run.send_signal(number)
