@@ -11,7 +11,7 @@ from torch import Tensor
 
 from pyvidx.memory.bank import Bank
 from pyvidx.memory.clips import check_clip
-from pyvidx.memory.policy import Policy, plain
+from pyvidx.memory.policy import Policy, check_compat, plain
 from pyvidx.memory.registry import register
 from pyvidx.memory.slots import may, put_, slot_of, wide
 from pyvidx.ops._library import require
@@ -43,7 +43,7 @@ class FlashVStream(Policy):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _check_compat(self.name, self.compat)
+        check_compat(self.name, self.compat)
         fits = 1 <= self.clusters <= self.room
         require(fits, f"flash_vstream: clusters must be in [1, {self.room}], the room for them, got {self.clusters}")
 
@@ -159,7 +159,7 @@ def ordered_kmeans(
     """
     name = "ordered_kmeans"
     there = check_clip(name, frames, None)
-    _check_compat(name, compat)
+    check_compat(name, compat)
     B, T, N, C = frames.shape
     K = clusters
     require(K >= 1, f"{name}: clusters must be at least 1, got {K}")
@@ -298,7 +298,3 @@ def _few(rows: Tensor, there: Tensor, share: Tensor, member: Tensor, total: Tens
 def _even(length: Tensor, K: int) -> Tensor:
     """int64 [B, K], K places spread evenly over so many, all different where there are as many."""
     return torch.arange(K, device=length.device) * length[:, None].long() // K
-
-
-def _check_compat(name: str, compat: str) -> None:
-    require(compat in ("paper", "official"), f"{name}: compat must be 'paper' or 'official', got {compat!r}")
