@@ -33,12 +33,16 @@ def moviechat_consolidate(
 
     Args:
         frames: [B, T, N, C] floating.
-        lengths: int [B], the frames of each video, the first ones. None: T.
+        capacity: frames that are left at most.
+        lengths: int [B] in [0, T], the frames of each video, the first ones. None: T.
         compat: "paper"; "official": as the authors' training code, which takes a distance for a similarity and so
             merges the two that are least alike.
 
+    Returns:
+        At most `capacity` entries in time order.
+
     Raises:
-        ValueError: a shape, dtype or option does not fit, or a gradient is asked for.
+        ValueError: a shape, dtype, length or option does not fit, or a gradient is asked for.
     """
     name = "moviechat_consolidate"
     check_compat(name, compat)
