@@ -109,7 +109,8 @@ class Policy:
 
         Args:
             bank: of `new`; spent by this call.
-            frame: [B, N, C] floating, any strides; stored in the bank's dtype.
+            frame: [B, N, C] floating, any strides; stored in the bank's dtype. Numbers that are not finite spread to
+                what they merge with, and are not saved.
             seconds: [B], the frame's time in its video. None: the number of the frame.
             active: bool [B], videos that have this frame; the others stay as they are, bit for bit. None: all.
             attached: [B, N, Ci] for each of the bank's attached.
