@@ -46,9 +46,6 @@ class Dtd(Concat):
         super().__post_init__()
         _check_rule("dtd", self.threshold, self.ratio)
 
-    def spec(self) -> dict:
-        return {**super().spec(), "threshold": self.threshold, "ratio": self.ratio}
-
     def _advance_(self, bank: Bank, frame, attached, when, active, size) -> Bank:
         before = rows_at(bank.rows, _newest(bank))
         first = bank.length == 0

@@ -65,10 +65,6 @@ class FluxMem(Concat):
             fits = len(self.grid) == 2 and all(isinstance(n, int) and n >= 1 for n in self.grid)
             require(fits, f"fluxmem: grid must be (h, w), got {self.grid}")
 
-    def spec(self) -> dict:
-        options = ("short", "medium", "drop", "threshold", "grid")
-        return {**super().spec(), **{name: getattr(self, name) for name in options}}
-
     def new(self, B: int, N: int, C: int, *args, **options) -> Bank:
         self._grid(N)
         return super().new(B, N, C, *args, **options)

@@ -181,6 +181,3 @@ class Average(Merge):
     def __post_init__(self) -> None:
         object.__setattr__(self, "capacity", self.anchors + 1)
         super().__post_init__()
-
-    def spec(self) -> dict:
-        return {"name": self.name, "anchors": self.anchors}

@@ -70,6 +70,7 @@ class MovieChat(Policy):
     """
 
     name = "moviechat"
+    chosen = ("form",)
     similarity = True
     endless = True
     capacity: None = field(default=None, init=False)
@@ -83,9 +84,6 @@ class MovieChat(Policy):
         super().__post_init__()
         least = min(self.fragment, self.short, self.merged, self._used)
         require(least >= 1, f"moviechat: fragment, used, short and merged must be at least 1, got {self.spec()}")
-
-    def spec(self) -> dict:
-        return {k: v for k, v in super().spec().items() if k != "capacity"}
 
     @property
     def _used(self) -> int:
@@ -202,9 +200,6 @@ class MovieChatOneVision(MovieChat):
     def __post_init__(self) -> None:
         object.__setattr__(self, "fragment", self.short - self.merged)
         super().__post_init__()
-
-    def spec(self) -> dict:
-        return {k: v for k, v in super().spec().items() if k not in ("fragment", "used")}
 
     def _begin(self, bank: Bank, left: int, due: Tensor, known: bool) -> Bank:
         if bank.rows.shape[1] < bank.bound + left:

@@ -52,6 +52,3 @@ class Concat(Policy):
     name = "concat"
     endless = True
     capacity: None = field(default=None, init=False)
-
-    def spec(self) -> dict:
-        return {"name": self.name, "anchors": self.anchors}

@@ -39,6 +39,7 @@ class Policy:
     whole_frame: ClassVar[bool] = True  # decisions are taken for whole frames; False: at each position
     similarity: ClassVar[bool] = False  # the bank caches cosines between neighbors
     endless: ClassVar[bool] = False  # works without a capacity
+    chosen: ClassVar[tuple[str, ...]] = ()  # options of `create` that choose the class, and are none of the class
     layout: ClassVar[str] = "grid"  # of what is read: every entry has all positions; "ragged": some, as the mask says
 
     def __post_init__(self) -> None:
@@ -55,7 +56,8 @@ class Policy:
 
     def spec(self) -> dict:
         """Name and options, as `create(**spec)` takes them."""
-        return {"name": self.name, **dataclasses.asdict(self)}
+        options = (f.name for f in dataclasses.fields(self) if f.init or f.name in self.chosen)
+        return {"name": self.name, **{name: getattr(self, name) for name in options}}
 
     def new(
         self,

@@ -70,9 +70,6 @@ class StreamForest(Policy):
         require(fits, f"streamforest: weights must be three numbers, got {self.weights}")
         check_compat(self.name, self.compat)
 
-    def spec(self) -> dict:
-        return {k: v for k, v in super().spec().items() if k != "capacity"}
-
     def new(self, B: int, N: int, C: int, *args, attached: Sequence[int] = (), **options) -> Bank:
         require(N >= self.now, f"streamforest: frames must have at least now = {self.now} tokens, got {N}")
         require(C % self.heads == 0, f"streamforest: heads must divide C = {C}, got {self.heads}")
@@ -106,7 +103,10 @@ class StreamForest(Policy):
         Args:
             frames: [B, T, N, C] floating.
             seconds: [B, T]. None: the numbers of the frames.
-            lengths: int [B], the frames of each video, the first ones. None: T.
+            lengths: int [B] in [0, T], the frames of each video, the first ones. None: T.
+
+        Raises:
+            ValueError: a shape, dtype or length does not fit, or a gradient is asked for.
         """
         active = check_clip("streamforest.clip", frames, lengths)
         B, T, N, C = frames.shape

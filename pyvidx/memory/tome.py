@@ -99,6 +99,7 @@ class ToMeTime(Policy):
     """
 
     name = "tome"
+    chosen = ("axis",)
     whole_frame = False
     capacity: int = 20
     axis: str = field(default="time", init=False)
@@ -121,6 +122,7 @@ class ToMeSpace(Policy):
     """
 
     name = "tome"
+    chosen = ("axis",)
     whole_frame = False
     endless = True
     tokens: int = 2
