@@ -108,6 +108,13 @@ def test_a_whole_clip_merges_the_best_pairs_first():
 @pytest.mark.parametrize("call, message", [
     (lambda: memory.evs(randn(2, 3, 4), 0.5), "frames must be floating"),
     (lambda: memory.evs(randn(1, 2, 3, 4), 0.5, torch.ones(2, dtype=torch.int64)), "lengths must be int"),
+    (lambda: memory.evs(randn(1, 2, 3, 4), 0.5, torch.tensor([3])), r"lengths must be in \[0, 2\], got 3 to 3"),
+    (lambda: memory.evs(randn(1, 2, 3, 4), 0.5, torch.tensor([True])), "lengths must be int"),
+    (lambda: memory.evs(randn(1, 2, 3, 4), 1.0), "evs: q must be in"),
+    (lambda: memory.vidcom2(randn(1, 2, 3, 4), -0.5), "vidcom2: q must be in"),
+    (lambda: memory.keyframes(randn(1, 2, 3, 4), 1, lengths=torch.tensor([-1])), "lengths must be in"),
+    (lambda: memory.compute_retention_mask(randn(8, 4), (2, 2), 1, 0.5), "video_size_thw must be"),
+    (lambda: memory.compute_retention_mask(randn(8, 4), (2, 2, 2), 0, 0.5), "spatial_merge_size at least 1"),
     (lambda: memory.vidcom2(randn(1, 2, 3, 4), 0.5, form="mine"), "form must be"),
     (lambda: memory.vidcom2(randn(1, 2, 3, 1), 0.5), "at least two channels"),
     (lambda: memory.keyframes(randn(1, 2, 3, 4), 0), "count must be"),

@@ -191,6 +191,18 @@ def test_fluxmem_levels():
     torch.testing.assert_close(entries.rows[0, 1 : T - 5, 0][two], frames[0, 1 : T - 5, :2].mean(1)[two])
 
 
+def test_a_token_that_is_not_finite_goes_alone():
+    """It has no bin in a histogram, and 0 times NaN is NaN in the mean of a region."""
+    frames = randn(1, 1, 12, 8).expand(1, 10, 12, 8) + 0.3 * randn(1, 10, 12, 8, seed=1)
+    frames[0, 4, 5] = torch.nan
+    frames[0, 7] = torch.nan
+    entries = streamed(create("fluxmem", short=1, medium=1, drop=2.0, grid=(3, 4)), frames).entries()
+    joined = entries.sizes[0] > 1
+    assert joined[4].any() and not entries.mask[0, 4, 5] and not entries.mask[0, 7].any()
+    assert entries.rows[entries.mask].isfinite().all()
+    assert streamed(create("dtd", threshold=0.99), frames).entries().mask[0, 7].all(), "it is not like the one before"
+
+
 # ---- flash_vstream ----
 
 
@@ -254,6 +266,13 @@ def test_flash_vstream_is_kmeans_of_what_is_there():
     torch.testing.assert_close(entries.rows, rows, rtol=1e-5, atol=1e-5)
     assert torch.equal(entries.sizes[..., 0], sizes) and (entries.sizes[..., 0].sum() == 40)
     assert (entries.first[0, :, 0] <= times[0]).all() and (times[0] <= entries.last[0, :, 0]).all()
+
+
+def test_a_ragged_batch_is_as_long_as_its_clusters():
+    policy, active = create("flash_vstream", capacity=20, clusters=3), torch.ones(2, 9, dtype=torch.bool)
+    active[1, 4:] = False
+    bank = policy.flush(streamed(policy, randn(2, 9, 3, 4), active))
+    assert bank.length.tolist() == [3, 3] and bank.entries().rows.shape[1] == 3
 
 
 def test_retrieve_finds_the_heaviest_clusters_frames():
@@ -334,6 +353,8 @@ def test_packed_tokens_say_where_they_were():
     (lambda: create("flash_vstream", capacity=4, clusters=5), "clusters must be in"),
     (lambda: create("flash_vstream", compat="mine"), "compat must be"),
     (lambda: memory.ordered_kmeans(randn(1, 5, 2, 3), 2, start=torch.zeros(1, 3)), "start must be"),
+    (lambda: memory.ordered_kmeans(randn(1, 5, 2, 3), 2, start=torch.tensor([[0, 5]])), "start must be in"),
+    (lambda: memory.ordered_kmeans(randn(1, 5, 2, 3), 2, sizes=torch.ones(1, 5)), "sizes must be whole"),
     (lambda: memory.retrieve(randn(1, 5, 2, 3), randn(1, 3, 2, 3), torch.ones(1, 3), 4), "count must be"),
     (lambda: memory.retrieve(randn(1, 5, 2, 3), randn(1, 3, 3, 3), torch.ones(1, 3), 1), "clusters must be"),
     (lambda: create("streamforest", anchors=1), "keeps no anchors"),
@@ -348,6 +369,12 @@ def test_packed_tokens_say_where_they_were():
     (lambda: create("dtd", ratio=0.5), "give a threshold or a ratio"),
     (lambda: create("dtd", threshold=None, ratio=2.0), "ratio must be in"),
     (lambda: memory.dtd_pixels(randn(8, 10), (2, 1, 1)), "pixels must be"),
+    (lambda: memory.dtd_pixels(randn(8, 30), (2, 1, 1)), "pixels must be"),  # 5 pixels are no square patch
+    (lambda: memory.dtd_pixels(randn(8, 24), (2, 1)), "grid must be T, h, w"),
+    (lambda: memory.dtd_pixels(randn(8, 24), (2, 1, 1), temporal=0), "all sizes at least 1"),
+    (lambda: memory.dtd_pixels(randn(8, 24), (2, 1, 1), mean=(0.5,)), "mean and std must have 3"),
+    (lambda: memory.dtd_pixels(randn(8, 24), (2, 1, 1), float("nan")), "threshold must be finite"),
+    (lambda: create("fluxmem", threshold=2.5), "threshold must be in"),
     (lambda: create("fluxmem", short=0), "must be at least 1"),
     (lambda: create("fluxmem", grid=(2,)), "grid must be"),
     (lambda: create("fluxmem").new(1, 6, 4), "grid must be"),

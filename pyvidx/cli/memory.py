@@ -22,7 +22,7 @@ def parser() -> argparse.ArgumentParser:
     p = arguments.Parser(
         prog="pyvidx memory",
         description="Stream a video of any length through a memory bank, in constant memory (but for the policies that "
-        "keep everything), and draw which frames each slot holds.",
+        "grow, see pyvidx.memory), and draw which frames each slot holds.",
         example="pyvidx memory video.mp4 --policy merge --capacity 12 --out slots.png",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )

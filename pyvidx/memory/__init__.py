@@ -2,12 +2,19 @@
 
     policy = create("merge", capacity=20)           # or any of names()
     bank = policy.new(B, N, C)                      # a value; the policy holds options only
-    bank = policy.push(bank, frame, seconds)        # [B, N, C], [B]; constant time and memory per frame
+    bank = policy.push(bank, frame, seconds)        # [B, N, C], [B]
     entries = bank.entries()                        # rows [B, L, N, C], sizes, mask, first and last second of each
 
 policy.layout says what is read: "grid", every entry has all its positions; "ragged", some, as the mask says (packed
-makes lists of them). Functions of a whole clip: evs, vidcom2, keyframes, dtd_pixels, ordered_kmeans,
-moviechat_consolidate, and `shrink` of merge; those whose number of tokens is known before are in PRUNERS.
+makes lists of them).
+
+Memory stays flat, over 100,000 frames as over 100, where a push leaves a number of entries that does not depend on how
+many there were: merge, average, fifo, uniform, tome (over time; in space with a capacity), flash_vstream, streamforest.
+It grows with the video in: concat, tome in space without a capacity, moviechat (both forms: `merged` frames for every
+fragment), dtd and fluxmem (by whole frames: tokens that are dropped are marked, and `packed` leaves them out).
+
+Functions of a whole clip: evs, vidcom2, keyframes, dtd_pixels, ordered_kmeans, moviechat_consolidate, and `shrink` of
+merge; those whose number of tokens is known before are in PRUNERS.
 
 A new policy is a file with a class and @register, like those in policies.py, whose one method is `_shrink_`;
 tests/test_memory.py then holds it to the properties of all.

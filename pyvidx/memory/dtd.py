@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -30,7 +31,9 @@ class Dtd(Concat):
         threshold: drop a token where c > threshold. None: by ratio.
         ratio: drop the int(N * ratio) tokens of a frame with the largest c, the first of equals.
 
-    The authors' program works for one video, and takes frames of one time for one frame; here every push is a frame.
+    Of the authors' program this leaves out: of a batch it takes the grid of the first video and the mask of the last;
+    steps that share a time id are one frame to it (here every push is a frame); it scans the sequence for every frame
+    and waits for the device for every token.
     """
 
     name = "dtd"
@@ -42,9 +45,6 @@ class Dtd(Concat):
     def __post_init__(self) -> None:
         super().__post_init__()
         _check_rule("dtd", self.threshold, self.ratio)
-
-    def spec(self) -> dict:
-        return {**super().spec(), "threshold": self.threshold, "ratio": self.ratio}
 
     def _advance_(self, bank: Bank, frame, attached, when, active, size) -> Bank:
         before = rows_at(bank.rows, _newest(bank))
@@ -70,29 +70,38 @@ def dtd_pixels(
     """The same by pixels, as the processors of Qwen2-VL to Qwen3-VL lay them out, before anything is encoded.
 
     A step of the grid holds `temporal` pictures; the difference is the mean of |earliest picture of step t-1 - latest
-    picture of step t| over the pixels of a token, in [0, 1].
+    picture of step t| over the pixels of a token, in [0, 1]. The authors' program knows steps of two pictures, patches
+    of 14 pixels and merges of 2 x 2 only; its parallel form, which raises, is not here.
 
     Args:
         pixels: [T * h * w * merge^2, 3 * temporal * patch^2] floating, of one video, or [B, ..., ...] of a batch.
         grid: T, h, w in tokens, after the spatial merge.
         threshold: drop a token where the difference is below. None: by ratio.
         ratio: drop the int(h * w * ratio) tokens of a step with the smallest difference.
-        mean, std: what the processor took off and divided by; these are CLIP's.
+        mean, std: what the processor took off and divided by, per color; these are CLIP's.
+        temporal, merge: pictures of a step, and patches along a side of a token.
 
     Returns:
         bool [T, h * w], or [B, T, h * w], True where a token is kept. The first step is whole.
 
     Raises:
-        ValueError: the shapes do not agree, or not exactly one of threshold and ratio is given.
+        ValueError: the shapes do not agree, a number is out of range, or not exactly one of threshold and ratio is
+            given.
     """
     require_tensors("dtd_pixels", pixels=pixels)
     _check_rule("dtd_pixels", threshold, ratio)
+    finite = threshold is None or math.isfinite(threshold)
+    require(finite, f"dtd_pixels: threshold must be finite, got {threshold}")
+    fits = len(grid) == 3 and min(*grid, temporal, merge) >= 1
+    require(fits, f"dtd_pixels: grid must be T, h, w, and all sizes at least 1, got {grid}, {temporal} and {merge}")
+    require(len(mean) == len(std) == 3, f"dtd_pixels: mean and std must have 3 values, got {mean} and {std}")
     T, h, w = (int(n) for n in grid)
-    fits = pixels.dim() in (2, 3) and pixels.dtype in FLOATING and min(T, h, w) >= 1
-    side = pixels.shape[-1] // (3 * temporal)
-    fits = fits and pixels.shape[-1] == 3 * temporal * side and pixels.shape[-2] == T * h * w * merge**2
+    fits = pixels.dim() in (2, 3) and pixels.dtype in FLOATING
+    area = pixels.shape[-1] // (3 * temporal) if fits else 0  # pixels of a patch
+    fits = fits and area == math.isqrt(area) ** 2 >= 1
+    fits = fits and pixels.shape[-1] == 3 * temporal * area and pixels.shape[-2] == T * h * w * merge**2
     require(fits, "dtd_pixels: pixels must be [T * h * w * merge^2, 3 * temporal * patch^2] of the grid", pixels)
-    x = wide(pixels).unflatten(-1, (3, temporal, side)).unflatten(-4, (T, h * w, merge**2))
+    x = wide(pixels).unflatten(-1, (3, temporal, area)).unflatten(-4, (T, h * w, merge**2))
     x = torch.stack(
         [x[..., c, :, :] * std[c] + mean[c] for c in range(3)], -3
     )  # [..., T, h*w, merge^2, 3, temporal, _]
@@ -102,10 +111,10 @@ def dtd_pixels(
 
 
 def keep(distance: Tensor, threshold: float | None, ratio: float | None) -> Tensor:
-    """Where a token's distance to the one before, [..., N], is at least the threshold, or not among the int(N * ratio)
-    smallest."""
+    """Where a token's distance to the one before, [..., N], is not below the threshold, or not among the int(N * ratio)
+    smallest. What is NaN stays, by either rule."""
     if ratio is None:
-        return distance >= threshold
+        return ~(distance < threshold)
     return ranks(distance) >= int(distance.shape[-1] * ratio)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pyvidx.memory.clips import check_clip, ranks
+from pyvidx.memory.clips import check_clip, check_rate, kept_count, ranks
 from pyvidx.memory.slots import wide
 from pyvidx.ops.memory_merge import cosine
 
@@ -20,27 +20,25 @@ def evs(frames: Tensor, q: float, lengths: Tensor | None = None) -> Tensor:
 
         d[t, p] = 1 - cos(x[t, p], x[t-1, p]),  d[0, p] above all others; of equal ones the earlier stays
 
-    So the first frame is whole. Worked out in float32: in bfloat16 a few hundred tokens share some hundred values of d,
-    and the ties would decide.
+    So the first frame is whole. x are an encoder's rows, as in vLLM and SGLang, where the paper compares pixels. Worked
+    out in float32: in bfloat16 a few hundred tokens share some hundred values of d, and the ties would decide.
 
     Args:
         frames: [B, T, N, C] floating.
         q: the pruning rate, in [0, 1).
-        lengths: int [B], the frames of each video, the first ones. None: T.
+        lengths: int [B] in [0, T], the frames of each video, the first ones. None: T.
 
     Returns:
         bool [B, T, N], True where a token is kept.
 
     Raises:
-        ValueError: a shape or dtype does not fit, or a gradient is asked for.
+        ValueError: a shape or dtype does not fit, q or a length is out of range, or a gradient is asked for.
     """
     there = check_clip("evs", frames, lengths)
+    check_rate("evs", q)
     B, T, N, _ = frames.shape
     x = wide(frames)
     d = torch.cat([x.new_full((B, 1, N), torch.inf), 1 - cosine(x[:, 1:], x[:, :-1])], 1)
     d = d.where(there[..., None], -torch.inf)
-    if lengths is None:
-        count = evs_count(T, N, q)
-    else:
-        count = ((lengths * N).double() * (1 - q)).long().clamp_min(N)[:, None]
+    count = kept_count(there, N, q).clamp_min(N)  # of each video as evs_count has it
     return (ranks(d.flatten(1), descending=True) < count).view(B, T, N) & there[..., None]

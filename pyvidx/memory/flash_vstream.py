@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from pyvidx.memory.bank import Bank
-from pyvidx.memory.clips import check_clip
-from pyvidx.memory.policy import Policy, plain
+from pyvidx.memory.clips import check_clip, check_range
+from pyvidx.memory.policy import Policy, check_compat, plain
 from pyvidx.memory.registry import register
 from pyvidx.memory.slots import may, put_, slot_of, wide
 from pyvidx.ops._library import require
@@ -43,7 +43,7 @@ class FlashVStream(Policy):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _check_compat(self.name, self.compat)
+        check_compat(self.name, self.compat)
         fits = 1 <= self.clusters <= self.room
         require(fits, f"flash_vstream: clusters must be in [1, {self.room}], the room for them, got {self.clusters}")
 
@@ -80,7 +80,7 @@ class FlashVStream(Policy):
         return bank if active is None else dataclasses.replace(bank, ragged=True)
 
     def _cluster(self, bank: Bank, active: Tensor | None, least: int) -> Bank:
-        """In the active videos that hold at least so many entries."""
+        """In the active videos that hold at least so many entries, more than K."""
         K, T = self.clusters, bank.rows.shape[1]
         on = bank.length >= least
         on = on if active is None else on & active
@@ -95,7 +95,7 @@ class FlashVStream(Policy):
             self._write(bank, found, order, on)
         if active is not None:
             return bank
-        return dataclasses.replace(bank, bound=self.room if bank.ragged else K)
+        return dataclasses.replace(bank, bound=least - 1 if bank.ragged else K)
 
     def _write(self, bank: Bank, found: _Found, order: Tensor, on: Tensor) -> None:
         """The clusters become entries 0 .. K-1, in the slots of these numbers."""
@@ -146,8 +146,8 @@ def ordered_kmeans(
     Args:
         frames: [B, T, N, C] floating. Where T <= K they are the result.
         clusters: K.
-        start: int64 [B, K], the frames to start from. None: every few places.
-        sizes: int [B, T], the weights. None: 1.
+        start: int64 [B, K] in [0, T), the frames to start from. None: every few places.
+        sizes: int [B, T], the weights, at least 1. None: 1.
         times: [B, T]. None: the numbers of the frames.
         compat: as in FlashVStream.
 
@@ -155,17 +155,19 @@ def ordered_kmeans(
         The clusters in the order of their times, weighted means of those of their members.
 
     Raises:
-        ValueError: a shape, dtype or option does not fit, or a gradient is asked for.
+        ValueError: a shape, dtype, device or option does not fit, start is out of range, or a gradient is asked for.
     """
     name = "ordered_kmeans"
     there = check_clip(name, frames, None)
-    _check_compat(name, compat)
+    check_compat(name, compat)
     B, T, N, C = frames.shape
     K = clusters
     require(K >= 1, f"{name}: clusters must be at least 1, got {K}")
     for what, x in (("sizes", sizes), ("times", times)):
         fits = x is None or (x.shape == (B, T) and x.device == frames.device)
         require(fits, f"{name}: {what} must be [B, T] on the device of frames", x, frames)
+    whole = sizes is None or not (sizes.is_floating_point() or sizes.is_complex())
+    require(whole, f"{name}: sizes must be whole numbers", sizes)
     number = torch.arange(T, device=frames.device).expand(B, T)
     sizes = torch.ones_like(number, dtype=torch.int32) if sizes is None else sizes.int()
     times = (number if times is None else times).double()
@@ -175,6 +177,7 @@ def ordered_kmeans(
         start = _even(there.sum(1), K)
     fits = start.shape == (B, K) and start.dtype == torch.int64 and start.device == frames.device
     require(fits, f"{name}: start must be int64 [B, K] on the device of frames", start, frames)
+    check_range(f"{name}: start", start, T - 1)
     with plain(frames.device.type):
         found = _kmeans(frames.flatten(2), sizes, times, there, start, compat)
         rows = found.share.to(wide(frames).dtype) @ wide(frames.flatten(2))
@@ -187,21 +190,24 @@ def retrieve(frames: Tensor, clusters: Tensor, sizes: Tensor, count: int) -> Ten
 
     Args:
         frames: [B, T, N, C] floating, as they were clustered.
-        clusters: [B, K, N, C]. sizes: [B, K].
-        count: R, at most K.
+        clusters: [B, K, N, C] floating. sizes: [B, K].
+        count: R, in [1, K].
 
     Returns:
         int64 [B, R], numbers of frames; one may come twice.
+
+    Raises:
+        ValueError: a shape or dtype does not fit, count is out of range, or a gradient is asked for.
     """
     check_clip("retrieve", frames, None)
     fits = clusters.dim() == 4 and clusters.shape[0] == len(frames) and clusters.shape[2:] == frames.shape[2:]
-    fits = fits and sizes.shape == clusters.shape[:2]
-    require(fits, "retrieve: clusters must be [B, K, N, C] of frames, and sizes [B, K]", clusters, sizes, frames)
+    fits = fits and sizes.shape == clusters.shape[:2] and clusters.is_floating_point()
+    require(fits, "retrieve: clusters must be floating [B, K, N, C], and sizes [B, K]", clusters, sizes, frames)
     require(1 <= count <= sizes.shape[1], f"retrieve: count must be in [1, {sizes.shape[1]}], got {count}")
     heavy = sizes.sort(dim=1, descending=True, stable=True).indices[:, :count]
     chosen = clusters.flatten(2).gather(1, heavy[..., None].expand(-1, -1, clusters[0, 0].numel()))
-    exact = "donot_use_mm_for_euclid_dist"
-    return torch.cdist(wide(chosen), wide(frames.flatten(2)), compute_mode=exact).argmin(2)
+    rows, exact = wide(frames.flatten(2)), "donot_use_mm_for_euclid_dist"
+    return torch.cdist(chosen.to(rows.dtype), rows, compute_mode=exact).argmin(2)
 
 
 class _Found(NamedTuple):
@@ -298,7 +304,3 @@ def _few(rows: Tensor, there: Tensor, share: Tensor, member: Tensor, total: Tens
 def _even(length: Tensor, K: int) -> Tensor:
     """int64 [B, K], K places spread evenly over so many, all different where there are as many."""
     return torch.arange(K, device=length.device) * length[:, None].long() // K
-
-
-def _check_compat(name: str, compat: str) -> None:
-    require(compat in ("paper", "official"), f"{name}: compat must be 'paper' or 'official', got {compat!r}")

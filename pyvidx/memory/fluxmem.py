@@ -1,4 +1,4 @@
-"""FluxMem: newest frames whole, older ones without what did not change, the oldest with alike neighbors merged."""
+"""FluxMem (arXiv:2603.02096): newest frames whole, then without what did not change, then alike neighbors merged."""
 
 from __future__ import annotations
 
@@ -35,11 +35,14 @@ class FluxMem(Concat):
     Args:
         short, medium: frames of the first two levels, in steps of the grid (the authors count pictures, two to a step).
         drop: a token that is more alike than this to the next frame goes.
-        threshold: a distance in [0, 2] in place of A and B. None: Otsu.
+        threshold: a distance in [0, 2] in place of A and B (1 - the authors' pair_sim_threshold). None: Otsu.
         grid: (h, w) of a frame's tokens; None: a square.
 
-    The last level grows with the video. Where the authors leave it to rounding, this does not: the distance of an exact
-    repeat is 0, a region of two stands at the place of the first, and Otsu's rule counts in whole numbers.
+    Where the authors leave it to rounding, this does not: the distance of an exact repeat is 0 (theirs may be negative,
+    which they take for "no frame before"), a region of two stands at the place of the first, and Otsu's rule counts in
+    whole numbers (theirs hangs on the order of sums, on CUDA also where bins are empty). Of their program this leaves
+    out, too: it writes into the hidden states that it is given; images in the prompt count as frames; frames of one
+    time id overwrite each other; frames of one token stay whole; it asks the device over ten times a frame.
     """
 
     name = "fluxmem"
@@ -55,14 +58,12 @@ class FluxMem(Concat):
         super().__post_init__()
         levels = min(self.short, self.medium) >= 1
         require(levels, f"fluxmem: short and medium must be at least 1, got {self.short} and {self.medium}")
+        fits = self.threshold is None or 0 <= self.threshold <= 2
+        require(fits, f"fluxmem: threshold must be in [0, 2], got {self.threshold}")
         if self.grid is not None:
             object.__setattr__(self, "grid", tuple(self.grid))
             fits = len(self.grid) == 2 and all(isinstance(n, int) and n >= 1 for n in self.grid)
             require(fits, f"fluxmem: grid must be (h, w), got {self.grid}")
-
-    def spec(self) -> dict:
-        options = ("short", "medium", "drop", "threshold", "grid")
-        return {**super().spec(), **{name: getattr(self, name) for name in options}}
 
     def new(self, B: int, N: int, C: int, *args, **options) -> Bank:
         self._grid(N)
@@ -93,14 +94,19 @@ class FluxMem(Concat):
         if self.threshold is None:
             a, b = (otsu(d, torch.ones_like(d, dtype=torch.bool), median=True)[:, None] for d in (change, was))
         else:
-            a = b = min(max(self.threshold, 0.0), 2.0)
+            a = b = self.threshold
         kept = ((change >= a) | ((entry > 0) & (was >= b))) & (like_next <= self.drop)
         set_(bank.sizes, slot_of(bank, entry), kept.int(), on)
 
     def _join_(self, bank: Bank, entry: Tensor, on: Tensor) -> None:
         """The frame that leaves the medium ones has its alike neighbors merged."""
         slot = slot_of(bank, entry)
-        x, kept = wide(rows_at(bank.rows, slot)), bank.sizes.gather(2, slot[..., None]).squeeze(2) > 0
+        kept = bank.sizes.gather(2, slot[..., None]).squeeze(2) > 0
+
+        def rows_of(rows: Tensor) -> Tensor:  # without what was dropped: 0 times NaN is NaN
+            return wide(rows_at(rows, slot)).where(kept[..., None], 0)
+
+        x = rows_of(bank.rows)
         p, q = pairs(self._grid(bank.positions), x.device)
         both = kept[:, p] & kept[:, q]
         distance = (1 - cosine(x[:, p], x[:, q])).clamp(0, 2)
@@ -117,7 +123,7 @@ class FluxMem(Concat):
         nearest = off[:, None].where(member, torch.inf).argmin(2).gather(1, label)
         stands = kept & ((size < 2) | (nearest == place))
         for rows in (bank.rows, *bank.attached):
-            y = wide(rows_at(rows, slot))
+            y = rows_of(rows)
             mean = (share.to(y.dtype) @ y).gather(1, label[..., None].expand_as(y))
             set_rows_(rows, slot, mean.where((stands & (size > 1))[..., None], y).to(rows.dtype), on)
         set_(bank.sizes, slot, size.where(stands, 0), on)
@@ -156,7 +162,8 @@ def otsu(distance: Tensor, there: Tensor, median: bool) -> Tensor:
 
     median: where the distances are equal or there is no split, their lower median; False: -1, below all.
     """
-    distance = distance.clamp(0, 2)
+    there = there & ~distance.isnan()
+    distance = distance.clamp(0, 2).where(there, 0)
     bin_ = (distance * (BINS / 2)).long().clamp_max(BINS - 1)
     zeros = torch.zeros(len(distance), BINS, dtype=torch.int64, device=distance.device)
     count = zeros.scatter_add(1, bin_, there.long())

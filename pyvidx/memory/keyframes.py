@@ -31,10 +31,10 @@ def keyframes(frames: Tensor, count: int, unit: str = "token", lengths: Tensor |
         frames: [B, T, N, C] floating.
         count: M, at least 1; more than T gives all. The authors take max(1, round(ratio * T)).
         unit: "token", every position picks its own frames; "synchronized", all the same, by the mean difference.
-        lengths: int [B], the frames of each video, the first ones. None: T.
+        lengths: int [B] in [0, T], the frames of each video, the first ones. None: T.
 
     Raises:
-        ValueError: a shape, dtype or option does not fit, or a gradient is asked for.
+        ValueError: a shape, dtype, length or option does not fit, or a gradient is asked for.
 
     The authors' program takes the first video's choice for all of a batch; this one does not.
     """

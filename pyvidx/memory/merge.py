@@ -66,7 +66,7 @@ class Merge(Policy):
             At most `capacity` entries in time order, the first `anchors` frames among them as they are.
 
         Raises:
-            ValueError: a shape or dtype does not fit, or a gradient is asked for.
+            ValueError: a shape, dtype or length does not fit, or a gradient is asked for.
         """
         name, likeness = f"{self.name}.shrink", self._likeness
         whole = self.whole_frame
@@ -181,6 +181,3 @@ class Average(Merge):
     def __post_init__(self) -> None:
         object.__setattr__(self, "capacity", self.anchors + 1)
         super().__post_init__()
-
-    def spec(self) -> dict:
-        return {"name": self.name, "anchors": self.anchors}

@@ -11,8 +11,7 @@ from torch import Tensor
 from pyvidx.memory.bank import Bank, Entries
 from pyvidx.memory.layout import grown
 from pyvidx.memory.neighbors import mean_product, merge_once_, put_alike_, relate_, shrunk, whole_cosine
-from pyvidx.memory.policies import Concat
-from pyvidx.memory.policy import Policy, plain
+from pyvidx.memory.policy import Policy, check_compat, plain
 from pyvidx.memory.registry import register
 from pyvidx.memory.slots import copy_, may, remove_
 from pyvidx.ops._library import require
@@ -34,15 +33,19 @@ def moviechat_consolidate(
 
     Args:
         frames: [B, T, N, C] floating.
-        lengths: int [B], the frames of each video, the first ones. None: T.
+        capacity: frames that are left at most.
+        lengths: int [B] in [0, T], the frames of each video, the first ones. None: T.
         compat: "paper"; "official": as the authors' training code, which takes a distance for a similarity and so
             merges the two that are least alike.
 
+    Returns:
+        At most `capacity` entries in time order.
+
     Raises:
-        ValueError: a shape, dtype or option does not fit, or a gradient is asked for.
+        ValueError: a shape, dtype, length or option does not fit, or a gradient is asked for.
     """
     name = "moviechat_consolidate"
-    require(compat in ("paper", "official"), f"{name}: compat must be 'paper' or 'official', got {compat!r}")
+    check_compat(name, compat)
     require(capacity >= 1, f"{name}: capacity must be at least 1, got {capacity}")
     likeness = whole_cosine if compat == "paper" else lambda x, y, N: -whole_cosine(x, y, N)
     return shrunk(name, frames, None, lengths, capacity, likeness, "plain", whole=True)
@@ -67,6 +70,7 @@ class MovieChat(Policy):
     """
 
     name = "moviechat"
+    chosen = ("form",)
     similarity = True
     endless = True
     capacity: None = field(default=None, init=False)
@@ -81,24 +85,15 @@ class MovieChat(Policy):
         least = min(self.fragment, self.short, self.merged, self._used)
         require(least >= 1, f"moviechat: fragment, used, short and merged must be at least 1, got {self.spec()}")
 
-    def spec(self) -> dict:
-        return {k: v for k, v in super().spec().items() if k != "capacity"}
-
     @property
     def _used(self) -> int:
         return self.fragment if self.used is None else self.used
-
-    def _first_slots(self) -> int:
-        return 16
 
     def _extended(self, bank: Bank) -> Bank:
         zeros = torch.zeros_like(bank.length)
         # Entries at the end that are not yet merged, and frames of the fragment that has begun. On the host, at most:
         # the same two, and frames altogether.
         return dataclasses.replace(bank, extra={"recent": zeros, "phase": zeros.clone()}, counts=(0, 0, 0))
-
-    def _fits(self, mine: Tensor, given: Tensor) -> bool:
-        return Concat._fits(self, mine, given)
 
     def check_extra(self, bank: Bank) -> None:
         recent, phase = bank.extra["recent"], bank.extra["phase"]
@@ -205,9 +200,6 @@ class MovieChatOneVision(MovieChat):
     def __post_init__(self) -> None:
         object.__setattr__(self, "fragment", self.short - self.merged)
         super().__post_init__()
-
-    def spec(self) -> dict:
-        return {k: v for k, v in super().spec().items() if k not in ("fragment", "used")}
 
     def _begin(self, bank: Bank, left: int, due: Tensor, known: bool) -> Bank:
         if bank.rows.shape[1] < bank.bound + left:

@@ -8,10 +8,9 @@ import torch
 from torch import Tensor
 
 from pyvidx.memory.bank import Bank
-from pyvidx.memory.layout import grown
 from pyvidx.memory.policy import Policy
 from pyvidx.memory.registry import register
-from pyvidx.memory.slots import full, join_, put_, remove_
+from pyvidx.memory.slots import full, join_, remove_
 
 
 @register("fifo")
@@ -53,20 +52,3 @@ class Concat(Policy):
     name = "concat"
     endless = True
     capacity: None = field(default=None, init=False)
-
-    def spec(self) -> dict:
-        return {"name": self.name, "anchors": self.anchors}
-
-    def _first_slots(self) -> int:
-        return 16
-
-    def _advance_(self, bank: Bank, frame, attached, when, active, size) -> Bank:
-        slots = bank.rows.shape[1]
-        if bank.bound == slots:
-            bank = grown(bank, 2 * slots)
-        put_(bank, frame, attached, when, active, size)
-        return bank
-
-    def _fits(self, mine: Tensor, given: Tensor) -> bool:
-        """Equal but for the number of slots, which is in another place in each tensor."""
-        return mine.dim() == given.dim() and sum(a != b for a, b in zip(mine.shape, given.shape)) <= 1

@@ -12,9 +12,11 @@ import torch
 from torch import Tensor
 
 from pyvidx.memory.bank import Bank
-from pyvidx.memory.layout import new_bank
+from pyvidx.memory.layout import grown, new_bank
 from pyvidx.memory.slots import put_
 from pyvidx.ops._library import FLOATING, require, require_tensors
+
+_FIRST_SLOTS = 16  # of a bank that grows
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,7 @@ class Policy:
     whole_frame: ClassVar[bool] = True  # decisions are taken for whole frames; False: at each position
     similarity: ClassVar[bool] = False  # the bank caches cosines between neighbors
     endless: ClassVar[bool] = False  # works without a capacity
+    chosen: ClassVar[tuple[str, ...]] = ()  # options of `create` that choose the class, and are none of the class
     layout: ClassVar[str] = "grid"  # of what is read: every entry has all positions; "ragged": some, as the mask says
 
     def __post_init__(self) -> None:
@@ -53,7 +56,8 @@ class Policy:
 
     def spec(self) -> dict:
         """Name and options, as `create(**spec)` takes them."""
-        return {"name": self.name, **dataclasses.asdict(self)}
+        options = (f.name for f in dataclasses.fields(self) if f.init or f.name in self.chosen)
+        return {"name": self.name, **{name: getattr(self, name) for name in options}}
 
     def new(
         self,
@@ -107,7 +111,8 @@ class Policy:
 
         Args:
             bank: of `new`; spent by this call.
-            frame: [B, N, C] floating, any strides; stored in the bank's dtype.
+            frame: [B, N, C] floating, any strides; stored in the bank's dtype. Numbers that are not finite spread to
+                what they merge with, and are not saved.
             seconds: [B], the frame's time in its video. None: the number of the frame.
             active: bool [B], videos that have this frame; the others stay as they are, bit for bit. None: all.
             attached: [B, N, Ci] for each of the bank's attached.
@@ -204,9 +209,6 @@ class Policy:
         """ValueError where what this policy keeps beside the entries has values that it never leaves there; waits for
         the device."""
 
-    def _fits(self, mine: Tensor, given: Tensor) -> bool:
-        return mine.shape == given.shape
-
     # What a policy may define for itself.
 
     def _stored_positions(self, N: int) -> int:
@@ -218,7 +220,13 @@ class Policy:
         return bank.positions
 
     def _first_slots(self) -> int:
-        return self.room + 1
+        return _FIRST_SLOTS if self.room is None else self.room + 1
+
+    def _fits(self, mine: Tensor, given: Tensor) -> bool:
+        """Whether a tensor of a bank has the shape of a new one's. Without a capacity the number of slots, which is in
+        another place in each tensor, may differ."""
+        free = 1 if self.capacity is None else 0
+        return mine.dim() == given.dim() and sum(a != b for a, b in zip(mine.shape, given.shape)) <= free
 
     def _reduce(self, frame: Tensor, attached: Sequence[Tensor]) -> tuple[Tensor, Sequence[Tensor], Tensor | int]:
         """A frame before it is stored, and the size that it counts: int32 [B, N], or 1."""
@@ -242,10 +250,12 @@ class Policy:
         return bank if active is not None else dataclasses.replace(bank, bound=self.room)
 
     def _advance_(self, bank: Bank, frame, attached, when, active, size) -> Bank:
-        """Compress where due, and append, in place or in a larger bank. What this leaves in `bound` is one less than
-        the bound afterwards."""
+        """Compress where due, and append, in place or, without a capacity, in a bank of twice the slots where all are
+        used. What this leaves in `bound` is one less than the bound afterwards."""
         if self._due(bank):
             bank = self._compress(bank, active)
+        if self.room is None and bank.bound == bank.rows.shape[1]:
+            bank = grown(bank, 2 * bank.bound)
         put_(bank, frame, attached, when, active, size)
         return bank
 
@@ -301,6 +311,11 @@ class Policy:
         fits = active is None or (active.shape == (len(bank),) and active.dtype == torch.bool)
         fits = fits and (active is None or active.device == bank.rows.device)
         require(fits, f"{self.name}: active must be bool [B], on the device of the bank", active, bank.rows)
+
+
+def check_compat(name: str, compat: str) -> None:
+    """Refuse what is no form of a method: as its paper says, or as its authors' program does."""
+    require(compat in ("paper", "official"), f"{name}: compat must be 'paper' or 'official', got {compat!r}")
 
 
 @contextmanager

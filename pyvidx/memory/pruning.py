@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+from pyvidx.memory.clips import check_rate
 from pyvidx.memory.evs import evs, evs_count
 from pyvidx.memory.vidcom2 import vidcom2, vidcom2_count
 from pyvidx.ops._library import require, require_tensors
@@ -54,6 +55,9 @@ def compute_retention_mask(
     """
     _check(method, q)
     require_tensors("compute_retention_mask", video_embeds=video_embeds)
+    fits = len(video_size_thw) == 3 and spatial_merge_size >= 1
+    text = "compute_retention_mask: video_size_thw must be T, h, w and spatial_merge_size at least 1, got {} and {}"
+    require(fits, text.format(video_size_thw, spatial_merge_size))
     T, h, w = (int(n) for n in video_size_thw)
     N = (h // spatial_merge_size) * (w // spatial_merge_size)
     fits = video_embeds.dim() == 2 and min(T, N) >= 1 and len(video_embeds) == T * N
@@ -64,4 +68,4 @@ def compute_retention_mask(
 
 def _check(method: str, q: float) -> None:
     require(method in PRUNERS, f"pruning: method must be one of {', '.join(PRUNERS)}, got {method!r}")
-    require(0 <= q < 1, f"{method}: q must be in [0, 1), got {q}")
+    check_rate(method, q)

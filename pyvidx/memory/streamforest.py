@@ -13,7 +13,7 @@ from torch import Tensor
 
 from pyvidx.memory.bank import Bank
 from pyvidx.memory.clips import check_clip
-from pyvidx.memory.policy import Policy, plain
+from pyvidx.memory.policy import Policy, check_compat, plain
 from pyvidx.memory.ragged_tome import best_matches, shorten
 from pyvidx.memory.registry import register
 from pyvidx.memory.slots import known, may, wide
@@ -68,13 +68,7 @@ class StreamForest(Policy):
         require(fits, f"streamforest: 1 <= tokens <= short <= now, and the others at least 1, got {self.spec()}")
         fits = len(self.weights) == 3 and all(isinstance(x, (int, float)) and math.isfinite(x) for x in self.weights)
         require(fits, f"streamforest: weights must be three numbers, got {self.weights}")
-        require(
-            self.compat in ("paper", "official"),
-            f"streamforest: compat must be 'paper' or 'official', got {self.compat!r}",
-        )
-
-    def spec(self) -> dict:
-        return {k: v for k, v in super().spec().items() if k != "capacity"}
+        check_compat(self.name, self.compat)
 
     def new(self, B: int, N: int, C: int, *args, attached: Sequence[int] = (), **options) -> Bank:
         require(N >= self.now, f"streamforest: frames must have at least now = {self.now} tokens, got {N}")
@@ -109,7 +103,10 @@ class StreamForest(Policy):
         Args:
             frames: [B, T, N, C] floating.
             seconds: [B, T]. None: the numbers of the frames.
-            lengths: int [B], the frames of each video, the first ones. None: T.
+            lengths: int [B] in [0, T], the frames of each video, the first ones. None: T.
+
+        Raises:
+            ValueError: a shape, dtype or length does not fit, or a gradient is asked for.
         """
         active = check_clip("streamforest.clip", frames, lengths)
         B, T, N, C = frames.shape
@@ -127,6 +124,9 @@ class StreamForest(Policy):
 
     def _first_slots(self) -> int:
         return self._room * self.tokens + (self.window + self.split) * self.short + self.now
+
+    def _fits(self, mine: Tensor, given: Tensor) -> bool:
+        return mine.shape == given.shape  # it has no capacity, and does not grow
 
     def _stored_positions(self, N: int) -> int:
         return 1

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from pyvidx.memory.bank import Bank
-from pyvidx.memory.policies import Concat, Fifo
+from pyvidx.memory.policies import Fifo
 from pyvidx.memory.policy import Policy
 from pyvidx.memory.registry import register
 from pyvidx.memory.slots import full, join_, wide
@@ -99,6 +99,7 @@ class ToMeTime(Policy):
     """
 
     name = "tome"
+    chosen = ("axis",)
     whole_frame = False
     capacity: int = 20
     axis: str = field(default="time", init=False)
@@ -121,6 +122,7 @@ class ToMeSpace(Policy):
     """
 
     name = "tome"
+    chosen = ("axis",)
     whole_frame = False
     endless = True
     tokens: int = 2
@@ -143,14 +145,5 @@ class ToMeSpace(Policy):
         rows, sizes, _ = reduce_tokens(wide(frame), self.tokens)
         return rows, attached, sizes
 
-    def _first_slots(self) -> int:
-        return Concat._first_slots(self) if self.capacity is None else super()._first_slots()
-
     def _shrink_(self, bank: Bank, active: Tensor | None) -> None:
         Fifo._shrink_(self, bank, active)
-
-    def _advance_(self, bank: Bank, *frame) -> Bank:
-        return Concat._advance_(self, bank, *frame) if self.capacity is None else super()._advance_(bank, *frame)
-
-    def _fits(self, mine: Tensor, given: Tensor) -> bool:
-        return Concat._fits(self, mine, given) if self.capacity is None else super()._fits(mine, given)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pyvidx.memory.clips import check_clip, ranks
+from pyvidx.memory.clips import check_clip, check_rate, kept_count, ranks
 from pyvidx.memory.slots import wide
 from pyvidx.ops._library import require
 from pyvidx.ops.memory_merge import EPS
@@ -31,7 +31,7 @@ def vidcom2(frames: Tensor, q: float, lengths: Tensor | None = None, form: str =
     Args:
         frames: [B, T, N, C] floating, C >= 2; worked out in float32 whatever their dtype.
         q: the pruning rate, in [0, 1).
-        lengths: int [B], the frames of each video, the first ones. None: T.
+        lengths: int [B] in [0, T], the frames of each video, the first ones. None: T.
         form: "vllm", the number of tokens is that of `vidcom2_count`: the largest v + f of those kept go, or the
             smallest of the rest come back, so a frame may end with none. "authors": as the frames' numbers add up,
             which is not known beforehand. (The authors' program does nothing to a batch of two; this one does.)
@@ -40,9 +40,11 @@ def vidcom2(frames: Tensor, q: float, lengths: Tensor | None = None, form: str =
         bool [B, T, N], True where a token is kept.
 
     Raises:
-        ValueError: a shape or dtype does not fit, the form is unknown, or a gradient is asked for.
+        ValueError: a shape or dtype does not fit, q or a length is out of range, the form is unknown, or a gradient is
+            asked for.
     """
     there = check_clip("vidcom2", frames, lengths)
+    check_rate("vidcom2", q)
     B, T, N, C = frames.shape
     require(form in ("vllm", "authors"), f"vidcom2: form must be 'vllm' or 'authors', got {form!r}")
     require(C >= 2, "vidcom2: frames must have at least two channels, half of which it looks at", frames)
@@ -67,8 +69,7 @@ def vidcom2(frames: Tensor, q: float, lengths: Tensor | None = None, form: str =
     kept &= there[..., None]
     if form == "authors":
         return kept
-    total = vidcom2_count(T, N, q) if lengths is None else ((lengths * N).double() * (1 - q)).long().clamp_min(lengths)
-    total = total if lengths is None else total[:, None]
+    total = kept_count(there, N, q).maximum(there.sum(1, keepdim=True))  # of each video as vidcom2_count has it
     # Those kept come first, each group by its score: the first `total` stay.
     score = score.where(there[..., None], torch.inf).flatten(1)
     by_score = score.sort(dim=1, stable=True).indices

@@ -6,7 +6,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from pyvidx.ops._library import FLOATING, define, require, require_out
+from pyvidx.ops._library import FLOATING, define, require, require_out, require_tensors
 
 _MOST = 2**31 - 1  # pixels of an axis
 _WEIGHT_BITS = 22
@@ -49,11 +49,12 @@ def resize_normalize(
         ValueError: frames are not uint8 [T, H, W, 3] with H, W > 0, a number is out of range, the filter or dtype is
             unknown, or out does not fit or shares memory with frames.
     """
-    require(filter in ("bicubic", "bilinear"), "resize_normalize: filter must be 'bicubic' or 'bilinear'")
-    h, w = size
-    crop = (0, 0, h, w) if crop is None else tuple(crop)
-    _check(frames, (h, w), crop, mean, std)
-    args = [h, w], list(crop), filter == "bilinear", list(mean), list(std)
+    require_tensors("resize_normalize", frames=frames, out=out)
+    known = filter in ("bicubic", "bilinear")
+    require(known, f"resize_normalize: filter must be 'bicubic' or 'bilinear', got {filter!r}")
+    crop = (0, 0, *size) if crop is None else tuple(crop)
+    _check(frames, size, crop, mean, std)
+    args = list(size), list(crop), filter == "bilinear", list(mean), list(std)
     if out is None:
         require(dtype in FLOATING, "resize_normalize: dtype must be float32, float16, bfloat16 or float64")
         return _op(frames, *args, dtype)
@@ -76,14 +77,18 @@ def _check(frames, size, crop, mean, std):
     )
     require(
         len(size) == 2 and all(1 <= n <= _MOST for n in size),
-        "resize_normalize: size must be (h, w), each in [1, 2^31)",
+        "resize_normalize: size must be (h, w), each in [1, 2^31), got {size}",
+        size=size,
     )
     require(
         len(crop) == 4 and all(-_MOST <= n <= _MOST for n in crop) and min(crop[2:]) >= 1,
-        "resize_normalize: crop must be (top, left, rows, columns), of rows and columns at least 1, all below 2^31",
+        "resize_normalize: crop must be (top, left, rows, columns), rows and columns at least 1, all below 2^31 and "
+        "above -2^31, got {crop}",
+        crop=crop,
     )
-    require(len(mean) == 3 and len(std) == 3, "resize_normalize: mean and std must have 3 values")
-    require(all(s != 0 for s in std), "resize_normalize: std must not be 0")
+    three = len(mean) == 3 and len(std) == 3
+    require(three, "resize_normalize: mean and std must have 3 values, got {mean} and {std}", mean=mean, std=std)
+    require(all(s != 0 for s in std), "resize_normalize: std must not be 0, got {std}", std=std)
 
 
 def weights(length: int, resized: int, begin: int, count: int, bilinear: bool, device: torch.device) -> Tensor:
@@ -103,12 +108,12 @@ def weights(length: int, resized: int, begin: int, count: int, bilinear: bool, d
         stretch = max(scale, 1.0)
         support = (1 if bilinear else 2) * stretch
         center = (inside + 0.5) * scale
-        begin, end = (center - support + 0.5).trunc().clamp(min=0), (center + support + 0.5).trunc().clamp(max=length)
+        low, past = (center - support + 0.5).trunc().clamp(min=0), (center + support + 0.5).trunc().clamp(max=length)
         t = ((pixel - center + 0.5) * (1 / stretch)).abs()
         near = 1 - t if bilinear else (1.5 * t - 2.5) * t * t + 1
         far = 0.0 if bilinear else (((t - 5) * t + 8) * t - 4) * -0.5
         weight = torch.where(t < 1, near, torch.where(t < 2, far, 0.0))
-        weight = torch.where((pixel >= begin) & (pixel < end), weight, 0.0)
+        weight = torch.where((pixel >= low) & (pixel < past), weight, 0.0)
         weight = weight / weight.sum(1, keepdim=True)
     weight = torch.where(at == inside, weight * 2.0**_WEIGHT_BITS, 0.0)
     return (weight + torch.where(weight < 0, -0.5, 0.5)).trunc()

@@ -35,7 +35,7 @@ def mallm(file, run, variant, check):
             check.equal(f"{run}.{unit}.peak", got.peak[0])
 
 
-@method("evs")
+@method("evs")  # its vectors are not in data/, only where PYVIDX_GOLDEN has them
 def evs(file, run, variant, check):
     frames, case = file.tensors[f"{run}.frames"], file.meta["cases"][run]
     T, N, merge = len(frames), case["h"] * case["w"], case["spatial_merge_size"]

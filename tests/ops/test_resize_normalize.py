@@ -156,6 +156,8 @@ def test_compiled_for_any_number_of_frames():
         (dict(frames=noise(4, 4, 3)), "frames must be uint8"),
         (dict(frames=noise(2, 4, 4, 4)), "frames must be uint8"),
         (dict(frames=noise(2, 0, 4, 3)), "H and W of frames must be in"),
+        (dict(frames=np.zeros((2, 4, 4, 3), np.uint8)), "frames must be a tensor, got numpy"),
+        (dict(size=(3,)), r"size must be .*, got \(3,\)"),
         (dict(size=(0, 3)), "size must be"),
         (dict(size=(3, 2**31)), "size must be"),
         (dict(crop=(0, 0, 0, 3)), "crop must be"),
