@@ -27,7 +27,7 @@ from pyvidx.corpus.engines import Job
 from pyvidx.corpus.folder import manifest, parts
 from pyvidx.corpus.rates import Rates, measure
 from pyvidx.data import motion
-from pyvidx.files import whole, write_json
+from pyvidx.files import check_output, whole, write_json
 from pyvidx.models import TextVideo
 from pyvidx.video import write
 
@@ -49,6 +49,8 @@ def main(argv: Sequence[str] | None = None) -> dict:
     p.add_argument("--folder", type=Path, help="where clips and embeddings are kept; default: nowhere")
     p.add_argument("--out", type=Path)
     options = p.parse_args(argv)
+    if options.out:
+        check_output(options.out)
     with tempfile.TemporaryDirectory() as temporary:
         folder = options.folder or Path(temporary)
         made = make(folder / "clips", options.videos)

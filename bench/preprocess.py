@@ -12,29 +12,19 @@ show half of it.
 
 import argparse
 import os
-import platform
-import re
 import statistics
 import time
-from importlib.metadata import version
 from pathlib import Path
 
 import torch
 
 from bench.bench_resize_normalize import SIZES
-from pyvidx.files import write_json
+from bench.towers import about
+from pyvidx.files import check_output, write_json
 from pyvidx.preprocess import clip_preprocess
 from tests.torchvision_shim import mend_torchvision
 
 FRAMES = 8
-
-
-def cpu() -> str:
-    """Its name, family and model."""
-    file = Path("/proc/cpuinfo")
-    text = file.read_text() if file.exists() else ""
-    found = [re.search(rf"^{key}\s*: (.*)$", text, re.MULTILINE) for key in ("model name", "cpu family", "model")]
-    return ", ".join(f"{m.group(0).split(':')[0].strip()} {m.group(1)}" for m in found if m) or platform.processor()
 
 
 def contenders(frames: torch.Tensor) -> dict:
@@ -88,6 +78,8 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=10.0, help="for each size and number of threads")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
+    if options.out:
+        check_output(options.out)
     rows = []
     for threads in (1, 2):
         for name in SIZES:
@@ -95,10 +87,8 @@ def main() -> None:
             for kind in ("wall", "cpu"):
                 times = "  ".join(f"{k} {v:.2f}" for k, v in row[f"{kind}_least_ms"].items())
                 print(f"{name:6} {threads} threads, {kind} ms: {times}", flush=True)
-    about = {"cpu": cpu(), "cores": os.cpu_count(), "load": os.getloadavg()}
-    about |= {name: version(name) for name in ("torch", "transformers", "pillow")}
     if options.out:
-        write_json(options.out, {"about": about, "rows": rows}, indent=1)
+        write_json(options.out, {"about": about() | {"load": os.getloadavg()}, "rows": rows}, indent=1)
 
 
 if __name__ == "__main__":

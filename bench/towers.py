@@ -40,7 +40,7 @@ from pyvidx.reference.bt_adapter import ReferenceBTAdapter
 from pyvidx.weights.bt_adapter import load_weights
 from tests.torchvision_shim import mend_torchvision
 
-PACKAGES = ("torch", "transformers", "open_clip_torch", "openvino", "nncf", "onnx", "onnxruntime")
+PACKAGES = ("torch", "transformers", "open_clip_torch", "openvino", "nncf", "onnx", "onnxruntime", "pillow")
 REST = 0.1  # seconds between two contenders: threads that wait for work by spinning have stopped by then
 CLOSE = 1e-4  # of float32 outputs of about 1
 Run = Callable[[], Tensor]
@@ -151,10 +151,16 @@ def contenders(kind: str, config: BTAdapterConfig, pixels: Tensor, threads: int,
     yield Contender(name, lambda: lambda: public(pixels), ours)
     yield Contender(f"{name}, torch.compile", lambda: compiled(public, pixels), ours)
     if kind == "frames":
-        visual = functools.cache(lambda: open_clip_tower(config))
-        run = lambda: visual()(pixels[0]).mean(dim=0, keepdim=True)  # noqa: E731
-        same = lambda: pooled(frames_of(open_clip.vision_tower(visual())).fold(), pixels)()  # noqa: E731
-        yield Contender("open_clip", lambda: visual() and run, same)
+        visual = functools.cache(lambda: open_clip_tower(config))  # made in its turn: it may not be installed
+
+        def theirs() -> Run:
+            tower = visual()
+            return lambda: tower(pixels[0]).mean(dim=0, keepdim=True)
+
+        def same() -> Tensor:
+            return pooled(frames_of(open_clip.vision_tower(visual())).fold(), pixels)()
+
+        yield Contender("open_clip", theirs, same)
     for library in (openvino, onnxruntime):
         for int8 in (False, True):
             make = functools.partial(library, public, pixels, threads, folder, int8=int8)
@@ -241,6 +247,7 @@ def measure(
 
 
 def about() -> dict:
+    """The machine and the packages of a measurement."""
     found = {}
     for package in PACKAGES:
         try:

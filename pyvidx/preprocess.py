@@ -54,6 +54,9 @@ class Preset:
         to_uint8: after bicubic or bilinear, "round", "truncate" (both clamped to 0..255), or "wrap": truncated modulo
             256, as an unguarded cast does.
         mean, std: per channel, of values in [0, 1].
+
+    Raises:
+        ValueError: a value is none of these, or a filter that is not Pillow's has crop > size.
     """
 
     size: int = 224
@@ -74,6 +77,8 @@ class Preset:
         ):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"Preset: {name} must be one of {allowed}, got {getattr(self, name)!r}")
+        if len(self.mean) != 3 or len(self.std) != 3 or not all(self.std):
+            raise ValueError(f"Preset: mean and std must be 3 numbers, std not 0, got {self.mean} and {self.std}")
         if self.size < 1 or (self.crop is not None and self.crop < 1):
             raise ValueError(f"Preset: size and crop must be at least 1, got crop={self.crop}, size={self.size}")
         if self.crop is not None and self.crop > self.size and self.filter not in _PILLOW:
@@ -103,6 +108,19 @@ PRESETS: dict[str, Preset] = {
     "ma_lmm": Preset(resize="squash", filter="bicubic", to_uint8="truncate"),
     "ma_lmm_official": Preset(resize="squash", filter="bicubic", to_uint8="wrap"),
 }
+
+
+def as_preset(preset: str | Preset) -> Preset:
+    """A preset, or the one of PRESETS with this name.
+
+    Raises:
+        ValueError: there is none of this name.
+    """
+    if isinstance(preset, Preset):
+        return preset
+    if preset not in PRESETS:
+        raise ValueError(f"preprocess: preset must be one of {list(PRESETS)} or a Preset, got {preset!r}")
+    return PRESETS[preset]
 
 
 # uint8 [..., H, W, 3], or a list of pictures of one size: PIL images, arrays or tensors [H, W, 3].
@@ -145,10 +163,7 @@ def preprocess(frames: Frames, preset: str | Preset = "clip", *, dtype: torch.dt
     frames = as_frames(frames)
     if frames.dtype != torch.uint8 or frames.dim() < 3 or frames.shape[-1] != 3 or 0 in frames.shape[-3:]:
         raise ValueError(f"preprocess: frames must be uint8 [..., H, W, 3], got {frames.dtype} {tuple(frames.shape)}")
-    if isinstance(preset, str):
-        if preset not in PRESETS:
-            raise ValueError(f"preprocess: preset must be one of {list(PRESETS)} or a Preset, got {preset!r}")
-        preset = PRESETS[preset]
+    preset = as_preset(preset)
     H, W = frames.shape[-3:-1]
     h, w = _resized(H, W, preset)
     rows = _kept(h, preset.crop)

@@ -86,6 +86,8 @@ def refused(command, given, capsys) -> str:
     ("a.mp4 --start -3", "must be seconds"),
     ("a.mp4 --sampler nearest", "invalid choice"),
     ("a.mp4 --out x.csv", "must end in"),
+    ("a.mp4 --out s3://bucket/x", "must be a path on this machine, got 's3://bucket/x'"),
+    ("a.mp4 --out=", "must be a path on this machine, got ''"),
     ("a.mp4 --out taken.npz", "taken.npz exists; give another name, or --overwrite"),
     ("a.mp4 --out t.csv/x.npz", "cannot be written to"),
 ])  # fmt: skip

@@ -72,6 +72,13 @@ def test_weights_that_are_missing(tmp_path, capsys):
         to_pyvidx([str(tmp_path / "none.pth")])
 
 
+def test_what_is_not_there(tmp_path):
+    with pytest.raises(FileNotFoundError, match="there is no"):
+        to_published(str(tmp_path / "none.safetensors"), "official")
+    with pytest.raises(ValueError, match="there must be a source"):
+        to_pyvidx([])
+
+
 @pytest.mark.parametrize("naming", ["lavis", "huggingface"])
 def test_malmm_there_and_back(tmp_path, naming):
     own = MALMM.default()
@@ -108,6 +115,7 @@ def test_a_tower(tmp_path, capsys):
 @pytest.mark.parametrize("given, message", [
     ("a.pth", "the following arguments are required: OUT"),
     ("a.pth out.bin", "OUT must end in .safetensors, got out.bin"),
+    ("a.pth s3://bucket/out.safetensors", "must be a path on this machine"),
     ("a.pth a.pth --to lavis", "a.pth is an input"),
     ("b.pth out.safetensors", "there is no b.pth"),
     ("a.pth out.safetensors --module nothing", "must be one of"),

@@ -48,7 +48,7 @@ def same(one, other):
 
 
 ROWS = [
-    row("a.mp4"), row("bad.mp4", "RuntimeError: x"), row(RAW, frames=1), row("c.mp4", tokens=5),
+    row("a.mp4"), row("bad.mp4", "RuntimeError: x\nand more"), row(RAW, frames=1), row("c.mp4", tokens=5),
     row("d.mp4", damaged=Damage(cut=True, reason="its end is missing")), row("worse.mp4", "ValueError: y"),
 ]  # fmt: skip
 
@@ -66,7 +66,7 @@ def test_rows_come_back(store, size, tmp_path):
         same(found[one.path], one)
     whole = corpus.read(tmp_path / "c")
     assert set(whole.paths) | set(whole.errors) == {one.path for one in ROWS}
-    assert whole.errors == {"bad.mp4": "RuntimeError: x", "worse.mp4": "ValueError: y"}
+    assert whole.errors == {"bad.mp4": "RuntimeError: x\nand more", "worse.mp4": "ValueError: y"}
     assert whole.pooled.shape == (4, 6) and len(whole.seconds) == 4 and whole.about["frames"] == "2"
     assert sorted(len(one) for one in whole.tokens) == [3, 3, 3, 5], "where videos differ, a list"
     assert corpus.read(tmp_path / "c", ["pooled"]).tokens is None
@@ -85,6 +85,22 @@ def test_sixteen_bits(store, tmp_path):
     for one in given:
         if one.error is None:
             assert torch.equal(whole.pooled[whole.paths.index(one.path)], one.encoding.pooled[0])
+
+
+@pytest.mark.parametrize("store", STORES)
+def test_rows_are_kept_in_the_dtype_of_the_folder(store, tmp_path):
+    with Corpus(tmp_path / "c", made(store, "float16")) as folder:
+        for one in ROWS:
+            folder.add(one)
+        wide = row("wide.mp4")
+        wide.encoding.pooled[0, 0] = 1e5
+        with pytest.raises(ValueError, match="must be finite, got NaN or Inf of wide.mp4 in torch.float16"):
+            folder.add(wide)
+    whole = corpus.read(tmp_path / "c")
+    assert whole.pooled.dtype == whole.tokens[0].dtype == torch.float16
+    if torch.bfloat16 not in stores.named(store).dtypes:
+        with pytest.raises(ValueError, match="must hold float32 or float16, got torch.bfloat16"):
+            Corpus(tmp_path / "d", made(store, "bfloat16"))
 
 
 def test_parquet_is_one_table_for_any_reader(tmp_path):
@@ -192,6 +208,17 @@ def test_a_damaged_part_is_one_error(store, tmp_path):
         Corpus(tmp_path, made(store), resume=True)
 
 
+def test_a_scrambled_footer_names_its_part(tmp_path):
+    """pyarrow says OSError of what it cannot parse."""
+    with Corpus(tmp_path, made()) as folder:
+        folder.add(ROWS[0])
+    (path,) = parts(tmp_path)
+    content = path.read_bytes()
+    path.write_bytes(content[:-108] + b"\xff" * 100 + content[-8:])
+    with pytest.raises(ValueError, match=f"{path.name} must be a part that pyvidx encode wrote"):
+        Corpus(tmp_path, made(), resume=True)
+
+
 def test_folders_that_are_something_else(tmp_path):
     (tmp_path / "video.mp4").write_bytes(b"x")
     for overwrite in (False, True):
@@ -201,6 +228,12 @@ def test_folders_that_are_something_else(tmp_path):
         check(tmp_path / "video.mp4", "parquet", {})
     with pytest.raises(FileNotFoundError, match="must be a folder of pyvidx encode"):
         corpus.folder.manifest(tmp_path)
+    for folder, message in ((tmp_path, "must be a folder of pyvidx encode"), (tmp_path / "new", "there is no")):
+        for door in (corpus.read, corpus.load):
+            with pytest.raises(FileNotFoundError, match=message):
+                door(folder)
+    with pytest.raises(ValueError, match="outputs must be a list, of pooled and tokens, got 'pooled'"):
+        corpus.read(tmp_path, "pooled")
     with pytest.raises(ValueError, match="store must be one of"):
         check(tmp_path / "new", "csv", {})
     with pytest.raises(ValueError, match="engine must be one of"):

@@ -67,6 +67,10 @@ def test_the_plan(clips, tmp_path, capsys):
     assert "measured on 6 videos" in said and "3e+06 videos" in said and "on 4 cores" in said
     assert plan(["encode", "--rates", kept, "--videos", "3e6", "--cores", "4"]) == 0
     assert capsys.readouterr().out == said
+    for wrong in ({"read": 0.0}, {"read": float("inf")}, {"videos": 0}):
+        with pytest.raises(ValueError, match="Rates: "):
+            Rates(**{"videos": 1, "failed": 0, "read": 1.0, "preprocess": 0.0, "encode": 0.0, "write": 0.0,
+                     "size": 1.0, "device": "cpu"} | wrong)  # fmt: skip
     (tmp_path / "bad.json").write_text('{"rates": {"videos": 0}}')
     for wrong, message in (
         (["encode"], "there must be videos to measure on, or --rates"),

@@ -196,6 +196,9 @@ def test_errors_say_what_is_wrong():
         Preset(size=224, crop=256, filter="nearest")
     with pytest.raises(ValueError, match="filter must be one of"):
         Preset(filter="lanczos")
+    for wrong in ({"mean": (0.5,)}, {"std": (0.5, 0.5)}, {"std": (0.5, 0.5, 0)}):
+        with pytest.raises(ValueError, match="mean and std must be 3 numbers, std not 0"):
+            Preset(filter="bilinear", **wrong)
 
 
 @pytest.mark.gpu

@@ -141,7 +141,7 @@ def device(text: str) -> str:
 def outputs(text: str) -> list[str]:
     """Names of a model's outputs, with commas between them."""
     names = text.split(",")
-    if not names or not set(names) <= {"pooled", "tokens"} or len(set(names)) < len(names):
+    if not set(names) <= {"pooled", "tokens"} or len(set(names)) < len(names):
         raise argparse.ArgumentTypeError(f"must be pooled, tokens or pooled,tokens, got {text!r}")
     return names
 
@@ -167,6 +167,13 @@ def file(text: str) -> Path:
     if "://" in text:
         raise argparse.ArgumentTypeError(f"pyvidx reads files: download {text} and give its path")
     return Path(text)
+
+
+def out(text: str) -> str:
+    """Where something is written on this machine; a slash at the end stays."""
+    if not text or "://" in text:
+        raise argparse.ArgumentTypeError(f"must be a path on this machine, got {text!r:.200}")
+    return text
 
 
 def there(text: str) -> Path:
@@ -202,7 +209,7 @@ def picture(text: str) -> Path:
 
 def check_reader(parser: argparse.ArgumentParser, reader: str) -> None:
     """End with one line if the package of a --reader is not installed."""
-    for package in {"auto": ["av"], "pyav": ["av"], "decord": ["av", "decord"]}.get(reader, ["av", reader]):
+    for package in ["av"] if reader in ("auto", "pyav") else ["av", reader]:
         if importlib.util.find_spec(package) is None:
             parser.error(f"--reader {reader} needs {package}: pip install {package}")
 

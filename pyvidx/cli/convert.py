@@ -3,6 +3,7 @@
 import argparse
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from pyvidx.cli import arguments
 from pyvidx.files import printable
@@ -24,7 +25,7 @@ def parser() -> argparse.ArgumentParser:
     )
     p.add_argument("sources", nargs="+", type=arguments.model, metavar="IN", help="files or folders of transformers, "
                    "open_clip, OpenAI, BT-Adapter, STAN, MA-LMM or pyvidx, or open_clip:NAME[:FILE]")  # fmt: skip
-    p.add_argument("out", type=arguments.file, metavar="OUT", help="a .safetensors file, with --to also .pth")
+    p.add_argument("out", type=arguments.out, metavar="OUT", help="a .safetensors file, with --to also .pth")
     p.add_argument("--to", default="pyvidx", choices=["pyvidx", *NAMINGS], help="whose names the weights get: official "
                    "are BT-Adapter's, lavis and huggingface MA-LMM's")  # fmt: skip
     p.add_argument("--module", type=arguments.module, metavar="NAME[:OPTION=VALUE,...]",
@@ -47,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     p = parser()
     options = p.parse_args(argv)
     suffixes = SUFFIXES if options.to != "pyvidx" else SUFFIXES[:1]
-    if options.out.suffix not in suffixes:
+    if Path(options.out).suffix not in suffixes:
         p.error(f"OUT must end in {' or '.join(suffixes)}, got {options.out}")
     arguments.check_outputs(p, options.overwrite, options.out, inputs=options.sources)
     names = ("module", "compat", "part", "heads", "vision_heads", "hidden_act", "allow_missing")

@@ -35,8 +35,9 @@ def parser() -> argparse.ArgumentParser:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     p.add_argument("videos", nargs="+", type=arguments.file, help="video files, or folders that are searched for them")
-    p.add_argument("--out", help="where the embeddings go: a folder, which takes a corpus of any size part by part and "
-                   f"can be resumed, or a file: {', '.join(embeddings.FORMATS)}")  # fmt: skip
+    p.add_argument("--out", type=arguments.out, help="where the embeddings go: a folder (NAME/ if it has a dot), which "
+                   "takes a corpus of any size part by part and can be resumed, or a file: "
+                   f"{', '.join(embeddings.FORMATS)}")  # fmt: skip
     add_job(p)
     p.add_argument("--workers", type=arguments.workers, default=1,
                    help="how many read ahead; with --engine ray, on all machines together")  # fmt: skip
@@ -159,7 +160,7 @@ def _made(options: argparse.Namespace) -> dict[str, str | None]:
     """What embeddings depend on, but for the weights; a model's own preset and outputs are not there before it is."""
     names = ("module", "compat", "frames", "sampler", "start", "end", "reader", "precision", "dtype_out", "preset")
     made = {name: getattr(options, name) for name in names}
-    made |= {"outputs": options.outputs and ",".join(options.outputs)}
+    made |= {"outputs": options.outputs and ",".join(sorted(options.outputs))}
     made |= {"dtype": str(dtype_of(options.device, options.dtype)).removeprefix("torch.")}
     made = {name: None if value is None else str(value) for name, value in made.items()}
     return {name: value for name, value in made.items() if value or name not in ("preset", "outputs")}

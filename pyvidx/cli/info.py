@@ -18,6 +18,8 @@ from pyvidx.cli.arguments import Parser
 from pyvidx.layers import products
 from pyvidx.ops import _library
 
+PACKAGES = ("transformers", "open_clip_torch", "decord", "av", "torchcodec", "numpy", "safetensors")
+
 
 def collect() -> dict:
     """Versions, devices, build and ops, as plain data."""
@@ -32,15 +34,8 @@ def collect() -> dict:
         "gpus": _gpus(),
         "build": _build(),
         "environment": {k: v for k, v in sorted(os.environ.items()) if k.startswith("PYVIDX_")},
-        "ops": {name: {device: _implementation(name, device) for device in ("cpu", "cuda")} for name in OPS()},
+        "ops": {op: {device: _implementation(op, device) for device in ("cpu", "cuda")} for op in _library.REFERENCES},
     }
-
-
-PACKAGES = ("transformers", "open_clip_torch", "decord", "av", "torchcodec", "numpy", "safetensors")
-
-
-def OPS() -> list[str]:
-    return list(_library.REFERENCES)
 
 
 def _version(package: str) -> str | None:

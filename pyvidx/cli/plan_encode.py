@@ -12,6 +12,7 @@ from pyvidx.cli.encode import add_job, find, folded, job_of, opened
 from pyvidx.corpus import stores
 from pyvidx.corpus.folder import DTYPES
 from pyvidx.corpus.rates import Rates, measure, report
+from pyvidx.corpus.stores.registry import check_dtype
 from pyvidx.files import write_json
 
 
@@ -58,8 +59,7 @@ def _measured(options: argparse.Namespace) -> Rates:
     if left_out:
         print(f"NOTE: {left_out}", file=sys.stderr)
     paths = paths[:: -(-len(paths) // options.most)]
-    if DTYPES[options.dtype_out] not in stores.named(options.store).dtypes:
-        raise ValueError(f"--dtype-out {options.dtype_out} cannot be kept in {options.store}")
+    check_dtype(stores.named(options.store), DTYPES[options.dtype_out])
     model = folded(opened(options), options.device, options.dtype, options.precision)
     return measure(paths, model, job_of(options), options.store)
 

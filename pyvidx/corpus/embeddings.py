@@ -12,7 +12,7 @@ from torch import Tensor
 from pyvidx.corpus import stores
 from pyvidx.corpus.encode import Encoded
 from pyvidx.corpus.folder import is_corpus, manifest, parts
-from pyvidx.corpus.stores.registry import NAMES, Layout, NotOurs, require
+from pyvidx.corpus.stores.registry import NAMES, Layout, NotOurs, check_dtype, require
 from pyvidx.files import printable
 
 FORMATS = stores.suffixes()
@@ -42,13 +42,12 @@ def save(path: str | os.PathLike[str], results: Sequence[Encoded], about: dict) 
 
     Raises:
         ValueError: the suffix is unknown, it cannot hold the dtype, or an embedding is not finite
-            or not as wide as the others.
+            or not as wide as the others. All get the dtype of the first.
         OSError: it cannot be written; what was there before still is.
     """
     path = Path(path)
     store, layout = stores.of_suffix(path), Layout.of(results)
-    if layout.dtype not in store.dtypes:
-        raise ValueError(f"embeddings: {path.suffix} must hold {_either(store.dtypes)}, got {layout.dtype}")
+    check_dtype(store, layout.dtype)
     for row in results:
         layout.check(row)
     store.write(path, results, layout, about)
@@ -64,15 +63,17 @@ def load(path: str | os.PathLike[str], outputs: Iterable[str] = NAMES) -> tuple[
         Of a file those that failed come last, of a folder last in each part; tensors have the dtype they are kept in.
 
     Raises:
-        FileNotFoundError: there is no such file.
+        FileNotFoundError: there is no such file, or the folder holds no corpus.
         ValueError: the suffix is unknown, `save` did not write it, or it is damaged; what is in it is checked.
     """
     path, outputs = Path(path), _names(outputs)
     if is_corpus(path):
         return list(iterate(path, outputs)), manifest(path).described()
-    store = stores.of_suffix(path)
-    if not path.is_file():
+    if path.is_dir():
+        manifest(path)  # raises: it has none
+    if not path.exists():
         raise FileNotFoundError(f"embeddings: there is no {printable(path)}")
+    store = stores.of_suffix(path)
     rows, about = _checked(path, store.read)
     return [only(row, outputs) for row in rows], about
 
@@ -140,10 +141,10 @@ def read(path: str | os.PathLike[str], outputs: Iterable[str] = NAMES) -> Embedd
 
 
 def _names(outputs: Iterable[str]) -> set[str]:
-    outputs = set(outputs)
-    if not outputs <= set(NAMES):
-        raise ValueError(f"embeddings: outputs must be of {', '.join(NAMES)}, got {', '.join(sorted(outputs))}")
-    return outputs
+    names = set(outputs)
+    if isinstance(outputs, str) or not names <= set(NAMES):
+        raise ValueError(f"embeddings: outputs must be a list, of {' and '.join(NAMES)}, got {outputs!r}")
+    return names
 
 
 def only(row: Encoded, outputs: Iterable[str]) -> Encoded:
@@ -183,7 +184,3 @@ def _check(done: Sequence[Encoded]) -> None:
                 fits = value.dim() == dim and value.shape[-1] == first.shape[-1] and value.is_floating_point()
                 require(fits, f"{name} of {r.path!r} {value.dtype} {tuple(value.shape)}")
                 require(bool(value.isfinite().all()), f"{name} of {r.path!r} that is NaN or Inf")
-
-
-def _either(dtypes: Iterable[torch.dtype]) -> str:
-    return " or ".join(str(d).removeprefix("torch.") for d in dtypes)

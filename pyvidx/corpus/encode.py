@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from pyvidx.preprocess import PRESETS, Preset, preprocess
+from pyvidx.preprocess import Preset, as_preset, preprocess
 from pyvidx.temporal.encoding import Encoding
 from pyvidx.video import Damage
 from pyvidx.video.pool import Decoded, Decoders, shared
@@ -255,10 +255,6 @@ def sized(preset: str | Preset, model: nn.Module) -> Preset:
     Raises:
         ValueError: it is unknown.
     """
-    if isinstance(preset, str):
-        if preset not in PRESETS:
-            raise ValueError(f"encode_videos: preset must be one of {', '.join(PRESETS)}, got {preset!r}")
-        preset = PRESETS[preset]
-    size = image_size(model)
+    preset, size = as_preset(preset), image_size(model)
     # A preset that resizes a little larger before it crops keeps its margin.
     return replace(preset, size=round(preset.size * size / (preset.crop or preset.size)), crop=size)

@@ -21,7 +21,7 @@ import torch
 
 from pyvidx.corpus import stores
 from pyvidx.corpus.encode import Encoded
-from pyvidx.corpus.stores.registry import NAMES, Layout, Store
+from pyvidx.corpus.stores.registry import NAMES, Layout, Store, check_dtype
 from pyvidx.files import check_output, printable, write_json
 from pyvidx.models import VideoEncoder
 from pyvidx.models.files import digest
@@ -39,7 +39,7 @@ class Manifest:
         format: of the folder, 1.
         kind: name of the store.
         widths: last dimension of "pooled" and "tokens", those that are there.
-        dtype: of both, by name.
+        dtype: that both are kept in, by name.
         options: what the embeddings depend on, by name; another run must have the same.
         notes: what they do not.
     """
@@ -155,7 +155,8 @@ class Corpus:
         failed: how many of the rows that were there say an error.
 
     Raises:
-        ValueError, RuntimeError, OSError: as `check`; BlockingIOError: another run is writing there.
+        ValueError, RuntimeError, OSError: as `check`; ValueError: the store cannot hold the dtype, or a part is
+            damaged; BlockingIOError: another run is writing there.
     """
 
     def __init__(
@@ -173,6 +174,7 @@ class Corpus:
         self.folder = Path(folder)
         self.rows, self.size, self.seconds = rows, size, seconds
         check(folder, made.kind, made.options, resume=resume, overwrite=overwrite)
+        check_dtype(made.store, made.layout.dtype)
         self._lock = _locked(self.folder)
         try:
             self._clear(everything=not resume)
@@ -240,9 +242,9 @@ class Corpus:
                     else:
                         path.unlink()
                     names = [(name, failed) for name, failed in names if not failed]
-            except OSError:
-                raise
             except Exception as error:  # whatever a damaged file makes its reader raise
+                if isinstance(error, OSError) and error.errno is not None:  # pyarrow has none for what it cannot parse
+                    raise
                 got = printable(str(error)[:200])
                 raise ValueError(
                     f"corpus: {printable(path)} must be a part that pyvidx encode wrote, got {got}; take it away, and "

@@ -1,5 +1,6 @@
 """What a video takes, measured on a few, and what a corpus of such videos would take."""
 
+import math
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
@@ -39,8 +40,10 @@ class Rates:
 
     def __post_init__(self) -> None:
         numbers = (self.videos, self.failed, self.read, self.preprocess, self.encode, self.write, self.size)
-        if not all(isinstance(x, int | float) and x >= 0 for x in numbers) or self.videos < 1:
-            raise ValueError(f"Rates: they must be numbers of 0 or more, of 1 video or more, got {numbers}")
+        if not all(isinstance(x, int | float) and 0 <= x < math.inf for x in numbers) or self.videos < 1:
+            raise ValueError(f"Rates: they must be finite numbers of 0 or more, of 1 video or more, got {numbers}")
+        if not self.on_cores:
+            raise ValueError("Rates: a video must take time of a core, to be read at least, got 0 seconds")
 
     @property
     def on_cores(self) -> float:

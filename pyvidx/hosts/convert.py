@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from pyvidx.files import whole, write_tensors
 from pyvidx.hosts import open_clip
-from pyvidx.hosts.open import is_published, open_model
+from pyvidx.hosts.open import check_source, is_published, open_model
 from pyvidx.models import MALMM, BTAdapter, TextVideo, files
 from pyvidx.weights.malmm import export_malmm, load_malmm
 from pyvidx.weights.malmm_keys import is_malmm
@@ -71,6 +71,8 @@ def to_pyvidx(sources: Sequence[str], module: str | None = None, **options) -> C
         MissingWeights: none of the files fills a parameter.
         FileNotFoundError, RuntimeError, ValueError: see open_model and load_malmm.
     """
+    if not sources:
+        raise ValueError("convert: there must be a source at least, got none")
     states = [state_of(source) for source in sources] if not module and all(map(is_published, sources)) else []
     if any(map(is_malmm, states)):
         if wrong := options.keys() - {"allow_missing", "compat", "heads", "vision_heads"}:
@@ -93,6 +95,7 @@ def to_published(source: str, naming: str) -> Converted:
     Raises:
         FileNotFoundError, ValueError: there is no such file, or its model has no such names.
     """
+    check_source(source)
     if source.startswith(open_clip.SCHEME) or is_published(source):
         raise ValueError(f"convert: only what pyvidx saved gets published names, {source} is not of it")
     kind = files.kind(source)

@@ -99,7 +99,9 @@ def open_model(
     if name is not None and name != own["name"]:
         return _joined(found, found.what.tower, name, sizes)
     if differing := {k: v for k, v in sizes.items() if {**_options(own["name"]), **own}[k] != v}:
-        raise ValueError(f"open_model: {source} holds {_named(own)}, which cannot become {_named(differing, name)}")
+        raise ValueError(
+            f"open_model: the model {found.said} holds {_named(own)}, which cannot become {_named(differing, name)}"
+        )
     weights = "random weights" if found.random else "its own weights"
     return found.what, _told(found, found.what.tower, f"{_named(own)}, {weights}")
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, DistributedSampler
 
 from pyvidx.data import tables
-from pyvidx.preprocess import PRESETS, Preset, preprocess
+from pyvidx.preprocess import Preset, as_preset, preprocess
 from pyvidx.train.distributed import Ranks
 from pyvidx.train.recipe import Recipe
 from pyvidx.video.pool import shared
@@ -196,9 +196,7 @@ def sized(preset: str | Preset, size: int) -> Preset:
     Raises:
         ValueError: there is none of this name.
     """
-    if isinstance(preset, str) and preset not in PRESETS:
-        raise ValueError(f"train: preset must be one of {', '.join(PRESETS)}, got {preset!r}")
-    return replace(PRESETS[preset] if isinstance(preset, str) else preset, size=size, crop=size)
+    return replace(as_preset(preset), size=size, crop=size)
 
 
 def shortened(frames: Tensor, size: int) -> Tensor:

@@ -164,8 +164,7 @@ def build(config: Config, device: torch.device) -> Task:
         torch.manual_seed(config.recipe.seed)  # what the weights do not bring is the same in every process
         told = {"heads": config.heads, "hidden_act": config.hidden_act}
         begun = start(config.weights, config.module, **told)
-        make = _contrastive if config.objective == "contrastive" else _umt
-        task = make(config, begun, told)
+        task = _contrastive(config, begun, told) if config.objective == "contrastive" else _umt(config, begun)
     # Trained weights have to be float32, whatever the file has; autocast makes the rest.
     task = task.float().to(device)
     task.about = config.about | {"tokenizer": vocabulary(config.tokenizer), "module": task.model.temporal.name}
@@ -196,7 +195,7 @@ def _contrastive(config: Config, begun: Start, told: dict) -> ContrastiveTask:
     return ContrastiveTask(step, tokenize, mask=config.mask, seed=config.recipe.seed)
 
 
-def _umt(config: Config, begun: Start, told: dict) -> UMTTask:
+def _umt(config: Config, begun: Start) -> UMTTask:
     model = begun.model
     teacher = copy.deepcopy(model.tower)
     model.tower.requires_grad_(config.train_tower)

@@ -23,9 +23,11 @@ ARRAYS = (*NAMES, "tokens_rows", "seconds")
 def to_arrays(rows: Sequence[Encoded], layout: Layout, about: dict) -> tuple[dict[str, Tensor], dict]:
     """The arrays and the note."""
     done, failed = [r for r in rows if r.error is None], [r for r in rows if r.error is not None]
-    arrays = {name: torch.cat([r.encoding[name] for r in done]) for name in layout.widths if name == "pooled" and done}
-    if "tokens" in layout.widths and done:
-        tokens = [r.encoding["tokens"] for r in done]
+    arrays, there = {}, layout.widths if done else {}
+    if "pooled" in there:
+        arrays["pooled"] = torch.cat([r.encoding["pooled"].to(layout.dtype) for r in done])
+    if "tokens" in there:
+        tokens = [r.encoding["tokens"].to(layout.dtype) for r in done]
         counts = [x.shape[1] for x in tokens]
         if len(set(counts)) == 1:
             arrays["tokens"] = torch.cat(tokens)

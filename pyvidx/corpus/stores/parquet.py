@@ -17,7 +17,7 @@ from torch import Tensor
 
 from pyvidx.corpus.encode import Encoded
 from pyvidx.corpus.stores.registry import Layout, name_of, register, require
-from pyvidx.files import printable, whole
+from pyvidx.files import whole
 from pyvidx.temporal.encoding import Encoding
 from pyvidx.video import Damage
 
@@ -36,10 +36,10 @@ class Parquet:
     def write(self, path: Path, rows: Sequence[Encoded], layout: Layout, about: dict) -> None:
         pa, parquet = _pyarrow()
         names = [os.fsdecode(r.path) for r in rows]
-        shown = [name.encode("utf-8", "backslashreplace").decode() for name in names]
+        shown = [_utf8(name) for name in names]
         columns = {
             "path": pa.array(shown, pa.string()),
-            "error": pa.array([None if r.error is None else printable(r.error) for r in rows], pa.string()),
+            "error": pa.array([None if r.error is None else _utf8(r.error) for r in rows], pa.string()),
             "damaged": pa.array([json.dumps(asdict(r.damaged)) if r.damaged else None for r in rows], pa.string()),
             "seconds": _lists(pa, [r.seconds for r in rows], torch.float64),
         }
@@ -75,6 +75,10 @@ class Parquet:
             table = _pyarrow()[1].read_table(file, columns=["path", "error"])
         _about(table)
         return [(name, error is not None) for name, error in _rows(table)]
+
+
+def _utf8(text: str) -> str:
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
 def _about(table) -> dict:

@@ -21,7 +21,7 @@ class Layout:
 
     Attributes:
         widths: of "pooled" and "tokens", those that are there: E and C.
-        dtype: of both.
+        dtype: that both are written in, whatever dtype the rows have.
     """
 
     widths: dict[str, int]
@@ -45,8 +45,9 @@ class Layout:
         widths = {name: value.shape[-1] for name, value in there.items()}
         if widths != self.widths:
             raise ValueError(f"embeddings: rows must have widths {self.widths}, got {widths} of {printable(row.path)}")
-        if not all(bool(value.isfinite().all()) for value in there.values()):
-            raise ValueError(f"embeddings: what is saved must be finite, got NaN or Inf of {printable(row.path)}")
+        if not all(bool(value.to(self.dtype).isfinite().all()) for value in there.values()):
+            got = f"NaN or Inf of {printable(row.path)} in {self.dtype}"
+            raise ValueError(f"embeddings: what is saved must be finite, got {got}")
 
 
 class Store(Protocol):
@@ -109,6 +110,13 @@ def of_suffix(path: Path) -> Store:
         if store.suffix == path.suffix:
             return named(name)
     raise ValueError(f"embeddings: the output must end in {', '.join(suffixes())}, got {printable(path.name)}")
+
+
+def check_dtype(store: Store, dtype: torch.dtype) -> None:
+    """Raise ValueError if files of a store cannot hold embeddings of this dtype."""
+    if dtype not in store.dtypes:
+        either = " or ".join(map(str, store.dtypes)).replace("torch.", "")
+        raise ValueError(f"embeddings: {store.suffix} must hold {either}, got {dtype}")
 
 
 class NotOurs(ValueError):
