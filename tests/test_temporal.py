@@ -348,6 +348,15 @@ def test_errors(name, options):
         temporal.create(name, VISION, colour=3)
 
 
+@every
+@torch.no_grad()
+def test_no_clips(name, options):
+    model, frame_mask = encoder(name, options), torch.ones(0, 4, dtype=torch.bool)
+    want = model(clips())
+    for found in (model(clips(0)), model(clips(0), frame_mask=frame_mask)):
+        assert found.tokens.shape == (0, *want.tokens.shape[1:]) and found.pooled.shape == (0, E)
+
+
 def test_registry_errors():
     with pytest.raises(ValueError, match="name must be one of .*bt_adapter.*'avg'"):
         temporal.create("avg", VISION)
@@ -355,6 +364,9 @@ def test_registry_errors():
         ("branch", {"depth": 0}), ("branch", {"depth": 6}), ("separate", {"layers": 0}), ("clip_vip", {"proxies": 0}),
         ("separate", {"class_token": "none"}), ("st_adapter", {"kernel": (2, 1, 1)}), ("st_adapter", {"places": "x"}),
         ("st_adapter", {"layers": 9}), ("grid_pool", {"mode": "min"}), ("grid_pool", {"stride": 4}),
+        ("grid_pool", {"stride": 1.5}), ("clip_vip", {"proxies": 2.0}), ("st_adapter", {"width": 0}),
+        ("st_adapter", {"kernel": (3.0, 1, 1)}), ("st_pool", {"rows": -4}), ("st_pool", {"rows": "a"}),
+        *((name, {"time_length": n}) for name in ("branch", "stan", "clip_vip", "joint", "separate") for n in (0, 2.5)),
     ]  # fmt: skip
     for name, options in refused:
         with pytest.raises(ValueError, match="must be"):
@@ -497,3 +509,10 @@ def test_grid_pool():
     assert (with_newlines(x, newline, "row").flatten() == -1).nonzero().flatten().tolist() == [3, 7, 11, 15, 19, 23]
     with pytest.raises(ValueError, match="every must be"):
         with_newlines(x, newline, "clip")
+    wide = torch.arange(6.0).view(1, 6, 1)
+    assert (with_newlines(wide, newline, "row", (2, 3)).flatten() == -1).nonzero().flatten().tolist() == [3, 7]
+    for refused in (lambda: with_newlines(wide, newline, "row"), lambda: grid_pool(wide)):
+        with pytest.raises(ValueError, match=r"must be a square; .* got 6"):
+            refused()
+    with pytest.raises(ValueError, match="must be a grid of 2 x 4, got 6"):
+        grid_pool(wide, grid=(2, 4))
