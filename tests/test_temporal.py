@@ -137,6 +137,11 @@ def test_stored_layers(name, options):
     close(got.pooled, want.pooled)  # of class rows alone `forward` makes them another way
     with pytest.raises(ValueError, match="need the outputs of backbone layers"):
         model.from_layers(xs[1:])
+    with pytest.raises(ValueError, match="backbone tokens must be"):
+        model.from_layers((*xs[:-1], xs[-1][:, :2]))
+    for grid in (3, (3, 3, 1), (-3, -3)):
+        with pytest.raises(ValueError, match=r"interpolate must be a bool or \(rows, columns\)"):
+            model.from_layers(xs, interpolate=grid)
 
 
 @every
