@@ -30,7 +30,6 @@ from pyvidx.weights.keys import Renamed, check_plain, groups, is_official, renam
 from pyvidx.weights.place import MissingWeights, Report, match, place
 from pyvidx.weights.state import Source as AnySource
 from pyvidx.weights.state import naming, state_of
-from pyvidx.weights.state import read as read
 from pyvidx.weights.towers import Told, activation, published_heads, told_by
 
 Source = AnySource | ViT

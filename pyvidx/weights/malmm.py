@@ -181,7 +181,8 @@ def _resized(table: Renamed, model: MALMM) -> Renamed:
     positions, own = table.weights.get("vision.position"), model.vision.position
     if positions is None or positions.shape == own.shape or positions.shape[1:] != own.shape[1:]:
         return table
-    if math.isqrt(len(positions) - 1) ** 2 != len(positions) - 1:  # no square grid: its shape is refused later
+    patches = len(positions) - 1
+    if patches < 1 or math.isqrt(patches) ** 2 != patches:  # no square grid: its shape is refused later
         return table
     side = math.isqrt(own.shape[0] - 1)
     shapes = ("vision.position", tuple(positions.shape), tuple(own.shape))
