@@ -52,8 +52,7 @@ class TextVideo:
         Raises:
             RuntimeError: the model is a folded copy.
         """
-        if self.model.folded:
-            raise RuntimeError("TextVideo: save the model itself, not its folded copy")
+        self.model.check_whole()
         both = nn.ModuleDict({"model": self.model, "text": self.text})
         weights = {name: p.detach().half() for name, p in both.state_dict().items()}
         header = {
