@@ -9,13 +9,11 @@ import torch.nn.functional as F
 
 from pyvidx import temporal
 from pyvidx.backbones.vit import ViT, ViTConfig
-from pyvidx.layers.sincos import sincos_table
 from pyvidx.models import BTAdapter, BTAdapterConfig, VideoEncoder
 from pyvidx.models.flops import count
 from pyvidx.temporal.bt_adapter import TemporalLayer
 from pyvidx.temporal.clip_vip import proxy_attention
 from pyvidx.temporal.grid_pool import grid_pool, with_newlines
-from pyvidx.temporal.st_adapter import temporal_scale
 
 VISION = ViTConfig(image_size=12, patch_size=4, width=16, heads=2, layers=5, mlp_width=24, embed_dim=6)
 P, C, E = VISION.patches, VISION.width, VISION.embed_dim
@@ -139,9 +137,6 @@ def test_stored_layers(name, options):
         model.from_layers(xs[1:])
     with pytest.raises(ValueError, match="backbone tokens must be"):
         model.from_layers((*xs[:-1], xs[-1][:, :2]))
-    for grid in (3, (3, 3, 1), (-3, -3)):
-        with pytest.raises(ValueError, match=r"interpolate must be a bool or \(rows, columns\)"):
-            model.from_layers(xs, interpolate=grid)
 
 
 @every
@@ -487,22 +482,6 @@ def test_clip_vip_times(T):
     close(module.times(torch.ones(1, T, dtype=torch.bool))[0], want)
 
 
-@pytest.mark.parametrize("k", [1, 3, 5])
-@torch.no_grad()
-def test_temporal_scale(k):
-    y, weight, bias = torch.randn(2, 4, 3, 6).double(), torch.randn(6, k).double(), torch.randn(6).double()
-    rows = y.permute(0, 2, 3, 1).flatten(0, 1)
-    want = F.conv1d(rows, weight[:, None], bias, padding=k // 2, groups=6).view(2, 3, 6, 4).permute(0, 3, 1, 2)
-    close(temporal_scale(y, weight, bias), want)
-
-
-def test_sincos_table():
-    table = sincos_table(7, 6, torch.zeros((), dtype=torch.float64))
-    for p, j in ((0, 0), (3, 2), (6, 5)):
-        angle = p / 10000 ** (2 * (j // 2) / 6)
-        assert table[p, j].item() == pytest.approx(math.cos(angle) if j % 2 else math.sin(angle), abs=1e-15)
-
-
 @torch.no_grad()
 def test_grid_pool():
     x = torch.arange(2 * 9.0).view(2, 9, 1)
@@ -516,8 +495,5 @@ def test_grid_pool():
         with_newlines(x, newline, "clip")
     wide = torch.arange(6.0).view(1, 6, 1)
     assert (with_newlines(wide, newline, "row", (2, 3)).flatten() == -1).nonzero().flatten().tolist() == [3, 7]
-    for refused in (lambda: with_newlines(wide, newline, "row"), lambda: grid_pool(wide)):
-        with pytest.raises(ValueError, match=r"must be a square; .* got 6"):
-            refused()
-    with pytest.raises(ValueError, match="must be a grid of 2 x 4, got 6"):
-        grid_pool(wide, grid=(2, 4))
+    with pytest.raises(ValueError, match=r"must be a square; .* got 6"):
+        with_newlines(wide, newline, "row")
