@@ -35,6 +35,17 @@ def check(config, zero: Sequence[str] = ()) -> None:
             raise ValueError(f"{kind}: {field.name} must be finite, got {value}")
 
 
+def check_counts(op: str, least: int = 1, **counts: int) -> None:
+    """Refuse arguments that are no whole numbers from `least` on.
+
+    Raises:
+        ValueError: one is not; op says whose it is.
+    """
+    for name, value in counts.items():
+        if not _is(value, int) or not least <= value <= LARGEST:
+            raise ValueError(f"{op}: {name} must be a whole number in [{least}, {LARGEST}], got {value!r:.100}")
+
+
 def _is(value, wanted: type) -> bool:
     numbers = (int, float) if wanted is float else wanted
     return isinstance(value, numbers) and (wanted is bool or not isinstance(value, bool))

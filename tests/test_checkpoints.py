@@ -10,8 +10,9 @@ from safetensors.torch import save_file
 from pyvidx.backbones.vit import ViT, ViTConfig
 from pyvidx.models import BTAdapter, BTAdapterConfig
 from pyvidx.reference.bt_adapter import ReferenceBTAdapter
-from pyvidx.weights.bt_adapter import load_official, load_weights, read
+from pyvidx.weights.bt_adapter import load_official, load_weights
 from pyvidx.weights.keys import rename
+from pyvidx.weights.state import read
 
 VISION = ViTConfig(image_size=8, patch_size=4, width=64, heads=1, layers=6, mlp_width=96, embed_dim=12)
 CONFIG = BTAdapterConfig(VISION, depth=4, time_length=16)

@@ -68,6 +68,8 @@ def test_numbers_at_the_edge():
     x = torch.randn(96, 7).t()
     want, got = module(x), Int8Linear(module)(x)
     assert ((got - want).abs() <= 0.015 * torch.outer(x.norm(dim=1), module.weight.norm(dim=1))).all()
+    for small in (0.0, 1e-45, 1e-40, 1e-38):
+        torch.testing.assert_close(Int8Linear(module)(torch.full((2, 96), small)), module.bias.expand(2, -1))
     for bad in (float("nan"), float("inf")):
         assert not Int8Linear(module)(torch.full((2, 96), bad)).isfinite().any()
 
@@ -94,6 +96,11 @@ def test_layer_refuses():
         ours(x.requires_grad_())
     with pytest.raises(ValueError, match=r"int8: the model must be float32 on a CPU, got .*float64"):
         quantize(nn.Sequential(layer().double()))
+    broken = nn.Sequential(layer())
+    with torch.no_grad():
+        broken[0].weight[3, 5] = float("nan")
+    with pytest.raises(ValueError, match="int8: weights must be finite, got NaN"):
+        quantize(broken)
 
 
 def test_shared_layers_and_those_to_keep():

@@ -87,3 +87,6 @@ def test_temporal_modules(name):
         )
         with pytest.raises(ValueError, match=r"\(rows, columns\)"):
             model.from_layers(xs, interpolate=True)
+        for grid in (3, (3, 5, 1), (-3, -5)):
+            with pytest.raises(ValueError, match=r"interpolate must be a bool or \(rows, columns\)"):
+                model.from_layers(xs, interpolate=grid)

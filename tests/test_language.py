@@ -85,6 +85,15 @@ def test_generate_is_the_likeliest_word_each_time(kind):
         assert answer == language.tokenizer.decode(ids, skip_special_tokens=True).strip()
 
 
+def test_prompts_of_no_words():
+    """Where the tokenizer puts no bos before them."""
+    bare, tokens = Language(causal_lm("gpt2"), tokenizer(bos=False)), torch.randn(2, 8, 24)
+    for prompts in (["", PROMPTS[0]], ["", ""]):
+        with pytest.raises(ValueError, match="every text must have a token"):
+            bare.generate(tokens, prompts)
+    assert len(Language(causal_lm("gpt2"), tokenizer()).generate(tokens, ["", PROMPTS[0]], max_new_tokens=2)) == 2
+
+
 def test_beams_and_the_callers_tokenizer(language):
     theirs = tokenizer()
     again = Language(language.causal_lm, theirs)
@@ -182,6 +191,8 @@ def test_ragged_clips(language):
         (lambda l: l.generate(torch.randn(1, 3, 8, 24), [PROMPTS]), r"tokens must be \[B, 2, n, 24\]"),
         (lambda l: l.generate(torch.randn(1, 8, 24), "what"), "texts must be a list"),
         (lambda l: MALMM.default()(torch.randn(2, 3, 3, 42, 42), frames=[4, 1]), "numbers from 1 to T = 3"),
+        (lambda l: MALMM.default()(torch.randn(2, 3, 3, 42, 42), frames=[1.5, 2]), "whole numbers from 1 to T = 3"),
+        (lambda l: MALMM.default()(torch.randn(0, 3, 3, 42, 42), frames=[]), "B > 0 whole numbers"),
         (lambda l: MALMM.default()(torch.randn(2, 3, 3, 42, 42), frames=[3, 1], length=0), "all videos must have T"),
         (
             lambda l: MALMM.default()(torch.randn(2, 3, 3, 42, 42), torch.ones(3, 2, dtype=torch.long), frames=[3, 1]),

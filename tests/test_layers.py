@@ -1,5 +1,7 @@
 """The linear layers of a block against what torch makes of the same lines, and those that are more than a layer."""
 
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -8,6 +10,7 @@ from torch import nn
 from pyvidx.layers.attention import self_attention
 from pyvidx.layers.block import Block
 from pyvidx.layers.linear import dense, dense_rows
+from pyvidx.layers.sincos import sincos_table
 from pyvidx.models import BTAdapter, flops
 from tests.test_models import CONFIG, clip, close, randomized
 
@@ -122,3 +125,10 @@ def test_block_against_torch():
             close(block(x, m), results[1][0], 1e-12)
     step, plain_step = (flops.count(lambda f=f: f(x, None).sum().backward()) for f in (block, plain))
     assert step == plain_step > 0  # a product that is not counted would make plans and reports lie
+
+
+def test_sincos_table():
+    table = sincos_table(7, 6, torch.zeros((), dtype=torch.float64))
+    for p, j in ((0, 0), (3, 2), (6, 5)):
+        angle = p / 10000 ** (2 * (j // 2) / 6)
+        assert table[p, j].item() == pytest.approx(math.cos(angle) if j % 2 else math.sin(angle), abs=1e-15)

@@ -298,6 +298,8 @@ def test_inputs_are_checked():
         (lambda: model(torch.zeros(1, 2, 3, 28, 28)), "images must be 42x42, got 28x28"),
         (lambda: model.start(), "start needs a prompt"),
         (lambda: model.start(model.prompt(batch=1), length=0), "length must be at least 1"),
+        (lambda: model.start(model.prompt(batch=1), length=1.5), "length must be at least 1 and whole"),
+        (lambda: model.encode(torch.zeros(1, 2, 10, 48), chunk=0), "chunk must be a whole number"),
         (lambda: model.ask(model.start(model.prompt(batch=1))), "ask needs a frame"),
         (lambda: model.push(model.start(model.prompt(batch=1)), torch.zeros(1, 9, 48)), r"\[B, t, 10, 48\]"),
         (lambda: model.push(model.start(model.prompt(batch=2)), torch.zeros(1, 10, 48)), "of 2 videos"),

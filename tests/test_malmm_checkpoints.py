@@ -112,6 +112,14 @@ def test_errors(model):
         rename(state | {"module.query_tokens": state["query_tokens"]})
     with pytest.raises(ValueError, match="naming must be"):
         export_malmm(model, "open_clip")
+    for copy in (model.fold(), model.fold(precision="int8")):
+        with pytest.raises(RuntimeError, match="folded copy"):
+            export_malmm(copy, "lavis")
+        with pytest.raises(RuntimeError, match="folded copy"):
+            load_malmm_weights(copy, state)
+    for sizes in ({"heads": 0}, {"image_size": 0}):
+        with pytest.raises(ValueError, match=rf"{next(iter(sizes))} must be in"):
+            load_malmm(state, **SIZES | sizes)
     no_table = {k: v for k, v in state.items() if k != "image_pe.weight"}
     report = load_malmm_weights(model, no_table, allow_missing=["time"])
     assert report.missing == ["time"]

@@ -207,6 +207,9 @@ def test_masks():
     for bad in (tube[:, :-1], torch.tensor([[True] * 2 + [False] * 7, [True] * 3 + [False] * 6]), torch.ones(P).bool()):
         with pytest.raises(ValueError, match="mask"):
             paper(pixels, mask=bad, outputs=("pooled",))
+    for other in (tube.float(), torch.arange(P)):
+        with pytest.raises(ValueError, match="mask must be bool, True = removed"):
+            paper(pixels, mask=other, outputs=("pooled",))
     with pytest.raises(ValueError, match="tokens need all patches"):
         paper(pixels, mask=tube)
     with pytest.raises(ValueError, match="no mask"):

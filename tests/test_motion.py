@@ -106,6 +106,12 @@ def test_words():
     for text, message in (("the pink circle", "'pink' is not"), ("the red " * 6, "at most 11 words")):
         with pytest.raises(ValueError, match=message):
             words([text])
+    with pytest.raises(ValueError, match="must be a list"):
+        words(texts[0])
+    end = len(words) - 1
+    for row in ([1, 2], [0, 1, end], [1, end + 1, end]):
+        with pytest.raises(ValueError, match="up to the end token"):
+            words.text(torch.tensor(row))
     with pytest.raises(ValueError, match="twice"):
         Words(["a", "a"], 4)
 

@@ -1,6 +1,7 @@
 """BT-Adapter's pretraining: losses, masks, DropPath, and two processes against one."""
 
 import dataclasses
+import math
 
 import pytest
 import torch
@@ -231,8 +232,17 @@ def test_micro_batches_are_the_batch(mask_order, checkpointing):
             close(grads[name], want, 1e-10)
     if not checkpointing:
         assert kept[0] == kept[1] > 3 * kept[2] and kept[2] >= kept[3]
-    with pytest.raises(ValueError, match="micro_batch must be at least 1 or None, got 0"):
-        build(micro_batch=0)
+
+
+def test_options_are_checked():
+    for wrong, message in (
+        ({"micro_batch": 0}, "micro_batch must be at least 1 or None, got 0"), ({"micro_batch": 1.5}, "got 1.5"),
+        ({"mask_rate": 1.0}, r"must be in \[0, 1\)"),
+        ({"drop_path": -0.1}, r"must be in \[0, 1\)"), ({"weights": (1.0, 1.0)}, "weights must be 3 finite numbers"),
+        ({"weights": (1.0, math.nan, 1.0)}, "weights must be 3"), ({"scale": math.inf}, "and scale one"),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=message):
+            build(**wrong)
 
 
 def test_wrong_input():

@@ -9,6 +9,7 @@ import torch
 from pyvidx.backbones import SIGLIP_B, ViT
 from pyvidx.hosts import huggingface
 from pyvidx.hosts import open_clip as open_clip_weights
+from pyvidx.weights.state import state_of
 from pyvidx.weights.text_towers import text_tower
 from pyvidx.weights.towers import told_by_config, vision_tower
 from tests.test_backbones import close, randomized
@@ -220,6 +221,17 @@ def test_official_files(stacked, tmp_path):
     (tmp_path / "webli.npz").write_bytes((tmp_path / "webli.npz").read_bytes()[:-400])
     with pytest.raises(ValueError, match=r"webli\.npz.*damaged"):
         vision_tower(tmp_path / "webli.npz")
+
+
+def test_official_files_of_other_axes():
+    pool = "params/img/MAPHead_0/MultiHeadDotProductAttention_0"
+    arrays = {f"{pool}/{name}/kernel": torch.zeros(4, 2, 2) for name in ("query", "key", "value")}
+    with pytest.raises(ValueError, match="in_proj_weight needs parts of one shape"):
+        state_of(arrays | {f"{pool}/value/kernel": torch.zeros(3, 2, 2)})
+    with pytest.raises(ValueError, match="needs parts of one shape"):
+        state_of(dict.fromkeys(arrays, torch.tensor(1.0)))
+    with pytest.raises(ValueError, match="must have an axis for the layers"):
+        state_of({"params/img/Transformer/encoderblock/LayerNorm_0/scale": torch.tensor(1.0)})
 
 
 def test_what_a_config_tells():

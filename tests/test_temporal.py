@@ -9,13 +9,11 @@ import torch.nn.functional as F
 
 from pyvidx import temporal
 from pyvidx.backbones.vit import ViT, ViTConfig
-from pyvidx.layers.sincos import sincos_table
 from pyvidx.models import BTAdapter, BTAdapterConfig, VideoEncoder
 from pyvidx.models.flops import count
 from pyvidx.temporal.bt_adapter import TemporalLayer
 from pyvidx.temporal.clip_vip import proxy_attention
 from pyvidx.temporal.grid_pool import grid_pool, with_newlines
-from pyvidx.temporal.st_adapter import temporal_scale
 
 VISION = ViTConfig(image_size=12, patch_size=4, width=16, heads=2, layers=5, mlp_width=24, embed_dim=6)
 P, C, E = VISION.patches, VISION.width, VISION.embed_dim
@@ -137,6 +135,8 @@ def test_stored_layers(name, options):
     close(got.pooled, want.pooled)  # of class rows alone `forward` makes them another way
     with pytest.raises(ValueError, match="need the outputs of backbone layers"):
         model.from_layers(xs[1:])
+    with pytest.raises(ValueError, match="backbone tokens must be"):
+        model.from_layers((*xs[:-1], xs[-1][:, :2]))
 
 
 @every
@@ -348,6 +348,15 @@ def test_errors(name, options):
         temporal.create(name, VISION, colour=3)
 
 
+@every
+@torch.no_grad()
+def test_no_clips(name, options):
+    model, frame_mask = encoder(name, options), torch.ones(0, 4, dtype=torch.bool)
+    want = model(clips())
+    for found in (model(clips(0)), model(clips(0), frame_mask=frame_mask)):
+        assert found.tokens.shape == (0, *want.tokens.shape[1:]) and found.pooled.shape == (0, E)
+
+
 def test_registry_errors():
     with pytest.raises(ValueError, match="name must be one of .*bt_adapter.*'avg'"):
         temporal.create("avg", VISION)
@@ -355,6 +364,9 @@ def test_registry_errors():
         ("branch", {"depth": 0}), ("branch", {"depth": 6}), ("separate", {"layers": 0}), ("clip_vip", {"proxies": 0}),
         ("separate", {"class_token": "none"}), ("st_adapter", {"kernel": (2, 1, 1)}), ("st_adapter", {"places": "x"}),
         ("st_adapter", {"layers": 9}), ("grid_pool", {"mode": "min"}), ("grid_pool", {"stride": 4}),
+        ("grid_pool", {"stride": 1.5}), ("clip_vip", {"proxies": 2.0}), ("st_adapter", {"width": 0}),
+        ("st_adapter", {"kernel": (3.0, 1, 1)}), ("st_pool", {"rows": -4}), ("st_pool", {"rows": "a"}),
+        *((name, {"time_length": n}) for name in ("branch", "stan", "clip_vip", "joint", "separate") for n in (0, 2.5)),
     ]  # fmt: skip
     for name, options in refused:
         with pytest.raises(ValueError, match="must be"):
@@ -470,22 +482,6 @@ def test_clip_vip_times(T):
     close(module.times(torch.ones(1, T, dtype=torch.bool))[0], want)
 
 
-@pytest.mark.parametrize("k", [1, 3, 5])
-@torch.no_grad()
-def test_temporal_scale(k):
-    y, weight, bias = torch.randn(2, 4, 3, 6).double(), torch.randn(6, k).double(), torch.randn(6).double()
-    rows = y.permute(0, 2, 3, 1).flatten(0, 1)
-    want = F.conv1d(rows, weight[:, None], bias, padding=k // 2, groups=6).view(2, 3, 6, 4).permute(0, 3, 1, 2)
-    close(temporal_scale(y, weight, bias), want)
-
-
-def test_sincos_table():
-    table = sincos_table(7, 6, torch.zeros((), dtype=torch.float64))
-    for p, j in ((0, 0), (3, 2), (6, 5)):
-        angle = p / 10000 ** (2 * (j // 2) / 6)
-        assert table[p, j].item() == pytest.approx(math.cos(angle) if j % 2 else math.sin(angle), abs=1e-15)
-
-
 @torch.no_grad()
 def test_grid_pool():
     x = torch.arange(2 * 9.0).view(2, 9, 1)
@@ -497,3 +493,7 @@ def test_grid_pool():
     assert (with_newlines(x, newline, "row").flatten() == -1).nonzero().flatten().tolist() == [3, 7, 11, 15, 19, 23]
     with pytest.raises(ValueError, match="every must be"):
         with_newlines(x, newline, "clip")
+    wide = torch.arange(6.0).view(1, 6, 1)
+    assert (with_newlines(wide, newline, "row", (2, 3)).flatten() == -1).nonzero().flatten().tolist() == [3, 7]
+    with pytest.raises(ValueError, match=r"must be a square; .* got 6"):
+        with_newlines(wide, newline, "row")

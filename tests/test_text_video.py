@@ -34,6 +34,15 @@ def test_the_default_is_that_model(default):
     assert not model.tower.position.requires_grad and model.temporal.branch.time.requires_grad
 
 
+def test_similarity_refuses(default):
+    E = default.text.config.embed_dim
+    for pooled in (torch.zeros(2, E + 1), torch.zeros(E)):
+        with pytest.raises(ValueError, match=rf"pooled must be \[B, E = {E}\]"):
+            default.similarity(pooled, [])
+    with pytest.raises(ValueError, match="must be a list"):
+        default.similarity(torch.zeros(2, E), "red")
+
+
 @torch.inference_mode()
 def test_it_tells_events_from_their_opposites(default):
     """On objects that no training had. The baseline, the mean of the same frames, gives both clips one vector."""

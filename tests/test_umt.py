@@ -102,7 +102,11 @@ def test_errors():
             step(**options)
     with pytest.raises(ValueError, match="teacher must be whole.* with 9 patches"):
         UnmaskedTeacher(UMTStudent(STUDENT), ViT(dataclasses.replace(TEACHER, patch_size=6)))
-    for pixels in (clips()[0], clips()[..., :8]):
+    with pytest.raises(ValueError, match="image_size must be a multiple of patch_size"):
+        dataclasses.replace(STUDENT, patch_size=5)
+    with pytest.raises(ValueError, match="width must be a multiple of heads"):
+        dataclasses.replace(STUDENT, heads=STUDENT.width - 1)
+    for pixels in (clips()[0], clips()[..., :8], clips()[:, :0], clips()[:, :, :2], torch.zeros(3)):
         with pytest.raises(ValueError, match="pixels must be"):
             UMTStudent(STUDENT)(pixels)
 

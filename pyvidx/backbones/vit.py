@@ -208,14 +208,14 @@ class ViT(nn.Module):
 
         N = 1+P with a class token, P without. class_row: as in `forward`.
         """
-        held = self.layers
-        wanted = list(held[-1:]) if layers is None else list(layers)
-        if not held and layers is None:
+        own = self.layers
+        wanted = list(own[-1:]) if layers is None else list(layers)
+        if not own and layers is None:
             return (x,)
-        if not wanted or wanted != sorted(set(wanted)) or wanted[0] not in held or wanted[-1] not in held:
-            raise ValueError(f"ViT: layers must be ascending and in [{held[0]}, {held[-1]}], got {wanted}")
+        if not wanted or wanted != sorted(set(wanted)) or wanted[0] not in own or wanted[-1] not in own:
+            raise ValueError(f"ViT: layers must be ascending and of {[*own]}, those it holds, got {wanted}")
         found = []
-        for i in range(held[0], wanted[-1] + 1):
+        for i in range(own[0], wanted[-1] + 1):
             block = self.blocks[str(i)]
             x = block.class_row(x) if class_row and self.config.class_token and i == wanted[-1] else block(x)
             if i == wanted[len(found)]:
@@ -305,8 +305,11 @@ class ViT(nn.Module):
             interpolate: False: those of the configuration; True: any square; (rows, columns): these.
 
         Raises:
-            ValueError: the number of patches is another.
+            ValueError: the number of patches is another, or interpolate is neither.
         """
+        pair = isinstance(interpolate, Sequence) and len(interpolate) == 2 and all(n > 0 for n in interpolate)
+        if not isinstance(interpolate, bool) and not pair:
+            raise ValueError(f"ViT: interpolate must be a bool or (rows, columns) of the patches, got {interpolate}")
         side = math.isqrt(patches) if interpolate else self.config.side
         rows, columns = (side, side) if isinstance(interpolate, bool) else interpolate
         if rows * columns != patches:

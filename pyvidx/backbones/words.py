@@ -31,8 +31,10 @@ class Words:
             int64 [B, context], the end token after each text, 0 from there on.
 
         Raises:
-            ValueError: a word is not in the vocabulary, or a text is too long.
+            ValueError: texts is one text, a word is not in the vocabulary, or a text is too long.
         """
+        if isinstance(texts, str):
+            raise ValueError(f"Words: texts must be a list, got one text: {texts!r:.100}")
         ids = torch.zeros(len(texts), self.context, dtype=torch.int64)
         for row, text in zip(ids, texts):
             words = text.lower().split()
@@ -45,6 +47,13 @@ class Words:
         return ids
 
     def text(self, ids: Tensor) -> str:
-        """The text of one row of ids."""
-        words = [int(i) for i in ids]
-        return " ".join(self.vocabulary[i - 1] for i in words[: words.index(len(self) - 1)])
+        """The text of one row of ids, up to the end token.
+
+        Raises:
+            ValueError: there is no end token, or something that is no word before it.
+        """
+        found, end = [int(i) for i in ids], len(self) - 1
+        words = found[: found.index(end)] if end in found else []
+        if end not in found or not all(0 < i < end for i in words):
+            raise ValueError(f"Words: ids must be of words, in [1, {end - 1}], up to the end token {end}, got {found}")
+        return " ".join(self.vocabulary[i - 1] for i in words)

@@ -23,7 +23,7 @@ def self_attention(x: Tensor, layer: nn.Module, heads: int, mask: Tensor | None 
     if mask is None and not causal and _fits_kernel(x, C // heads):
         # A memory of one slot with N positions.
         return bank_attention(qkv[:, None, :, :C], qkv[:, None, :, C:], None, heads).squeeze(1)
-    q, k, v = (part.view(rows, N, heads, -1).transpose(1, 2) for part in qkv.chunk(3, dim=-1))
+    q, k, v = (part.view(rows, N, heads, C // heads).transpose(1, 2) for part in qkv.chunk(3, dim=-1))
     y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
     return y.transpose(1, 2).reshape(rows, N, C)
 

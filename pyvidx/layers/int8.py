@@ -56,7 +56,7 @@ class Int8Linear(nn.Module):
         low, high = min(low, 0.0), max(high, 0.0)
         if not math.isfinite(high - low):
             return x.new_full(shape, math.nan)  # as in float32, but for all of what came together
-        step = (high - low) / STEPS or 1.0
+        step = max((high - low) / STEPS, torch.finfo(torch.float32).tiny)  # whose reciprocal is finite
         zero = round(-low / step)
         q = torch.add(x.new_tensor(zero + 0.5), x.reshape(-1, self.in_features), alpha=1 / step).to(torch.uint8)
         scale, bias = self.scale[start:stop], None if self.bias is None else self.bias[start:stop]
@@ -87,7 +87,7 @@ def quantize(model: nn.Module, keep: Collection[nn.Module] = ()) -> None:
     A layer of 64 x 64 takes more time than in float32, whose call is shorter; those of published models a fourth.
 
     Raises:
-        ValueError: the model is not float32 on a CPU.
+        ValueError: the model is not float32 on a CPU, or a weight is not finite.
         RuntimeError: this torch has no oneDNN.
     """
     if OP is None:
@@ -99,6 +99,8 @@ def quantize(model: nn.Module, keep: Collection[nn.Module] = ()) -> None:
     for parent in list(model.modules()):
         for name, layer in list(parent.named_children()):
             if type(layer) is nn.Linear and layer not in kept:
+                if not bool(layer.weight.isfinite().all()):  # 8 bits would make numbers of them
+                    raise ValueError(f"int8: weights must be finite, got NaN or infinity in a {layer} called {name}")
                 if layer not in made:
                     made[layer] = Int8Linear(layer)
                 setattr(parent, name, made[layer])

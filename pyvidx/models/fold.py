@@ -75,11 +75,13 @@ def fold(model: Foldable, dtype: torch.dtype | None = None, precision: str = "fl
 
     Raises:
         RuntimeError: the model is folded.
-        ValueError: a layer is not as pyvidx made it: an adapter, a hook, a quantized weight. The precision is unknown,
-            or int8 of a model that is not float32 on a CPU.
+        ValueError: a layer is not as pyvidx made it: an adapter, a hook, a quantized weight. The dtype is not floating,
+            the precision is unknown, or int8 of a model that is not float32 on a CPU.
     """
     if precision not in PRECISIONS:
         raise ValueError(f"fold: precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")
+    if dtype is not None and not dtype.is_floating_point:
+        raise ValueError(f'fold: dtype must be floating, got {dtype}; 8 bits are precision="int8"')
     if model.folded:
         raise RuntimeError(f"{type(model).__name__}: this is a folded copy already")
     for name, module in model.named_modules():

@@ -94,11 +94,14 @@ class Language(nn.Module):
             as prompts, an answer in place of each, or a list of K answers, best first.
 
         Raises:
-            ValueError: the tokens do not fit the prompts or the model.
+            ValueError: the tokens do not fit the prompts or the model, or a prompt has no token, not even a bos.
         """
         flat, groups = _flatten(prompts)
         visual = self._visual(tokens, len(flat), groups)
-        rows, pad = [torch.tensor(row) for row in self._instructions(flat)], self.tokenizer.pad_token_id
+        questions, pad = self._instructions(flat), self.tokenizer.pad_token_id
+        if not all(questions):  # the answer's first word is read after the last place, which would be padding
+            raise ValueError("Language: every text must have a token, got one of none; give it a word, or pass bos=")
+        rows = [torch.tensor(row) for row in questions]
         ids = pad_sequence(rows, batch_first=True, padding_value=pad, padding_side="left").to(self._device)
         mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True, padding_side="left").to(ids)
         options = {"max_new_tokens": 256, "pad_token_id": pad} | GENERATION | options

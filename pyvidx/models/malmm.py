@@ -17,6 +17,7 @@ from pyvidx.models.language import Language
 from pyvidx.models.malmm_config import MALMMConfig
 from pyvidx.ops._library import require_tensors
 from pyvidx.ops.memory_merge import MemoryState, new_state
+from pyvidx.sizes import check_counts
 from pyvidx.temporal.table import rows_at
 
 COMPATS = ("official", "paper")
@@ -78,11 +79,14 @@ class MALMM(Foldable):
             pixels: [B, T, 3, h, w], normalized.
             text_ids, text_mask: the instruction, see QFormer.prompt.
             length, visual, query: see `encode`.
-            frames: B numbers from 1 to T, where the videos of the batch are not all of T frames: what comes after is
-                padding, and each video gives what it gives alone.
+            frames: B whole numbers from 1 to T, where the videos of the batch are not all of T frames: what comes
+                after is padding, and each video gives what it gives alone.
 
         Returns:
             [B, Q, llm_width], or [B, G, Q, llm_width] of G questions; length = 0: T * Q tokens instead of Q.
+
+        Raises:
+            ValueError: pixels, the text, frames, length or the number of frames (see compat) do not fit.
         """
         require_tensors("MALMM", pixels=pixels)
         if pixels.dim() != 5 or pixels.shape[1] == 0:
@@ -101,8 +105,14 @@ class MALMM(Foldable):
     def _ragged(self, pixels, frames, text_ids, text_mask, length: int, visual: bool, query: bool) -> Tensor:
         """Videos of one length at a time: each at full speed, and nothing of the padding is worked on."""
         counts = torch.as_tensor(frames)
-        if counts.shape != pixels.shape[:1] or not bool(((counts >= 1) & (counts <= pixels.shape[1])).all()):
-            raise ValueError(f"MALMM: frames must be B numbers from 1 to T = {pixels.shape[1]}, got {frames}")
+        whole = not counts.is_floating_point() and counts.dtype != torch.bool
+        if (
+            not len(pixels)
+            or counts.shape != pixels.shape[:1]
+            or not whole
+            or not bool(((counts >= 1) & (counts <= pixels.shape[1])).all())
+        ):
+            raise ValueError(f"MALMM: frames must be B > 0 whole numbers from 1 to T = {pixels.shape[1]}, got {frames}")
         if any(x is not None and len(x) != len(counts) for x in (text_ids, text_mask)):
             raise ValueError(f"MALMM: the text must be of {len(counts)} videos, as pixels")
         if length == 0 and len(counts.unique()) > 1:
@@ -191,8 +201,10 @@ class MALMM(Foldable):
         """
         if prompt is None and (query or batch is None):
             raise ValueError("MALMM: start needs a prompt, or query=False and batch=B")
-        if length < 1:
-            raise ValueError(f"MALMM: the memories' length must be at least 1, got {length}; `encode` takes 0")
+        if type(length) is not int or length < 1:
+            raise ValueError(
+                f"MALMM: the memories' length must be at least 1 and whole, got {length!r}; `encode` takes 0"
+            )
         B, P, C = batch if prompt is None else prompt.batch, 1 + self.config.vision.patches, self.config.vision.width
         q, weight = self.config.qformer, held(self.qformer, "query_tokens")
 
@@ -223,6 +235,7 @@ class MALMM(Foldable):
             chunk: frames worked on at once; a matter of speed and memory, not of the result.
         """
         require_tensors("MALMM", features=features)
+        check_counts("MALMM", chunk=chunk)
         frames = features[:, None] if features.dim() == 3 else features
         self._check(frames, memories)
         frames = self._timed(frames, memories.seen, positions)

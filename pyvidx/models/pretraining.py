@@ -1,6 +1,7 @@
 """Contrastive pretraining of a video encoder: a frozen text tower, and of modules with a branch BT-Adapter's masks and
 token losses, in which the image tower teaches the branch beside it (arXiv:2309.15785, section 3.2)."""
 
+import math
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
@@ -102,8 +103,12 @@ class Pretraining(nn.Module):
                 f"Pretraining: mask_order must be one of {MASK_ORDERS} and gradient of {GRADIENTS}, "
                 f"got {mask_order!r}, {gradient!r}"
             )
-        if micro_batch is not None and micro_batch < 1:
+        if micro_batch is not None and (type(micro_batch) is not int or micro_batch < 1):
             raise ValueError(f"Pretraining: micro_batch must be at least 1 or None, got {micro_batch}")
+        if not (0 <= mask_rate < 1 and 0 <= drop_path < 1):
+            raise ValueError(f"Pretraining: mask_rate and drop_path must be in [0, 1), got {mask_rate} and {drop_path}")
+        if len(weights) != 3 or not all(map(math.isfinite, (*weights, scale))):
+            raise ValueError(f"Pretraining: weights must be 3 finite numbers and scale one, got {weights} and {scale}")
         if not train_tower and not any(p.requires_grad for p in model.temporal.parameters()):
             raise ValueError(
                 f"Pretraining: {model.temporal.name} has no parameters to train; train the tower with train_tower=True"

@@ -41,7 +41,21 @@ class TextVideo:
 
     @torch.inference_mode()
     def similarity(self, pooled: Tensor, captions: Sequence[str]) -> Tensor:
-        """Cosines of video embeddings [B, E] with captions -> float32 [B, captions]. ValueError: an unknown word."""
+        """Cosines of video embeddings with captions.
+
+        Args:
+            pooled: [B, E], as `model` gives them.
+            captions: texts of known words.
+
+        Returns:
+            float32 [B, captions].
+
+        Raises:
+            ValueError: a word is unknown, or pooled are no such embeddings.
+        """
+        E = self.text.config.embed_dim
+        if pooled.dim() != 2 or pooled.shape[1] != E:
+            raise ValueError(f"TextVideo: pooled must be [B, E = {E}], got {tuple(pooled.shape)}")
         ids = self.words(captions).to(held(self.text, "position").device)
         text = F.normalize(self.text(ids).float(), dim=-1)
         return F.normalize(pooled.to(text), dim=-1) @ text.T
@@ -52,8 +66,7 @@ class TextVideo:
         Raises:
             RuntimeError: the model is a folded copy.
         """
-        if self.model.folded:
-            raise RuntimeError("TextVideo: save the model itself, not its folded copy")
+        self.model.check_whole()
         both = nn.ModuleDict({"model": self.model, "text": self.text})
         weights = {name: p.detach().half() for name, p in both.state_dict().items()}
         header = {

@@ -54,6 +54,12 @@ class UMTConfig:
 
     def __post_init__(self):
         check(self)
+        if self.width % self.heads:
+            raise ValueError(f"UMTConfig: width must be a multiple of heads, got {self.width} and {self.heads}")
+        if self.image_size % self.patch_size:
+            raise ValueError(
+                f"UMTConfig: image_size must be a multiple of patch_size, got {self.image_size} and {self.patch_size}"
+            )
 
     @property
     def patches(self) -> int:
@@ -92,8 +98,11 @@ class UMTStudent(nn.Module):
 
         Returns:
             tokens [B, T*P, C], frame after frame, zero where a frame is not real; pooled [B, C], LN of their mean.
+
+        Raises:
+            ValueError: pixels or frame_mask do not fit.
         """
-        require_tensors("UMTStudent", pixels=pixels)
+        self._check(pixels)
         real = check_frame_mask("UMTStudent", frame_mask, *pixels.shape[:2], pixels.device)
         (x,) = self.run(real_only(pixels, real), frame_mask=real)
         x = real_only(self.norm(x), real)  # [B, T, P, C]
@@ -109,13 +118,10 @@ class UMTStudent(nn.Module):
         visible: as token_gather takes it, int64 [B, T, V], which tokens are seen (flat indices t * P + p); None: all.
         Returns [B, T, V, C] each.
         """
-        require_tensors("UMTStudent", pixels=pixels)
-        if pixels.dim() != 5 or pixels.shape[-1] != self.config.image_size or pixels.shape[-2] != pixels.shape[-1]:
-            size = self.config.image_size
-            raise ValueError(f"UMTStudent: pixels must be [B, T, 3, {size}, {size}], got {tuple(pixels.shape)}")
+        self._check(pixels)
         B, T, P = *pixels.shape[:2], self.config.patches
         x, _, _ = patch_rows("UMTStudent", pixels, self.patch, self.patch_bias)
-        x = x.view(B, T, P, -1) + self.positions(T, x)
+        x = x.view(B, T, P, self.config.width) + positions(T, P, x)
         x = (x if visible is None else token_gather(x, visible)).flatten(1, 2)
         mask, found = token_mask(frame_mask, 0, P), []
         for block in self.blocks:
@@ -123,9 +129,11 @@ class UMTStudent(nn.Module):
             found.append(x)
         return [x.unflatten(1, (T, -1)) for x in found[-taps:]]
 
-    def positions(self, T: int, like: Tensor) -> Tensor:
-        """[T, P, C]."""
-        return sincos_table(T * self.config.patches, self.config.width, like).view(T, self.config.patches, -1)
+    def _check(self, pixels: Tensor) -> None:
+        require_tensors("UMTStudent", pixels=pixels)
+        size = self.config.image_size
+        if pixels.dim() != 5 or pixels.shape[2:] != (3, size, size) or not pixels.shape[1]:
+            raise ValueError(f"UMTStudent: pixels must be [B, T, 3, {size}, {size}], T > 0, got {tuple(pixels.shape)}")
 
     def save(self, path: str | Path) -> Path:
         """Write one safetensors file, configuration included. A path without that ending is a folder."""
@@ -173,9 +181,10 @@ class EncoderStudent(nn.Module):
             raise ValueError("UMT: visible must be the same patches of every frame for a video encoder")
         return self.encoder.hidden(pixels, keep, taps)
 
-    def positions(self, T: int, like: Tensor) -> Tensor:
-        """[T, P, C]."""
-        return sincos_table(T * self.config.patches, self.config.width, like).view(T, self.config.patches, -1)
+
+def positions(T: int, P: int, like: Tensor) -> Tensor:
+    """The table over all tokens of a clip, [T, P, C], of the width C, dtype and device of like [..., C]."""
+    return sincos_table(T * P, like.shape[-1], like).unflatten(0, (T, P))
 
 
 def tube(keep: Tensor, T: int, P: int) -> Tensor:
@@ -252,11 +261,10 @@ class UnmaskedTeacher(nn.Module):
     def predict(self, pixels: Tensor, visible: Tensor) -> Tensor:
         """The heads' outputs, [K, B, T, V, E]."""
         found = self.student.run(pixels, visible, taps=len(self.heads))
-        positions = token_gather(
-            self.student.positions(pixels.shape[1], found[0]).expand(len(pixels), -1, -1, -1), visible
-        )
+        B, T = pixels.shape[:2]
+        table = token_gather(positions(T, self.student.config.patches, found[0]).expand(B, -1, -1, -1), visible)
         return torch.stack(
-            [norm(dense(self.student.norm(x) + positions, first)) for (first, norm), x in zip(self.heads, found)]
+            [norm(dense(self.student.norm(x) + table, first)) for (first, norm), x in zip(self.heads, found)]
         )
 
     @torch.no_grad()

@@ -280,7 +280,7 @@ class VideoEncoder(Foldable):
         """
         C, P = self.tower.config.width, self.tower.config.patches
         N = xs[0].shape[2] if interpolate and xs[0].dim() == 4 else 1 + P
-        if any(x.dim() != 4 or x.shape[2:] != (N, C) or not x.shape[1] for x in xs):
+        if any(x.dim() != 4 or x.shape[2:] != (N, C) or not x.shape[1] or x.shape != xs[0].shape for x in xs):
             raise ValueError(
                 f"{self._name}: backbone tokens must be [B, T, {N}, {C}], T > 0, got {[tuple(x.shape) for x in xs]}; "
                 "those of pixels of another size need interpolate=True"

@@ -9,6 +9,7 @@ from pyvidx.backbones.vit import ViT, ViTConfig
 from pyvidx.layers.norm import foldable
 from pyvidx.layers.plain import held
 from pyvidx.ops import output_gate
+from pyvidx.sizes import check_counts
 from pyvidx.temporal.bt_adapter import BTAdapterBranch, split_rows
 from pyvidx.temporal.encoding import Encoding
 from pyvidx.temporal.frames import frame_mean, real_only
@@ -51,6 +52,7 @@ class Branch(TemporalModule):
         eps: float | None = None,
     ):
         super().__init__(vision)
+        check_counts("Branch", depth=depth, time_length=time_length)
         if not 1 <= depth <= vision.layers:
             raise ValueError(f"Branch: depth must be in [1, {vision.layers}], got {depth}")
         self.depth, self.time_length, self.output_gate_scale = depth, time_length, output_gate_scale

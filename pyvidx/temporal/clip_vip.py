@@ -13,6 +13,7 @@ from pyvidx.layers.linear import dense
 from pyvidx.layers.plain import held
 from pyvidx.ops import bank_attention
 from pyvidx.ops.bank_attention import MAX_WIDTH
+from pyvidx.sizes import check_counts
 from pyvidx.temporal.encoding import Encoding
 from pyvidx.temporal.frames import frame_mean, token_mask
 from pyvidx.temporal.module import OUTPUTS, Grid, TemporalModule
@@ -74,8 +75,7 @@ class CLIPViP(TemporalModule):
 
     def __init__(self, vision: ViTConfig, *, proxies: int = 4, time_length: int = 12):
         super().__init__(vision)
-        if proxies < 1:
-            raise ValueError(f"CLIPViP: proxies must be at least 1, the class token, got {proxies}")
+        check_counts("CLIPViP", proxies=proxies, time_length=time_length)
         C = vision.width
         self.proxies, added = proxies, proxies - self.before
         self.added = nn.Parameter(torch.randn(added, C) * C**-0.5) if added else None
@@ -89,9 +89,8 @@ class CLIPViP(TemporalModule):
         added = []
         if self.added is not None:
             side = tower.config.side
-            added = [
-                (held(self, "added") + tower.positions(side, side)[0]).expand(B, -1, C)
-            ]  # at the class token's place
+            at_class_token = tower.positions(side, side)[0]
+            added = [(held(self, "added") + at_class_token).expand(B, -1, C)]
         return torch.cat([x[:, 0, : self.before], *added, patches.flatten(1, 2)], dim=1)
 
     def times(self, frame_mask: Tensor) -> Tensor:

@@ -104,8 +104,8 @@ def _grouping(T, P, *, compat, variant, time_length, mask, mask_order, kept, dev
     if mask_order not in MASK_ORDERS:
         raise ValueError(f"BT-Adapter: mask_order must be one of {MASK_ORDERS}, got {mask_order!r}")
     require_tensors("BT-Adapter", mask=mask)
-    if mask is not None:
-        mask = mask.bool()
+    if mask is not None and mask.dtype != torch.bool:  # of indices most would count as True
+        raise ValueError(f"BT-Adapter: mask must be bool, True = removed, got {tuple(mask.shape)} {mask.dtype}")
     if compat == "official" and variant == "mma":
         if not 1 <= T <= time_length:
             raise ValueError(f"BT-Adapter (official mma tower): T must be in [1, {time_length}], got {T}")

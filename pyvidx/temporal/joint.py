@@ -10,6 +10,7 @@ from pyvidx.backbones.vit import ViT, ViTConfig
 from pyvidx.layers.block import Block
 from pyvidx.layers.plain import held
 from pyvidx.layers.sincos import sincos_table
+from pyvidx.sizes import check_counts
 from pyvidx.temporal.encoding import Encoding
 from pyvidx.temporal.frames import frame_mean, token_mask
 from pyvidx.temporal.module import OUTPUTS, Grid, TemporalModule
@@ -25,7 +26,7 @@ class Joint(TemporalModule):
     Meant for a tower that is trained as well: a frozen one has never seen such sequences.
 
     Args:
-        time_length: rows of the learned time table, zero at first.
+        time_length: rows of the learned time table, zero at first; unused with sincos.
         sincos: a fixed table over all T*P positions instead, added to the tower's own positions.
         class_token: False: none, as in UMT; pooled is then the tower's embedding of one token, the mean of all, and
             tokens are [B, P, C].
@@ -42,6 +43,7 @@ class Joint(TemporalModule):
         class_token: bool = True,
     ):
         super().__init__(vision)
+        check_counts("Joint", time_length=time_length)
         self.class_token = class_token
         self.leading = int(class_token and vision.class_token)  # M
         self.sees_parts = not sincos  # the table is over all positions

@@ -111,9 +111,4 @@ class TemporalModule(nn.Module):
 
     def pool(self, x: Tensor, frame_mask: Tensor | None = None, grid: Grid | None = None) -> Tensor:
         """x [B, T, 1+P, C] -> tokens [B, 1+P, C]: the mean over the frames; patches first, class token last."""
-        return class_last(frame_mean(x, frame_mask))
-
-
-def class_last(x: Tensor) -> Tensor:
-    """[B, 1+P, C], class token first -> the order of Encoding.tokens, class token last."""
-    return x.roll(-1, dims=1)
+        return frame_mean(x, frame_mask).roll(-1, dims=1)

@@ -6,6 +6,7 @@ from torch import Tensor, nn
 from pyvidx.backbones.vit import ViTConfig
 from pyvidx.layers.block import Block
 from pyvidx.layers.plain import held, plain
+from pyvidx.sizes import check_counts
 from pyvidx.temporal.bt_adapter import TemporalLayer
 from pyvidx.temporal.frames import frame_mean
 from pyvidx.temporal.module import Grid, TemporalModule
@@ -43,6 +44,7 @@ class Separate(TemporalModule):
     ):
         super().__init__(vision)
         layers = vision.layers if layers is None else layers
+        check_counts("Separate", layers=layers, time_length=time_length)
         if not 1 <= layers <= vision.layers:
             raise ValueError(f"Separate: layers must be in [1, {vision.layers}], got {layers}")
         if class_token not in CLASS_TOKENS:

@@ -11,9 +11,10 @@ from pyvidx.backbones.vit import ViT, ViTConfig
 from pyvidx.layers.block import Block
 from pyvidx.layers.linear import dense
 from pyvidx.ops import temporal_scale
+from pyvidx.sizes import check_counts
 from pyvidx.temporal.encoding import Encoding
 from pyvidx.temporal.frames import frame_mean, real_only
-from pyvidx.temporal.module import OUTPUTS, Grid, TemporalModule, class_last
+from pyvidx.temporal.module import OUTPUTS, Grid, TemporalModule
 from pyvidx.temporal.registry import register
 
 PLACES = ("both", "attention", "mlp")
@@ -79,10 +80,11 @@ class STAdapter(TemporalModule):
     ):
         super().__init__(vision)
         layers, kernel = vision.layers if layers is None else layers, tuple(kernel)
+        check_counts("STAdapter", layers=layers, width=width)
         if not 1 <= layers <= vision.layers:
             raise ValueError(f"STAdapter: layers must be in [1, {vision.layers}], got {layers}")
-        if len(kernel) != 3 or any(k < 1 or k % 2 == 0 for k in kernel):
-            raise ValueError(f"STAdapter: kernel must be three odd numbers, got {kernel}")
+        if len(kernel) != 3 or any(type(k) is not int or k < 1 or k % 2 == 0 for k in kernel):
+            raise ValueError(f"STAdapter: kernel must be three odd whole numbers, got {kernel}")
         if places not in PLACES:
             raise ValueError(f"STAdapter: places must be one of {PLACES}, got {places!r}")
         self.first, self.sees_parts = vision.layers - layers, kernel[1:] == (1, 1)
@@ -115,6 +117,6 @@ class STAdapter(TemporalModule):
         outputs: Sequence[str] = OUTPUTS,
         grid: Grid | None = None,
     ) -> Encoding:
-        tokens = class_last(frame_mean(xs[-2], frame_mask)) if "tokens" in outputs else None
+        tokens = self.pool(xs[-2], frame_mask, grid) if "tokens" in outputs else None
         pooled = tower.embedding(frame_mean(xs[-1][:, :, :1], frame_mask)) if "pooled" in outputs else None
         return Encoding(tokens, pooled)

@@ -6,6 +6,7 @@ from torch import Tensor
 
 from pyvidx.backbones.vit import ViTConfig
 from pyvidx.ops import st_pool
+from pyvidx.sizes import check_counts
 from pyvidx.temporal.module import Grid, TemporalModule
 from pyvidx.temporal.registry import register
 
@@ -40,6 +41,8 @@ class STPool(TemporalModule):
 
     def __init__(self, vision: ViTConfig, *, rows: int | None = 100):
         super().__init__(vision)
+        if rows is not None:
+            check_counts("STPool", 0, rows=rows)
         self.rows = rows
 
     def pool(self, x: Tensor, frame_mask: Tensor | None = None, grid: Grid | None = None) -> Tensor:

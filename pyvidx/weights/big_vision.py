@@ -3,8 +3,9 @@
 import re
 from collections.abc import Iterator, Mapping
 
-import torch
 from torch import Tensor
+
+from pyvidx.weights.keys import stack
 
 KEY = re.compile(r"(?:params/)?(img|txt)/(.+)")
 TOWERS = {"img": "vision_model.", "txt": "text_model."}
@@ -43,7 +44,11 @@ def is_big_vision(keys: Mapping) -> bool:
 
 
 def as_transformers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The towers' weights under transformers' names. Keys that are not understood stay as they are."""
+    """The towers' weights under transformers' names. Keys that are not understood stay as they are.
+
+    Raises:
+        ValueError: layers or the parts of the pooling head do not have the axes of such a file.
+    """
     found: dict[str, Tensor] = {}
     pools: dict[tuple[str, str], Tensor] = {}
     for key, value in state.items():
@@ -60,8 +65,8 @@ def as_transformers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
             found[key if name is None else TOWERS[kind] + name] = one
     for leaf in ("kernel", "bias"):
         if all((part, leaf) in pools for part in PARTS):
-            stacked = torch.cat([_laid_out(f"{part}/{leaf}", pools[part, leaf]) for part in PARTS])
-            found[f"vision_model.head.attention.in_proj_{LEAVES[leaf]}"] = stacked
+            name = f"vision_model.head.attention.in_proj_{LEAVES[leaf]}"
+            found[name] = stack(name, [_laid_out(f"{part}/{leaf}", pools[part, leaf]) for part in PARTS])
     return found
 
 
@@ -72,6 +77,8 @@ def _renamed(path: str, value: Tensor) -> Iterator[tuple[str | None, Tensor]]:
         yield _name(path, TOP), _laid_out(path, value)
         return
     index, inner = layer.groups()
+    if index is None and not value.dim():
+        raise ValueError(f"checkpoint: {path} must have an axis for the layers, got {tuple(value.shape)}")
     name = _name(inner, BLOCK)
     for i, one in enumerate(value) if index is None else ((int(index), value),):
         yield name and f"encoder.layers.{i}.{name}", _laid_out(inner, one)

@@ -30,7 +30,6 @@ from pyvidx.weights.keys import Renamed, check_plain, groups, is_official, renam
 from pyvidx.weights.place import MissingWeights, Report, match, place
 from pyvidx.weights.state import Source as AnySource
 from pyvidx.weights.state import naming, state_of
-from pyvidx.weights.state import read as read
 from pyvidx.weights.towers import Told, activation, published_heads, told_by
 
 Source = AnySource | ViT
@@ -107,8 +106,6 @@ def load_weights(model: BTAdapter, *sources: Source, allow_missing: Sequence[str
             one, or a shape differs. The model is not changed then.
         RuntimeError: the model is a folded copy.
     """
-    if model.folded:
-        raise RuntimeError("checkpoint: a folded copy does not take weights; load the model and fold again")
     with naming(sources):
         return place(model, _shifted([_table(source) for source in sources], model.config), allow_missing)
 
@@ -146,6 +143,7 @@ def infer_config(
     check_plain(names, AXES)
     tokens, width = names["tower.position"].shape
     heads = clip.heads if heads is None and clip else heads
+    heads = published_heads(width) if heads is None else heads
     if depth is None:
         depth = max(
             _count(table.weights, "temporal.branch.spatial") + (not _is_whole(table))
@@ -162,7 +160,7 @@ def infer_config(
         image_size=math.isqrt(tokens - 1) * patch,
         patch_size=patch,
         width=width,
-        heads=heads or published_heads(width),
+        heads=heads,
         layers=layers,
         mlp_width=names["temporal.branch.spatial.0.fc1.weight"].shape[0],
         embed_dim=None if projection is None else projection.shape[0],

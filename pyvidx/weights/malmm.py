@@ -74,13 +74,20 @@ def load_malmm_weights(model: MALMM, *sources: Source, allow_missing: Sequence[s
         FileNotFoundError: a file is not there.
         ValueError: a file cannot be read, a parameter is missing and not allowed to be, a pattern matches no missing
             one, or a shape differs. The model is not changed then.
+        RuntimeError: the model is a folded copy.
     """
     with naming(sources):
         return _fill(model, [rename(state_of(source)) for source in sources], allow_missing)
 
 
 def export_malmm(model: MALMM, naming: str) -> dict[str, Tensor]:
-    """Copies of the weights under the names of "lavis" or of "huggingface", without a language model."""
+    """Copies of the weights under the names of "lavis" or of "huggingface", without a language model.
+
+    Raises:
+        ValueError: another naming.
+        RuntimeError: the model is a folded copy.
+    """
+    model.check_whole()
     return export(model.state_dict(), naming, cross_every=model.config.qformer.cross_every)
 
 
@@ -121,7 +128,9 @@ def infer_config(
         raise ValueError(f"checkpoint: width {C} is not that of EVA-ViT-g, 1408, so pass vision_heads=")
     if heads is None and D % 64:
         raise ValueError(f"checkpoint: the Q-Former's width {D} is not a multiple of 64, so pass heads=")
-    blocks = _indices(names, "vision.blocks.")
+    if layers is None:
+        layers = len(_indices(names, "vision.blocks."))
+        layers = 39 if (layers, C) == (40, 1408) else layers
     patch = names["vision.patch"].shape[-1]
     if norm_eps is None:
         keys = [key for table in tables for origin in table.origin.values() for key in origin]
@@ -131,17 +140,17 @@ def infer_config(
     return MALMMConfig(
         replace(
             EVA_G,
-            image_size=image_size or math.isqrt(tokens - 1) * patch,
+            image_size=math.isqrt(tokens - 1) * patch if image_size is None else image_size,
             patch_size=patch,
             width=C,
-            heads=vision_heads or 16,
-            layers=layers or (39 if (len(blocks), C) == (40, 1408) else len(blocks)),
+            heads=16 if vision_heads is None else vision_heads,
+            layers=layers,
             mlp_width=names["vision.blocks.0.fc1.weight"].shape[0],
             norm_eps=norm_eps,
         ),
         QFormerConfig(
             width=D,
-            heads=heads or D // 64,
+            heads=D // 64 if heads is None else heads,
             layers=len(_indices(names, "qformer.layers.")),
             mlp_width=names["qformer.layers.0.feed_query.fc1.weight"].shape[0],
             queries=Q,
@@ -181,7 +190,8 @@ def _resized(table: Renamed, model: MALMM) -> Renamed:
     positions, own = table.weights.get("vision.position"), model.vision.position
     if positions is None or positions.shape == own.shape or positions.shape[1:] != own.shape[1:]:
         return table
-    if math.isqrt(len(positions) - 1) ** 2 != len(positions) - 1:  # no square grid: its shape is refused later
+    patches = len(positions) - 1
+    if patches < 1 or math.isqrt(patches) ** 2 != patches:  # no square grid: its shape is refused later
         return table
     side = math.isqrt(own.shape[0] - 1)
     shapes = ("vision.position", tuple(positions.shape), tuple(own.shape))

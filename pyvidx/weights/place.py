@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from pyvidx.models.fold import Foldable
 from pyvidx.weights.keys import Renamed, check_plain, different, groups
 
 
@@ -71,16 +72,18 @@ def assign(module: nn.Module, weights: Mapping[str, Tensor], what: str, unexpect
 
 
 def place(
-    model: nn.Module,
+    model: Foldable,
     tables: Sequence[Renamed],
     allow_missing: Sequence[str] = (),
     assumed: Mapping[str, str] | None = None,
 ) -> Report:
     """Copy renamed weights into the parameters of these names, later tables over earlier ones, all or nothing.
 
-    The model is in eval mode and not `is_random` afterwards. allow_missing, Raises: as in load_weights. assumed: what
-    the model's own values are of parameters that may be missing, see Report.
+    The model is in eval mode and not `is_random` afterwards. allow_missing, Raises: as in load_weights of
+    pyvidx.weights.bt_adapter. assumed: what the model's own values are of parameters that may be missing, see Report.
     """
+    if model.folded:
+        raise RuntimeError("checkpoint: a folded copy does not take weights; load the model and fold again")
     report, found = match(model, tables, allow_missing, assumed)
     own = dict(model.named_parameters())
     with torch.no_grad():

@@ -101,7 +101,7 @@ def text_tower(
         vocab=vocab,
         context=len(weights["position"]),
         width=width,
-        heads=told.heads or (16 if width == 1152 else width // 64),
+        heads=told.heads if told.heads is not None else 16 if width == 1152 else width // 64,
         layers=count_layers(weights, "blocks."),
         mlp_width=len(weights["blocks.0.fc1.weight"]),
         embed_dim=len(weights["projection.weight"]),

@@ -222,10 +222,10 @@ def tower_config(renamed: Renamed, told: Told) -> ViTConfig:
     like = SIGLIP_B if pool != "class" else EVA_G if "patch_bias" in weights else None
     projection = weights.get("projection.weight")
     return ViTConfig(
-        image_size=told.image_size or math.isqrt(tokens - (pool == "class")) * patch,
+        image_size=math.isqrt(tokens - (pool == "class")) * patch if told.image_size is None else told.image_size,
         patch_size=patch,
         width=width,
-        heads=told.heads or published_heads(width),
+        heads=published_heads(width) if told.heads is None else told.heads,
         layers=count_layers(weights, "blocks."),
         mlp_width=len(weights["blocks.0.fc1.weight"]),
         embed_dim=None if projection is None else len(projection),
