@@ -1,21 +1,29 @@
 """One run of the study: a temporal module trained beside or inside the frozen tiny CLIP, and its scores."""
 
 import copy
-import time
+import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import Dataset
 
 from bench.motion import world
-from bench.motion.clip import TinyCLIP
+from bench.motion.clip import TinyCLIP, words
 from pyvidx.data import motion
 from pyvidx.hosts.open import with_module
 from pyvidx.models import VideoEncoder
 from pyvidx.models.pretraining import Pretraining
-from pyvidx.train.recipe import Recipe, groups
+from pyvidx.train import loop
+from pyvidx.train.data import generator
+from pyvidx.train.distributed import Ranks
+from pyvidx.train.pairs import Pairs
+from pyvidx.train.pretrain_tasks import ContrastiveTask
+from pyvidx.train.recipe import Recipe
+from pyvidx.train.task import trained
 
 DEPTH = 4  # of the branches
 
@@ -40,17 +48,11 @@ class Row:
     frames: int = 8
 
 
-@dataclass(frozen=True)
-class Budget:
-    """Steps, clips a step and peak learning rate, the same for all rows."""
-
-    steps: int
-    batch: int
-    lr: float
-
-
 # Without a pretraining of its own: the video-text contrast alone, of all patches.
 PLAIN = {"weights": (1.0, 0.0, 0.0), "mask_rate": 0.0}
+# Of new parameters the rate is the recipe's. A gate's logit is scale * parameter: at lr / scale it moves as fast as
+# anything else.
+RATES = {"model.tower.": 0.1, "branch.gate": 1 / 100, "output_gate": 1e-4}
 
 
 def encoder_of(clip: TinyCLIP, row: Row) -> VideoEncoder:
@@ -58,11 +60,10 @@ def encoder_of(clip: TinyCLIP, row: Row) -> VideoEncoder:
     return with_module(copy.deepcopy(clip.vision), row.module, row.options)
 
 
-def build(clip: TinyCLIP, row: Row) -> tuple[nn.Module, Callable | None, Callable]:
-    """(what is trained, loss(pixels, layers, text, generator), encode(pixels, layers) -> [B, E]); of what has nothing
-    to be trained there is no loss."""
+def build(clip: TinyCLIP, row: Row) -> tuple[nn.Module, Callable]:
+    """(what is trained, a Pretraining if there is anything, and encode(pixels, layers) -> [B, E])."""
     if row.module == "last":
-        return clip, None, lambda pixels, xs: clip.vision.embedding(xs[-1][:, -1])
+        return clip, lambda pixels, xs: clip.vision.embedding(xs[-1][:, -1])
     encoder = encoder_of(clip, row)
     reads = len(encoder.temporal.reads)
 
@@ -72,62 +73,54 @@ def build(clip: TinyCLIP, row: Row) -> tuple[nn.Module, Callable | None, Callabl
         return encoder(pixels(), outputs=("pooled",)).pooled
 
     if not (row.tower or list(encoder.temporal.parameters())):
-        return encoder, None, encode
+        return encoder, encode
     options = {"scale": clip.scale, "drop_path": 0.0, "train_tower": row.tower, **(row.pretraining or PLAIN)}
-    step = Pretraining(encoder, copy.deepcopy(clip.text), **options)
-
-    def loss(pixels, xs, text, generator):
-        if step.storable:
-            return step.from_layers(xs[-reads:], text, generator=generator).total
-        return step.from_pixels(pixels(), text, generator=generator).total
-
-    return step, loss, encode
+    return Pretraining(encoder, copy.deepcopy(clip.text), **options), encode
 
 
-def parameter_groups(trained: nn.Module, lr: float) -> list[dict]:
-    """New parameters at lr; a pretrained tower at a tenth. A gate's logit is scale * parameter: at lr / scale it moves
-    as fast as anything else."""
-    factors = {"model.tower.": 0.1, "branch.gate": 1 / 100, "output_gate": 1e-4}
-    names = [name for name, p in trained.named_parameters() if p.requires_grad]
-    own = {key: factor for key, factor in factors.items() if any(key in name for name in names)}
-    recipe = Recipe(multipliers=own, decay="all")
-    return [{"params": group["params"], "lr": group["multiplier"] * lr} for group in groups(trained, recipe)]
+class Contrast(ContrastiveTask):
+    """The task of `pyvidx train` where pixels, too, come with texts that are embedded already."""
+
+    def forward(self, batch: Pairs) -> dict[str, Tensor]:
+        return super().forward(batch) if self.step.storable else self.step.from_pixels(batch.video, batch.text).named
 
 
-def draw(clips: world.Clips, size: int, generator: torch.Generator) -> tuple[Callable, list[Tensor], Tensor]:
-    """A batch of clips and their texts: 3/4 are pairs of opposites with their events' captions, 1/4 have captions of
-    what is to be seen."""
-    pairs = 3 * size // 8
-    rows = torch.randint(len(clips.frames), (size - pairs,), generator=generator)
-    event, look = rows[:pairs].repeat(2), rows[pairs:]
-    backwards = torch.cat([torch.arange(2 * pairs) >= pairs, torch.rand(len(look), generator=generator) < 0.5])
-    pixels, xs = clips.batch(torch.cat([event, look]), backwards)
-    text = torch.cat([clips.events[event, backwards[: 2 * pairs].long()], clips.looks[look]])
-    return pixels, xs, text
+@dataclass(frozen=True, eq=False)
+class Drawn(Dataset):
+    """As many rows as there are clips. What a step has is drawn from the seed and the first of its rows: 3/4 are pairs
+    of opposites with their events' captions, 1/4 have captions of what is to be seen."""
+
+    clips: world.Clips
+    step: Pretraining
+    seed: int
+
+    def __len__(self) -> int:
+        return 2 * len(self.clips.frames)
+
+    def __getitem__(self, at: tuple[int, int]) -> tuple[int, int]:
+        return at
+
+    def collate(self, at: list[tuple[int, int]]) -> Pairs:
+        clips, draws, pairs = self.clips, generator(self.seed, *at[0], "clips"), 3 * len(at) // 8
+        rows = torch.randint(len(clips.frames), (len(at) - pairs,), generator=draws)
+        event, look = rows[:pairs].repeat(2), rows[pairs:]
+        backwards = torch.cat([torch.arange(2 * pairs) >= pairs, torch.rand(len(look), generator=draws) < 0.5])
+        pixels, xs = clips.batch(torch.cat([event, look]), backwards)
+        text = torch.cat([clips.events[event, backwards[: 2 * pairs].long()], clips.looks[look]])
+        reads = len(self.step.model.temporal.reads)
+        return Pairs(at, text, torch.stack(xs[-reads:], 1) if self.step.storable else pixels(), {})
 
 
-def train(
-    clip: TinyCLIP, clips: world.Clips, row: Row, budget: Budget, seed: int, say=print
-) -> tuple[nn.Module, Callable]:
+def train(clip: TinyCLIP, clips: world.Clips, row: Row, recipe: Recipe, seed: int) -> tuple[nn.Module, Callable]:
     """-> (what was trained, encode)."""
     torch.manual_seed(seed)
-    trained, loss_of, encode = build(clip, row)
-    generator = torch.Generator().manual_seed(seed)
-    if loss_of is not None:
-        own = parameter_groups(trained, budget.lr)
-        optimizer = torch.optim.AdamW(own, weight_decay=0.05, betas=(0.9, 0.98))
-        rates = [g["lr"] for g in own]
-        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rates, budget.steps, pct_start=0.1)
-        start = time.perf_counter()
-        for step in range(budget.steps):
-            loss = loss_of(*draw(clips, budget.batch, generator), generator)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            schedule.step()
-            if step % 50 == 0 or step == budget.steps - 1:
-                say(f"{row.name}: step {step}, loss {loss.item():.3f}, {time.perf_counter() - start:.0f} s")
-    return trained.eval(), encode
+    step, encode = build(clip, row)
+    if isinstance(step, Pretraining):
+        rates = {key: rate for key, rate in RATES.items() if any(key in name for name in trained(step))}
+        recipe, task = replace(recipe, multipliers=rates, seed=seed), Contrast(step, words(), seed=seed)
+        with tempfile.TemporaryDirectory() as out:
+            loop.train(task, Drawn(clips, step, seed), recipe, Ranks(), Path(out))
+    return step.eval(), encode
 
 
 class Gallery(NamedTuple):
