@@ -71,7 +71,7 @@ CASES = {
         "self_attention[8-257-forward-float16]",
     ],
     "encoder": ["encoder[clip-l-14-1-8]"],
-    "malmm": ["malmm[stream-M20]", "malmm[clip-M20]"],
+    "malmm": ["malmm[stream-M20-float32]", "malmm[clip-M20-float32]"],
 }
 
 
