@@ -1,9 +1,9 @@
 """Which library multiplies float32 matrices on a CPU: MKL, as torch has it, or oneDNN, which torch carries as well.
 
 On AMD's CPUs MKL runs 256-bit code and oneDNN 512-bit code. From Zen 5 on that is twice as fast, 220 GFLOP/s a thread
-against 105. On Zen 4, whose units are 256 bits wide, a tower's layers run at 98 against 85, at any number of rows, and
-their gradients as fast by both. On other CPUs torch's choice stands: with AVX2 both run at 90, but oneDNN's gradients
-at 50 to 80. PYVIDX_PRODUCTS=torch|onednn decides otherwise.
+against 105. On Zen 4, whose units are 256 bits wide, a tower's layers run 1.1 to 1.3 times as fast
+(bench/results/int8-2026-11-28.json). On other CPUs torch's choice stands: with AVX2 oneDNN is no faster, and slower in
+gradients. PYVIDX_PRODUCTS=torch|onednn decides otherwise.
 
 Nothing here knows gradients; pyvidx.layers.linear does.
 """

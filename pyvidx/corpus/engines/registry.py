@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from pyvidx.corpus.encode import Encoded, Timing
+from pyvidx.corpus.registry import Registry
 from pyvidx.preprocess import Preset
 
 
@@ -38,27 +39,5 @@ class Engine(Protocol):
         """A result per path, in any order. workers: processes that decode, on this machine."""
 
 
-ENGINES: dict[str, Engine] = {}
-
-
-def register(name: str):
-    """Decorator: make an engine known under a name."""
-
-    def known(engine: type[Engine]) -> type[Engine]:
-        ENGINES[name] = engine()
-        return engine
-
-    return known
-
-
-def named(name: str) -> Engine:
-    """An engine whose packages are here.
-
-    Raises:
-        ValueError: there is none of that name.
-        RuntimeError: a package is missing.
-    """
-    if name not in ENGINES:
-        raise ValueError(f"corpus: engine must be one of {', '.join(ENGINES)}, got {name!r}")
-    ENGINES[name].check()
-    return ENGINES[name]
+ENGINES = Registry("corpus: engine")
+register, named = ENGINES.register, ENGINES.named

@@ -10,6 +10,7 @@ from typing import Protocol
 import torch
 
 from pyvidx.corpus.encode import Encoded
+from pyvidx.corpus.registry import Registry
 from pyvidx.files import printable
 
 NAMES = ("pooled", "tokens")
@@ -74,34 +75,12 @@ class Store(Protocol):
         """Of every row its path and whether it failed, without reading embeddings."""
 
 
-STORES: dict[str, Store] = {}
-
-
-def register(name: str):
-    """Decorator: make a store known under a name."""
-
-    def known(store: type[Store]) -> type[Store]:
-        STORES[name] = store()
-        return store
-
-    return known
+STORES = Registry("embeddings: store")
+register, named = STORES.register, STORES.named
 
 
 def suffixes() -> tuple[str, ...]:
     return tuple(store.suffix for store in STORES.values())
-
-
-def named(name: str) -> Store:
-    """A store whose packages are here.
-
-    Raises:
-        ValueError: there is none of that name.
-        RuntimeError: a package is missing.
-    """
-    if name not in STORES:
-        raise ValueError(f"embeddings: store must be one of {', '.join(STORES)}, got {name!r}")
-    STORES[name].check()
-    return STORES[name]
 
 
 def of_suffix(path: Path) -> Store:
