@@ -6,7 +6,6 @@ import gc
 import hashlib
 import json
 import os
-import resource
 import sys
 import time
 import warnings
@@ -15,6 +14,7 @@ from pathlib import Path
 import torch
 
 from pyvidx.video import read, stream
+from tests.peak import peak
 
 AGAIN, GROWTH = 8, 6 << 20
 BYTES = 2 << 30
@@ -85,7 +85,7 @@ def main() -> None:
         # Now and then, with a file that is read fast enough not to look like one that hangs.
         if number % 97 == 96 and seconds < 0.3 and job["way"] != "decord" and (more := grows(**job)) > GROWTH:
             result |= {"bad": "leak", "detail": f"{more} bytes in {AGAIN} readings"}
-        if resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 > BYTES:
+        if peak() * 1024 > BYTES:
             result["bad"] = "memory"
         print(json.dumps(result), file=out, flush=True)
 

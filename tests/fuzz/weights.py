@@ -24,6 +24,7 @@ from pyvidx import memory
 from pyvidx.models import MALMM, BTAdapter, TextVideo, VideoEncoder
 from pyvidx.models.umt import UMTConfig, UMTStudent
 from pyvidx.weights.bt_adapter import load_official
+from tests.peak import peak
 from tests.test_checkpoints import CONFIG, mma_file, state, tower
 from tests.test_weight_files import scripted
 
@@ -122,7 +123,7 @@ def run(count: int, seed: int) -> dict:
             load, data = files[path]
             how, changed = mutated(data, rng, data.startswith(b"PK"))
             path.write_bytes(changed)
-            before, began = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.perf_counter()
+            before, began = peak(), time.perf_counter()
             signal.alarm(SECONDS)
             try:
                 load(path)
@@ -136,7 +137,7 @@ def run(count: int, seed: int) -> dict:
                 wrong.append({"case": i, "file": path.name, "how": how, "what": f"{error!r:.300}"})
             finally:
                 signal.alarm(0)
-            grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) >> 10
+            grown = (peak() - before) >> 10
             if grown > 512:
                 wrong.append({"case": i, "file": path.name, "how": how, "what": f"{grown} MiB"})
             outcomes[f"{path.name} {how} {outcome}"] += 1
