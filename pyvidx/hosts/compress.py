@@ -156,7 +156,7 @@ def handed(
     new |= host.values(inputs, places, slots)
     new["mm_encoder_outputs"] = host.encoded(inputs, places, slots)
     out = copy.copy(inputs)
-    gone = (*GONE, *host.pixels, "pixel_values", *(name for name, x in new.items() if x is None))
+    gone = (*GONE, *host.pixels, *host.pictures, *(name for name, x in new.items() if x is None))
     for name in gone:
         if name in out:
             del out[name]

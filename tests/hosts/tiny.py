@@ -19,6 +19,8 @@ TEXT = dict(
     hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
     vocab_size=300, max_position_embeddings=2048,
 )  # fmt: skip
+CLIP = dict(model_type="clip_vision_model", hidden_size=32, intermediate_size=64, num_hidden_layers=3,
+            num_attention_heads=4, image_size=32, patch_size=8)  # fmt: skip
 IMAGE, VIDEO, PAD = 290, 291, 0
 
 
@@ -40,6 +42,7 @@ class Tiny:
     kind: str  # config.model_type
     images = True  # takes images beside videos
     ragged = False  # takes any number of tokens
+    square = True  # the tokens of a step are a picture
     timeless = True  # slots have no times to it, so that what is kept of a video is like a shorter video
 
     def build(self):

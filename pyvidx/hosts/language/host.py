@@ -71,12 +71,13 @@ class Host:
 
     Attributes:
         ragged: any number of tokens fits; else slots must have the P positions of a step.
-        pixels: inputs that the encoded video takes the place of.
+        pixels: inputs that the encoded video takes the place of. pictures: those of images.
         passed: inputs of the shape of input_ids that are not about its tokens.
     """
 
     ragged: ClassVar[bool] = False
     pixels: ClassVar[tuple[str, ...]] = ("pixel_values_videos",)
+    pictures: ClassVar[tuple[str, ...]] = ("pixel_values",)
     passed: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, model, processor=None):
@@ -125,9 +126,13 @@ class Host:
         """mm_encoder_outputs: the videos, and, as the model takes either this or pixels, the images by its own
         encoder."""
         found = dict(inputs.get("mm_encoder_outputs") or {}) | {"video": self.features(slots)}
-        if inputs.get("pixel_values") is not None:
-            found["image"] = self.own("get_image_features", inputs)
+        if any(inputs.get(name) is not None for name in self.pictures):
+            found["image"] = self.images(inputs)
         return found
+
+    def images(self, inputs: Mapping[str, Any]):
+        """mm_encoder_outputs["image"], of the model's own encoder."""
+        return self.own("get_image_features", inputs)
 
     def values(
         self, inputs: Mapping[str, Any], places: Sequence[Place], slots: Sequence[Slots]
@@ -148,8 +153,8 @@ class Host:
         return self.model.get_input_embeddings().weight.shape[-1]
 
     def own(self, method: str, inputs: Mapping[str, Any], **given):
-        """Call a method of the model with what it takes of the inputs, and with what is given, on its device."""
-        call = getattr(self.model, method)
+        """Call a method of the base model with what it takes of the inputs, and with what is given, on its device."""
+        call = getattr(self.model.base_model, method)  # as generate does; not every class around it has them
         known = inspect.signature(call).parameters
         mine = {name: x for name, x in inputs.items() if name in known} | given
         device = self.model.device

@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 
 import torch
+from torch import Tensor
 
 from pyvidx.hosts.language.host import Host, Place, Slots
 from pyvidx.hosts.language.registry import register
@@ -23,7 +24,7 @@ class LlavaOnevision(Host):
         blocks = prompt.blocks(self.token, [len(clip) * P + 1 for clip in clips])
         return [Place(i, *block, len(clip), P, (side, side)) for i, (block, clip) in enumerate(zip(blocks, clips))]
 
-    def encode(self, inputs, place: Place, start: int, stop: int) -> list[torch.Tensor]:
+    def encode(self, inputs, place: Place, start: int, stop: int) -> list[Tensor]:
         pixels = self.clips(inputs)[place.number][start:stop]
         rows = self.own("get_video_features", inputs, pixel_values_videos=pixels[None]).pooler_output
         return [rows[0, :-1].unflatten(0, (stop - start, -1))]
@@ -34,4 +35,5 @@ class LlavaOnevision(Host):
     def features(self, slots: Sequence[Slots]):
         newline = self.model.base_model.image_newline.to(slots[0].rows[0])[None]
         rows = [x for s in slots for x in (s.rows[0], newline)]
-        return self.output(torch.cat(rows)[:, None])  # the model wants one tensor, and lengths differ: tokens are items
+        # The model wants one tensor, and lengths differ: tokens are items.
+        return self.output(torch.cat(rows)[:, None])
