@@ -28,7 +28,7 @@ class Stream:
     def check(self, host: Host, places: Sequence[Place]) -> None:
         """ValueError where the host cannot take what the policy leaves."""
         for place in places:
-            policy = self._of(place)
+            policy = self.policy_of(place)
             left = policy.new(1, place.positions, host.width, device="meta").positions
             _check_grid(host, policy.name, policy.layout == "ragged" or left != place.positions)
 
@@ -44,7 +44,7 @@ class Stream:
     def _together(self, places, seconds, encode, chunk):
         by_length = sorted(range(len(places)), key=lambda i: places[i].steps)
         places, seconds = [places[i] for i in by_length], [seconds[i] for i in by_length]
-        policy, bank, begin = self._of(places[0]), None, 0
+        policy, bank, begin = self.policy_of(places[0]), None, 0
         for length in sorted({place.steps for place in places}):
             for start in range(begin, length, chunk):
                 stop = min(start + chunk, length)
@@ -67,7 +67,7 @@ class Stream:
         dtype = torch.float64 if first.dtype == torch.float64 else torch.float32
         return policy.new(B, *first.shape[-2:], dtype, first.device, attached=[x.shape[-1] for x in others])
 
-    def _of(self, place: Place) -> Policy:
+    def policy_of(self, place: Place) -> Policy:
         """The policy for frames of this grid."""
         if getattr(self.policy, "grid", 0) is None and place.grid is not None:
             return dataclasses.replace(self.policy, grid=place.grid)
