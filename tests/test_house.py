@@ -10,7 +10,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 OPS = sorted(p.stem for p in (ROOT / "csrc/include/pyvidx").glob("*.h") if "_cuda(" in p.read_text())
-TOP = {"setup.py", "csrc", "pyvidx", "bench", "tests", "cmake", "README.md", "pyproject.toml", "Makefile"}
+TOP = {"setup.py", "csrc", "pyvidx", "bench", "tests", "cmake", "README.md", "pyproject.toml", "Makefile", "docs", "LICENSE", "CHANGELOG.md"}
 LINES = 500
 
 
