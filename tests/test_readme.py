@@ -1,4 +1,4 @@
-"""Snippets of README and docs run, each alone and one after another on its page; commands parse; links lead somewhere."""
+"""README and docs: snippets run, each alone and one after another on its page; commands parse; links lead somewhere."""
 
 import importlib
 import re
@@ -26,7 +26,7 @@ def blocks(page: Path, language: str) -> list[tuple[int, str]]:
 
 
 SNIPPETS = {page: blocks(page, "python") for page in PAGES}
-ALONE = [pytest.param(page, *snippet, id=f"{page.name} line {snippet[0]}") for page in PAGES for snippet in SNIPPETS[page]]
+ALONE = [pytest.param(page, *s, id=f"{page.name} line {s[0]}") for page in PAGES for s in SNIPPETS[page]]
 
 
 def commands(page: Path) -> list[str]:
