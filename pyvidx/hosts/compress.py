@@ -154,7 +154,7 @@ def handed(
     edits = [Edit(place.row, place.start, place.stop, host.block(place, s)) for place, s in zip(places, slots)]
     new = edited(inputs, prompt, edits, _pad(host))
     new |= host.values(inputs, places, slots)
-    new["mm_encoder_outputs"] = host.encoded(inputs, places, slots)
+    new |= host.handed(inputs, new, places, slots)
     out = copy.copy(inputs)
     gone = (*GONE, *host.pixels, *host.pictures, *(name for name, x in new.items() if x is None))
     for name in gone:

@@ -134,6 +134,12 @@ class Host:
         """mm_encoder_outputs["image"], of the model's own encoder."""
         return self.own("get_image_features", inputs)
 
+    def handed(
+        self, inputs: Mapping[str, Any], new: dict[str, Tensor], places: Sequence[Place], slots: Sequence[Slots]
+    ) -> dict[str, Any]:
+        """What takes the place of the pixels, by name. new: the inputs along the tokens, as they are now."""
+        return {"mm_encoder_outputs": self.encoded(inputs, places, slots)}
+
     def values(
         self, inputs: Mapping[str, Any], places: Sequence[Place], slots: Sequence[Slots]
     ) -> dict[str, Tensor | None]:

@@ -10,7 +10,7 @@ from pyvidx.hosts.language.host import Host
 
 HOSTS: dict[str, type[Host]] = {}
 PACKAGE = "pyvidx.hosts.language"
-SHARED = ("host", "kept", "registry", "tokens")  # files of this folder that are no host
+SHARED = ("frames", "host", "kept", "registry", "tokens")  # files of this folder that are no host
 
 
 def register(*model_types: str) -> Callable[[type[Host]], type[Host]]:
