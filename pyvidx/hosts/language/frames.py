@@ -25,8 +25,8 @@ class Framed(Place):
         gaps: token ids before the placeholders of each frame; of the first, from the start of the block.
     """
 
-    index: tuple[int, ...] = ()
-    gaps: tuple[tuple[int, ...], ...] = ()
+    index: Sequence[int] = ()
+    gaps: Sequence[Sequence[int]] = ()
 
 
 class Frames(Host):
@@ -89,35 +89,23 @@ class Frames(Host):
         fits = fits and sum(b - a for _, a, b in runs) == len(images) * P
         require(fits, f"{text}, the pixels ask for {P} in each of {len(images)} places")
         self._check_processor()
-        clips, open_, at, last = [], False, 0, (-1, 0)
+        clips, inside, at, last = [], False, 0, (-1, 0)
         for row, start, stop in runs:
-            seen = prompt.ids[row, max(last[1] if last[0] == row else 0, start - _WINDOW) : start].tolist()
-            single = stop - start == P  # an image in tiles is no frame
-            if single and open_ and last[0] == row and self.follows(self.read(seen), len(clips[-1]["index"])):
-                clips[-1]["gaps"].append(tuple(seen))
-            elif single and (begin := self.begins(seen)) is not None:
-                begin -= len(seen)
-                clips.append(dict(row=row, start=start + begin, index=[], gaps=[tuple(seen[begin:] if begin else ())]))
-            else:
-                single = False
-            if open_ := single:
-                clips[-1]["index"].append(images[at])
-                clips[-1]["stop"] = stop
+            gap = prompt.ids[row, max(last[1] if last[0] == row else 0, start - _WINDOW) : start].tolist()
+            clip = None
+            if stop - start == P:  # an image in tiles is no frame
+                if inside and last[0] == row and self.follows(self.read(gap), len(clips[-1]["index"])):
+                    clip = clips[-1]
+                elif (begin := self.begins(gap)) is not None:
+                    gap = gap[begin:]
+                    clip = dict(row=row, start=start - len(gap), index=[], gaps=[])
+                    clips.append(clip)
+            if inside := clip is not None:
+                clip["stop"] = stop
+                clip["index"].append(images[at])
+                clip["gaps"].append(gap)
             at, last = at + (stop - start) // P, (row, stop)
-        return [
-            Framed(
-                i,
-                c["row"],
-                c["start"],
-                c["stop"],
-                len(c["index"]),
-                P,
-                (h, w),
-                index=tuple(c["index"]),
-                gaps=tuple(c["gaps"]),
-            )
-            for i, c in enumerate(clips)
-        ]
+        return [Framed(i, steps=len(clip["index"]), positions=P, grid=(h, w), **clip) for i, clip in enumerate(clips)]
 
     def encode(self, inputs, place: Framed, start: int, stop: int) -> list[Tensor]:
         return [self.look(inputs, place.index[start:stop])]
@@ -152,6 +140,12 @@ class Frames(Host):
             f"compress: {name} marks the frames of videos by texts of the prompt: give processor=, the model's own, "
             f"which reads them, got {given}",
         )
+
+
+def taken(x: Tensor, index: Sequence[int]) -> Tensor:
+    """Some of x; those side by side as a view, which a device is not waited for."""
+    first, last = index[0], index[-1] + 1
+    return x[first:last] if last - first == len(index) else x[list(index)]
 
 
 def _runs(ids: Tensor, token: int) -> list[tuple[int, int, int]]:

@@ -39,9 +39,11 @@ class InstructBlipVideo(Host):
             f"compress: input_ids must hold {Q} placeholders (token {self.token}) for each frame of a row's video, or "
             f"{WRITTEN * Q} as the processor writes, got {counts} for {[len(c) for c in clips]} frames",
         )
-        text = inputs.get("qformer_input_ids")
+        text, mask = (inputs.get(name) for name in self.passed)
         fits = isinstance(text, Tensor) and text.dim() == 2 and len(text) == len(clips)
         require(fits, f"compress: inputs must hold qformer_input_ids [{len(clips)}, L] of the processor")
+        fits = mask is None or (isinstance(mask, Tensor) and mask.shape == text.shape)
+        require(fits, f"compress: qformer_attention_mask must be {list(text.shape)} as qformer_input_ids")
         blocks = prompt.blocks(self.token, counts)
         return [Place(i, *block, len(clip), Q) for i, (block, clip) in enumerate(zip(blocks, clips))]
 

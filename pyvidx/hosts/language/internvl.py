@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from pyvidx.hosts.language.frames import Framed, Frames
+from pyvidx.hosts.language.frames import Framed, Frames, taken
 from pyvidx.hosts.language.host import Slots
 from pyvidx.hosts.language.registry import register
 from pyvidx.ops._library import require
@@ -29,7 +29,7 @@ class InternVL(Frames):
         return int(height // p * ratio), int(width // q * ratio)
 
     def look(self, inputs, index: Sequence[int]) -> Tensor:
-        return self.own("get_image_features", inputs, pixel_values=inputs["pixel_values"][list(index)]).pooler_output
+        return self.own("get_image_features", inputs, pixel_values=taken(inputs["pixel_values"], index)).pooler_output
 
     def begins(self, ids: list[int]) -> int | None:
         return len(ids) if self.read(ids).endswith(f"Frame1: {self.processor.start_image_token}") else None

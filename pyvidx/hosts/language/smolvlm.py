@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from pyvidx.hosts.language.frames import Framed, Frames
+from pyvidx.hosts.language.frames import Framed, Frames, taken
 from pyvidx.hosts.language.host import Slots
 from pyvidx.hosts.language.registry import register
 from pyvidx.ops._library import require
@@ -36,7 +36,9 @@ class SmolVLM(Frames):
         return height // side, width // side
 
     def look(self, inputs, index: Sequence[int]) -> Tensor:
-        given = {name: inputs[name].flatten(0, 1)[list(index)][None] for name in self.pixels if name in inputs}
+        given = {
+            name: taken(inputs[name].flatten(0, 1), index)[None] for name in self.pixels if inputs.get(name) is not None
+        }
         return self.own("get_image_features", inputs, **given).pooler_output[0].unflatten(0, (len(index), -1))
 
     def seconds(self, inputs, place: Framed) -> Tensor:
