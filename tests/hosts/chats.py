@@ -58,19 +58,39 @@ def video_llava(**video):
     )
 
 
-def qwen3_vl(**video):
-    from transformers import Qwen2VLImageProcessor, Qwen3VLProcessor, Qwen3VLVideoProcessor
+def _qwen(processor: str, video_processor: str, **video):
+    import transformers
 
     patches = {"patch_size": 4, "merge_size": 2, "temporal_patch_size": 2}
     wide = {"shortest_edge": 64, "longest_edge": 2**24}  # frames stay as they are
-    return Qwen3VLProcessor(
-        Qwen2VLImageProcessor(**patches),
-        tokenizer("<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>"),
-        Qwen3VLVideoProcessor(**patches | {"size": wide, "cap_pixels_per_frame": False} | video),
-        chat_template=template(
-            *(f"<|vision_start|><|{kind}_pad|><|vision_end|>" for kind in ("video", "image")),
-        ),
+    words = ("<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>")
+    return getattr(transformers, processor)(
+        transformers.Qwen2VLImageProcessor(**patches),
+        tokenizer(*words),
+        getattr(transformers, video_processor)(**patches | {"size": wide, "cap_pixels_per_frame": False} | video),
+        chat_template=template(*(f"<|vision_start|><|{kind}_pad|><|vision_end|>" for kind in ("video", "image"))),
     )
 
 
-PROCESSORS = {made.__name__: made for made in (llava_onevision, video_llava, qwen3_vl)}
+def qwen2_5_vl(**video):
+    return _qwen("Qwen2_5_VLProcessor", "Qwen2VLVideoProcessor", **video)
+
+
+def qwen3_vl(**video):
+    return _qwen("Qwen3VLProcessor", "Qwen3VLVideoProcessor", **video)
+
+
+def video_llama_3(**video):
+    from transformers import VideoLlama3ImageProcessor, VideoLlama3Processor, VideoLlama3VideoProcessor
+
+    size = {"shortest_edge": 64, "longest_edge": 2**24}
+    patches = {"patch_size": 4, "merge_size": 2, "temporal_patch_size": 1, "size": size, "use_token_compression": False}
+    return VideoLlama3Processor(
+        VideoLlama3ImageProcessor(patch_size=4, merge_size=1, size=size),
+        tokenizer("<|image_pad|>", "<|video_pad|>"),
+        VideoLlama3VideoProcessor(**patches | video),
+        chat_template=template("<|video_pad|>", "<|image_pad|>"),
+    )
+
+
+PROCESSORS = {made.__name__: made for made in (llava_onevision, video_llava, qwen2_5_vl, qwen3_vl, video_llama_3)}
