@@ -151,6 +151,7 @@ def kept(
         require(fits, "compress: the encoder must give [steps, P, C] with {} steps of {}".format(*wanted), *levels)
         return levels
 
+    times = [when.to(host.model.device, non_blocking=True) for when in times]
     return how.of(places, times, encode, chunk)
 
 
