@@ -117,7 +117,7 @@ def times_of(host: Host, inputs: Mapping[str, Any], places: Sequence[Place], sec
     )
     found = []
     for given, place in zip(seconds, places):
-        when = torch.as_tensor(given, dtype=torch.float64).cpu()
+        when = _as_times(given, place.number)
         T, n = place.steps, place.frames_per_step
         fits = when.dim() == 1 and len(when) > 0 and (len(when) == T or -(-len(when) // n) == T)
         text = f"compress: seconds of video {place.number} must be one for each of its {T} steps"
@@ -128,6 +128,13 @@ def times_of(host: Host, inputs: Mapping[str, Any], places: Sequence[Place], sec
             when = torch.cat([when, when[-1:].expand(T * n - len(when))]).view(T, n).mean(1)
         found.append(when)
     return found
+
+
+def _as_times(given, number: int) -> Tensor:
+    try:
+        return torch.as_tensor(given, dtype=torch.float64).cpu()
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"compress: seconds of video {number} must be numbers: {error}") from None
 
 
 def kept(
@@ -147,6 +154,7 @@ def kept(
         require(fits, "compress: the encoder must give [steps, P, C] with {} steps of {}".format(*wanted), *levels)
         return levels
 
+    times = [when.to(host.model.device, non_blocking=True) for when in times]
     return how.of(places, times, encode, chunk)
 
 
@@ -157,15 +165,13 @@ def handed(
     edits = [Edit(place.row, place.start, place.stop, host.block(place, s)) for place, s in zip(places, slots)]
     new = edited(inputs, prompt, edits, _pad(host))
     new |= host.values(inputs, places, slots)
-    new["mm_encoder_outputs"] = host.encoded(inputs, places, slots)
+    new |= host.handed(inputs, new, places, slots)
     out = copy.copy(inputs)
     gone = (*GONE, *host.pixels, *host.pictures, *(name for name, x in new.items() if x is None))
     for name in gone:
         if name in out:
             del out[name]
     out.update({name: x for name, x in new.items() if x is not None})
-    if (positions := host.positions(inputs, out, places, slots)) is not None:
-        out["position_ids"] = positions
     return out
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -59,8 +60,13 @@ class Qwen2_5_VL(Qwen2VL):
                 apart[place.number] = (s.seconds[-1] - s.seconds[0]) / (len(s) - 1)
         return super().values(inputs, places, slots) | {"second_per_grid_ts": apart}
 
-    def positions(self, inputs, new, places: Sequence[Place], slots: Sequence[Slots]) -> Tensor:
-        given = {name: new[name] for name in _ALONG if new.get(name) is not None}
+    def handed(self, inputs, new, places: Sequence[Place], slots: Sequence[Slots]) -> dict[str, Any]:
+        return super().handed(inputs, new, places, slots) | {
+            "position_ids": self._positions(inputs, new, places, slots)
+        }
+
+    def _positions(self, inputs, new, places: Sequence[Place], slots: Sequence[Slots]) -> Tensor:
+        given = {name: x for name in _ALONG if (x := new.get(name, inputs.get(name))) is not None}
         found, _ = self.model.base_model.get_rope_index(**given)
         apart = self._apart(inputs).to(found.device)
         blocks = Prompt.of(new).blocks(self.token, [s.tokens for s in slots])
