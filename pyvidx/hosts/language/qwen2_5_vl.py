@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 from pyvidx.hosts.language.host import Place, Slots
-from pyvidx.hosts.language.patches import Patches
+from pyvidx.hosts.language.patches import Patches, PatchPlace
 from pyvidx.hosts.language.registry import register
 from pyvidx.hosts.language.tokens import Prompt
 from pyvidx.ops._library import require
 
-_ALONG = ("input_ids", "attention_mask", "mm_token_type_ids", "image_grid_thw", "video_grid_thw", "second_per_grid_ts")
+_ALONG = ("input_ids", "attention_mask", "mm_token_type_ids", "image_grid_thw", "video_grid_thw")
 
 
 @register("qwen2_vl")
@@ -24,13 +24,9 @@ class Qwen2VL(Patches):
     typed = True
 
     def videos(self, inputs, prompt: Prompt) -> list[Place]:
-        grids, found = self.grids(inputs, prompt), []
-        n = self.config.vision_config.spatial_merge_size
-        blocks = prompt.blocks(self.token, [T * (H // n) * (W // n) for T, H, W in grids])
-        for i, (block, (T, H, W)) in enumerate(zip(blocks, grids)):
-            grid = (H // n, W // n)
-            found.append(Place(i, *block, T, grid[0] * grid[1], grid, self.frames_per_step))
-        return found
+        looks = self.looks(inputs, prompt)
+        blocks = prompt.blocks(self.token, [look["steps"] * look["positions"] for look in looks])
+        return [PatchPlace(row=row, start=a, stop=b, **look) for look, (row, a, b) in zip(looks, blocks)]
 
 
 @register("qwen2_5_vl")
@@ -54,28 +50,25 @@ class Qwen2_5_VL(Qwen2VL):
         return torch.arange(place.steps, dtype=torch.float64) * self._apart(inputs)[place.number].double().cpu()
 
     def values(self, inputs, places: Sequence[Place], slots: Sequence[Slots]) -> dict[str, Tensor | None]:
-        apart = self._apart(inputs).clone()
-        for place, s in zip(places, slots):
-            if len(s) > 1:
-                apart[place.number] = (s.seconds[-1] - s.seconds[0]) / (len(s) - 1)
-        return super().values(inputs, places, slots) | {"second_per_grid_ts": apart}
+        apart = [
+            (s.seconds[-1] - s.seconds[0]) / (len(s) - 1) if len(s) > 1 else old
+            for s, old in zip(slots, self._apart(inputs))
+        ]
+        apart = [x.to(slots[0].seconds.device, torch.float32, non_blocking=x.is_cpu) for x in apart]
+        return super().values(inputs, places, slots) | {"second_per_grid_ts": torch.stack(apart)}
 
     def handed(self, inputs, new, places: Sequence[Place], slots: Sequence[Slots]) -> dict[str, Any]:
-        return super().handed(inputs, new, places, slots) | {
-            "position_ids": self._positions(inputs, new, places, slots)
-        }
-
-    def _positions(self, inputs, new, places: Sequence[Place], slots: Sequence[Slots]) -> Tensor:
         given = {name: x for name in _ALONG if (x := new.get(name, inputs.get(name))) is not None}
         found, _ = self.model.base_model.get_rope_index(**given)
-        apart = self._apart(inputs).to(found.device)
+        found = found.to(slots[0].seconds.device, non_blocking=found.is_cpu)
+        per_second, apart = self.config.vision_config.tokens_per_second, self._apart(inputs)
         blocks = Prompt.of(new).blocks(self.token, [s.tokens for s in slots])
         for place, s, (row, start, stop) in zip(places, slots, blocks):
-            step = (s.seconds - s.first.min()).to(found.device) / apart[place.number].double()
+            step = (s.seconds - s.first.min()) / apart[place.number].double()
             # In float32, as the model: then a slot of one step stands where that stood, to the last place.
-            when = step.float() * (self.config.vision_config.tokens_per_second * apart[place.number])
-            found[0, row, start:stop] = found[1, row, start] + when.long().repeat_interleave(place.positions)
-        return found
+            when = (step.float() * (per_second * apart[place.number])).long()
+            found[0, row, start:stop] = found[1, row, start] + when.repeat_interleave(place.positions)
+        return super().handed(inputs, new, places, slots) | {"position_ids": found}
 
     def _apart(self, inputs) -> Tensor:
         """Seconds between the steps of each video, float32 [videos]."""
