@@ -10,6 +10,7 @@ A value comes in and a value goes out; the model is not changed. Which models: p
 from __future__ import annotations
 
 import copy
+import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -61,7 +62,8 @@ def compress(
     Returns:
         A new value of the type of inputs, for model(**inputs) and model.generate(**inputs); tensors lie where they lay,
         features where the model is. It carries no gradient. generate with several beams or answers changes what it is
-        given: compress again for another call. position_ids are left out, as models make them from the rest.
+        given: compress again for another call. position_ids are there only where those that the model would make from
+        the rest are not the slots' (Qwen2-VL, Qwen2.5-VL); a program that goes on by forward goes on from them.
 
     Raises:
         ValueError: the model is none of those; pixels, grids, placeholders and times do not agree; an option does not
@@ -82,6 +84,7 @@ def compress(
     if not places:
         return copy.copy(inputs)
     times = times_of(host, inputs, places, seconds)
+    places = [dataclasses.replace(place, seconds=when) for place, when in zip(places, times)]
     how.check(host, places)
     with torch.no_grad():
         slots = kept(host, inputs, places, how, times, chunk)
@@ -175,6 +178,8 @@ def handed(
         if name in out:
             del out[name]
     out.update({name: x for name, x in new.items() if x is not None})
+    if (positions := host.positions(inputs, out, places, slots)) is not None:
+        out["position_ids"] = positions
     return out
 
 

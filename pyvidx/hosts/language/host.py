@@ -26,6 +26,7 @@ class Place:
     positions: int  # P, tokens of a step
     grid: tuple[int, int] | None = None  # (h, w), h * w = P, where they are a picture
     frames_per_step: int = 1
+    seconds: Tensor | None = None  # float64 [T] on the CPU, of the steps, once they are known
 
 
 @dataclass(frozen=True)
@@ -148,6 +149,12 @@ class Host:
     ) -> dict[str, Tensor | None]:
         """Other inputs that change with the videos (grids, times), by name; None: it goes."""
         return {}
+
+    def positions(
+        self, inputs: Mapping[str, Any], new: Mapping[str, Any], places: Sequence[Place], slots: Sequence[Slots]
+    ) -> Tensor | None:
+        """position_ids of the new inputs, where those that the model makes of them would not be the slots'."""
+        return None
 
     # For hosts.
 
