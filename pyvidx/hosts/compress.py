@@ -178,8 +178,6 @@ def handed(
         if name in out:
             del out[name]
     out.update({name: x for name, x in new.items() if x is not None})
-    if (positions := host.positions(inputs, out, places, slots)) is not None:
-        out["position_ids"] = positions
     return out
 
 

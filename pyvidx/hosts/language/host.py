@@ -150,12 +150,6 @@ class Host:
         """Other inputs that change with the videos (grids, times), by name; None: it goes."""
         return {}
 
-    def positions(
-        self, inputs: Mapping[str, Any], new: Mapping[str, Any], places: Sequence[Place], slots: Sequence[Slots]
-    ) -> Tensor | None:
-        """position_ids of the new inputs, where those that the model makes of them would not be the slots'."""
-        return None
-
     # For hosts.
 
     @property

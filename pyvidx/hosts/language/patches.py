@@ -48,6 +48,10 @@ class Patches(Host):
         """How many patches, along each side, are one token of a video."""
         return self.config.vision_config.spatial_merge_size
 
+    @property
+    def frames_per_step(self) -> int:
+        return getattr(self.config.vision_config, "temporal_patch_size", 1)
+
     def encode(self, inputs: Mapping[str, Any], place: Place, start: int, stop: int) -> list[Tensor]:
         grids = inputs["video_grid_thw"].tolist()
         _, H, W = grids[place.number]

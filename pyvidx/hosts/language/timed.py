@@ -76,18 +76,16 @@ class Timed(Patches):
             start, link, texts = self._texts(rows[row], units)
             place = dict(texts=texts, link=link, grid=(h, w), frames_per_step=self.frames_per_step)
             found.append(TimedPlace(i, row, start, units[-1][1], len(mine), h * w, **place))
+        if found and self.processor is not None:
+            self._check_processor(found[0])
         return found
-
-    @property
-    def frames_per_step(self) -> int:
-        return getattr(self.config.vision_config, "temporal_patch_size", 1)
 
     def seconds(self, inputs: Mapping[str, Any], place: TimedPlace) -> Tensor:
         """Of `video_metadata`; else what the prompt says, which a processor can read; else numbers of steps."""
-        if inputs.get("video_metadata") is not None or self.processor is None or not all(place.texts):
+        if inputs.get("video_metadata") is not None or self.processor is None:
             return super().seconds(inputs, place)
-        texts = [self.processor.tokenizer.decode(x) for x in place.texts]
-        matches = [self.said.fullmatch(x.strip()) for x in texts]
+        texts = [self.processor.tokenizer.decode([*place.link, *x]) for x in place.texts]
+        matches = [self.said.search(x) for x in texts]
         text = f"compress: the prompt must say when each step of video {place.number} is, or seconds be given"
         require(all(matches), f"{text}; it says {texts}")
         return torch.tensor([float(x[1]) for x in matches], dtype=torch.float64)
@@ -96,15 +94,23 @@ class Timed(Patches):
         counts, seconds = self.told(place, slots)
         seconds = seconds.cpu()
         if self.processor is not None:
-            text = self.written(place, counts, seconds.tolist())
-            ids = list(self.processor.tokenizer(text, add_special_tokens=False)["input_ids"])
-            text = "compress: the processor must write {} placeholders for {} slots; it is of another model"
-            require(ids.count(self.token) == sum(counts), text.format(sum(counts), len(counts)))
-            return ids
+            return self._ids(self.written(place, counts, seconds.tolist()))
         ids, (before, behind) = [], self.around()
         for i, (count, near) in enumerate(zip(counts, (place.seconds - seconds[:, None]).abs().argmin(1).tolist())):
             ids += [*(place.link if i else ()), *place.texts[near], *before, *[self.token] * count, *behind]
         return ids
+
+    def _ids(self, text: str) -> list[int]:
+        return list(self.processor.tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    def _check_processor(self, place: TimedPlace) -> None:
+        try:
+            text = self.written(place, [place.positions], [0.0])
+            fits = self._ids(text).count(self.token) == place.positions and self.said.search(text)
+        except (AttributeError, KeyError, TypeError, ValueError):
+            fits = False
+        made, kind = type(self.processor).__name__, self.config.model_type
+        require(fits, f"compress: processor must be that of the {kind} model, with its placeholders, got {made}")
 
     def _texts(self, row: list[int], units: list[tuple[int, int]]) -> tuple[int, list[int], list[list[int]]]:
         """Where the text of the first step begins, what stands between a step and the next one's text, and the texts
