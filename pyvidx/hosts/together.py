@@ -12,8 +12,6 @@ from torch import Tensor
 from pyvidx.hosts.language.tokens import ALONG, padded
 from pyvidx.ops._library import require
 
-CLIPS = "pixel_values_videos"
-
 
 def together(several: Sequence[Mapping[str, Any]], pad: int = 0, side: str = "left") -> Mapping[str, Any]:
     """One batch for `compress`.
@@ -27,9 +25,8 @@ def together(several: Sequence[Mapping[str, Any]], pad: int = 0, side: str = "le
         side: "left", as generate needs it, or "right".
 
     Returns:
-        A value of the type of the first: rows and videos in order. Pixels of videos of unequal lengths are a list,
-        which compress takes, and the model itself does not. Of images of unequal numbers of crops, zeros fill up the
-        rest, as processors do it.
+        A value of the type of the first: rows and videos in order. Pixels of videos of unequal lengths, and of images
+        of unequal numbers of crops, are lists, which compress takes, and the model itself does not.
 
     Raises:
         ValueError: there are none, or an input does not join.
@@ -56,12 +53,8 @@ def together(several: Sequence[Mapping[str, Any]], pad: int = 0, side: str = "le
 
 
 def _joined(name: str, found: list[Tensor]) -> Tensor | list[Tensor]:
-    shapes = {x.shape[1:] for x in found}
-    if len(shapes) == 1:
+    if len({x.shape[1:] for x in found}) == 1:
         return torch.cat(found)
-    if name == CLIPS:
-        return [clip for x in found for clip in x]
-    alike = len({(x.dim(), x.shape[2:]) for x in found}) == 1
+    alike = len({x.shape[2:] for x in found}) == 1 and found[0].dim() > 2
     require(alike, f"together: {name} must have one shape but for its first two sizes", *found)
-    most = max(x.shape[1] for x in found)
-    return torch.cat([torch.cat([x, x.new_zeros(len(x), most - x.shape[1], *x.shape[2:])], 1) for x in found])
+    return [one for x in found for one in x]
