@@ -78,9 +78,7 @@ def test_tokens_of_the_public_code(published):
     """hidden_states[-2] of the public tower through transformers' projector, 8 frames and 100."""
     folder, file, rows, model, _, report = published
     projector = load_projector(folder / "sft_mm_projector.bin")
-    tower, _ = load_official(
-        folder / "clip-vit-large-patch14", folder / "sft_btadapter_weight.bin", part="tokens"
-    )
+    tower, _ = load_official(folder / "clip-vit-large-patch14", folder / "sft_btadapter_weight.bin", part="tokens")
     for frames in ("8", "100"):
         pixels, want = file.tensors[f"pixels_{frames}"], file.tensors[f"tokens_{frames}"]
         out = model.model.vision_tower(pixels, output_hidden_states=-2)
@@ -101,7 +99,7 @@ def test_every_state(published):
     encoder, _ = load_official(file.part("weights."), part="tokens", heads=4)
     model = llava.BTAdapterVisionModel(llava.BTAdapterVisionConfig.of(encoder))
     model.encoder.load_state_dict(encoder.state_dict())
-    pixels = file.tensors["in.T4.pixels"]
+    pixels = file.tensors["in.T4.pixels"][None]
     states = model(pixels, output_hidden_states=True).hidden_states
     layers = model.config.num_hidden_layers
     assert len(states) == layers + 1 and states[-1] is None
@@ -114,8 +112,9 @@ def test_every_state(published):
     alone = model(pixels[:1, :2], output_hidden_states=True).hidden_states
     for got, a, b in zip(ragged[:-1], states, alone):
         torch.testing.assert_close(got, torch.cat([a[: len(a) // len(pixels)], b]))
-    three = torch.randn(2, 3, 3, 28, 28)  # the public code takes the frames of such a clip for channels
-    assert model(three[:, :, :, :28, :28]).last_hidden_state.shape == (2, 17, 64)
+    three = torch.randn(2, 3, 3, 16, 16)  # the public code takes the frames of such a clip for channels
+    got, states = model(three).last_hidden_state, model(three, output_hidden_states=True).hidden_states
+    torch.testing.assert_close(got, states[-2], rtol=0, atol=1e-5)
 
 
 def test_folder(published):
@@ -125,7 +124,7 @@ def test_folder(published):
     chat = llava.open(folder / "chat")
     pixels = file.tensors["pixels_8"]
     want = model.get_image_features(pixels, return_dict=True).pooler_output[0]
-    assert torch.equal(chat.model.get_image_features(pixels, return_dict=True).pooler_output[0], want)
+    close(chat.model.get_image_features(pixels, return_dict=True).pooler_output[0], want)
     for name, value in model.state_dict().items():
         assert torch.equal(chat.model.state_dict()[name], value), name
     assert isinstance(AutoVideoProcessor.from_pretrained(folder / "chat"), llava.BTAdapterVideoProcessor)
@@ -137,9 +136,12 @@ def test_folder(published):
     assert {p.dtype for p in half.parameters()} == {torch.bfloat16}
     assert half.get_image_features(pixels, return_dict=True).pooler_output[0].dtype == torch.bfloat16
     if find_spec("accelerate"):
-        mapped = Llava.from_pretrained(folder / "chat", device_map={"": "cpu"})
-        assert torch.equal(mapped.get_image_features(pixels, return_dict=True).pooler_output[0], want)
-        assert {str(device) for device in mapped.hf_device_map.values()} == {"cpu"}
+        places = {"model.vision_tower": "disk", "model.multi_modal_projector": "cpu", "model.language_model": "cpu"}
+        places |= {"lm_head": "cpu"}
+        mapped = Llava.from_pretrained(folder / "chat", device_map=places, offload_folder=folder / "offload")
+        assert mapped.hf_device_map == places
+        with torch.no_grad():
+            close(mapped.get_image_features(pixels, return_dict=True).pooler_output[0], want)
 
 
 def messages(question):
@@ -228,7 +230,7 @@ def test_paths(published, tmp_path):
     path = str(tmp_path / "clip.mp4")
     video.write(path, frames, fps=7)
     found = processor.video_processor(path, return_metadata=True)
-    whole = video.read(path, 7).frames.permute(0, 3, 1, 2)
+    whole = video.read(path, 7, "arange").frames.permute(0, 3, 1, 2)
     want = processor.video_processor(whole)["pixel_values"]
     assert torch.equal(found["pixel_values"], want) and found["video_metadata"][0].total_num_frames == 7
     assert processor.video_processor(path, do_sample_frames=False)["pixel_values"].shape[1] == 7
@@ -254,7 +256,9 @@ def test_nothing_stays_random(published, tmp_path):
     state = {k: v for k, v in model.state_dict().items() if "spatial.0.fc1" not in k}
     with pytest.raises(ValueError, match="it lacks encoder.temporal.branch.spatial.0.fc1.bias"):
         Llava.from_pretrained(None, config=model.config, state_dict=state)
-    clip = transformers.CLIPVisionModel(transformers.CLIPVisionConfig(hidden_size=32, intermediate_size=64))
+    clip = transformers.CLIPVisionModel(
+        transformers.CLIPVisionConfig(hidden_size=32, intermediate_size=64, num_attention_heads=2)
+    )
     clip.save_pretrained(tmp_path / "clip")
     with pytest.raises(ValueError, match="it lacks .*pyvidx.hosts.llava.load"):
         llava.BTAdapterVisionModel.from_pretrained(tmp_path / "clip", config=model.config.vision_config)
@@ -270,13 +274,14 @@ def test_pretraining_file_and_layout_of_transformers(tmp_path):
     branch = pretraining_file(tmp_path / "pretrain_btadapter_weight.pth", file.part("weights."))
     vision = dict(hidden_size=64, intermediate_size=128, num_hidden_layers=4, num_attention_heads=4)
     config = transformers.LlavaConfig(
-        transformers.CLIPVisionConfig(**vision, image_size=28, patch_size=7), transformers.LlamaConfig(**SIZES)
+        vision_config=transformers.CLIPVisionConfig(**vision, image_size=16, patch_size=4),
+        text_config=transformers.LlamaConfig(**SIZES),
     )
     theirs = Llava(config)
     theirs.save_pretrained(tmp_path / "hf")
     tokenizer().save_pretrained(tmp_path / "hf")
     model, _, report = llava.load(tmp_path / "hf", branch, heads=4)
-    pixels = file.tensors["in.T8.pixels"]
+    pixels = file.tensors["in.T8.pixels"][None]
     want = theirs.model.multi_modal_projector(file.tensors["out.T8.llm_tokens"])[0]
     close(model.get_image_features(pixels, return_dict=True).pooler_output[0], want)
     assert not report.unexpected and model.config.projector_hidden_act == "gelu"
@@ -299,7 +304,7 @@ def test_compile_and_export(published):
     pixels = file.tensors["pixels_8"]
     with torch.no_grad():
         want = tower(pixels).last_hidden_state
-        compiled = torch.compile(lambda x: tower(x).last_hidden_state, fullgraph=True, backend="aot_eager")
+        compiled = torch.compile(lambda x: tower(x).last_hidden_state, fullgraph=True, backend="eager")
         torch.testing.assert_close(compiled(pixels), want, rtol=0, atol=1e-5)
 
         class Tokens(torch.nn.Module):

@@ -8,7 +8,7 @@ from transformers.video_utils import VideoMetadata
 
 from pyvidx import video
 from pyvidx.hosts.templates import VIDEO
-from pyvidx.preprocess import CLIP_MEAN, CLIP_STD
+from pyvidx.preprocess import CLIP_MEAN, CLIP_STD, Preset, preprocess
 
 PATCH, START, END = "<vid_patch>", "<vid_start>", "<vid_end>"
 
@@ -42,11 +42,21 @@ class BTAdapterVideoProcessor(BaseVideoProcessor):
             return [frames for frames, _ in found], [metadata for _, metadata in found]
         return _read(video_url_or_urls, sample_indices_fn)
 
-    def _preprocess(self, videos, return_tensors=None, **kwargs) -> BatchFeature:
-        """pixel_values [B, T, 3, h, w], or a list of [T, 3, h, w] where the T differ."""
-        clips = super()._preprocess(videos, **kwargs)["pixel_values_videos"]
+    def _preprocess(self, videos, size, image_mean, image_std, **kwargs) -> BatchFeature:
+        """pixel_values [B, T, 3, h, w], or a list of [T, 3, h, w] where the T differ.
+
+        By pyvidx.preprocess: transformers' nearest takes other pixels than the public code's.
+        """
+        if off := [name for name in ("do_resize", "do_rescale", "do_normalize") if not kwargs[name]]:
+            raise ValueError(
+                f"BTAdapterVideoProcessor: frames are resized and normalized in any case, got {off[0]}=False"
+            )
+        if kwargs["resample"] != self.resample or kwargs["do_center_crop"] or size.height != size.width:
+            raise ValueError("BTAdapterVideoProcessor: frames are squashed to a square by nearest, and not cropped")
+        preset = Preset(size.height, "squash", None, "nearest", mean=tuple(image_mean), std=tuple(image_std))
+        clips = [preprocess(frames.permute(0, 2, 3, 1), preset) for frames in videos]
         same = len({tuple(clip.shape) for clip in clips}) == 1
-        return BatchFeature({"pixel_values": torch.stack(list(clips)) if same else list(clips)})
+        return BatchFeature({"pixel_values": torch.stack(clips) if same else clips})
 
 
 def even_midpoints(num_frames: int, wanted: int) -> Tensor:

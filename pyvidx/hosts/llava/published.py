@@ -38,7 +38,10 @@ NAMES = (
     (re.compile(r"(?:model\.)?multi_modal_projector\.(linear_[12]\.(?:weight|bias))"), PROJECTOR + r".\1"),
     (re.compile(r"(?:model\.)?mm_projector\.(?:0\.)?(weight|bias)"), PROJECTOR + r".linear_1.\1"),
     (re.compile(r"(?:model\.)?mm_projector\.2\.(weight|bias)"), PROJECTOR + r".linear_2.\1"),
-    (re.compile(r"(?:model\.)?language_model\.(?:model\.)?((?:layers|norm|embed_tokens)\..+)"), r"model.language_model.\1"),
+    (
+        re.compile(r"(?:model\.)?language_model\.(?:model\.)?((?:layers|norm|embed_tokens)\..+)"),
+        r"model.language_model.\1",
+    ),
     (re.compile(r"model\.((?:layers|norm|embed_tokens)\..+)"), r"model.language_model.\1"),
     (re.compile(r"(?:language_model\.)?(lm_head\.weight)"), r"\1"),
 )
@@ -224,7 +227,9 @@ def _add_tokens(state: dict[str, Tensor], tokenizer, rows: Tensor | None, report
         table[tokenizer.convert_tokens_to_ids(added)] = mean
         state[name] = table
         if added:
-            report.assumed[name] = f"for {', '.join(added)} the mean of the others, as at the start of the public tuning"
+            report.assumed[name] = (
+                f"for {', '.join(added)} the mean of the others, as at the start of the public tuning"
+            )
     if rows is None:
         return
     if rows.shape == (2, state[EMBED].shape[1]):

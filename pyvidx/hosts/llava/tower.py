@@ -127,7 +127,10 @@ class BTAdapterVisionModel(PreTrainedModel):
         """pyvidx's modules start by themselves. What is asked for here while a file is read is not in that file."""
         if not self._from_file:
             return
-        missing = {n: p for n, p in self.named_parameters() if not getattr(p, "_is_hf_initialized", False)}
+        # What is on the meta device still is offloaded to a disk, not missing.
+        missing = {
+            n: p for n, p in self.named_parameters() if not (getattr(p, "_is_hf_initialized", False) or p.is_meta)
+        }
         if (gate := missing.pop(GATE, None)) is not None and not missing:
             torch.nn.init.zeros_(gate)
         if missing:
