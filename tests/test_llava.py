@@ -121,7 +121,7 @@ def test_folder(published):
     """save_pretrained, then from_pretrained by the Auto classes' names; dtype and device_map are kept."""
     folder, file, _, model, processor, _ = published
     llava.register(), llava.register()
-    chat = llava.open(folder / "chat")
+    chat = llava.open(folder / "chat", device="cpu")
     pixels = file.tensors["pixels_8"]
     want = model.get_image_features(pixels, return_dict=True).pooler_output[0]
     close(chat.model.get_image_features(pixels, return_dict=True).pooler_output[0], want)
@@ -340,7 +340,7 @@ def test_compile_and_export(published):
         torch.testing.assert_close(exported.module()(pixels), want, rtol=0, atol=1e-5)
 
 
-def test_errors(published):
+def test_errors(published, tmp_path):
     model, processor = published[3], published[4]
     for shape in ((8, 3, 28, 28), (1, 8, 4, 28, 28), (1, 8, 28, 28, 3)):
         with pytest.raises(ValueError, match=r"must be clips \[B, T, 3, h, w\]"):
@@ -358,5 +358,8 @@ def test_errors(published):
         chat.inputs(torch.zeros(0, 28, 28, 3, dtype=torch.uint8), "?")
     with pytest.raises(ValueError, match="<video>"):
         chat.inputs(torch.zeros(2, 28, 28, 3, dtype=torch.uint8), "what is <video>?")
+    published[3].config.text_config.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="must hold a LLaVA with BT-Adapter in its tower, got a llama"):
+        llava.open(tmp_path)
     with pytest.raises(ValueError, match="<vid_patch>"):
         llava.BTAdapterLlavaProcessor(processor.video_processor, tokenizer())
