@@ -130,8 +130,12 @@ def test_folder(published):
     assert isinstance(AutoVideoProcessor.from_pretrained(folder / "chat"), llava.BTAdapterVideoProcessor)
     assert AutoProcessor.from_pretrained(folder / "chat").chat_template == processor.chat_template
     config = AutoConfig.from_pretrained(folder / "chat").vision_config
-    assert isinstance(AutoModel.from_config(config), llava.BTAdapterVisionModel)
     assert config.to_dict() == model.config.vision_config.to_dict()
+    assert isinstance(AutoModel.from_config(config), llava.BTAdapterVisionModel)
+    model.model.vision_tower.save_pretrained(folder / "tower")
+    alone = AutoModel.from_pretrained(folder / "tower")
+    assert isinstance(alone, llava.BTAdapterVisionModel) and all(p.requires_grad for p in alone.parameters())
+    close(alone(pixels).last_hidden_state, model.model.vision_tower(pixels).last_hidden_state)
     half = Llava.from_pretrained(folder / "chat", dtype=torch.bfloat16)
     assert {p.dtype for p in half.parameters()} == {torch.bfloat16}
     assert half.get_image_features(pixels, return_dict=True).pooler_output[0].dtype == torch.bfloat16
@@ -213,6 +217,13 @@ def test_answers(published):
         for i, video in enumerate(videos):
             alone = processor(text=text, videos=[video], return_tensors="pt")
             torch.testing.assert_close(logits[i], model(**alone).logits[0], rtol=1e-4, atol=1e-4)
+    unequal = [text, text.replace("running ?", "what is the person doing ?")]
+    padded = processor(text=unequal, videos=videos[:2], return_tensors="pt", padding=True)
+    assert padded["attention_mask"].sum(1).diff().item() == 4 and not padded["attention_mask"][0, 0]
+    both = model.generate(**padded, **greedy)[:, -4:]
+    assert torch.equal(
+        both[0], model.generate(**processor(text=text, videos=videos[:1], return_tensors="pt"), **greedy)[0, -4:]
+    )
     together = model.generate(**inputs, **greedy)
     beams = model.generate(**inputs, **greedy, num_beams=2)
     assert len(together) == len(beams) == 3
@@ -234,6 +245,9 @@ def test_paths(published, tmp_path):
     want = processor.video_processor(whole)["pixel_values"]
     assert torch.equal(found["pixel_values"], want) and found["video_metadata"][0].total_num_frames == 7
     assert processor.video_processor(path, do_sample_frames=False)["pixel_values"].shape[1] == 7
+    told = [{"role": "user", "content": [{"type": "video", "path": path}, {"type": "text", "text": "what is ?"}]}]
+    options = {"add_generation_prompt": True, "tokenize": True, "return_dict": True, "return_tensors": "pt"}
+    assert torch.equal(processor.apply_chat_template(told, **options)["pixel_values"], want)
 
 
 def test_nothing_stays_random(published, tmp_path):

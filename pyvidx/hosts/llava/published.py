@@ -115,6 +115,8 @@ def load(
     with naming([llava] if projector is None else [llava, projector]):
         state, tower_state, report = _renamed(state_of(llava))
         tokenizer = AutoTokenizer.from_pretrained(llava, **LOCAL)
+        tokenizer.padding_side = "left"  # answers of a batch begin together
+        tokenizer.pad_token = tokenizer.pad_token or tokenizer.unk_token or tokenizer.eos_token
         text_config, told = _configs(Path(llava))
         rows = None if projector is None else _projector(state, projector, report)
         _need(state, (EMBED, f"{PROJECTOR}.linear_1.weight"))

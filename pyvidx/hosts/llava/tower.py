@@ -120,6 +120,7 @@ class BTAdapterVisionModel(PreTrainedModel):
     def __init__(self, config: BTAdapterVisionConfig):
         super().__init__(config)
         self.encoder = BTAdapter(config.encoder_config(), compat=config.compat, variant="llava")
+        self.encoder.tower.requires_grad_(True)  # nothing is frozen in a model of transformers until its user does it
         self._from_file = self.encoder.tower.position.is_meta  # from_pretrained builds without memory and then fills
         self.post_init()
 
