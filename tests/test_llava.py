@@ -207,11 +207,16 @@ def test_answers(published):
         inputs = chat.inputs(frames, "what is a person ?")
         assert inputs["pixel_values"].shape == (1, {1: 2, 2: 2, 7: 6, 131: 100}[T], 3, 28, 28)
         assert isinstance(chat.answer(frames, "what is a person ?", **greedy), str)
-        assert len(chat.sampled(T)) == inputs["pixel_values"].shape[1]
+        taken = chat.inputs(frames[chat.sampled(T)], "what is a person ?", sample=False)
+        assert torch.equal(taken["pixel_values"], inputs["pixel_values"])
     videos = [torch.randint(256, (T, 3, 30, 40), dtype=torch.uint8) for T in (4, 9, 4)]
     text = processor.apply_chat_template(messages("running ?"), add_generation_prompt=True, tokenize=False)
     inputs = processor(text=[text] * 3, videos=videos, return_tensors="pt")
     assert [len(clip) for clip in inputs["pixel_values"]] == [4, 8, 4]
+    moved = processor(text=[text] * 3, videos=videos, return_tensors="pt").to("cpu", torch.bfloat16)
+    assert {clip.dtype for clip in moved["pixel_values"]} == {torch.bfloat16} and not moved[
+        "input_ids"
+    ].is_floating_point()
     with torch.no_grad():
         logits = model(**inputs).logits
         for i, video in enumerate(videos):

@@ -157,6 +157,9 @@ def test_places_and_texts(chats):
     assert inputs["inputs_embeds"].shape == (1, first + 8 + rest, 24) and inputs["attention_mask"].all()
     taken = frames[chat.sampled(70)]
     assert len(taken) == 64
+    assert torch.equal(
+        chat.inputs(taken, "why ?", sample=False)["inputs_embeds"], chat.inputs(frames, "why ?")["inputs_embeds"]
+    )
     from pyvidx.preprocess import preprocess
 
     with torch.no_grad():

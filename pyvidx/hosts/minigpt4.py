@@ -72,13 +72,16 @@ class Chat:
         return video.sampling.sample("midpoint", num_frames, self.num_frames)
 
     @torch.no_grad()
-    def inputs(self, frames: Frames, question: str, history: Sequence[tuple[str, str]] = ()) -> dict[str, Tensor]:
+    def inputs(
+        self, frames: Frames, question: str, history: Sequence[tuple[str, str]] = (), *, sample: bool = True
+    ) -> dict[str, Tensor]:
         """What generate of the language model takes: inputs_embeds [1, n, width] and attention_mask.
 
         Args:
             frames: uint8 [T, H, W, 3], any T; what is taken of them is `sampled`.
             question: the newest one about the video.
             history: (question, answer) of those before.
+            sample: False: take all frames, as where they were chosen by `sampled` already, which twice is not as once.
 
         Raises:
             ValueError: the frames or the question do not fit.
@@ -87,7 +90,8 @@ class Chat:
         if frames.dim() != 4 or not len(frames):
             raise ValueError(f"MiniGPT-4: frames must be uint8 [T, H, W, 3], T > 0, got {tuple(frames.shape)}")
         embed, weight = self.causal_lm.get_input_embeddings(), self.model.projection.weight
-        pixels = preprocess(frames[self.sampled(len(frames))].to(weight.device), self.preset)
+        frames = frames[self.sampled(len(frames))] if sample else frames
+        pixels = preprocess(frames.to(weight.device), self.preset)
         tokens = self.model(pixels[None].to(weight.dtype))
         parts = []
         for i, text in enumerate(self.template.prompt(question, history).split(VIDEO)):
@@ -98,16 +102,23 @@ class Chat:
 
     @torch.no_grad()
     def answer(
-        self, frames: Frames, question: str, seconds: Tensor | None = None, history: Sequence = (), **options
+        self,
+        frames: Frames,
+        question: str,
+        seconds: Tensor | None = None,
+        history: Sequence[tuple[str, str]] = (),
+        *,
+        sample: bool = True,
+        **options,
     ) -> str:
         """The answer in words.
 
         Args:
-            frames, question, history: see `inputs`.
+            frames, question, history, sample: see `inputs`.
             seconds: [T] of the frames; the model sees their order alone.
             options: of generate, over those of MiniGPT-4's chat: sampled, top_p 0.9, up to 300 tokens.
         """
-        inputs = self.inputs(frames, question, history)
+        inputs = self.inputs(frames, question, history, sample=sample)
         eos = self.tokenizer.eos_token_id
         options = {"eos_token_id": eos, "pad_token_id": eos} | GENERATION | options
         (ids,) = self.causal_lm.generate(**inputs, stopping_criteria=[self._stopped], **options)

@@ -25,13 +25,16 @@ class Chat:
     def __init__(self, model: LlavaForConditionalGeneration, processor: BTAdapterLlavaProcessor):
         self.model, self.processor = model.eval(), processor
 
-    def inputs(self, frames: Frames, question: str, history: Sequence[tuple[str, str]] = ()) -> dict:
+    def inputs(
+        self, frames: Frames, question: str, history: Sequence[tuple[str, str]] = (), *, sample: bool = True
+    ) -> dict:
         """What the model takes, on its device: input_ids, attention_mask, pixel_values.
 
         Args:
             frames: uint8 [T, H, W, 3], any T; what is taken of them is `sampled`.
             question: the newest one about the video.
             history: (question, answer) of those before.
+            sample: False: take all frames, as where they were chosen by `sampled` already, which twice is not as once.
 
         Raises:
             ValueError: the frames or the question do not fit.
@@ -43,22 +46,31 @@ class Chat:
         messages = [{"role": role, "content": [{"type": "text", "text": text}]} for role, text in turns]
         messages[0]["content"].append({"type": "video"})
         text = self.processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-        found = self.processor(text=text, videos=[frames.permute(0, 3, 1, 2)], return_tensors="pt")
+        found = self.processor(
+            text=text, videos=[frames.permute(0, 3, 1, 2)], do_sample_frames=sample, return_tensors="pt"
+        )
         return found.to(self.model.device, self.model.dtype)
 
     @torch.no_grad()
     def answer(
-        self, frames: Frames, question: str, seconds: Tensor | None = None, history: Sequence = (), **options
+        self,
+        frames: Frames,
+        question: str,
+        seconds: Tensor | None = None,
+        history: Sequence[tuple[str, str]] = (),
+        *,
+        sample: bool = True,
+        **options,
     ) -> str:
         """The answer in words.
 
         Args:
-            frames, question, history: see `inputs`.
+            frames, question, history, sample: see `inputs`.
             seconds: [T] of the frames; the model sees their order alone.
             options: of generate, over the model's own, which are those of the public evaluation: sampled, temperature
                 0.2, up to 1024 tokens.
         """
-        inputs = self.inputs(frames, question, history)
+        inputs = self.inputs(frames, question, history, sample=sample)
         ids = self.model.generate(**inputs, **options)[0, inputs["input_ids"].shape[1] :]
         return self.processor.tokenizer.decode(ids, skip_special_tokens=True).strip()
 
