@@ -123,7 +123,7 @@ class BlipSession:
         (answer,) = language.generate(model.project(tokens), [question], **options)
         return answer
 
-    def fork(self) -> BlipSession:
+    def fork(self) -> "BlipSession":
         """A copy that goes its own way."""
         twin = object.__new__(BlipSession)
         twin.__dict__ |= self.__dict__ | {"tokens": list(self.tokens)}
