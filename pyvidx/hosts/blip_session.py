@@ -65,8 +65,15 @@ class BlipSession:
         Raises:
             ValueError: they are no frames, or their times are not as many.
         """
+        pixels = self.prepare(frames)
+        for part, at in zip(pixels.split(chunk), self._times(seconds, len(pixels)).split(chunk)):
+            if len(part):
+                self.take(self.encode(part), at)
+
+    def prepare(self, frames) -> Tensor:
+        """Normalized pixels [T, 3, h, w] of frames."""
         pixels = preprocess(frames, self.host.preset)
-        self.take(torch.cat([self.encode(part) for part in pixels.split(chunk)]), seconds)
+        return pixels[None] if pixels.dim() == 3 else pixels
 
     @torch.no_grad()
     def encode(self, pixels: Tensor) -> Tensor:
@@ -78,10 +85,7 @@ class BlipSession:
     def take(self, features: Tensor, seconds: Tensor | Sequence[float] | None = None) -> None:
         """`push` of what `encode` gave, [T, P, C]."""
         T, model = len(features), self.host.model
-        seconds = range(self.frames, self.frames + T) if seconds is None else seconds
-        times = torch.as_tensor(seconds, dtype=torch.float64)
-        if times.shape != (T,):
-            raise ValueError(f"InstructBLIP: seconds must be one per frame, {T}, got {tuple(times.shape)}")
+        times = self._times(seconds, T)
         if not self.capacity:
             self.tokens.append(model.encode(features[None], self.prompt, length=0))
         else:
@@ -122,6 +126,14 @@ class BlipSession:
             tokens = tokens[:, self.questions.index(question)]
         (answer,) = language.generate(model.project(tokens), [question], **options)
         return answer
+
+    def _times(self, seconds, T: int) -> Tensor:
+        """float64 [T]"""
+        seconds = range(self.frames, self.frames + T) if seconds is None else seconds
+        times = torch.as_tensor(seconds, dtype=torch.float64)
+        if times.shape != (T,):
+            raise ValueError(f"InstructBLIP: seconds must be one per frame, {T}, got {tuple(times.shape)}")
+        return times
 
     def fork(self) -> "BlipSession":
         """A copy that goes its own way."""
