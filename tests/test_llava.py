@@ -121,7 +121,7 @@ def test_folder(published):
     """save_pretrained, then from_pretrained by the Auto classes' names; dtype and device_map are kept."""
     folder, file, _, model, processor, _ = published
     llava.register(), llava.register()
-    chat = llava.open(folder / "chat")
+    chat = llava.open(folder / "chat", device="cpu")
     pixels = file.tensors["pixels_8"]
     want = model.get_image_features(pixels, return_dict=True).pooler_output[0]
     close(chat.model.get_image_features(pixels, return_dict=True).pooler_output[0], want)
@@ -299,6 +299,27 @@ def test_pretraining_file_and_layout_of_transformers(tmp_path):
     assert all(torch.equal(again.state_dict()[k], v) for k, v in model.state_dict().items())
 
 
+def test_branch_beside_llavas_own_tower(tmp_path):
+    """A tuned branch on the CLIP that a LLaVA of transformers brings, with what its config says about it."""
+    file = vectors("bt_adapter/llava_sft")
+    vision = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=6, num_attention_heads=2)
+    theirs = Llava(
+        transformers.LlavaConfig(
+            vision_config=transformers.CLIPVisionConfig(**vision, image_size=28, patch_size=7),
+            text_config=transformers.LlamaConfig(**SIZES),
+        )
+    )
+    clip = {k.removeprefix("vision_model."): v for k, v in file.part("clip.").items() if k.startswith("vision_model.")}
+    theirs.model.vision_tower.load_state_dict(clip)
+    theirs.bfloat16().save_pretrained(tmp_path)
+    tokenizer().save_pretrained(tmp_path)
+    model, _, report = llava.load(tmp_path, file.part("sft."), dtype=torch.float32)
+    got = model.model.vision_tower(file.tensors["pixels_8"]).last_hidden_state
+    want, _ = load_official({k: v.bfloat16() for k, v in clip.items()}, file.part("sft."), part="tokens", heads=2)
+    close(got, want(file.tensors["pixels_8"]).tokens)
+    assert not report.unexpected and llava.load(tmp_path, file.part("sft."))[0].dtype == torch.bfloat16
+
+
 def test_compile_and_export(published):
     file, tower = published[1], published[3].model.vision_tower
     pixels = file.tensors["pixels_8"]
@@ -319,7 +340,7 @@ def test_compile_and_export(published):
         torch.testing.assert_close(exported.module()(pixels), want, rtol=0, atol=1e-5)
 
 
-def test_errors(published):
+def test_errors(published, tmp_path):
     model, processor = published[3], published[4]
     for shape in ((8, 3, 28, 28), (1, 8, 4, 28, 28), (1, 8, 28, 28, 3)):
         with pytest.raises(ValueError, match=r"must be clips \[B, T, 3, h, w\]"):
@@ -337,5 +358,8 @@ def test_errors(published):
         chat.inputs(torch.zeros(0, 28, 28, 3, dtype=torch.uint8), "?")
     with pytest.raises(ValueError, match="<video>"):
         chat.inputs(torch.zeros(2, 28, 28, 3, dtype=torch.uint8), "what is <video>?")
+    published[3].config.text_config.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="must hold a LLaVA with BT-Adapter in its tower, got a llama"):
+        llava.open(tmp_path)
     with pytest.raises(ValueError, match="<vid_patch>"):
         llava.BTAdapterLlavaProcessor(processor.video_processor, tokenizer())

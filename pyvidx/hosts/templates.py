@@ -77,7 +77,8 @@ class Template:
             "{%- else -%}{{- " + f"{_quoted(self.user)} + text.value + {_quoted(self.user_end)}" + " -}}{%- endif -%}"
             "{%- elif message['role'] == 'assistant' -%}"
             "{{- " + f"{_quoted(self.assistant)} + text.value + {_quoted(self.assistant_end)}" + " -}}"
-            "{%- else -%}{{- raise_exception('a role must be user or assistant, got ' + message['role']) -}}{%- endif -%}"
+            "{%- else -%}{{- raise_exception('a role must be user or assistant, got ' + message['role']) -}}"
+            "{%- endif -%}"
             "{%- endfor -%}"
             "{%- if add_generation_prompt -%}{{- " + _quoted(self.asked) + " -}}{%- endif -%}"
         )

@@ -7,7 +7,7 @@ From the published files, once; then from the folder, by us or by transformers a
     model.save_pretrained("chat")
     processor.save_pretrained("chat")
 
-    chat = open("chat", dtype=torch.float16, device_map="cuda")
+    chat = open("chat", dtype=torch.float16, device="cuda")
     print(chat.answer(frames, "What is the person doing?"))                 # uint8 [T, H, W, 3], any T
 
     register()                                                              # then transformers knows the parts

@@ -5,11 +5,12 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers import AutoProcessor, LlavaForConditionalGeneration
+from transformers import AutoConfig, AutoProcessor, LlavaForConditionalGeneration
 
 from pyvidx.hosts.importing import LOCAL
 from pyvidx.hosts.llava.processing import BTAdapterLlavaProcessor, even_midpoints
 from pyvidx.hosts.llava.register import register
+from pyvidx.hosts.llava.tower import BTAdapterVisionConfig
 from pyvidx.preprocess import Frames, as_frames
 
 
@@ -66,23 +67,33 @@ class Chat:
         return even_midpoints(num_frames, self.processor.video_processor.num_frames)
 
 
-def open(folder: str | Path, *, dtype: torch.dtype | None = None, device_map=None) -> Chat:
+def open(
+    folder: str | Path,
+    *,
+    dtype: torch.dtype | None = None,
+    device: str | torch.device | None = None,
+    device_map=None,
+) -> Chat:
     """What `load` made and save_pretrained wrote, model and processor in one folder.
 
     Args:
         dtype: default that of the file.
-        device_map: of from_pretrained.
+        device: for all of it; default the CPU.
+        device_map: of from_pretrained, in place of device.
 
     Raises:
         ValueError: the folder holds no such model, or lacks a parameter.
         OSError: there is no such folder, or a part of it is missing.
     """
     register()
+    config = AutoConfig.from_pretrained(folder, **LOCAL)
+    if not isinstance(getattr(config, "vision_config", None), BTAdapterVisionConfig):
+        raise ValueError(f"llava: {folder} must hold a LLaVA with BT-Adapter in its tower, got a {config.model_type}")
     options = {**LOCAL, "dtype": dtype or "auto", "device_map": device_map, "output_loading_info": True}
-    model, info = LlavaForConditionalGeneration.from_pretrained(folder, **options)
+    model, info = LlavaForConditionalGeneration.from_pretrained(folder, config=config, **options)
     if missing := sorted(info["missing_keys"]) + sorted(map(str, info["mismatched_keys"])):
         raise ValueError(f"llava: {folder} must hold every parameter of its model, it lacks {', '.join(missing[:8])}")
     processor = AutoProcessor.from_pretrained(folder, **LOCAL)
     if not isinstance(processor, BTAdapterLlavaProcessor):
         raise ValueError(f"llava: {folder} must hold a BTAdapterLlavaProcessor, got {type(processor).__name__}")
-    return Chat(model, processor)
+    return Chat(model if device is None else model.to(device), processor)

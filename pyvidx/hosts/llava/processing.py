@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 from transformers import BaseVideoProcessor, BatchFeature, ProcessorMixin
 from transformers.image_utils import PILImageResampling
-from transformers.video_utils import VideoMetadata
+from transformers.video_utils import VideoMetadata, make_batched_videos
 
 from pyvidx import video
 from pyvidx.hosts.templates import VIDEO
@@ -96,10 +96,20 @@ class BTAdapterLlavaProcessor(ProcessorMixin):
     def __init__(self, video_processor=None, tokenizer=None, chat_template=None, patch_size=14, **kwargs):
         self.video_token, self.patch_size = VIDEO, patch_size
         super().__init__(video_processor, tokenizer, chat_template=chat_template)
-        absent = [t for t in (PATCH, START, END) if t not in tokenizer.get_vocab()]
-        if absent:
+        if absent := [token for token in (PATCH, START, END) if token not in tokenizer.get_vocab()]:
             raise ValueError(
-                f"BTAdapterLlavaProcessor: the tokenizer must know {', '.join(absent)}; pyvidx.hosts.llava.load adds them"
+                f"BTAdapterLlavaProcessor: the tokenizer must know {', '.join(absent)}, as one has that came out of "
+                "pyvidx.hosts.llava.load"
+            )
+
+    def validate_inputs(self, images=None, text=None, videos=None, audio=None, **kwargs) -> None:
+        """Also in versions of transformers that do not count."""
+        super().validate_inputs(images=images, text=text, videos=videos, audio=audio, **kwargs)
+        texts = [text] if isinstance(text, str) else text or []
+        places, given = sum(t.count(VIDEO) for t in texts), 0 if videos is None else len(make_batched_videos(videos))
+        if text is not None and places != given:
+            raise ValueError(
+                f"BTAdapterLlavaProcessor: texts must hold {VIDEO} once per video, got {places} of {given}"
             )
 
     def replace_video_token(self, video_inputs: dict, video_idx: int, **kwargs) -> str:

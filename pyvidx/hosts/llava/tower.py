@@ -10,8 +10,8 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from pyvidx.backbones.vit import ViTConfig
 from pyvidx.models import BTAdapter, BTAdapterConfig
-from pyvidx.temporal.bt_adapter import split_rows
 from pyvidx.temporal.branch import fused_tokens
+from pyvidx.temporal.bt_adapter import split_rows
 
 MODEL_TYPE = "pyvidx_bt_adapter_vision"
 GATE = "encoder.temporal.branch.gate"  # 0.5 in every channel where no file holds it, as in the public chat tower
@@ -128,9 +128,8 @@ class BTAdapterVisionModel(PreTrainedModel):
         if not self._from_file:
             return
         # What is on the meta device still is offloaded to a disk, not missing.
-        missing = {
-            n: p for n, p in self.named_parameters() if not (getattr(p, "_is_hf_initialized", False) or p.is_meta)
-        }
+        here = {name: p for name, p in self.named_parameters() if not p.is_meta}
+        missing = {name: p for name, p in here.items() if not getattr(p, "_is_hf_initialized", False)}
         if (gate := missing.pop(GATE, None)) is not None and not missing:
             torch.nn.init.zeros_(gate)
         if missing:
@@ -158,10 +157,10 @@ class BTAdapterVisionModel(PreTrainedModel):
 
         Returns:
             last_hidden_state: [B, 1+P, C], patches first, class token last: time averages of backbone and branch.
-            hidden_states: L + 1 of them, as of a CLIP of L layers: the embeddings, then after every layer [B * T, 1+P, C]
-            while there are only frames, and [B, 1+P, C] from the first branch layer on. Entry -2 is last_hidden_state,
-            which is what LLaVA reads; the last layer is not there, and its entry None. None also stands for entries
-            that were not asked for.
+            hidden_states: L + 1 of them, as of a CLIP of L layers: the embeddings, then the output of every layer,
+            [B * T, 1+P, C] as long as there are only frames, and [B, 1+P, C] from the first branch layer on. Entry -2
+            is last_hidden_state, which is what LLaVA reads; the last layer is not there, and its entry None. None also
+            stands for entries that were not asked for.
 
         Raises:
             ValueError: the pixels or the number of frames do not fit.
