@@ -58,3 +58,37 @@ def blip(kind: str = "instructblipvideo", language: str = "opt"):
     for p in model.parameters():
         nn.init.normal_(p, std=0.2)
     return model
+
+
+def bt_adapter_llava():
+    """A LLaVA with a BT-Adapter in its tower, and its processor, which takes 8 frames."""
+    mend_torchvision()
+    from transformers import LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+
+    from pyvidx.hosts import llava
+    from pyvidx.hosts.templates import template
+
+    llava.register()
+    tower = llava.BTAdapterVisionConfig(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=4, num_attention_heads=4, image_size=28, branch_depth=2,
+        time_length=16,
+    )  # fmt: skip
+    text = LlamaConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, bos_token_id=1,
+        eos_token_id=2,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    config = LlavaConfig(
+        vision_config=tower,
+        text_config=text,
+        image_token_index=3,
+        vision_feature_select_strategy="full",
+        vision_feature_layer=-2,
+    )
+    model = LlavaForConditionalGeneration(config).eval()
+    processor = llava.BTAdapterLlavaProcessor(
+        llava.BTAdapterVideoProcessor(size={"height": 28, "width": 28}, num_frames=8),
+        tokenizer(["<vid_patch>", "<vid_start>", "<vid_end>"]),
+        chat_template=template("vicuna_v1_1").jinja(),
+    )
+    return model, processor

@@ -24,22 +24,23 @@ def parser() -> argparse.ArgumentParser:
         "answers come as it goes: one every --every seconds of it, or, without a QUESTION, one to each line that is "
         "typed.",
         epilog='live: ffmpeg -i CAMERA -f mpegts - | pyvidx ask - "what happens?" --live --every 10 --model DIR',
-        example='pyvidx ask video.mp4 "what is the person doing?" --model llava-onevision --memory merge --capacity 16',
+        example='pyvidx ask video.mp4 "what is the person doing?" --model onevision/ --memory merge --capacity 16',
     )
     p.add_argument("video", help="a video file; with --live also - (standard input), a pipe, or a file that grows, in "
                    "a container that plays from its start (MPEG-TS, Matroska, fragmented MP4)")  # fmt: skip
     p.add_argument("question", nargs="?", help="what is asked; only with --live it may be left out")
     p.add_argument("--model", required=True, type=arguments.there, metavar="DIR",
                    help="a folder of transformers, model and processor: one of pyvidx.hosts.language.names(), a LLaVA "
-                   "with a BT-Adapter, an InstructBLIP or a BLIP-2")  # fmt: skip
+                   "or MiniGPT-4 with a BT-Adapter, an InstructBLIP or a BLIP-2")  # fmt: skip
     p.add_argument("--memory", type=policy, metavar="NAME[:OPTION=VALUE,...]",
                    help="what is kept of the frames, e.g. merge or fifo:anchors=1, see `pyvidx memory`. With an "
                    "InstructBLIP or BLIP-2 merge, which is MA-LMM's memory within the Q-Former; merge:query=False is "
-                   "its visual bank alone. Default: none, the language model gets all frames; with --live merge")  # fmt: skip
+                   "its visual bank alone. Default: none, all frames are shown; --live: merge")  # fmt: skip
     p.add_argument("--capacity", type=arguments.count, help="slots of the memory; default: its own")
-    p.add_argument("--frames", type=arguments.frames, help="frames to take of the video; default: 32, unless --fps is "
-                   "given")  # fmt: skip
-    p.add_argument("--sampler", help="which frames, a name of pyvidx.video.sampling; default: linspace")
+    p.add_argument("--frames", type=arguments.frames, help="frames to take of the video; default: 32, and with a "
+                   "BT-Adapter as its processor says")  # fmt: skip
+    p.add_argument("--sampler", help="which frames, a name of pyvidx.video.sampling; default: linspace, and with a "
+                   "BT-Adapter midpoint")  # fmt: skip
     p.add_argument("--fps", type=arguments.positive, help="frames per second to take instead, of a video of any "
                    "length, which is then read in constant memory; default with --live: 1")  # fmt: skip
     p.add_argument("--live", action="store_true", help="answer while the video goes on")
@@ -97,8 +98,6 @@ def check(p: argparse.ArgumentParser, options: argparse.Namespace) -> None:
             p.error(str(error))
         if path.is_dir():
             p.error(f"the video must be a file, {path} is a folder")
-    options.frames = options.frames or 32
-    options.sampler = options.sampler or "linspace"
     if options.live:
         options.fps, options.every = options.fps or 1.0, options.every or 10.0
         options.idle = 10.0 if options.idle is None else options.idle
@@ -137,13 +136,13 @@ def once(watcher, options: argparse.Namespace, clock) -> None:
 
     if options.fps is None:
         with clock.of("read"):
-            clips = iter([read(Path(options.video), options.frames, options.sampler)])
+            frames, sampler = watcher.sampling
+            clips = iter([read(Path(options.video), options.frames or frames, options.sampler or sampler)])
     else:
         clips = stream(Path(options.video), chunk=16, fps=options.fps)
     for clip in taken(clips, clock):
         watcher.push(clip)
-    answer = watcher.ask(options.question)
-    print(printable(answer))
+    print("\n".join(map(printable, watcher.ask(options.question).splitlines())))
     print(table(watcher))
 
 
