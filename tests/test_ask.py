@@ -217,3 +217,23 @@ def test_hosts_of_whole_frames(tmp_path, capsys):
     with pytest.raises(SystemExit):
         ask([__file__, "q", "--model", str(tmp_path), "--memory", "dtd"])
     assert "--memory dtd keeps some tokens of a frame, and a qwen2_5_vl takes whole frames" in capsys.readouterr().err
+
+
+def test_interrupted(videos, models, capsys, monkeypatch):
+    """Ctrl-C in a stream without end: what was held is told."""
+    from pyvidx.cli import ask_hosts
+
+    push, pushed = ask_hosts.Blip.push, []
+
+    def stops(self, clip):
+        if len(pushed) == 2:
+            raise KeyboardInterrupt
+        pushed.append(clip)
+        push(self, clip)
+
+    monkeypatch.setattr(ask_hosts.Blip, "push", stops)
+    given = [str(videos / "a.ts"), QUESTION, "--live", "--model", str(models / "instructblipvideo"), "--idle", "0"]
+    assert ask(given) == 130
+    said = capsys.readouterr().out
+    assert slots(said) == [(0.0, 0.0), (1.0, 1.0)]
+    check_times(said)

@@ -9,7 +9,10 @@ transformers = pytest.importorskip("transformers", reason="pip install 'pyvidx[h
 
 from pyvidx.hosts.instructblip import InstructBLIP  # noqa: E402
 from pyvidx.hosts.settings import preset_of  # noqa: E402
+from pyvidx.models import MALMM  # noqa: E402
+from pyvidx.models.language import Language  # noqa: E402
 from pyvidx.preprocess import preprocess  # noqa: E402
+from tests.test_language import causal_lm  # noqa: E402
 from tests.tiny_hosts import blip, tokenizer  # noqa: E402
 
 ASK, OTHER = "what is the person doing ?", "color of cup ?"
@@ -135,6 +138,18 @@ def test_a_folder_of_transformers(video, frames, tmp_path):
     torch.testing.assert_close(inputs["pixel_values"][0], preprocess(frames, again.preset), atol=0.04, rtol=0)
     with pytest.raises(FileNotFoundError, match="there is no .*config.json"):
         InstructBLIP.from_pretrained(tmp_path / "qformer_tokenizer")
+
+
+def test_our_own_model():
+    """A MALMM with a temporal table, and a language model: as MALMM.generate, also beyond the table."""
+    model = MALMM.default(compat="paper")
+    torch.nn.init.normal_(model.time)
+    host = InstructBLIP(model, Language(causal_lm(), tokenizer(), tokenizer(bos=False)))
+    frames = torch.randint(0, 256, (20, 42, 42, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    for T in (5, 20):
+        pixels = preprocess(frames[:T], host.preset)[None]
+        want = model.generate(pixels, [ASK], host.language, memory={"length": 3}, **GREEDY)
+        assert [host.answer(frames[:T], ASK, capacity=3, **GREEDY)] == want
 
 
 def test_errors(video, frames):

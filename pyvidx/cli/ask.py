@@ -117,20 +117,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         kind = ask_hosts.kind_of(options)
         with clock.of("load"):
             watcher = kind(options, clock)
-        if options.live:
-            watch(watcher, options, clock)
-        else:
-            once(watcher, options, clock)
+        code = watch(watcher, options, clock) if options.live else once(watcher, options, clock)
     except (FileNotFoundError, ValueError) as error:
         p.error(str(error))
     except RuntimeError as error:
         print(f"FAILED {printable(options.video)}: {printable(str(error))}", file=sys.stderr)
         return 1
     print(clock)
-    return 0
+    return code
 
 
-def once(watcher, options: argparse.Namespace, clock) -> None:
+def once(watcher, options: argparse.Namespace, clock) -> int:
     """All of the video, then the answer."""
     from pyvidx.video import read, stream
 
@@ -144,29 +141,35 @@ def once(watcher, options: argparse.Namespace, clock) -> None:
         watcher.push(clip)
     print("\n".join(map(printable, watcher.ask(options.question).splitlines())))
     print(table(watcher))
+    return 0
 
 
-def watch(watcher, options: argparse.Namespace, clock) -> None:
-    """Answers while the video goes on, and one at its end where the question is given."""
+def watch(watcher, options: argparse.Namespace, clock) -> int:
+    """Answers while the video goes on, and one at its end where the question is given. Returns the exit code: Ctrl-C,
+    as a camera does not end by itself, is an end as well."""
     from pyvidx.video import follow
 
     typed = Typed() if options.question is None else None
-    due, now = options.every, None
-    for clip in taken(follow(options.video, chunk=1, fps=options.fps, idle=options.idle), clock):
-        watcher.push(clip)
-        now, said = float(clip.seconds[-1]), False
+    due, now, said, code = options.every, 0.0, False, 0
+    try:
+        for clip in taken(follow(options.video, chunk=1, fps=options.fps, idle=options.idle), clock):
+            watcher.push(clip)
+            now, said = float(clip.seconds[-1]), False
+            if typed is not None:
+                typed.answer(watcher, now)
+            elif now >= due:
+                tell(watcher, options.question, now)
+                due, said = now + options.every, True
         if typed is not None:
-            for question in typed.waiting():
-                tell(watcher, question, now)
-        elif now >= due:
+            typed.answer(watcher, now)
+        elif not said:
             tell(watcher, options.question, now)
-            due, said = now + options.every, True
-    if typed is not None:
-        for question in typed.waiting():
-            tell(watcher, question, now)
-    elif not said:
-        tell(watcher, options.question, now)
+    except KeyboardInterrupt:
+        if not watcher.frames:
+            raise
+        code = arguments.INTERRUPTED
     print(table(watcher))
+    return code
 
 
 def tell(watcher, question: str, now: float) -> None:
@@ -186,10 +189,10 @@ class Typed:
             if line.strip():
                 self.lines.put(line.strip())
 
-    def waiting(self) -> Iterator[str]:
-        """Those that were not given yet."""
+    def answer(self, watcher, now: float) -> None:
+        """Answer those that wait."""
         while not self.lines.empty():
-            yield self.lines.get()
+            tell(watcher, self.lines.get(), now)
 
 
 def taken(clips: Iterator, clock) -> Iterator:

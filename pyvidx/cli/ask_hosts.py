@@ -222,13 +222,13 @@ def loaded(options: argparse.Namespace) -> tuple:
         ValueError: transformers has no such class.
         RuntimeError: transformers cannot be imported.
     """
-    named = read_json(options.model / "config.json", dict).get("architectures") or [None]
+    named = read_json(options.model / "config.json", dict).get("architectures")
     with importing("ask", "transformers"):
         import transformers
 
-        build = getattr(transformers, str(named[0]), None)
-    if build is None:
-        raise ValueError(f"--model: its config.json must name a class of transformers, got {named[0]!r:.100}")
+        build = getattr(transformers, str(named[0]), None) if isinstance(named, list) and named else None
+    if not (isinstance(build, type) and issubclass(build, transformers.PreTrainedModel)):
+        raise ValueError(f"--model: its config.json must name a model of transformers, got {named!r:.100}")
     dtype = "auto" if options.dtype is None else getattr(torch, options.dtype)
     model = build.from_pretrained(options.model, dtype=dtype, **LOCAL).eval().to(options.device)
     return model, transformers.AutoProcessor.from_pretrained(options.model, **LOCAL)

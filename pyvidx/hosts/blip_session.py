@@ -54,21 +54,31 @@ class BlipSession:
             self.memories = model.start(self.prompt, batch=1, length=capacity, visual=visual, query=query)
 
     @torch.no_grad()
-    def push(self, frames, seconds: Tensor | Sequence[float] | None = None, *, chunk: int = 16) -> None:
+    def push(
+        self,
+        frames,
+        seconds: Tensor | Sequence[float] | None = None,
+        *,
+        positions: Tensor | None = None,
+        chunk: int = 16,
+    ) -> None:
         """Take in the next frames.
 
         Args:
             frames: uint8 [T, H, W, 3], or what else pyvidx.preprocess takes.
             seconds: [T], their times; None: their numbers in the stream.
+            positions: [T], where they are in the temporal table, if the model has one; see MALMM.push.
             chunk: frames encoded at once; a matter of speed and memory.
 
         Raises:
             ValueError: they are no frames, or their times are not as many.
         """
         pixels = self.prepare(frames)
-        for part, at in zip(pixels.split(chunk), self._times(seconds, len(pixels)).split(chunk)):
-            if len(part):
-                self.take(self.encode(part), at)
+        times = self._times(seconds, len(pixels))
+        for start in range(0, len(pixels), chunk):
+            part = slice(start, start + chunk)
+            at = None if positions is None else positions[part]
+            self.take(self.encode(pixels[part]), times[part], positions=at)
 
     def prepare(self, frames) -> Tensor:
         """Normalized pixels [T, 3, h, w] of frames."""
@@ -82,14 +92,20 @@ class BlipSession:
         return self.host.model.features(pixels.to(weight.device, weight.dtype))
 
     @torch.no_grad()
-    def take(self, features: Tensor, seconds: Tensor | Sequence[float] | None = None) -> None:
+    def take(
+        self,
+        features: Tensor,
+        seconds: Tensor | Sequence[float] | None = None,
+        *,
+        positions: Tensor | None = None,
+    ) -> None:
         """`push` of what `encode` gave, [T, P, C]."""
         T, model = len(features), self.host.model
         times = self._times(seconds, T)
         if not self.capacity:
             self.tokens.append(model.encode(features[None], self.prompt, length=0))
         else:
-            self.memories = model.push(self.memories, features[None])
+            self.memories = model.push(self.memories, features[None], positions=positions)
             if self.memories.visual is not None:
                 self.slots = _advanced(self.slots, self.memories, times)
         self.frames += T

@@ -35,7 +35,7 @@ from pyvidx.hosts.importing import LOCAL, importing
 from pyvidx.hosts.settings import SQUASHED, model_type, preset_of
 from pyvidx.models.language import IGNORED, Language
 from pyvidx.models.malmm import MALMM
-from pyvidx.preprocess import Preset, as_preset
+from pyvidx.preprocess import Preset, as_frames, as_preset
 
 MODELS = {
     "blip-2": "Blip2ForConditionalGeneration",
@@ -170,6 +170,8 @@ class InstructBLIP:
     ) -> str:
         """A question about a clip of any number of frames, answered in words.
 
+        A temporal table (of a fine-tuned MA-LMM) bounds that number, unless compat is "paper"; see MALMM.
+
         Args:
             frames: uint8 [T, H, W, 3], or what else pyvidx.preprocess takes.
             capacity, visual, query: see `session`.
@@ -178,8 +180,11 @@ class InstructBLIP:
         Raises:
             ValueError: frames or options do not fit.
         """
-        session = self.session(question, capacity=capacity, visual=visual, query=query)
-        session.push(frames)
+        session, frames = self.session(question, capacity=capacity, visual=visual, query=query), as_frames(frames)
+        rows, T, positions = self.model.config.time_length, len(frames), None
+        if rows and T > rows and self.model.compat == "paper":
+            positions = torch.linspace(0, rows - 1, T)
+        session.push(frames, positions=positions)
         return session.ask(question, **options)
 
     @torch.no_grad()
