@@ -10,6 +10,7 @@ A value comes in and a value goes out; the model is not changed. Which models: p
 from __future__ import annotations
 
 import copy
+import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -61,7 +62,8 @@ def compress(
     Returns:
         A new value of the type of inputs, for model(**inputs) and model.generate(**inputs); tensors lie where they lay,
         features where the model is. It carries no gradient. generate with several beams or answers changes what it is
-        given: compress again for another call. position_ids are left out, as models make them from the rest.
+        given: compress again for another call. position_ids are there only where those that the model would make from
+        the rest are not the slots' (Qwen2-VL, Qwen2.5-VL); a program that goes on by forward goes on from them.
 
     Raises:
         ValueError: the model is none of those; pixels, grids, placeholders and times do not agree; an option does not
@@ -76,6 +78,7 @@ def compress(
     if not places:
         return copy.copy(inputs)
     times = times_of(host, inputs, places, seconds)
+    places = [dataclasses.replace(place, seconds=when) for place, when in zip(places, times)]
     how.check(host, places)
     with torch.no_grad():
         slots = kept(host, inputs, places, how, times, chunk)
@@ -114,7 +117,7 @@ def times_of(host: Host, inputs: Mapping[str, Any], places: Sequence[Place], sec
     )
     found = []
     for given, place in zip(seconds, places):
-        when = torch.as_tensor(given, dtype=torch.float64).cpu()
+        when = _as_times(given, place.number)
         T, n = place.steps, place.frames_per_step
         fits = when.dim() == 1 and len(when) > 0 and (len(when) == T or -(-len(when) // n) == T)
         text = f"compress: seconds of video {place.number} must be one for each of its {T} steps"
@@ -125,6 +128,13 @@ def times_of(host: Host, inputs: Mapping[str, Any], places: Sequence[Place], sec
             when = torch.cat([when, when[-1:].expand(T * n - len(when))]).view(T, n).mean(1)
         found.append(when)
     return found
+
+
+def _as_times(given, number: int) -> Tensor:
+    try:
+        return torch.as_tensor(given, dtype=torch.float64).cpu()
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"compress: seconds of video {number} must be numbers: {error}") from None
 
 
 def kept(
@@ -154,13 +164,15 @@ def handed(
     edits = [Edit(place.row, place.start, place.stop, host.block(place, s)) for place, s in zip(places, slots)]
     new = edited(inputs, prompt, edits, _pad(host))
     new |= host.values(inputs, places, slots)
-    new["mm_encoder_outputs"] = host.encoded(inputs, places, slots)
+    new |= host.handed(inputs, new, places, slots)
     out = copy.copy(inputs)
     gone = (*GONE, *host.pixels, *host.pictures, *(name for name, x in new.items() if x is None))
     for name in gone:
         if name in out:
             del out[name]
     out.update({name: x for name, x in new.items() if x is not None})
+    if (positions := host.positions(inputs, out, places, slots)) is not None:
+        out["position_ids"] = positions
     return out
 
 

@@ -44,6 +44,10 @@ class Tiny:
     ragged = False  # takes any number of tokens
     square = True  # the tokens of a step are a picture
     timeless = True  # slots have no times to it, so that what is kept of a video is like a shorter video
+    embedded = False  # slots are handed in inputs_embeds, and have no ids of their own
+    processor = None  # where compress needs it
+    needs = ()  # packages
+    rows = [[5, Video(6, 1), 7], [8, 9, 10, Video(3, 2), 5, 5, 6], [5, 6, 7], [5, Video(5, 3), 6, 7, Video(5, 4), 9]]
 
     def build(self):
         """The model, random."""
@@ -62,8 +66,12 @@ class Tiny:
         generator = torch.Generator().manual_seed(video.seed)
         return torch.randn(video.first + video.steps, 3, 32, 32, generator=generator)[video.first :]
 
+    def ordered(self, parts: list[Video | Image]) -> dict:
+        """What the processor adds to the ids."""
+        return self.pixels(*([p for p in parts if isinstance(p, kind)] for kind in (Video, Image)))
+
     def pixels(self, videos: list[Video], images: list[Image]) -> dict:
-        """What the processor adds to the ids. Videos of unequal lengths: a list, if the host makes no batch of them."""
+        """The same, of hosts to whom those are two. Videos of unequal lengths: a list, where it makes no batch."""
         found = {}
         if videos:
             clips = [self.frames(v) for v in videos]
@@ -100,8 +108,7 @@ class Tiny:
         if types:
             found["mm_token_type_ids"] = (found["input_ids"] == VIDEO) * 2 + (found["input_ids"] == IMAGE) * 1
         parts = [part for row in rows for part in row]
-        kinds = ([p for p in parts if isinstance(p, kind)] for kind in (Video, Image))
-        return found | self.pixels(*kinds)
+        return found | self.ordered([part for part in parts if isinstance(part, Video | Image)])
 
 
 def entries() -> dict[str, Tiny]:

@@ -26,6 +26,7 @@ class Place:
     positions: int  # P, tokens of a step
     grid: tuple[int, int] | None = None  # (h, w), h * w = P, where they are a picture
     frames_per_step: int = 1
+    seconds: Tensor | None = None  # float64 [T] on the CPU, of the steps, once they are known
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,8 @@ class Slots:
     Attributes:
         levels: [M, P, C] each, or [K, C] each; of the encoder's dtype. The first decided what became one, the others
             (deepstack) followed.
-        seconds: float64 [M] or [K], the middle of each; for slots whose positions merged alone, the mean of those.
+        seconds: float64 [M] or [K], the middle of each; for slots whose positions merged alone, the mean of those. They
+            rise, but for clusters that overlap in time (flash_vstream, tome).
         first, last: float64 [M] or [K], seconds of the first and the last frame in each.
         entry, position: int64 [K] of ragged tokens, the slot and the position that each stands at. None: a grid.
     """
@@ -111,6 +113,8 @@ class Host:
         else the numbers of the steps. float64 [T], or of each frame, on the CPU."""
         metadata = inputs.get("video_metadata")
         if metadata is not None:
+            text = f"compress: video_metadata must be of every video, got {len(metadata)} and a video {place.number}"
+            require(place.number < len(metadata), text)
             one = metadata[place.number]
             fps, indices = one["fps"], one["frames_indices"]
             if fps and indices is not None:
@@ -134,11 +138,23 @@ class Host:
         """mm_encoder_outputs["image"], of the model's own encoder."""
         return self.own("get_image_features", inputs)
 
+    def handed(
+        self, inputs: Mapping[str, Any], new: dict[str, Tensor], places: Sequence[Place], slots: Sequence[Slots]
+    ) -> dict[str, Any]:
+        """What takes the place of the pixels, by name. new: the inputs along the tokens, as they are now."""
+        return {"mm_encoder_outputs": self.encoded(inputs, places, slots)}
+
     def values(
         self, inputs: Mapping[str, Any], places: Sequence[Place], slots: Sequence[Slots]
     ) -> dict[str, Tensor | None]:
         """Other inputs that change with the videos (grids, times), by name; None: it goes."""
         return {}
+
+    def positions(
+        self, inputs: Mapping[str, Any], new: Mapping[str, Any], places: Sequence[Place], slots: Sequence[Slots]
+    ) -> Tensor | None:
+        """position_ids of the new inputs, where those that the model makes of them would not be the slots'."""
+        return None
 
     # For hosts.
 
@@ -158,7 +174,7 @@ class Host:
         known = inspect.signature(call).parameters
         mine = {name: x for name, x in inputs.items() if name in known} | given
         device = self.model.device
-        mine = {name: x.to(device, non_blocking=True) if isinstance(x, Tensor) else x for name, x in mine.items()}
+        mine = {name: x.to(device, non_blocking=x.is_cpu) if isinstance(x, Tensor) else x for name, x in mine.items()}
         return call(**mine, return_dict=True)
 
     def clips(self, inputs: Mapping[str, Any]) -> Sequence[Tensor]:

@@ -28,7 +28,7 @@ class Stream:
     def check(self, host: Host, places: Sequence[Place]) -> None:
         """ValueError where the host cannot take what the policy leaves."""
         for place in places:
-            policy = self._of(place)
+            policy = self.policy_of(place)
             left = policy.new(1, place.positions, host.width, device="meta").positions
             _check_grid(host, policy.name, policy.layout == "ragged" or left != place.positions)
 
@@ -44,7 +44,7 @@ class Stream:
     def _together(self, places, seconds, encode, chunk):
         by_length = sorted(range(len(places)), key=lambda i: places[i].steps)
         places, seconds = [places[i] for i in by_length], [seconds[i] for i in by_length]
-        policy, bank, begin = self._of(places[0]), None, 0
+        policy, bank, begin = self.policy_of(places[0]), None, 0
         for length in sorted({place.steps for place in places}):
             for start in range(begin, length, chunk):
                 stop = min(start + chunk, length)
@@ -67,7 +67,7 @@ class Stream:
         dtype = torch.float64 if first.dtype == torch.float64 else torch.float32
         return policy.new(B, *first.shape[-2:], dtype, first.device, attached=[x.shape[-1] for x in others])
 
-    def _of(self, place: Place) -> Policy:
+    def policy_of(self, place: Place) -> Policy:
         """The policy for frames of this grid."""
         if getattr(self.policy, "grid", 0) is None and place.grid is not None:
             return dataclasses.replace(self.policy, grid=place.grid)
@@ -80,21 +80,22 @@ def slots_of(bank: Bank, dtype: torch.dtype) -> list[Slots]:
     e = bank.entries()
     levels = [x.to(dtype) for x in (e.rows, *e.attached)]
     if not e.ragged:
-        middle = (e.first + e.last).mean(2) / 2
-        times = middle, e.first.mean(2), e.last.mean(2)
-        return [Slots([x[b] for x in levels], *(t[b] for t in times)) for b in range(len(bank))]
+        return [Slots([x[b] for x in levels], *_times(e.first[b], e.last[b])) for b in range(len(bank))]
     found = []
     for b, mask in enumerate(e.mask):
         if not bank.sparse:
             n = int(mask[:, 0].sum())
-            first, last = e.first[b, :n], e.last[b, :n]
-            times = ((first + last).mean(1) / 2, first.mean(1), last.mean(1))
-            found.append(Slots([x[b, :n] for x in levels], *times))
+            found.append(Slots([x[b, :n] for x in levels], *_times(e.first[b, :n], e.last[b, :n])))
             continue
         entry, position = mask.nonzero(as_tuple=True)
         first, last = e.first[b][mask], e.last[b][mask]
         found.append(Slots([x[b][mask] for x in levels], (first + last) / 2, first, last, entry, position))
     return found
+
+
+def _times(first: Tensor, last: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Middle, first and last second of slots whose positions have those of [M, P]."""
+    return (first + last).mean(1) / 2, first.amin(1), last.amax(1)
 
 
 @dataclass(frozen=True)
@@ -139,9 +140,8 @@ class Clip:
 
     def _keyframes(self, levels: list[Tensor], when: Tensor) -> Slots:
         index = memory.keyframes(levels[0][None], **self.options).index[0]  # [M, P]
-        times = when[index].mean(1)
         rows = [x.gather(0, index[..., None].expand(-1, -1, x.shape[-1])) for x in levels]
-        return Slots(rows, times, times, times)
+        return Slots(rows, *_times(when[index], when[index]))
 
     def _pruned(self, levels: list[Tensor], when: Tensor) -> Slots:
         mask = getattr(memory, self.name)(levels[0][None], **self.options)[0]

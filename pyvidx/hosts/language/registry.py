@@ -10,7 +10,6 @@ from pyvidx.hosts.language.host import Host
 
 HOSTS: dict[str, type[Host]] = {}
 PACKAGE = "pyvidx.hosts.language"
-SHARED = ("host", "kept", "registry", "tokens")  # files of this folder that are no host
 
 
 def register(*model_types: str) -> Callable[[type[Host]], type[Host]]:
@@ -59,4 +58,4 @@ def host_of(model, processor=None) -> Host:
 
 def _files() -> list[str]:
     path = importlib.import_module(PACKAGE).__path__
-    return [module.name for module in pkgutil.iter_modules(path) if module.name not in SHARED]
+    return [module.name for module in pkgutil.iter_modules(path)]

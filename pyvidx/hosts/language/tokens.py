@@ -46,11 +46,12 @@ class Prompt:
         ids, mask = torch.stack([ids.long(), mask.to(ids.device).long()]).cpu()
         return Prompt(ids, mask != 0)
 
-    def blocks(self, token: int, counts: Sequence[int]) -> list[tuple[int, int, int]]:
+    def blocks(self, token: int, counts: Sequence[int], what: str = "video") -> list[tuple[int, int, int]]:
         """Row, start and stop of every video, whose placeholders stand one after another.
 
         Args:
-            token: the placeholder's id. counts: how many each video has, in order of rows and places.
+            token: the placeholder's id. counts: how many each video has, in order of rows and places. what: has them,
+                where it is a part of a video.
 
         Raises:
             ValueError: there are more or fewer, or a video's are not all together.
@@ -60,13 +61,13 @@ class Prompt:
         if not len(counts) and len(row):
             raise ValueError(f"{text} and the inputs no pixels of any: give what the processor made of videos=")
         require(
-            len(row) == sum(counts), f"{text}, the pixels ask for {sum(counts)}: {list(counts)} of the videos in order"
+            len(row) == sum(counts), f"{text}, the pixels ask for {sum(counts)}: {list(counts)} of the {what}s in order"
         )
         found, at = [], 0
         for i, count in enumerate(counts):
             first, last = at, at + count - 1
             together = row[first] == row[last] and place[last] - place[first] == count - 1
-            require(bool(together), f"compress: the {count} placeholders of video {i} must stand together in one row")
+            require(bool(together), f"compress: the {count} placeholders of {what} {i} must stand together in one row")
             found.append((int(row[first]), int(place[first]), int(place[last]) + 1))
             at += count
         return found
