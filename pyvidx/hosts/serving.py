@@ -204,7 +204,9 @@ def _features(name: str, outputs, tokens: int) -> Tensor:
     """[tokens, C] of all videos or images, the levels side by side."""
     found = outputs[name]
     levels = [found.pooler_output, *(getattr(found, "deepstack_features", None) or [])]
-    flat = [torch.cat([x.flatten(0, -2) for x in ([level] if isinstance(level, Tensor) else level)]) for level in levels]
+    flat = [
+        torch.cat([x.flatten(0, -2) for x in ([level] if isinstance(level, Tensor) else level)]) for level in levels
+    ]
     rows = torch.cat(flat, -1).detach().cpu()
     text = f"serving: mm_encoder_outputs[{name!r}] must have {tokens} tokens, as the grids and placeholders say"
     require(len(rows) == tokens, text, rows)
