@@ -6,9 +6,9 @@ from torch import Tensor, nn
 from pyvidx.layers.int8 import is_product
 from pyvidx.layers.linear import wants_grad
 from pyvidx.layers.plain import plain
-from pyvidx.ops import residual_norm
 from pyvidx.ops._library import has_kernel
 from pyvidx.ops.residual_norm import LOW
+from pyvidx.ops.residual_norm import add_norm as one_pass
 
 KERNELS = frozenset(kind for kind in ("cpu", "cuda") if has_kernel("residual_norm", kind))  # where one pass is one
 
@@ -20,23 +20,24 @@ def foldable(norm: nn.Module, x: Tensor) -> tuple[Tensor, Tensor, float] | None:
     return norm.weight, norm.bias, norm.eps
 
 
-def add_norm(
-    x: Tensor, y: Tensor, norm: nn.Module, out: tuple[Tensor, Tensor] | None = None
-) -> tuple[Tensor, Tensor]:
-    """x + y and its LayerNorm, [..., C] each: one pass over memory where there is a kernel.
+def add_norm(x: Tensor, y: Tensor, norm: nn.Module, out: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
+    """x + y and its LayerNorm, [..., C] each: one launch on a GPU, one pass over memory on a CPU.
 
-    out: (y, another tensor of its shape), where that kernel may write the two, see `writable`.
+    out: (y, another tensor of its shape), where both may be written over, see `writable`.
     """
-    known = foldable(norm, x) if x.device.type in KERNELS else None
-    if known is None or x.shape != y.shape or not (y.dtype == x.dtype or (x.dtype == torch.float32 and y.dtype in LOW)):
+    known = foldable(norm, x) if _pays(x, y) else None
+    if known is None:
         rows = x + y
         return rows, norm(rows)
-    rows, normed = (t.reshape(1, 1, -1, t.shape[-1]) for t in (x, y))
-    if out is None:
-        rows, normed = residual_norm(rows, normed, known)
-    else:
-        rows, normed = residual_norm(rows, normed, known, out=(normed, out[1].view_as(normed)))
-    return rows.view(x.shape), normed.view(x.shape)
+    return one_pass(x, y, known, out)
+
+
+def _pays(x: Tensor, y: Tensor) -> bool:
+    """On a CPU torch's two passes over float32 are as fast, as they stay in the caches, and so are those over little."""
+    if x.device.type not in KERNELS or x.shape != y.shape or x.dim() == 0:
+        return False
+    low = y.dtype in LOW
+    return (x.dtype == y.dtype or (low and x.dtype == torch.float32)) and (x.is_cuda or (low and x.numel() >= 1 << 17))
 
 
 def writable(x: Tensor, y: Tensor, normed: Tensor, layer: nn.Module, *norms: nn.Module) -> tuple[Tensor, Tensor] | None:
