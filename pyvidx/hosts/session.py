@@ -268,7 +268,7 @@ class Session:
         n, per_step = len(frames), 1 if self._place is None else self._place.frames_per_step
         clip = self._clip or per_step * (self.policy.capacity or CHUNK)
         inputs = self.host.processor(
-            text=[prompt], videos=[frames], return_tensors="pt", do_sample_frames=False,
+            text=[prompt], videos=[[frames]], return_tensors="pt", do_sample_frames=False,
             video_metadata=[{"total_num_frames": n, "fps": 1.0, "frames_indices": list(range(n))} | about],
             **self._processing | self.host.sized(self._processing, n, clip),
         )  # fmt: skip
