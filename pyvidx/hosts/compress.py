@@ -54,7 +54,7 @@ def compress(
             for hosts that take any number of tokens; or a Policy. merge is of whole frames unless unit says otherwise
             (see pyvidx.memory.Merge), so that a slot has one time.
         capacity: slots kept of each video at most; a video of no more steps stays as it is. None: the policy's default.
-        processor: the host's, where times are written in the prompt.
+        processor: the host's, where the prompt's texts tell what a frame is (InternVL, SmolVLM) or when (Qwen3-VL).
         seconds: of every video in order, the times of its steps, or of its frames, not falling. None: of
             `video_metadata` where the inputs hold it, else the numbers of the steps.
         chunk: steps of a video that the encoder takes at a time.

@@ -76,12 +76,14 @@ class Host:
         ragged: any number of tokens fits; else slots must have the P positions of a step.
         pixels: inputs that the encoded video takes the place of. pictures: those of images.
         passed: inputs of the shape of input_ids that are not about its tokens.
+        reads_prompt: what the encoder makes of a video depends on the prompt.
     """
 
     ragged: ClassVar[bool] = False
     pixels: ClassVar[tuple[str, ...]] = ("pixel_values_videos",)
     pictures: ClassVar[tuple[str, ...]] = ("pixel_values",)
     passed: ClassVar[tuple[str, ...]] = ()
+    reads_prompt: ClassVar[bool] = False
 
     def __init__(self, model, processor=None):
         self.model = model

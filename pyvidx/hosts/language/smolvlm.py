@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from pyvidx.hosts.language.frames import Framed, Frames, taken
-from pyvidx.hosts.language.host import Slots
 from pyvidx.hosts.language.registry import register
 from pyvidx.ops._library import require
 
@@ -63,35 +62,36 @@ class SmolVLM(Frames):
             re.fullmatch(re.escape(self.processor.fake_image_token) + TIME + re.escape(self._after), text) is not None
         )
 
-    def texts(self, place: Framed, slots: Slots) -> list[str]:
-        times = [f"\nFrame from {int(s // 60):02d}:{int(s % 60):02d}:" for s in slots.seconds.tolist()]
+    def texts(self, place: Framed, seconds: Sequence[float]) -> list[str]:
+        times = [f"\nFrame from {int(s // 60):02d}:{int(s % 60):02d}:" for s in seconds]
         first = self.read(place.gaps[0])
-        if len(slots) != place.steps:
-            first = INTRO.sub(lambda m: m[1] + _words(len(slots)) + m[3], first)
+        if len(seconds) != place.steps:
+            first = INTRO.sub(lambda m: m[1] + _words(len(seconds)) + m[3], first)
         first = re.sub(TIME, times[0], first)
         return [first, *(self.processor.fake_image_token + time + self._after for time in times[1:])]
 
     def encoded(self, inputs, places, slots):
-        self._check_multiples(inputs, places, slots)
+        if self._grouped:
+            group, counts = self.config.vision_config.patch_size, (inputs["input_ids"] == self.token).sum(1).tolist()
+            for place, s in zip(places, slots):
+                counts[place.row] += s.tokens - place.steps * place.positions
+            text = f"compress: this transformers takes smolvlm's image tokens in multiples of its patch_size {group}"
+            text += f" in a prompt, they would hold {counts}: take another capacity, or a newer transformers"
+            require(all(n % group == 0 for n in counts), text)
         return super().encoded(inputs, places, slots)
+
+    @property
+    def ragged(self) -> bool:
+        return not self._grouped
+
+    @property
+    def _grouped(self) -> bool:
+        """transformers 5.20 cuts the image tokens of a prompt in groups of patch_size, whatever an image has."""
+        return hasattr(self.model.base_model, "inputs_merger")
 
     @property
     def _after(self) -> str:
         return self.processor.fake_image_token + self.processor.global_image_token
-
-    def _check_multiples(self, inputs, places, slots) -> None:
-        """transformers 5.20 takes the image tokens of a row in groups of patch_size, whatever an image has."""
-        group = self.config.vision_config.patch_size
-        if not hasattr(self.model.base_model, "inputs_merger"):
-            return
-        counts = (inputs["input_ids"] == self.token).sum(1).tolist()
-        for place, s in zip(places, slots):
-            counts[place.row] += (len(s) - place.steps) * place.positions
-        require(
-            all(n % group == 0 for n in counts),
-            f"compress: this transformers takes smolvlm's image tokens in multiples of its patch_size {group}, and the "
-            f"prompts would hold {counts}: another capacity, or a newer transformers",
-        )
 
 
 def _flat(rows: Tensor | list[Tensor]) -> Tensor:
