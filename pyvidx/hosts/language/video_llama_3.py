@@ -24,7 +24,7 @@ class VideoLlama3(Timed):
     ragged = True
     pixels = ("pixel_values_videos", "video_compression_mask")
     said = re.compile(r"Time (\d+(?:\.\d+)?)s:")
-    links = 1
+    links = (1, 2)  # a comma; tokenizers may join it with "Time", or with a part of that
 
     def sides(self, inputs: Mapping[str, Any]) -> list[int]:
         sides, count = inputs.get("video_merge_sizes"), len(inputs["video_grid_thw"])
