@@ -85,6 +85,9 @@ class Session:
         text = f"Session: the encoder of {kind} reads the question, so it cannot look at frames before; use compress"
         require(not self.host.reads_prompt, text)
         how = method(policy, capacity, options)
+        ragged = isinstance(how, Stream) and how.policy.layout == "ragged"
+        text = f"Session: {kind} needs the whole video's prompt for where ragged tokens stand in it; use compress"
+        require(not (ragged and self.host.in_place), text)
         require(isinstance(how, Stream), f"Session: policy must be of a stream of frames; {policy} is of a whole clip")
         self._how, self._chunk, self._clip, self._processing = how, chunk, clip, dict(processing or {})
         try:

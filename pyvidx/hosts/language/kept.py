@@ -35,6 +35,10 @@ class Stream:
             policy = self.policy_of(place)
             left = policy.new(1, place.positions, host.width, device="meta").positions
             _check_grid(host, policy.name, policy.layout == "ragged" or left != place.positions)
+            text = (
+                f"compress: tokens of {host.config.model_type} have places in a step, and those of {policy.name} none"
+            )
+            require(left == place.positions or not host.in_place, text)
 
     def of(self, places: Sequence[Place], seconds: Sequence[Tensor], encode: Encode, chunk: int) -> list[Slots]:
         """The slots of each video. Videos of equal frames share a bank; where the lengths differ, those that are over
