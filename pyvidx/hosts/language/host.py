@@ -157,6 +157,11 @@ class Host:
         """Other inputs that change with the videos (grids, times), by name; None: it goes."""
         return {}
 
+    def sized(self, options: Mapping[str, Any], frames: int, clip: int) -> dict[str, Any]:
+        """What a processor whose frames get smaller where there are more must be told, so that these frames of a video
+        are as large as if they were `clip`. options: what it is told beside."""
+        return {}
+
     # For hosts.
 
     @property
