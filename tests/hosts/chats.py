@@ -93,4 +93,40 @@ def video_llama_3(**video):
     )
 
 
-PROCESSORS = {made.__name__: made for made in (llava_onevision, video_llava, qwen2_5_vl, qwen3_vl, video_llama_3)}
+def llava_next_video(**video):
+    from transformers import LlavaNextImageProcessor, LlavaNextVideoProcessor, LlavaNextVideoVideoProcessor
+
+    size = {"size": {"shortest_edge": 32}, "crop_size": {"height": 32, "width": 32}}
+    return LlavaNextVideoProcessor(
+        LlavaNextVideoVideoProcessor(**size | video),
+        LlavaNextImageProcessor(**size),
+        tokenizer("<image>", "<video>"),
+        patch_size=8,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+        chat_template=template("<video>", "<image>"),
+    )
+
+
+def internvl():
+    from tests.hosts.test_frames import internvl_processor
+
+    made = internvl_processor()
+    made.chat_template = template("<video>", "<IMG_CONTEXT>")
+    return made
+
+
+def smolvlm():
+    from tests.hosts.test_frames import smolvlm_processor
+
+    made = smolvlm_processor()
+    made.chat_template = template("<video>", "<image>")
+    return made
+
+
+PROCESSORS = {
+    made.__name__: made
+    for made in (
+        llava_onevision, llava_next_video, video_llava, qwen2_5_vl, qwen3_vl, video_llama_3, internvl, smolvlm,
+    )
+}  # fmt: skip

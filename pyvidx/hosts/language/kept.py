@@ -16,11 +16,8 @@ from pyvidx.ops._library import require
 from pyvidx.sizes import check_counts
 
 Encode = Callable[[Place, int, int], list[Tensor]]  # steps start to stop of a video: [stop - start, P, C] of each level
-CLIPS = {
-    "keyframes": ("capacity", "unit"),
-    "evs": ("q",),
-    "vidcom2": ("q", "form"),
-}  # options, first what must be given
+# Functions of a clip and their options, first the one that must be given.
+CLIPS = {"keyframes": ("capacity", "unit"), "evs": ("q",), "vidcom2": ("q", "form")}
 
 
 @dataclass(frozen=True)
@@ -35,6 +32,9 @@ class Stream:
             policy = self.policy_of(place)
             left = policy.new(1, place.positions, host.width, device="meta").positions
             _check_grid(host, policy.name, policy.layout == "ragged" or left != place.positions)
+            kind = host.config.model_type
+            text = f"compress: tokens of {kind} have places in a step, and those of {policy.name} none"
+            require(left == place.positions or not host.in_place, text)
 
     def of(self, places: Sequence[Place], seconds: Sequence[Tensor], encode: Encode, chunk: int) -> list[Slots]:
         """The slots of each video. Videos of equal frames share a bank; where the lengths differ, those that are over

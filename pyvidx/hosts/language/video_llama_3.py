@@ -78,6 +78,11 @@ class VideoLlama3(Timed):
     def encoded(self, inputs, places: Sequence[Place], slots: Sequence[Slots]) -> dict[str, Any]:
         return super().encoded(inputs, places, [self._as_shown(p, s) for p, s in zip(places, slots)])
 
+    def sized(self, options, frames: int, clip: int) -> dict[str, Any]:
+        size = options.get("size") or self.processor.video_processor.size
+        longest = size["longest_edge"] // clip * frames  # pixels of a clip, in all; shortest_edge is of a frame
+        return {"size": {"shortest_edge": size["shortest_edge"], "longest_edge": longest}}
+
     def _shown(self, inputs: Mapping[str, Any], number: int) -> Tensor:
         """bool [T * P] on the CPU, the tokens of one video that the prompt has."""
         counts = [n // side**2 for n, side in zip(inputs["video_grid_thw"].prod(1).tolist(), self.sides(inputs))]
