@@ -18,7 +18,13 @@ mend_torchvision()
 transformers = pytest.importorskip("transformers", reason="pip install 'pyvidx[hosts]'")
 pytest.importorskip("torchvision", reason="pip install 'pyvidx[hosts]'")
 
-from transformers import AutoConfig, AutoModel, AutoProcessor, AutoVideoProcessor  # noqa: E402
+from transformers import (  # noqa: E402
+    AutoConfig,
+    AutoModel,
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    AutoVideoProcessor,
+)
 from transformers import LlavaForConditionalGeneration as Llava  # noqa: E402
 
 from pyvidx.hosts import llava  # noqa: E402
@@ -136,7 +142,8 @@ def test_folder(published):
     alone = AutoModel.from_pretrained(folder / "tower")
     assert isinstance(alone, llava.BTAdapterVisionModel) and all(p.requires_grad for p in alone.parameters())
     close(alone(pixels).last_hidden_state, model.model.vision_tower(pixels).last_hidden_state)
-    half = Llava.from_pretrained(folder / "chat", dtype=torch.bfloat16)
+    half = AutoModelForImageTextToText.from_pretrained(folder / "chat", dtype=torch.bfloat16)
+    assert isinstance(half, Llava)
     assert {p.dtype for p in half.parameters()} == {torch.bfloat16}
     assert half.get_image_features(pixels, return_dict=True).pooler_output[0].dtype == torch.bfloat16
     if find_spec("accelerate"):
@@ -334,7 +341,8 @@ def test_branch_beside_llavas_own_tower(tmp_path):
     tokenizer().save_pretrained(tmp_path)
     model, _, report = llava.load(tmp_path, file.part("sft."), dtype=torch.float32)
     got = model.model.vision_tower(file.tensors["pixels_8"]).last_hidden_state
-    want, _ = load_official({k: v.bfloat16() for k, v in clip.items()}, file.part("sft."), part="tokens", heads=2)
+    told = {"part": "tokens", "heads": 2, "hidden_act": "quick_gelu"}
+    want, _ = load_official({k: v.bfloat16() for k, v in clip.items()}, file.part("sft."), **told)
     close(got, want(file.tensors["pixels_8"]).tokens)
     assert not report.unexpected and llava.load(tmp_path, file.part("sft."))[0].dtype == torch.bfloat16
 
@@ -370,6 +378,13 @@ def test_errors(published, tmp_path):
         llava.load("nowhere", {}, conversation="vicuna")
     with pytest.raises(FileNotFoundError):
         llava.load("nowhere", {})
+    folder, sft = published[0], published[1].part("sft.")
+    parts = dict(clip=folder / "clip-vit-large-patch14", projector=folder / "sft_mm_projector.bin")
+    with pytest.raises(ValueError, match="num_frames must be from 2 to 128, got 200"):
+        llava.load(folder / "lightning", sft, **parts, num_frames=200)
+    rows = {**torch.load(parts["projector"]), "model.embed_tokens.weight": torch.zeros(3, 48)}
+    with pytest.raises(ValueError, match="must be the two rows of <vid_start> and <vid_end>, or all 67 x 48"):
+        llava.load(folder / "lightning", sft, clip=parts["clip"], projector=rows)
     with pytest.raises(ValueError, match="give num_frames, not fps"):
         processor.video_processor(torch.zeros(4, 3, 28, 28, dtype=torch.uint8), fps=2.0)
     chat = llava.Chat(model, processor)
