@@ -347,24 +347,16 @@ def test_branch_beside_llavas_own_tower(tmp_path):
     assert not report.unexpected and llava.load(tmp_path, file.part("sft."))[0].dtype == torch.bfloat16
 
 
-def test_compile_and_export(published):
-    file, tower = published[1], published[3].model.vision_tower
-    pixels = file.tensors["pixels_8"]
-    with torch.no_grad():
-        want = tower(pixels).last_hidden_state
-        compiled = torch.compile(lambda x: tower(x).last_hidden_state, fullgraph=True, backend="eager")
-        torch.testing.assert_close(compiled(pixels), want, rtol=0, atol=1e-5)
-
-        class Tokens(torch.nn.Module):
-            def __init__(self):
-                super().__init__()
-                self.tower = tower
-
-            def forward(self, x):
-                return self.tower(x).last_hidden_state
-
-        exported = torch.export.export(Tokens(), (pixels,))
-        torch.testing.assert_close(exported.module()(pixels), want, rtol=0, atol=1e-5)
+@torch.no_grad()
+def test_compile_and_export():
+    sizes = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=2)
+    config = llava.BTAdapterVisionConfig(**sizes, image_size=28, patch_size=14, branch_depth=2)
+    tower, pixels = llava.BTAdapterVisionModel(config).eval(), torch.randn(2, 4, 3, 28, 28)
+    want = tower(pixels).last_hidden_state
+    states = torch.compile(lambda x: tower(x, output_hidden_states=-2).hidden_states, fullgraph=True, backend="eager")
+    torch.testing.assert_close(states(pixels)[-2], want, rtol=0, atol=1e-5)
+    exported = torch.export.export(tower, (pixels,))
+    torch.testing.assert_close(exported.module()(pixels).last_hidden_state, want, rtol=0, atol=1e-5)
 
 
 def test_errors(published, tmp_path):
@@ -372,6 +364,9 @@ def test_errors(published, tmp_path):
     for shape in ((8, 3, 28, 28), (1, 8, 4, 28, 28), (1, 8, 28, 28, 3)):
         with pytest.raises(ValueError, match=r"must be clips \[B, T, 3, h, w\]"):
             model.model.vision_tower(torch.randn(shape))
+    for wrong in ([], [1.0], [torch.randn(8, 3, 28, 28), torch.randn(8, 4, 28, 28)]):
+        with pytest.raises(ValueError, match=r"must be clips \[B, T, 3, h, w\]"):
+            model.model.vision_tower(wrong)
     with pytest.raises(ValueError, match="T must be in"):
         model.model.vision_tower(torch.randn(1, 1, 3, 28, 28))
     with pytest.raises(ValueError, match="video-chatgpt_v1, vicuna_v1_1"):

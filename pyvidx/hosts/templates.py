@@ -122,7 +122,7 @@ TEMPLATES: dict[str, Template] = {
         asked="Assistant: ",
         video="<Img>{video}</Img> {question}",
         stop=("###",),
-        note="MiniGPT-4 on Vicuna 0",
+        note="MiniGPT-4 on Vicuna 0, as of its release for LLaMA-2; before it there was no space after the last colon",
     ),
     "minigpt4_llama2": Template(
         system=_MINIGPT4,
