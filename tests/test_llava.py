@@ -198,6 +198,9 @@ def test_templates_of_jinja(name):
     answered = [*turns, {"role": "assistant", "content": "he ran"}]
     want = TEMPLATES[name].prompt("why?", [('who "is"\n it?', "a man")], answer="he ran")
     assert t.apply_chat_template(answered, tokenize=False) == want
+    for wrong in ((VIDEO, None), ("who?", VIDEO)):
+        with pytest.raises(ValueError, match="no text may hold <video>"):
+            TEMPLATES[name].prompt(wrong[0], answer=wrong[1])
     for wrong in ([{"role": "tool", "content": ""}], [{"role": "user", "content": [{"type": "image"}]}]):
         with pytest.raises(Exception, match="must be"):
             t.apply_chat_template(wrong, tokenize=False)
