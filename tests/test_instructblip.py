@@ -46,15 +46,18 @@ def processed(host, frames, n, *, blip2=False):
 @pytest.mark.parametrize("kind, language", HOSTS)
 @torch.no_grad()
 def test_one_frame_is_the_hosts_own_answer(kind, language, frames):
-    """With any memory; in its own generate and in ours."""
+    """With any memory; in its own generate, which but for BLIP-2 counts the prompt's words, and in ours."""
     theirs, host = built(kind, language)
     inputs = processed(host, frames[:1], 8, blip2=kind == "blip-2")
     if kind == "instructblipvideo":
         inputs["pixel_values"] = inputs["pixel_values"][None]
-    want = theirs.generate(**inputs, **GREEDY)
-    want = want if language == "t5" else want[:, inputs["input_ids"].shape[1] :]
+    begin = 0 if language == "t5" else inputs["input_ids"].shape[1]
+    penalty = {} if kind == "blip-2" else {"repetition_penalty": 1.5, "suppress_tokens": [3]}
+    want, penalized = (theirs.generate(**inputs, **GREEDY, **options)[:, begin:] for options in ({}, penalty))
+    assert kind == "blip-2" or not torch.equal(want, penalized)
     for capacity in (0, 3):
-        assert torch.equal(theirs.generate(**host.inputs(inputs, capacity=capacity), **GREEDY), want)
+        found = theirs.generate(**host.inputs(inputs, capacity=capacity), **GREEDY, **penalty)
+        assert torch.equal(found[:, 0 if kind == "blip-2" else begin :], penalized)
         said = host.answer(frames[:1], ASK, capacity=capacity, repetition_penalty=1.0, **GREEDY)
         assert said == host.language.tokenizer.decode(want[0], skip_special_tokens=True).strip()
 

@@ -17,9 +17,8 @@ Where the answer is the host's own, and where MA-LMM differs by design:
                                 memories. So also where T <= capacity: nothing is merged yet, but frames are read
                                 together, which the host never does.
 
-Generation differs in one thing: transformers' `generate` of these models also gives the question's ids to logits
-processors, so a repetition_penalty other than 1 holds back the question's words. Here, as in MA-LMM's code, only those
-of the answer.
+`answer` and `ask` generate as MA-LMM's code does, with its beams and its penalty on what the answer repeats. The hosts'
+own `generate` penalizes the question's words, too; `inputs` is for that one.
 """
 
 from collections.abc import Mapping, Sequence
@@ -195,7 +194,9 @@ class InstructBLIP:
             model.generate(**host.inputs(inputs, capacity=20))
 
         The host insists on pixels and lets nobody in behind its Q-Former: it is given the embeddings of the whole
-        prompt, and of the pixels the last frame, which it encodes for nothing. It then returns the answer's ids alone.
+        prompt, and of the pixels one black patch, whose tokens find no place. input_ids stay beside them, with bos for
+        the video, so that what InstructBLIP generates begins with the prompt, and penalties count its words, as ever.
+        BLIP-2's forward would take the ids for the prompt, so they are left out: it generates the answer alone.
 
         Args:
             inputs: pixel_values [B, T, 3, h, w], or [T, 3, h, w] of one prompt, or [B, 3, h, w]; input_ids with the
@@ -238,8 +239,13 @@ class InstructBLIP:
         embed = self.language.causal_lm.get_input_embeddings()
         mask = inputs.get("attention_mask")
         found = {name: inputs[name] for name in inputs if name not in ("input_ids", "pixel_values", "labels")}
-        found["pixel_values"] = clip[:, -1:] if pixels.dim() == 5 else clip[:, -1]
+        patch, video = self.model.config.vision.patch_size, (1,) if pixels.dim() == 5 else ()
+        found["pixel_values"] = clip.new_zeros(len(clip), *video, 3, patch, patch)
+        found["interpolate_pos_encoding"] = True
         found["inputs_embeds"] = _in_place(embed(ids), tokens.to(embed.weight.dtype), starts, count)
+        if self.reads_text:
+            plain = ids.new_full(tokens.shape[:2], self.language.tokenizer.bos_token_id or 0)
+            found["input_ids"] = _in_place(ids, plain, starts, count)
         mask = torch.ones_like(ids) if mask is None else mask
         found["attention_mask"] = _in_place(mask, mask.new_ones(tokens.shape[:2]), starts, count)
         if "labels" in inputs:
