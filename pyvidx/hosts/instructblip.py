@@ -32,6 +32,7 @@ from pyvidx.hosts import huggingface
 from pyvidx.hosts.blip_session import BlipSession
 from pyvidx.hosts.importing import LOCAL, importing
 from pyvidx.hosts.settings import SQUASHED, model_type, preset_of
+from pyvidx.memory import Policy
 from pyvidx.models.language import IGNORED, Language
 from pyvidx.models.malmm import MALMM
 from pyvidx.preprocess import Preset, as_frames, as_preset
@@ -142,7 +143,8 @@ class InstructBLIP:
         capacity: int = 20,
         visual: bool = True,
         query: bool = True,
-    ) -> "BlipSession":
+        policy: Policy | None = None,
+    ) -> BlipSession:
         """A new stream.
 
         Args:
@@ -151,11 +153,13 @@ class InstructBLIP:
                 may be asked at any time.
             capacity: M, entries of each bank; 0: no memory, every frame by itself, which grows with the video.
             visual, query: have that bank.
+            policy: of pyvidx.memory, in place of MA-LMM's memories: what of the Q tokens of every frame by itself goes
+                to the language model, as pyvidx.hosts.compress does it for InstructBlipVideo.
 
         Raises:
             ValueError: questions are needed and not given, or an option is out of range.
         """
-        return BlipSession(self, questions, capacity, visual, query)
+        return BlipSession(self, questions, capacity, visual, query, policy)
 
     def answer(
         self,
@@ -165,6 +169,7 @@ class InstructBLIP:
         capacity: int = 20,
         visual: bool = True,
         query: bool = True,
+        policy: Policy | None = None,
         **options,
     ) -> str:
         """A question about a clip of any number of frames, answered in words.
@@ -173,15 +178,16 @@ class InstructBLIP:
 
         Args:
             frames: uint8 [T, H, W, 3], or what else pyvidx.preprocess takes.
-            capacity, visual, query: see `session`.
+            capacity, visual, query, policy: see `session`.
             options: of Language.generate.
 
         Raises:
             ValueError: frames or options do not fit.
         """
-        session, frames = self.session(question, capacity=capacity, visual=visual, query=query), as_frames(frames)
+        session = self.session(question, capacity=capacity, visual=visual, query=query, policy=policy)
+        frames = as_frames(frames)
         rows, T, positions = self.model.config.time_length, len(frames), None
-        if rows and T > rows and self.model.compat == "paper":
+        if rows and T > rows and self.model.compat == "paper" and session.policy is None:
             positions = torch.linspace(0, rows - 1, T)
         session.push(frames, positions=positions)
         return session.ask(question, **options)
