@@ -11,10 +11,11 @@
 The model that compressed is needed no longer: only its encoder was, and its config is here. Hosts: Qwen2.5-VL, Qwen3-VL
 and InternVL in the layout of transformers ("-hf").
 
-vLLM makes positions itself. For Qwen2.5-VL it has one number, second_per_grid_ts: the first and the last slot stand where
-they are in time and those between are evenly spaced, while in transformers, and in SGLang here, each has its own place.
-And behind a video vLLM goes on after its last second, transformers (5.24) after the larger of its height and width. vLLM
-takes no video_embeds for InternVL, so each slot is an image in the video's own text, as frames are to that model anyway.
+vLLM makes positions itself. For Qwen2.5-VL it has one number, second_per_grid_ts: the first and the last slot stand
+where they are in time and those between are evenly spaced, while in transformers, and in SGLang here, each has its own
+place. And behind a video vLLM goes on after its last second, transformers (5.24) after the larger of its height and
+width. vLLM takes no video_embeds for InternVL, so each slot is an image in the video's own text, as frames are to that
+model anyway.
 
 Run with vLLM 0.32 on a CPU; SGLang's rules were read in the code of 0.5.23, which was not run.
 """
