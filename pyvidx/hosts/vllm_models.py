@@ -49,6 +49,13 @@ class PyvidxQwen2_5_VLForConditionalGeneration(Qwen2_5_VLForConditionalGeneratio
 
     supported_video_pruning_methods = tuple(PRUNERS)
 
+    def get_mrope_input_positions(self, input_tokens, mm_features) -> tuple[Tensor, int]:
+        """Where videos are pruned, positions up to the first one: recompute_mrope_positions makes all behind it anew.
+        (vLLM's own counts the tokens before pruning here, and fails where anything follows a pruned video.)"""
+        if not self.is_multimodal_pruning_enabled:
+            return super().get_mrope_input_positions(input_tokens, mm_features)
+        return torch.arange(len(input_tokens)).repeat(3, 1), 0
+
     def _postprocess_video_embeds_evs(self, video_embeds_split, video_input) -> tuple[Tensor, ...]:
         """vLLM's hook, for any method: the kept rows, with positions [t, h, w, columns] behind the channels."""
         method, q = self.multimodal_config.get_video_pruning_spec()
