@@ -39,7 +39,9 @@ class Answer(NamedTuple):
 
     text: str
     tokens: Tensor  # int64 [n], on the CPU: those it made
-    slots: list[tuple[float, float]]  # seconds of the first and the last frame in each slot, in order of time
+    slots: list[
+        tuple[float, float]
+    ]  # seconds of the first and the last step in each; a step of two frames has their mean
 
 
 class Session:
@@ -79,6 +81,9 @@ class Session:
         check_counts("Session", chunk=chunk, **({} if clip is None else {"clip": clip}))
         self.host = host_of(model, processor)
         require(processor is not None, "Session: processor must be the host's, got None")
+        kind = self.host.config.model_type
+        text = f"Session: the encoder of {kind} reads the question, so it cannot look at frames before; use compress"
+        require(not self.host.reads_prompt, text)
         how = method(policy, capacity, options)
         require(isinstance(how, Stream), f"Session: policy must be of a stream of frames; {policy} is of a whole clip")
         self._how, self._chunk, self._clip, self._processing = how, chunk, clip, dict(processing or {})
@@ -179,8 +184,7 @@ class Session:
         return self._inputs(question, self._slots())
 
     def slots(self) -> list[tuple[float, float]]:
-        """Seconds of the first and the last frame in each slot, in order of time. Where positions merge by themselves,
-        the means over them; of a ragged policy, over the tokens that are left."""
+        """Seconds of the first and the last step in each slot; a step of two frames is at their mean."""
         return _spans(self._slots())
 
     def fork(self) -> Session:
@@ -265,12 +269,12 @@ class Session:
         self._how.check(self.host, [place])
         self._place = place
 
-    def _processed(self, prompt: str, frames: Tensor, rate: float = 1.0) -> tuple[Mapping[str, Any], Prompt, Place]:
+    def _processed(self, prompt: str, frames: Tensor, **about) -> tuple[Mapping[str, Any], Prompt, Place]:
         """What the host's processor makes of frames [n, C, H, W], or of these and more like the last, where it sizes
-        frames by their number. rate: of all frames per second."""
+        frames by their number. about: what `video_metadata` says beside that."""
         frames = torch.cat([frames, frames[-1:].expand(max(0, self._stretch - len(frames)), -1, -1, -1)])
         n = len(frames)
-        about = {"total_num_frames": n, "fps": rate, "frames_indices": list(range(n))}
+        about = {"total_num_frames": n, "fps": 1.0, "frames_indices": list(range(n))} | about
         inputs = self.host.processor(
             text=[prompt], videos=[frames], video_metadata=[about], do_sample_frames=False, return_tensors="pt",
             **self._processing,
@@ -290,7 +294,7 @@ class Session:
         )
         levels = self.host.encode(inputs, place, 0, len(frames) // n)
         self._dtype = levels[0].dtype
-        when = torch.tensor(times, dtype=torch.float64).view(-1, n).mean(1)
+        when = torch.tensor(times, dtype=torch.float64, device="cpu").view(-1, n).mean(1)
         bank = Stream.start(self.policy, levels, 1) if bank is None else bank
         first, *others = (x[None] for x in levels)
         return self.policy.extend(bank, first, when[None].to(first.device, non_blocking=True), attached=others)
@@ -314,7 +318,8 @@ class Session:
         blank = self._held.new_zeros((max(2, self._place.frames_per_step), *self._held.shape[1:]))
         span = self._last - self._first
         rate = (self._frames - 1) / span if span > 0 else 1.0
-        inputs, prompt, place = self._processed(self._prompt(question), blank, rate)
+        prompt = self._prompt(question)
+        inputs, prompt, place = self._processed(prompt, blank, fps=rate, duration=self._last)
         found = handed(self.host, inputs, prompt, [place], [slots])
         device = self.host.model.device
         found.update({name: x.to(device) for name, x in found.items() if isinstance(x, Tensor)})

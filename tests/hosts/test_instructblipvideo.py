@@ -7,9 +7,8 @@ import torch
 
 pytest.importorskip("transformers", minversion="5.20", reason="pip install 'pyvidx[hosts]'")
 
-from transformers import InstructBlipVideoConfig, InstructBlipVideoForConditionalGeneration  # noqa: E402
-
 from pyvidx.hosts import compress  # noqa: E402
+from tests.hosts.spelled import tokenizer  # noqa: E402
 from tests.hosts.tiny import VIDEO, Video  # noqa: E402
 from tests.hosts.tiny_instructblipvideo import ENTRY, QFORMER, VISION  # noqa: E402
 
@@ -27,6 +26,8 @@ GREEDY = dict(max_new_tokens=4, min_new_tokens=4, do_sample=False, num_beams=1)
 
 
 def model_of(text):
+    from transformers import InstructBlipVideoConfig, InstructBlipVideoForConditionalGeneration
+
     torch.manual_seed(0)
     config = InstructBlipVideoConfig(
         vision_config=VISION, qformer_config=QFORMER, text_config=TEXTS[text], num_query_tokens=3,
@@ -68,6 +69,31 @@ def test_more_frames_than_the_processor_writes_placeholders_for(model):
         torch.testing.assert_close(model(**same).logits[:, -1], model(**own).logits[:, -1], atol=1e-5, rtol=0)
         two = [compress(model, x, "merge", capacity=2) for x in (inputs, own)]
         assert all(torch.equal(two[0][name], two[1][name]) for name in ("inputs_embeds", "attention_mask"))
+
+
+@torch.no_grad()
+def test_of_its_processor(model):
+    """It pads between the video and the words, as it puts the video before what it has padded."""
+    pytest.importorskip("torchvision")
+    from transformers import InstructBlipVideoProcessor, InstructBlipVideoVideoProcessor
+
+    words = [tokenizer("<image>", "<video>", []) for _ in range(2)]
+    words[0].padding_side = "left"
+    pixels = InstructBlipVideoVideoProcessor(size={"height": 32, "width": 32})
+    processor = InstructBlipVideoProcessor(pixels, *words, num_query_tokens=3)
+    videos = [torch.randint(0, 255, (4, 3, 40, 40), dtype=torch.uint8) for _ in range(2)]
+    options = dict(padding=True, return_tensors="pt")
+    inputs = processor(images=videos, text=["!", "!#!"], **options)
+    inputs["qformer_input_ids"] %= 50  # the tiny Q-Former knows no more
+    assert inputs["attention_mask"].tolist() == [[1] * 12 + [0, 0, 1], [1] * 15]
+    same = compress(model, inputs, "merge", capacity=4)
+    assert torch.equal(same["attention_mask"], inputs["attention_mask"])
+    torch.testing.assert_close(model(**same).logits, model(**inputs).logits, atol=1e-5, rtol=0)
+    assert torch.equal(model.generate(**same, **GREEDY)[:, -4:], model.generate(**inputs, **GREEDY)[:, -4:])
+    small = compress(model, inputs, "fifo", capacity=3)
+    fewer = dict(inputs) | {"pixel_values": inputs["pixel_values"][:, 1:]}
+    fewer |= {name: inputs[name][:, 3:] for name in ("input_ids", "attention_mask")}
+    torch.testing.assert_close(model(**small).logits, model(**fewer).logits, atol=1e-5, rtol=0)
 
 
 @torch.no_grad()

@@ -12,6 +12,7 @@ VISION = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_att
 
 class InternVL(Tiny):
     kind = "internvl"
+    ragged = True
     # What compress uses of the host's; test_frames.py has the whole.
     processor = SimpleNamespace(
         tokenizer=tokenizer("<IMG_CONTEXT>", "<video>", ["<img>", "</img>"]),

@@ -23,10 +23,12 @@ class Framed(Place):
     Attributes:
         index: of each frame, among the images of the batch.
         gaps: token ids before the placeholders of each frame; of the first, from the start of the block.
+        others: the images of the batch that are no frame.
     """
 
     index: Sequence[int] = ()
     gaps: Sequence[Sequence[int]] = ()
+    others: Sequence[int] = ()
 
 
 class Frames(Host):
@@ -36,6 +38,7 @@ class Frames(Host):
         words: attributes of the host's processor that its frames' texts are made of.
     """
 
+    ragged = True
     pixels = ("pixel_values",)
     words: ClassVar[tuple[str, ...]] = ()
 
@@ -65,8 +68,9 @@ class Frames(Host):
         """Whether an image after `number` frames and this text is the next one."""
         raise NotImplementedError
 
-    def texts(self, place: Framed, slots: Slots) -> list[str]:
-        """What stands before the placeholders of each slot; of the first, from the start of the block."""
+    def texts(self, place: Framed, seconds: Sequence[float]) -> list[str]:
+        """What stands before the placeholders of each slot, by their times; of the first, from the start of the
+        block."""
         raise NotImplementedError
 
     # What follows from it.
@@ -89,7 +93,7 @@ class Frames(Host):
         fits = fits and sum(b - a for _, a, b in runs) == len(images) * P
         require(fits, f"{text}, the pixels ask for {P} in each of {len(images)} places")
         self._check_processor()
-        clips, inside, at, last = [], False, 0, (-1, 0)
+        clips, others, inside, at, last = [], [], False, 0, (-1, 0)
         for row, start, stop in runs:
             gap = prompt.ids[row, max(last[1] if last[0] == row else 0, start - _WINDOW) : start].tolist()
             clip = None
@@ -104,26 +108,39 @@ class Frames(Host):
                 clip["stop"] = stop
                 clip["index"].append(images[at])
                 clip["gaps"].append(gap)
-            at, last = at + (stop - start) // P, (row, stop)
-        return [Framed(i, steps=len(clip["index"]), positions=P, grid=(h, w), **clip) for i, clip in enumerate(clips)]
+            tiles = (stop - start) // P
+            if not inside:
+                others += images[at : at + tiles]
+            at, last = at + tiles, (row, stop)
+        return [
+            Framed(i, steps=len(clip["index"]), positions=P, grid=(h, w), others=others, **clip)
+            for i, clip in enumerate(clips)
+        ]
 
     def encode(self, inputs, place: Framed, start: int, stop: int) -> list[Tensor]:
         return [self.look(inputs, place.index[start:stop])]
 
     def block(self, place: Framed, slots: Slots) -> list[int]:
         known = {self.read(gap): gap for gap in place.gaps}
+        if slots.ragged:  # one text before all tokens of an entry
+            entry, index, n = slots.entry.unique(return_inverse=True, return_counts=True)
+            seconds = torch.zeros_like(slots.seconds[: len(entry)]).index_add_(0, index, slots.seconds) / n
+            counts = n.tolist()
+        else:
+            seconds, counts = slots.seconds, [slots.levels[0].shape[1]] * len(slots)
         found = []
-        for text in self.texts(place, slots):
-            found += [*(known[text] if text in known else self.write(text)), *[self.token] * place.positions]
+        for text, n in zip(self.texts(place, seconds.tolist()), counts):
+            found += [*(known[text] if text in known else self.write(text)), *[self.token] * n]
         return found
 
     def encoded(self, inputs, places: Sequence[Framed], slots: Sequence[Slots]) -> dict[str, Any]:
         """All images in the order of the prompts, as the model takes either pixels or encoded images."""
-        frames = {i for place in places for i in place.index}
-        others = [i for i in self.shown(inputs) if i not in frames]
-        found = {place.index[0]: s.levels[0] for place, s in zip(places, slots)}
+        found, others = {place.index[0]: s.levels[0] for place, s in zip(places, slots)}, places[0].others
         found |= zip(others, self.look(inputs, others).split(1)) if others else {}
-        return {"image": self.output(torch.cat([found[i] for i in sorted(found)]))}
+        found = [found[i] for i in sorted(found)]
+        if any(x.shape[1:] != found[0].shape[1:] for x in found) or slots[0].ragged:  # then every item is a token
+            found = [x.reshape(-1, 1, x.shape[-1]) for x in found]
+        return {"image": self.output(torch.cat(found))}
 
     def read(self, ids: Sequence[int]) -> str:
         """The text of tokens, as it is."""

@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from pyvidx.hosts.language.tokens import Prompt
 from pyvidx.ops._library import require
@@ -75,12 +76,14 @@ class Host:
         ragged: any number of tokens fits; else slots must have the P positions of a step.
         pixels: inputs that the encoded video takes the place of. pictures: those of images.
         passed: inputs of the shape of input_ids that are not about its tokens.
+        reads_prompt: what the encoder makes of a video depends on the prompt.
     """
 
     ragged: ClassVar[bool] = False
     pixels: ClassVar[tuple[str, ...]] = ("pixel_values_videos",)
     pictures: ClassVar[tuple[str, ...]] = ("pixel_values",)
     passed: ClassVar[tuple[str, ...]] = ()
+    reads_prompt: ClassVar[bool] = False
 
     def __init__(self, model, processor=None):
         self.model = model
@@ -136,7 +139,9 @@ class Host:
 
     def images(self, inputs: Mapping[str, Any]):
         """mm_encoder_outputs["image"], of the model's own encoder."""
-        return self.own("get_image_features", inputs)
+        crops = {name: inputs[name] for name in self.pictures if isinstance(inputs.get(name), list)}
+        # Of unequal numbers of crops: zeros fill up the rest, as processors do it.
+        return self.own("get_image_features", inputs, **{name: pad_sequence(x, True) for name, x in crops.items()})
 
     def handed(
         self, inputs: Mapping[str, Any], new: dict[str, Tensor], places: Sequence[Place], slots: Sequence[Slots]
@@ -149,12 +154,6 @@ class Host:
     ) -> dict[str, Tensor | None]:
         """Other inputs that change with the videos (grids, times), by name; None: it goes."""
         return {}
-
-    def positions(
-        self, inputs: Mapping[str, Any], new: Mapping[str, Any], places: Sequence[Place], slots: Sequence[Slots]
-    ) -> Tensor | None:
-        """position_ids of the new inputs, where those that the model makes of them would not be the slots'."""
-        return None
 
     # For hosts.
 

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from pyvidx.hosts.language.frames import Framed, Frames, taken
-from pyvidx.hosts.language.host import Slots
 from pyvidx.hosts.language.registry import register
 from pyvidx.ops._library import require
 
@@ -37,8 +36,8 @@ class InternVL(Frames):
     def follows(self, text: str, number: int) -> bool:
         return text == self._between(number)
 
-    def texts(self, place: Framed, slots: Slots) -> list[str]:
-        return ["", *(self._between(k) for k in range(1, len(slots)))]
+    def texts(self, place: Framed, seconds: Sequence[float]) -> list[str]:
+        return ["", *(self._between(k) for k in range(1, len(seconds)))]
 
     def _between(self, number: int) -> str:
         """What stands between a frame of this number and the next."""

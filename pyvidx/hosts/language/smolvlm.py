@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from pyvidx.hosts.language.frames import Framed, Frames, taken
-from pyvidx.hosts.language.host import Slots
 from pyvidx.hosts.language.registry import register
 from pyvidx.ops._library import require
 
@@ -26,9 +25,9 @@ class SmolVLM(Frames):
 
     def shown(self, inputs) -> Sequence[int]:
         pixels = inputs["pixel_values"]
-        fits = isinstance(pixels, Tensor) and pixels.dim() == 5
-        require(fits, "compress: pixel_values must be [rows, images, channels, h, w]", *([pixels] if fits else []))
-        real = pixels.flatten(0, 1).flatten(1).any(1)  # to the host, an image of zeros is padding
+        fits = all(isinstance(x, Tensor) and x.dim() == 4 for x in pixels)
+        require(fits, "compress: pixel_values must be [rows, images, channels, h, w], or a list of rows")
+        real = _flat(pixels).flatten(1).any(1)  # to the host, an image of zeros is padding
         return real.nonzero()[:, 0].tolist() or [0]
 
     def grid(self, height: int, width: int) -> tuple[int, int]:
@@ -36,9 +35,7 @@ class SmolVLM(Frames):
         return height // side, width // side
 
     def look(self, inputs, index: Sequence[int]) -> Tensor:
-        given = {
-            name: taken(inputs[name].flatten(0, 1), index)[None] for name in self.pixels if inputs.get(name) is not None
-        }
+        given = {name: taken(_flat(inputs[name]), index)[None] for name in self.pixels if inputs.get(name) is not None}
         return self.own("get_image_features", inputs, **given).pooler_output[0].unflatten(0, (len(index), -1))
 
     def seconds(self, inputs, place: Framed) -> Tensor:
@@ -65,35 +62,41 @@ class SmolVLM(Frames):
             re.fullmatch(re.escape(self.processor.fake_image_token) + TIME + re.escape(self._after), text) is not None
         )
 
-    def texts(self, place: Framed, slots: Slots) -> list[str]:
-        times = [f"\nFrame from {int(s // 60):02d}:{int(s % 60):02d}:" for s in slots.seconds.tolist()]
+    def texts(self, place: Framed, seconds: Sequence[float]) -> list[str]:
+        times = [f"\nFrame from {int(s // 60):02d}:{int(s % 60):02d}:" for s in seconds]
         first = self.read(place.gaps[0])
-        if len(slots) != place.steps:
-            first = INTRO.sub(lambda m: m[1] + _words(len(slots)) + m[3], first)
+        if len(seconds) != place.steps:
+            first = INTRO.sub(lambda m: m[1] + _words(len(seconds)) + m[3], first)
         first = re.sub(TIME, times[0], first)
         return [first, *(self.processor.fake_image_token + time + self._after for time in times[1:])]
 
     def encoded(self, inputs, places, slots):
-        self._check_multiples(inputs, places, slots)
+        if self._grouped:
+            group, counts = self.config.vision_config.patch_size, (inputs["input_ids"] == self.token).sum(1).tolist()
+            for place, s in zip(places, slots):
+                counts[place.row] += s.tokens - place.steps * place.positions
+            text = f"compress: this transformers takes smolvlm's image tokens in multiples of its patch_size {group}"
+            text += f" in a prompt, they would hold {counts}: take another capacity, or a newer transformers"
+            require(all(n % group == 0 for n in counts), text)
         return super().encoded(inputs, places, slots)
+
+    @property
+    def ragged(self) -> bool:
+        return not self._grouped
+
+    @property
+    def _grouped(self) -> bool:
+        """transformers 5.20 cuts the image tokens of a prompt in groups of patch_size, whatever an image has."""
+        return hasattr(self.model.base_model, "inputs_merger")
 
     @property
     def _after(self) -> str:
         return self.processor.fake_image_token + self.processor.global_image_token
 
-    def _check_multiples(self, inputs, places, slots) -> None:
-        """transformers 5.20 takes the image tokens of a row in groups of patch_size, whatever an image has."""
-        group = self.config.vision_config.patch_size
-        if not hasattr(self.model.base_model, "inputs_merger"):
-            return
-        counts = (inputs["input_ids"] == self.token).sum(1).tolist()
-        for place, s in zip(places, slots):
-            counts[place.row] += (len(s) - place.steps) * place.positions
-        require(
-            all(n % group == 0 for n in counts),
-            f"compress: this transformers takes smolvlm's image tokens in multiples of its patch_size {group}, and the "
-            f"prompts would hold {counts}: another capacity, or a newer transformers",
-        )
+
+def _flat(rows: Tensor | list[Tensor]) -> Tensor:
+    """The images of all rows."""
+    return rows.flatten(0, 1) if isinstance(rows, Tensor) else torch.cat(rows)
 
 
 def _words(number: int) -> str:
