@@ -153,7 +153,7 @@ class PushStep:
             _load(self._frames, frames)
             self._replay()
         self.replays += 1
-        return self._give(memories.seen + 1)
+        return self._give(memories)
 
     def _holds(self, memories: Memories) -> bool:
         """memories are what was returned last: by the tensor that stands for it."""
@@ -168,16 +168,19 @@ class PushStep:
             )
         _load(self._state, memories._replace(seen=self._state.seen, frame=None, rows=None))
 
-    def _give(self, seen: int) -> Memories:
-        """With one tensor that is new, by which to know whether somebody still has them."""
-        out = self._out._replace(seen=seen)
-        if out.visual is not None:
-            out = out._replace(visual=out.visual._replace(length=out.visual.length.detach()))
-            self._given = weakref.ref(out.visual.length)
-        else:
-            out = out._replace(frame=out.frame.detach())
-            self._given = weakref.ref(out.frame)
-        return out
+    def _give(self, memories: Memories) -> Memories:
+        """The banks are where they are recorded, as push leaves them in place; all else is the caller's own. One tensor
+        is new, by which to know whether somebody still has them."""
+        frame, rows = (None if x is None else x.clone() for x in (self._out.frame, self._out.rows))
+        banks = [self._out.visual, *self._out.query]
+        for i, bank in enumerate(banks):
+            if bank is not None:
+                banks[i] = bank._replace(length=bank.length.detach())
+                self._given = weakref.ref(banks[i].length)
+                break
+        return memories._replace(
+            seen=memories.seen + 1, visual=banks[0], query=tuple(banks[1:]), frame=frame, rows=rows
+        )
 
 
 class Clips:
