@@ -2,6 +2,8 @@
 # make test                    set up, build, run all tests (and make check)
 # make env                     the set-up alone: leaves a ready .venv
 # make check                   ruff and clang-format
+# make docs                    docs/ and the docstrings as a site in build/docs; a link that leads nowhere fails
+# make hosts-test              the tests of hosts with the oldest transformers that they are for
 # make bench                   every bench at the papers' sizes, with a table and a plot
 # make cuda-check              compile the CUDA kernels for every architecture: registers, spills, shared memory
 # make emu-test                run the CUDA kernels on the CPU: the op tests under every schedule and sanitizer
@@ -9,8 +11,11 @@
 PY = .venv/bin/python
 CXX_FILES = $(shell find csrc tests cmake -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 ISA_LEVELS = v2 v3 v4 v4bf16
+OLDEST = build/transformers-5.20.2
+# Every test runs on one thread. loadgroup keeps the tests together that build in one folder (tests/conftest.py).
+PARALLEL = -n auto --maxprocesses 8 --dist loadgroup
 
-.PHONY: env demo test check isa-test bench cuda-check emu-test gpu-check clean
+.PHONY: env demo test check docs isa-test hosts-test bench cuda-check emu-test gpu-check clean
 
 env:
 	bash cmake/env.sh
@@ -20,20 +25,28 @@ demo:
 	EXTRAS=video,cli bash cmake/env.sh
 	$(PY) -m pyvidx demo --overwrite $(VIDEO)
 
-test: env check
-	$(PY) -m pytest tests -q -m "not slow"
-	$(MAKE) isa-test
+test: env check docs
+	$(PY) -m pytest tests -q -m "not slow" $(PARALLEL)
+	$(MAKE) isa-test hosts-test
 
 check:
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check -q .
 	.venv/bin/clang-format --dry-run -Werror $(CXX_FILES)
 
+docs:
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict -q -f .mkdocs.yml
+
 # The op tests at every instruction-set level this CPU has (the best one has run already).
 isa-test:
 	@best=$$($(PY) -c 'from pyvidx import _C; print(_C.isa())'); for level in $(ISA_LEVELS); do \
 	  [ $$level = $$best ] && break; echo "tests/ops at level $$level"; \
-	  PYVIDX_ISA=$$level $(PY) -m pytest tests/ops -q || exit 1; done
+	  PYVIDX_ISA=$$level $(PY) -m pytest tests/ops -q $(PARALLEL) || exit 1; done
+
+# The tests of hosts with the oldest transformers that they are for; all tests have run with the newest.
+hosts-test:
+	[ -d $(OLDEST) ] || $(PY) -m pip install -q --no-deps --target $(OLDEST) transformers==5.20.2
+	PYTHONPATH=$(OLDEST) $(PY) -m pytest tests/hosts -q $(PARALLEL)
 
 bench: env
 	mkdir -p bench/out

@@ -5,7 +5,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-python3}
 venv=.venv/bin/python
-extras=${EXTRAS:-video,hosts,cli,train,test}
+extras=${EXTRAS:-video,hosts,cli,train,test,docs}
 
 [ -x $venv ] || "$PYTHON" -m venv .venv
 constraints=()

@@ -8,7 +8,14 @@ def pytest_addoption(parser):
     parser.addoption("--sample", type=int, metavar="N", help="at most N cases of every parametrized test")
 
 
+# These build in a folder of the project, so that only one process at a time may run a file of them.
+BUILDERS = {"test_cmake.py", "test_cuda_check.py", "test_cuda_emu.py", "test_cuda_link.py", "test_no_sync.py"}
+
+
 def pytest_collection_modifyitems(config, items):
+    for item in items:
+        if item.path.name in BUILDERS:
+            item.add_marker(pytest.mark.xdist_group(item.path.name))
     if config.getoption("--sample") is not None:
         _sample(items, config.getoption("--sample"))
 

@@ -170,6 +170,26 @@ def test_functions_of_a_clip(call):
             call(clip, lengths)
 
 
+@pytest.mark.parametrize("name, capacity, options", [("merge", M, {}), ("keyframes", M, {}), ("evs", None, {"q": 0.5})])
+@pytest.mark.parametrize("lengths", [(5, 5), (5, 2)])
+def test_what_hosts_keep(name, capacity, options, lengths):
+    """Encoded chunks to features for the language model; where the placeholders are was asked for before."""
+    pytest.importorskip("transformers", minversion="5.20", reason="pip install 'pyvidx[hosts]'")
+    from pyvidx.hosts.compress import kept
+    from pyvidx.hosts.language import Place, host_of
+    from pyvidx.hosts.language.kept import method
+    from tests.hosts.tiny import entries
+
+    with gpu(), torch.no_grad():
+        host, how = host_of(entries()["llava_next_video"].model()), method(name, capacity, options)
+        places = [Place(i, i, 0, 4 * T, T, 4, (2, 2)) for i, T in enumerate(lengths)]
+        inputs = {"pixel_values_videos": [torch.randn(T, 3, 32, 32) for T in lengths]}
+        times = [torch.arange(T).double() for T in lengths]
+        with NoTraffic():
+            slots = kept(host, inputs, places, how, times, chunk=2)
+            host.encoded(inputs, places, slots)
+
+
 # ---- models ----
 
 

@@ -10,7 +10,10 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 OPS = sorted(p.stem for p in (ROOT / "csrc/include/pyvidx").glob("*.h") if "_cuda(" in p.read_text())
-TOP = {"setup.py", "csrc", "pyvidx", "bench", "tests", "cmake", "README.md", "pyproject.toml", "Makefile"}
+TOP = {
+    "setup.py", "csrc", "pyvidx", "bench", "tests", "cmake", "docs", "README.md", "pyproject.toml", "Makefile",
+    "LICENSE", "CHANGELOG.md",
+}  # fmt: skip
 LINES = 500
 
 

@@ -31,7 +31,8 @@ def one_gpu_that_does_nothing() -> dict[str, str]:
 
 @pytest.mark.skipif(platform.system() != "Linux" or shutil.which("g++") is None, reason="needs Linux and g++")
 def test_no_sync():
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/no_sync.py"]
+    files = ("tests/no_sync.py", "tests/hosts/no_sync.py")
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *files]
     env = os.environ | one_gpu_that_does_nothing()
     run = subprocess.run(command, cwd=ROOT, env=env, text=True, capture_output=True)
     assert run.returncode == 0 and " passed" in run.stdout, run.stdout[-6000:] + run.stderr[-2000:]

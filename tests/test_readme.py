@@ -1,6 +1,7 @@
-"""README's snippets run, each alone and one after another; its commands parse; the files it names are there."""
+"""README and docs: snippets run, each alone and one after another on its page; commands parse; links lead somewhere."""
 
 import importlib
+import inspect
 import re
 import shlex
 from pathlib import Path
@@ -15,22 +16,28 @@ from tests.test_published import chat_files, pretraining_file, vectors
 from tests.torchvision_shim import mend_torchvision
 
 ROOT = Path(__file__).parents[1]
-README = (ROOT / "README.md").read_text()
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
-def blocks(language: str) -> list[tuple[int, str]]:
+def blocks(page: Path, language: str) -> list[tuple[int, str]]:
     """(line, text) of the code blocks of a language."""
-    found = re.finditer(rf"^```{language}\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
-    return [(README.count("\n", 0, m.start()) + 2, m[1]) for m in found]
+    text = page.read_text()
+    found = re.finditer(rf"^```{language}\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    return [(text.count("\n", 0, m.start()) + 2, m[1]) for m in found]
 
 
-SNIPPETS = blocks("python")
+SNIPPETS = {page: blocks(page, "python") for page in PAGES}
+ALONE = [pytest.param(page, *s, id=f"{page.name} line {s[0]}") for page in PAGES for s in SNIPPETS[page]]
 
 
-def commands() -> list[str]:
+def commands(page: Path) -> list[str]:
     """Lines of the sh blocks, and commands in the text."""
-    lines = [line.split("#")[0].strip() for _, block in blocks("sh") for line in block.splitlines()]
-    return [line for line in lines if line] + re.findall(r"`((?:pyvidx|python -m|make|pytest) [^`]+)`", README)
+    lines = [line.split("#")[0].strip() for _, block in blocks(page, "sh") for line in block.splitlines()]
+    inline = re.findall(r"`((?:pyvidx|python -m|make|pytest) [^`]+)`", page.read_text())
+    return [line for line in lines if line] + inline
+
+
+COMMANDS_TOLD = list(dict.fromkeys(line for page in PAGES for line in commands(page)))
 
 
 def given_here(words: list[str], folder: Path) -> list[str]:
@@ -65,7 +72,14 @@ def given(tmp_path_factory):
     config = transformers.LlamaConfig(vocab_size=32, hidden_size=width, intermediate_size=32, num_hidden_layers=1,
                                       num_attention_heads=2, bos_token_id=1, eos_token_id=2)  # fmt: skip
     names = {"causal_lm": transformers.LlamaForCausalLM(config), "tokenizer": tokenizer()}
-    return folder, names | {"bert_tokenizer": tokenizer(bos=False)}
+    names |= {"bert_tokenizer": tokenizer(bos=False)}
+    pytest.importorskip("transformers", minversion="5.20", reason="docs hand videos to language models")
+    from tests.hosts.chats import PROCESSORS
+    from tests.hosts.tiny import entries
+
+    vlm, processor = entries()["llava_onevision"].model(), PROCESSORS["llava_onevision"]()
+    frames = motion.render(motion.random_scenes(1, seed=0)[0], 20, 32)
+    return folder, names | {"vlm": vlm, "processor": processor, "prompt": "<video>what happens?", "frames": frames}
 
 
 @pytest.fixture(autouse=True)
@@ -74,26 +88,37 @@ def gradients_as_they_were():
     torch.set_grad_enabled(True)
 
 
-@pytest.mark.parametrize("line, text", SNIPPETS, ids=[f"line {line}" for line, _ in SNIPPETS])
-def test_a_snippet_alone(line, text, given, monkeypatch):
+@pytest.mark.parametrize("page, line, text", ALONE)
+def test_a_snippet_alone(page, line, text, given, monkeypatch):
     folder, names = given
     monkeypatch.chdir(folder)
-    exec(compile("\n" * (line - 1) + text, "README.md", "exec"), dict(names))
+    exec(compile("\n" * (line - 1) + text, page.name, "exec"), dict(names))
 
 
-def test_the_snippets_one_after_another(given, monkeypatch):
+@pytest.mark.parametrize("page", [page for page in PAGES if len(SNIPPETS[page]) > 1], ids=lambda page: page.name)
+def test_the_snippets_one_after_another(page, given, monkeypatch):
     folder, names = given
     monkeypatch.chdir(folder)
     together = dict(names)
-    for line, text in SNIPPETS:
-        exec(compile("\n" * (line - 1) + text, "README.md", "exec"), together)
+    for line, text in SNIPPETS[page]:
+        exec(compile("\n" * (line - 1) + text, page.name, "exec"), together)
 
 
 def test_there_are_snippets_and_commands():
-    assert len(SNIPPETS) >= 5 and len(commands()) >= 20
+    assert len(ALONE) >= 8 and len(COMMANDS_TOLD) >= 20
 
 
-@pytest.mark.parametrize("line", commands())
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page):
+    """Those into the project, and the pages of docs that README does not lead to."""
+    links = re.findall(r"\]\(([^)#:]+)\)", page.read_text())
+    assert all((page.parent / link).exists() for link in links), [x for x in links if not (page.parent / x).exists()]
+    if page.name == "README.md":
+        assert {str(p.relative_to(ROOT)) for p in PAGES[1:]} <= set(links)
+        assert len(page.read_text().splitlines()) < 150
+
+
+@pytest.mark.parametrize("line", COMMANDS_TOLD)
 def test_a_command_parses(line, tmp_path, monkeypatch):
     """With the parser of its command; what other programs take is only known to be there."""
     monkeypatch.chdir(tmp_path)
@@ -117,3 +142,20 @@ def test_a_command_parses(line, tmp_path, monkeypatch):
         assert path.with_suffix(".py").exists() or path.is_dir() or words[2] == "pytest", line
     else:
         assert words[0] in ("cmake",), line
+
+
+def test_public_names_are_documented():
+    """What a room lists in __all__ has a docstring, and so have the public methods that its classes add."""
+    bare = []
+    for room in ("", ".ops", ".models", ".temporal", ".memory", ".video", ".corpus", ".hosts"):
+        module = importlib.import_module(f"pyvidx{room}")
+        for name in getattr(module, "__all__", ()):
+            one = getattr(module, name)
+            bare += [f"{module.__name__}.{name}"] if callable(one) and not one.__doc__ else []
+            own = vars(one) if isinstance(one, type) else {}
+            bare += [
+                f"{module.__name__}.{name}.{method}"
+                for method, f in own.items()
+                if inspect.isfunction(f) and not method.startswith("_") and not inspect.getdoc(getattr(one, method))
+            ]
+    assert not bare, bare

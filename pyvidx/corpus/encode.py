@@ -60,6 +60,7 @@ class Timing:
 
     @contextmanager
     def of(self, part: str) -> Iterator[None]:
+        """Count what happens inside to this part, in seconds."""
         start = self.clock()
         try:
             yield

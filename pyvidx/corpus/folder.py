@@ -60,6 +60,7 @@ class Manifest:
         return Layout({name: self.widths[name] for name in NAMES if name in self.widths}, DTYPES[self.dtype])
 
     def described(self) -> dict[str, str]:
+        """What is said beside the rows in every file: options that results depend on, and notes."""
         return {**self.options, **self.notes}
 
 
@@ -219,6 +220,7 @@ class Corpus:
         self._pending, self._held, self._since = [], 0, time.monotonic()
 
     def close(self) -> None:
+        """Write what is left, and let other processes write here."""
         try:
             self.flush()
         finally:

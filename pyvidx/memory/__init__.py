@@ -23,7 +23,7 @@ tests/test_memory.py then holds it to the properties of all.
 from pyvidx.memory.bank import Bank, Entries, log_size_bias, packed
 from pyvidx.memory.dtd import Dtd, dtd_pixels
 from pyvidx.memory.evs import evs
-from pyvidx.memory.files import load, save
+from pyvidx.memory.files import beside, load, save
 from pyvidx.memory.flash_vstream import Clusters, FlashVStream, ordered_kmeans, retrieve
 from pyvidx.memory.fluxmem import FluxMem
 from pyvidx.memory.keyframes import Keyframes, keyframes
@@ -62,6 +62,7 @@ __all__ = [
     "ToMeTime",
     "Uniform",
     "batched",
+    "beside",
     "compute_retained_tokens_count",
     "compute_retention_mask",
     "create",

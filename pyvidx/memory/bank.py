@@ -229,6 +229,7 @@ class Bank:
         return dataclasses.replace(self)
 
     def check_live(self) -> None:
+        """RuntimeError where this bank is spent."""
         if self.spent:
             raise RuntimeError(
                 "Bank: this state was given to a later push or reset, which reused its memory; go on with what that "

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from pyvidx.files import write_tensors
 from pyvidx.memory.bank import Bank
@@ -14,15 +16,25 @@ from pyvidx.memory.registry import create
 from pyvidx.ops._library import FLOATING, require
 from pyvidx.tensor_files import note, opened
 
-_KEY = "pyvidx.memory"
+_KEY, _BESIDE = "pyvidx.memory", "beside."
 _DTYPES = {
     "sizes": torch.int32, "order": torch.int32, "length": torch.int32, "seen": torch.int64,
     "first": torch.float64, "last": torch.float64, "similarity": torch.float32,
 }  # fmt: skip
 
 
-def save(path: str | Path, policy: Policy, bank: Bank) -> Path:
+def save(
+    path: str | Path,
+    policy: Policy,
+    bank: Bank,
+    *,
+    tensors: Mapping[str, Tensor] | None = None,
+    notes: Mapping[str, str] | None = None,
+) -> Path:
     """Write a bank and its policy to a .safetensors file. A crash leaves the old file whole.
+
+    Args:
+        tensors, notes: what a program keeps beside the bank, in the same file; `load` passes it by, `beside` reads it.
 
     Raises:
         ValueError: path has another ending, the policy cannot go on with the bank, or what it stores is not finite.
@@ -38,7 +50,8 @@ def save(path: str | Path, policy: Policy, bank: Bank) -> Path:
         policy.check_extra(bank)
     except ValueError as error:
         raise ValueError(f"memory.save: {error}") from error
-    return write_tensors(path, bank.state_dict(), {_KEY: json.dumps(policy.spec())})
+    more = {_BESIDE + name: x for name, x in (tensors or {}).items()}
+    return write_tensors(path, bank.state_dict() | more, {**(notes or {}), _KEY: json.dumps(policy.spec())})
 
 
 def load(path: str | Path, device: torch.device | str = "cpu") -> tuple[Policy, Bank]:
@@ -53,7 +66,8 @@ def load(path: str | Path, device: torch.device | str = "cpu") -> tuple[Policy, 
         require(about is not None, f"memory.load: {path} must be a file of memory.save, got other tensors")
         try:
             policy = create(**about)
-            bank = Bank.load_state_dict({name: file.get_tensor(name) for name in file.keys()})
+            names = [name for name in file.keys() if not name.startswith(_BESIDE)]
+            bank = Bank.load_state_dict({name: file.get_tensor(name) for name in names})
             _check_values(bank)
             if bank.head is not None:
                 _check_values(bank.head)
@@ -64,6 +78,18 @@ def load(path: str | Path, device: torch.device | str = "cpu") -> tuple[Policy, 
         except (ValueError, TypeError, RuntimeError, IndexError, ZeroDivisionError, OverflowError) as error:
             raise ValueError(f"memory.load: {path} holds no bank that can go on: {error}") from error
     return policy, bank._map(lambda x: x.to(device))
+
+
+def beside(path: str | Path, key: str) -> tuple[dict | None, dict[str, Tensor]]:
+    """What a program kept beside the bank: the JSON object of the note `key` (None: there is none), and the tensors.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is no safetensors file, is damaged, or the note is no JSON object.
+    """
+    with opened(path, "memory.beside") as file:
+        names = [name for name in file.keys() if name.startswith(_BESIDE)]
+        return note(file, path, key), {name.removeprefix(_BESIDE): file.get_tensor(name) for name in names}
 
 
 def _check_values(bank: Bank) -> None:

@@ -62,6 +62,7 @@ class BTAdapterConfig:
         return self.depth - (self.part != "full")
 
     def to_dict(self) -> dict:
+        """What json takes; from_dict goes back."""
         return dataclasses.asdict(self)
 
     @classmethod

@@ -35,6 +35,7 @@ class MALMMConfig:
             )
 
     def to_dict(self) -> dict:
+        """What json takes; from_dict goes back."""
         return dataclasses.asdict(self)
 
     @classmethod

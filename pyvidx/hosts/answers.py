@@ -1,0 +1,22 @@
+"""What `generate` returns: a prompt and, behind it, what the model made."""
+
+import torch
+from torch import Tensor
+
+
+def answers(sequences: Tensor, prompts: Tensor) -> Tensor:
+    """What was made, [B * n, new], of sequences [B * n, length] of n answers to each of the prompts [B, L]. Models that
+    return no prompt (those that generate from embeddings) are told by what comes first."""
+    B, L = prompts.shape
+    again = prompts.repeat_interleave(len(sequences) // B, 0)
+    behind = sequences.shape[1] >= L and torch.equal(sequences[:, :L], again.to(sequences))
+    return sequences[:, L:] if behind else sequences
+
+
+def readdressed(sequences: Tensor, prompts: Tensor, given: Tensor) -> Tensor:
+    """Sequences behind the prompts [B, L] that were given instead of those that were used."""
+    made = answers(sequences, prompts)
+    if made.shape == sequences.shape:
+        return sequences
+    again = given.repeat_interleave(len(sequences) // len(given), 0)
+    return torch.cat([again.to(sequences), made], dim=1)

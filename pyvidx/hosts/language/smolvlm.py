@@ -1,0 +1,105 @@
+"""SmolVLM: a video is a sentence with its length, and "Frame from 00:01:" before each frame."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from pyvidx.hosts.language.frames import Framed, Frames, taken
+from pyvidx.hosts.language.registry import register
+from pyvidx.ops._library import require
+
+TIME = r"\nFrame from (\d+):(\d\d):"
+INTRO = re.compile(r"(You are provided the following series of )([a-z, -]+)( frames from a \S+ \[H:MM:SS\] video\.\n)")
+
+
+@register("smolvlm")
+class SmolVLM(Frames):
+    """The texts say the slots' own seconds, in the host's whole seconds, and how many slots there are."""
+
+    pixels = ("pixel_values", "pixel_attention_mask")
+    words = ("fake_image_token", "global_image_token")
+
+    def shown(self, inputs) -> Sequence[int]:
+        pixels = inputs["pixel_values"]
+        fits = all(isinstance(x, Tensor) and x.dim() == 4 for x in pixels)
+        require(fits, "compress: pixel_values must be [rows, images, channels, h, w], or a list of rows")
+        real = _flat(pixels).flatten(1).any(1)  # to the host, an image of zeros is padding
+        return real.nonzero()[:, 0].tolist() or [0]
+
+    def grid(self, height: int, width: int) -> tuple[int, int]:
+        side = self.config.vision_config.patch_size * self.config.scale_factor
+        return height // side, width // side
+
+    def look(self, inputs, index: Sequence[int]) -> Tensor:
+        given = {name: taken(_flat(inputs[name]), index)[None] for name in self.pixels if inputs.get(name) is not None}
+        return self.own("get_image_features", inputs, **given).pooler_output[0].unflatten(0, (len(index), -1))
+
+    def seconds(self, inputs, place: Framed) -> Tensor:
+        if inputs.get("video_metadata") is not None:
+            return super().seconds(inputs, place)
+        said = [re.search(TIME, self.read(gap)).groups() for gap in place.gaps]
+        return torch.tensor([60.0 * int(m) + int(s) for m, s in said], dtype=torch.float64)
+
+    def begins(self, ids: list[int]) -> int | None:
+        time = re.compile(f"{TIME}{re.escape(self._after)}$")
+        text = self.read(ids)
+        if not time.search(text):
+            return None
+        whole = re.compile(INTRO.pattern + time.pattern)
+        pattern = whole if whole.search(text) else time
+        for start in reversed(range(len(ids))):  # where the tokenizer begins a token by itself
+            text = self.read(ids[start:])
+            if pattern.search(text) and self.write(text) == ids[start:]:
+                return start
+        raise ValueError("compress: the text before the frames of a video has other tokens by processor.tokenizer")
+
+    def follows(self, text: str, number: int) -> bool:
+        return (
+            re.fullmatch(re.escape(self.processor.fake_image_token) + TIME + re.escape(self._after), text) is not None
+        )
+
+    def texts(self, place: Framed, seconds: Sequence[float]) -> list[str]:
+        times = [f"\nFrame from {int(s // 60):02d}:{int(s % 60):02d}:" for s in seconds]
+        first = self.read(place.gaps[0])
+        if len(seconds) != place.steps:
+            first = INTRO.sub(lambda m: m[1] + _words(len(seconds)) + m[3], first)
+        first = re.sub(TIME, times[0], first)
+        return [first, *(self.processor.fake_image_token + time + self._after for time in times[1:])]
+
+    def encoded(self, inputs, places, slots):
+        if self._grouped:
+            group, counts = self.config.vision_config.patch_size, (inputs["input_ids"] == self.token).sum(1).tolist()
+            for place, s in zip(places, slots):
+                counts[place.row] += s.tokens - place.steps * place.positions
+            text = f"compress: this transformers takes smolvlm's image tokens in multiples of its patch_size {group}"
+            text += f" in a prompt, they would hold {counts}: take another capacity, or a newer transformers"
+            require(all(n % group == 0 for n in counts), text)
+        return super().encoded(inputs, places, slots)
+
+    @property
+    def ragged(self) -> bool:
+        return not self._grouped
+
+    @property
+    def _grouped(self) -> bool:
+        """transformers 5.20 cuts the image tokens of a prompt in groups of patch_size, whatever an image has."""
+        return hasattr(self.model.base_model, "inputs_merger")
+
+    @property
+    def _after(self) -> str:
+        return self.processor.fake_image_token + self.processor.global_image_token
+
+
+def _flat(rows: Tensor | list[Tensor]) -> Tensor:
+    """The images of all rows."""
+    return rows.flatten(0, 1) if isinstance(rows, Tensor) else torch.cat(rows)
+
+
+def _words(number: int) -> str:
+    from num2words import num2words  # SmolVLM's processor, which has been given, needs it as well
+
+    return num2words(number)

@@ -1,0 +1,39 @@
+"""Video-LLaVA: all patches of a frame after its class token."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from pyvidx.hosts.language.host import Host, Place, Slots
+from pyvidx.hosts.language.registry import register
+
+
+@register("video_llava")
+class VideoLlava(Host):
+    ragged = True
+    pictures = ("pixel_values", "pixel_values_images")  # the second in transformers before 5.23
+
+    def videos(self, inputs, prompt) -> list[Place]:
+        clips = self.clips(inputs)
+        vision = self.config.vision_config
+        P = (vision.image_size // vision.patch_size) ** 2 + 1
+        blocks = prompt.blocks(self.token, [len(clip) * P for clip in clips])
+        return [Place(i, *block, len(clip), P) for i, (block, clip) in enumerate(zip(blocks, clips))]
+
+    def encode(self, inputs, place: Place, start: int, stop: int) -> list[Tensor]:
+        pixels = self.clips(inputs)[place.number][start:stop]
+        return [self.own("get_video_features", inputs, pixel_values_videos=pixels[None]).pooler_output]
+
+    def images(self, inputs):
+        pixels = next(inputs[name] for name in self.pictures if inputs.get(name) is not None)
+        known = inspect.signature(self.model.base_model.get_image_features).parameters
+        name = next(name for name in self.pictures if name in known)
+        return self.own("get_image_features", {}, **{name: pixels})
+
+    def features(self, slots: Sequence[Slots]):
+        # The model wants one tensor, and lengths differ: tokens are items.
+        return self.output(torch.cat([s.rows[0] for s in slots])[:, None])
