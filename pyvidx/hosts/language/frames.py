@@ -87,7 +87,7 @@ class Frames(Host):
         if pixels is None:
             require(not runs, f"{text} and the inputs no pixels of any: give what the processor made of videos=")
             return []
-        images, (h, w) = self.shown(inputs), self.grid(*pixels.shape[-2:])
+        images, (h, w) = self.shown(inputs), self.grid(*pixels[0].shape[-2:])
         P = h * w
         fits = P > 0 and all((b - a) % P == 0 for _, a, b in runs)
         fits = fits and sum(b - a for _, a, b in runs) == len(images) * P

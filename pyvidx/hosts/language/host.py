@@ -74,12 +74,14 @@ class Host:
 
     Attributes:
         ragged: any number of tokens fits; else slots must have the P positions of a step.
+        in_place: each of those must have a place in a step of the video, as the model has positions for it.
         pixels: inputs that the encoded video takes the place of. pictures: those of images.
         passed: inputs of the shape of input_ids that are not about its tokens.
         reads_prompt: what the encoder makes of a video depends on the prompt.
     """
 
     ragged: ClassVar[bool] = False
+    in_place: ClassVar[bool] = False
     pixels: ClassVar[tuple[str, ...]] = ("pixel_values_videos",)
     pictures: ClassVar[tuple[str, ...]] = ("pixel_values",)
     passed: ClassVar[tuple[str, ...]] = ()
