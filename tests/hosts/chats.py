@@ -108,6 +108,22 @@ def llava_next_video(**video):
     )
 
 
+def perception_lm(**video):
+    from transformers import PerceptionLMImageProcessorFast, PerceptionLMProcessor, PerceptionLMVideoProcessor
+
+    from tests.hosts.spelled import tokenizer
+
+    marks = {"image_token": "<|image|>", "video_token": "<|video|>"}
+    return PerceptionLMProcessor(
+        PerceptionLMVideoProcessor(**{"size": {"height": 32, "width": 32}} | video),
+        PerceptionLMImageProcessorFast(tile_size=32),
+        tokenizer(*marks.values(), [], **marks),
+        patch_size=8,
+        pooling_ratio=2,
+        chat_template=template("<|video|>", "<|image|>"),
+    )
+
+
 def internvl():
     from tests.hosts.test_frames import internvl_processor
 
@@ -127,6 +143,7 @@ def smolvlm():
 PROCESSORS = {
     made.__name__: made
     for made in (
-        llava_onevision, llava_next_video, video_llava, qwen2_5_vl, qwen3_vl, video_llama_3, internvl, smolvlm,
+        llava_onevision, llava_next_video, video_llava, qwen2_5_vl, qwen3_vl, video_llama_3, perception_lm, internvl,
+        smolvlm,
     )
 }  # fmt: skip
