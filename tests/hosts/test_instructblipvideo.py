@@ -7,7 +7,7 @@ import torch
 
 pytest.importorskip("transformers", minversion="5.20", reason="pip install 'pyvidx[hosts]'")
 
-from pyvidx.hosts import compress  # noqa: E402
+from pyvidx.hosts import Session, compress  # noqa: E402
 from tests.hosts.spelled import tokenizer  # noqa: E402
 from tests.hosts.tiny import VIDEO, Video  # noqa: E402
 from tests.hosts.tiny_instructblipvideo import ENTRY, QFORMER, VISION  # noqa: E402
@@ -124,3 +124,8 @@ def test_misfits(model, case, monkeypatch):
     monkeypatch.setattr(type(model), "get_video_features", lambda *a, **k: pytest.fail("the encoder ran"))
     with pytest.raises(ValueError, match=message):
         compress(model, change(inputs), capacity=2)
+
+
+def test_a_session_cannot_look_before_it_is_asked(model):
+    with pytest.raises(ValueError, match="reads the question"):
+        Session(model, object(), capacity=2)
