@@ -11,6 +11,7 @@ COMMANDS = {
     "convert": "published weights into pyvidx's file, and back, with what became of every key",
     "demo": "encode one video and show what comes out",
     "eval": "numbers of a benchmark from answers or embeddings",
+    "ask": "a video language model's answer about a video, through a memory, also while the video goes on",
     "memory": "stream one video through a memory bank and draw what its slots hold",
     "train": "pretrain or fine-tune a model, on one device or with torchrun on several",
     "plan": "hours of a pretraining, hours and storage of a corpus, before they are started",

@@ -5,16 +5,18 @@ from dataclasses import replace
 
 import pytest
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from pyvidx import memory
+from pyvidx import memory, temporal
 from pyvidx.backbones.text import TextConfig, TextTower
-from pyvidx.backbones.vit import EVA_G, ViTConfig
+from pyvidx.backbones.vit import EVA_G, ViT, ViTConfig
+from pyvidx.layers import plain
 from pyvidx.memory.qformer import QFormerConfig
-from pyvidx.models import MALMM, BTAdapter, BTAdapterConfig, MALMMConfig
+from pyvidx.models import MALMM, BTAdapter, BTAdapterConfig, MALMMConfig, VideoEncoder
 from pyvidx.models.pretraining import Pretraining
+from pyvidx.ops.memory_merge import in_order, new_state
 from tests.op_calls import op_calls
 
 VISION = ViTConfig(image_size=12, patch_size=4, width=16, heads=2, layers=5, mlp_width=24, embed_dim=6)
@@ -58,9 +60,21 @@ class NoTraffic(TorchDispatchMode):
 
 @contextmanager
 def gpu():
-    """New tensors are fake ones on a GPU."""
-    with FakeTensorMode(), torch.device("cuda:0"):
+    """New tensors are fake ones on a GPU, and as plain as any other: the fast paths, which read weights, take them."""
+    with plain_fakes(), FakeTensorMode(), torch.device("cuda:0"):
         yield
+
+
+@contextmanager
+def plain_fakes():
+    kinds = (plain.TENSORS, plain.BIASES)
+    for known in kinds:
+        known.add(FakeTensor)
+    try:
+        yield
+    finally:
+        for known in kinds:
+            known.discard(FakeTensor)
 
 
 @pytest.mark.parametrize(
@@ -156,6 +170,26 @@ def test_functions_of_a_clip(call):
             call(clip, lengths)
 
 
+@pytest.mark.parametrize("name, capacity, options", [("merge", M, {}), ("keyframes", M, {}), ("evs", None, {"q": 0.5})])
+@pytest.mark.parametrize("lengths", [(5, 5), (5, 2)])
+def test_what_hosts_keep(name, capacity, options, lengths):
+    """Encoded chunks to features for the language model; where the placeholders are was asked for before."""
+    pytest.importorskip("transformers", minversion="5.20", reason="pip install 'pyvidx[hosts]'")
+    from pyvidx.hosts.compress import kept
+    from pyvidx.hosts.language import Place, host_of
+    from pyvidx.hosts.language.kept import method
+    from tests.hosts.tiny import entries
+
+    with gpu(), torch.no_grad():
+        host, how = host_of(entries()["llava_next_video"].model()), method(name, capacity, options)
+        places = [Place(i, i, 0, 4 * T, T, 4, (2, 2)) for i, T in enumerate(lengths)]
+        inputs = {"pixel_values_videos": [torch.randn(T, 3, 32, 32) for T in lengths]}
+        times = [torch.arange(T).double() for T in lengths]
+        with NoTraffic():
+            slots = kept(host, inputs, places, how, times, chunk=2)
+            host.encoded(inputs, places, slots)
+
+
 # ---- models ----
 
 
@@ -164,8 +198,26 @@ def test_bt_adapter_forward(compat, variant):
     with gpu(), torch.no_grad():
         model = BTAdapter(CONFIG, compat=compat, variant=variant).eval()
         with NoTraffic():
-            model(torch.randn(B, T, 3, 12, 12))
-            model(torch.randn(B, T, 3, 12, 12), outputs=("pooled",))
+            for encoder in (model, model.fold()):
+                encoder(torch.randn(B, T, 3, 12, 12))
+                encoder(torch.randn(B, T, 3, 12, 12), outputs=("pooled",))
+                encoder(torch.randn(B, T, 3, 12, 12), outputs=("tokens",))
+
+
+@pytest.mark.parametrize("name", temporal.names())
+def test_temporal_modules(name):
+    """Whole and folded, and a training step."""
+    with gpu():
+        model = VideoEncoder(ViT(VISION), temporal.create(name, VISION)).requires_grad_(True)
+        pixels = torch.randn(B, T, 3, 12, 12)
+        with NoTraffic():
+            out = model(pixels)
+            (out.tokens.sum() + out.pooled.sum()).backward()
+            with torch.no_grad():
+                model.eval()(pixels)
+        folded = model.fold()
+        with NoTraffic():
+            folded(pixels, outputs=("pooled",))
 
 
 def test_bt_adapter_training_step():
@@ -209,3 +261,41 @@ def test_malmm_training_step(query):
         ids = torch.zeros(B, 5, dtype=torch.int64)
         with NoTraffic():
             model(torch.randn(B, T + 2, 3, 12, 12), ids, length=M, query=query).sum().backward()
+
+
+# ---- what does read back, and why ----
+
+
+def _frame_mask():
+    BTAdapter(CONFIG).eval()(torch.randn(B, T, 3, 12, 12), frame_mask=torch.ones(B, T, dtype=torch.bool))
+
+
+def _patch_mask():
+    mask = torch.zeros(B, CONFIG.vision.patches, dtype=torch.bool)
+    BTAdapter(CONFIG).eval()(torch.randn(B, T, 3, 12, 12), mask=mask, outputs=("pooled",))
+
+
+def _text_mask():
+    MALMM(SMALL).prompt(torch.zeros(B, 5, dtype=torch.int64), torch.ones(B, 5, dtype=torch.int64))
+
+
+READ_BACK = {  # what it is: why it may, a call of it
+    "frames that are real": (
+        "a batch without padding takes the faster path, the padding of others no work",
+        _frame_mask,
+    ),
+    "patches left out": ("their number is a size; pretraining, which knows it, says so and does not wait", _patch_mask),
+    "padding of an instruction": ("once a stream; without padding no attention takes a mask", _text_mask),
+    "the length of the longest memory": (
+        "it is a size; who knows it says so",
+        lambda: in_order(new_state(B, M, P, C, device="cuda:0")),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", READ_BACK)
+def test_what_reads_back_is_named(name):
+    """The list is true: these do, and tests above show that nothing else does."""
+    why, call = READ_BACK[name]
+    with gpu(), torch.no_grad(), NoTraffic(), pytest.raises(AssertionError, match="reads what|depends on values"):
+        call()

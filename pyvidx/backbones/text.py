@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from pyvidx.layers.block import Block
+from pyvidx.layers.block import Block, run_blocks
 from pyvidx.layers.linear import dense
 from pyvidx.ops._library import require, require_tensors
 from pyvidx.sizes import check
@@ -96,7 +96,6 @@ class TextTower(nn.Module):
             )
         check_ids("TextTower", "ids", ids, self.config.vocab)
         x = self.token(ids) + self.position[: ids.shape[1]]
-        for block in self.blocks:
-            x = block(x)
+        (x,) = run_blocks(self.blocks, x, [len(self.blocks) - 1]) if len(self.blocks) else (x,)
         read = x[torch.arange(len(ids), device=ids.device), ids.argmax(dim=1)] if end else x[:, -1]
         return dense(self.norm(read), self.projection)

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pyvidx.layers.attention import gather, gathered_values
-from pyvidx.layers.block import ACTIVATIONS, Block
+from pyvidx.layers.block import ACTIVATIONS, Block, run_blocks
 from pyvidx.layers.linear import dense
 from pyvidx.layers.patch import patch_grid, patch_rows, resize_positions
 from pyvidx.layers.plain import held, plain
@@ -214,12 +214,13 @@ class ViT(nn.Module):
             return (x,)
         if not wanted or wanted != sorted(set(wanted)) or wanted[0] not in own or wanted[-1] not in own:
             raise ValueError(f"ViT: layers must be ascending and of {[*own]}, those it holds, got {wanted}")
-        found = []
-        for i in range(own[0], wanted[-1] + 1):
-            block = self.blocks[str(i)]
-            x = block.class_row(x) if class_row and self.config.class_token and i == wanted[-1] else block(x)
-            if i == wanted[len(found)]:
-                found.append(x)
+        layers = range(own[0], wanted[-1] + 1)
+        found = run_blocks(
+            [self.blocks[str(i)] for i in layers],
+            x,
+            [layers.index(i) for i in wanted],
+            class_row=class_row and self.config.class_token,
+        )
         return tuple(found)
 
     def embed(self, pixels: Tensor, *, interpolate: bool = False) -> Tensor:

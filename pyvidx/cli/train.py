@@ -1,4 +1,4 @@
-"""pyvidx train malmm|pretrain --config FILE"""
+"""pyvidx train malmm|chat|pretrain --config FILE"""
 
 import argparse
 import contextlib
@@ -22,7 +22,11 @@ from pyvidx.train.loop import State, Stepped, train
 from pyvidx.train.outputs import written
 
 # Each module has a Config, build(config, device) -> Task and datasets(config, task, ranks) -> training, held out.
-KINDS = {"malmm": "fine-tune MA-LMM on answers", "pretrain": "pretrain an encoder on captions, or by UMT"}
+KINDS = {
+    "malmm": "fine-tune MA-LMM on answers",
+    "chat": "tune branch and projector of a chat model on answers",
+    "pretrain": "pretrain an encoder on captions, or by UMT",
+}
 
 
 def parser() -> argparse.ArgumentParser:

@@ -48,7 +48,7 @@ def compress(
     Args:
         model: of transformers, with one of pyvidx.hosts.language.names() as config.model_type.
         inputs: of its processor with return_tensors="pt": input_ids [B, L], pixels, ... Any number of videos and images
-            in each of the prompts. Where a processor makes no batch of videos of unequal lengths, pixels may be a list.
+            in each of the prompts. Videos of unequal lengths, of which most processors make no batch: `together`.
             Pixels may stay on the CPU: chunks are brought to the model.
         policy: a name of pyvidx.memory.names() with its options; "keyframes" with capacity; "evs" or "vidcom2" with q,
             for hosts that take any number of tokens; or a Policy. merge is of whole frames unless unit says otherwise
@@ -69,6 +69,12 @@ def compress(
         ValueError: the model is none of those; pixels, grids, placeholders and times do not agree; an option does not
             fit the policy, or the policy the host. All of this before anything is encoded.
         RuntimeError: transformers is older than 5.20.
+
+    For example:
+
+        inputs = processor(text=prompt, videos=[frames], return_tensors="pt")  # 256 frames
+        inputs = compress(model, inputs, "merge", capacity=16)
+        answer = model.generate(**inputs, max_new_tokens=64)
     """
     check_counts("compress", chunk=chunk)
     host, how = host_of(model, processor), method(policy, capacity, options)
@@ -154,6 +160,7 @@ def kept(
         require(fits, "compress: the encoder must give [steps, P, C] with {} steps of {}".format(*wanted), *levels)
         return levels
 
+    times = [when.to(host.model.device, non_blocking=True) for when in times]
     return how.of(places, times, encode, chunk)
 
 
@@ -171,8 +178,6 @@ def handed(
         if name in out:
             del out[name]
     out.update({name: x for name, x in new.items() if x is not None})
-    if (positions := host.positions(inputs, out, places, slots)) is not None:
-        out["position_ids"] = positions
     return out
 
 

@@ -27,7 +27,8 @@ def unhooked(module: nn.Module) -> bool:
 def untouched(module: nn.Module) -> bool:
     """Whether a call of the module runs the forward of its class and nothing beside it."""
     return unhooked(module) and not (
-        every._global_forward_pre_hooks
+        module._compiled_call_impl is not None  # Module.compile
+        or every._global_forward_pre_hooks
         or every._global_forward_hooks
         or every._global_backward_pre_hooks
         or every._global_backward_hooks

@@ -17,6 +17,7 @@ FILE_NAME = "model.safetensors"
 DOORS = {
     "bt_adapter": "pyvidx.weights.bt_adapter.load_official",
     "malmm": "pyvidx.weights.malmm.load_malmm",
+    "minigpt4": "pyvidx.weights.minigpt4.load_minigpt4",
 }
 # What a header that describes no model makes its constructor raise.
 REFUSALS = (

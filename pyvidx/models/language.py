@@ -23,7 +23,8 @@ class Language(nn.Module):
         language.generate(model.project(model.ask(memories)), ["what is the person doing?"])   # of a stream
 
     Args:
-        causal_lm: any transformers model with generate(inputs_embeds=...): LLaMA / Vicuna, Qwen2, GPT-2, ...
+        causal_lm: any transformers model with generate(inputs_embeds=...): LLaMA / Vicuna, Qwen2, GPT-2, ...; FLAN-T5
+            too, of InstructBLIP and BLIP-2, but for its loss.
         tokenizer: its tokenizer; a copy is kept, with the settings needed here.
         text_tokenizer: the Q-Former's (BERT wordpieces); None where the Q-Former reads no text (BLIP-2).
         max_text: instruction tokens kept, the last ones, for the Q-Former and for the language model.
@@ -64,6 +65,11 @@ class Language(nn.Module):
         return super().train(False)
 
     @property
+    def encodes(self) -> bool:
+        """An encoder reads tokens and instruction, a decoder writes the answer (FLAN-T5)."""
+        return self.causal_lm.config.is_encoder_decoder
+
+    @property
     def width(self) -> int:
         """Of its token embeddings."""
         return self.causal_lm.get_input_embeddings().weight.shape[1]
@@ -102,8 +108,9 @@ class Language(nn.Module):
         if not all(questions):  # the answer's first word is read after the last place, which would be padding
             raise ValueError("Language: every text must have a token, got one of none; give it a word, or pass bos=")
         rows = [torch.tensor(row) for row in questions]
-        ids = pad_sequence(rows, batch_first=True, padding_value=pad, padding_side="left").to(self._device)
-        mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True, padding_side="left").to(ids)
+        side = "right" if self.encodes else "left"  # T5 counts distances over padding; a decoder goes on at the end
+        ids = pad_sequence(rows, batch_first=True, padding_value=pad, padding_side=side).to(self._device)
+        mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True, padding_side=side).to(ids)
         options = {"max_new_tokens": 256, "pad_token_id": pad} | GENERATION | options
         ids = self.causal_lm.generate(
             inputs_embeds=torch.cat([visual, self._embed(ids)], dim=1),
@@ -124,8 +131,12 @@ class Language(nn.Module):
             answers: a text for each prompt.
 
         Raises:
-            ValueError: the tokens or answers do not fit the prompts or the model.
+            ValueError: the tokens or answers do not fit the prompts or the model, or that has an encoder.
         """
+        if self.encodes:
+            raise ValueError(
+                "Language: loss needs a decoder alone, got an encoder and a decoder, which can generate only"
+            )
         flat, groups = _flatten(prompts)
         flat_answers, answer_groups = _flatten(answers)
         if len(flat_answers) != len(flat) or groups != answer_groups:

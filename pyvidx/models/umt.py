@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from pyvidx.backbones.vit import ViT
-from pyvidx.layers.block import Block
+from pyvidx.layers.block import Block, run_blocks
 from pyvidx.layers.linear import dense
 from pyvidx.layers.patch import patch_rows
 from pyvidx.layers.plain import held
@@ -123,11 +123,9 @@ class UMTStudent(nn.Module):
         x, _, _ = patch_rows("UMTStudent", pixels, self.patch, self.patch_bias)
         x = x.view(B, T, P, self.config.width) + positions(T, P, x)
         x = (x if visible is None else token_gather(x, visible)).flatten(1, 2)
-        mask, found = token_mask(frame_mask, 0, P), []
-        for block in self.blocks:
-            x = block(x, mask)
-            found.append(x)
-        return [x.unflatten(1, (T, -1)) for x in found[-taps:]]
+        last = range(len(self.blocks))[-taps:]
+        found = run_blocks(self.blocks, x, last, token_mask(frame_mask, 0, P))
+        return [x.unflatten(1, (T, -1)) for x in found]
 
     def _check(self, pixels: Tensor) -> None:
         require_tensors("UMTStudent", pixels=pixels)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from pyvidx import temporal
 from pyvidx.backbones.vit import ViT, ViTConfig
+from pyvidx.layers.block import run_blocks
 from pyvidx.models import files
 from pyvidx.models.config import BTAdapterConfig, known
 from pyvidx.models.fold import Foldable
@@ -254,11 +255,8 @@ class VideoEncoder(Foldable):
         return tuple(found)
 
     def _run_blocks(self, x: Tensor, layers: range) -> tuple[Tensor, ...]:
-        x, found = self.tower.own(x), []
-        for i in layers:
-            x = self.tower.blocks[str(i)](x)
-            found.append(self.tower.with_class(x))
-        return tuple(found)
+        blocks = [self.tower.blocks[str(i)] for i in layers]
+        return tuple(map(self.tower.with_class, run_blocks(blocks, self.tower.own(x), range(len(blocks)))))
 
     @property
     def _name(self) -> str:

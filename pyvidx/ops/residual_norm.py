@@ -94,6 +94,25 @@ def residual_norm(
     return out
 
 
+def add_norm(x: Tensor, y: Tensor, norm: Norm, out: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
+    """x + y and its LayerNorm, for layers, which know what they hand over: of residual_norm's 24 microseconds in Python
+    its checks take 16. What the kernels check stays checked.
+
+    Args:
+        x, y: [..., C]. norm: (weight, bias, eps). out: as in residual_norm, contiguous.
+    """
+    weight, shift, eps = norm
+    wants_grad = torch.is_grad_enabled() and any(t.requires_grad for t in (x, y, weight, shift))
+    if wants_grad or torch.compiler.is_compiling():
+        rows = [t.reshape(1, 1, -1, t.shape[-1]) for t in (x, y)]
+        found = _op(*rows, None, None, None, None, None, weight, shift, eps)[:2]
+        return found[0].view(x.shape), found[1].view(x.shape)
+    out = (x.new_empty(x.shape), y.new_empty(y.shape)) if out is None else out
+    rows = (x, y, *out) if x.dim() == 4 else [t.reshape(1, 1, -1, t.shape[-1]) for t in (x, y, *out)]
+    _op_out(*rows[:2], None, None, None, None, None, weight, shift, eps, *rows[2:])
+    return out
+
+
 def _per_row(t, like):
     t = t[:, :, None] if t.dim() == 2 else t
     return t[..., None].to(like.dtype)

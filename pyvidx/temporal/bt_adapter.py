@@ -20,8 +20,8 @@ from torch.utils.checkpoint import checkpoint
 from pyvidx.layers.attention import gather, gathered_values
 from pyvidx.layers.block import Block
 from pyvidx.layers.int8 import is_product
-from pyvidx.layers.linear import dense, wants_grad
-from pyvidx.layers.norm import foldable
+from pyvidx.layers.linear import dense
+from pyvidx.layers.norm import foldable, writable
 from pyvidx.layers.plain import held, plain, untouched
 from pyvidx.ops import fusion_input, gated_fusion, residual_norm
 from pyvidx.ops.gated_fusion_reference import mix
@@ -109,10 +109,7 @@ class SpatialLayer(Block):
         x, normed = mixed.with_class(self.norm1)
         y = dense(self.attention(normed), self.out)
         share = _share(drop, frame_mask, y)
-        # What is in y and normed has been read, and no hook of the modules that made them can have kept it.
-        fresh = is_product(self.out) and plain(self.norm1) and plain(self.norm2)
-        fresh = fresh and x.dtype == y.dtype == normed.dtype
-        out = (y, normed) if fresh and not wants_grad(x, y, *self.norm2.parameters()) else None
+        out = writable(x, y, normed, self.out, self.norm1, self.norm2)
         return _residual_norm(x, y, self.norm2, factor=drop, share=share, out=out)
 
     def mean_tokens(self, mixed: Mixed, group: Grouping) -> tuple[Tensor, Tensor]:

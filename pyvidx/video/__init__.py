@@ -4,7 +4,7 @@ from . import sampling
 from .clip import Clip, Damage
 from .find import find_videos
 from .pool import Decoders
-from .reader import read, stream
+from .reader import follow, read, stream
 from .writer import write
 
-__all__ = ["Clip", "Damage", "Decoders", "find_videos", "read", "sampling", "stream", "write"]
+__all__ = ["Clip", "Damage", "Decoders", "find_videos", "follow", "read", "sampling", "stream", "write"]

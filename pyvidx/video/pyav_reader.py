@@ -32,7 +32,7 @@ def decode(source: Source, index: FrameIndex, wanted: list[int], room: int) -> n
     out = None
     with source.video() as opened:
         for k, frame in enumerate(_walk(source, opened, index, wanted)):
-            image = _rgb(source, frame)
+            image = rgb(source, frame)
             if out is None:
                 out = np.empty((room_for(len(wanted), image.shape, room), *image.shape), dtype=np.uint8)
             if image.shape != out.shape[1:]:
@@ -58,7 +58,7 @@ def iterate(source: Source, keep: Callable[[int, float], bool]) -> Iterator[tupl
                 for number, seconds, frame in shown:
                     # After a first sign of damage it is gone through again, with care: these were given before it.
                     if number > done and keep(number, seconds):
-                        yield (number, seconds, fps, _rgb(source, frame)), shown.damage
+                        yield (number, seconds, fps, rgb(source, frame)), shown.damage
                     done = max(done, number)
             except Suspect:
                 continue
@@ -81,7 +81,7 @@ def room_for(count: int, shape: tuple[int, ...], room: int) -> int:
     return count
 
 
-def _rgb(source: Source, frame: Any) -> np.ndarray:
+def rgb(source: Source, frame: Any) -> np.ndarray:
     if frame.width * frame.height > MAX_PIXELS:
         raise RuntimeError(
             f"video: {source.name} has a picture of {frame.width} x {frame.height}; "

@@ -11,7 +11,7 @@ from typing import BinaryIO
 import numpy as np
 import torch
 
-from . import decord_reader, folder, pyav_reader, sampling, torchcodec_reader
+from . import decord_reader, folder, followed, pyav_reader, sampling, torchcodec_reader
 from .arguments import integer, number
 from .clip import Clip, Damage
 from .ffmpeg import complaints, listening
@@ -151,6 +151,33 @@ def stream(
     return _chunks(video, reader, chunk, stride, fps, strict)
 
 
+def follow(
+    source: str | os.PathLike[str] | BinaryIO, *, chunk: int = 4, fps: float | None = None, idle: float = 10.0
+) -> Iterator[Clip]:
+    """`stream` of a video that is still being written, frames as they come: what a recorder or a camera sends.
+
+        ffmpeg -i rtsp://... -f mpegts - | python watch.py        # follow("-")
+
+    Args:
+        source: "-" (standard input), a pipe, a file that grows, or a binary file object. Its container must be one
+            that plays from its start: MPEG-TS, Matroska, WebM, FLV, fragmented MP4.
+        chunk: frames per Clip; it comes when the frame after it does.
+        fps: as in `stream`.
+        idle: seconds that a file may stay as it is before that is taken for its end.
+
+    Yields:
+        Clip, as `stream` does. Damage is skipped and told.
+
+    Raises:
+        FileNotFoundError, ValueError, RuntimeError: as `stream`.
+    """
+    chunk = integer("follow", "chunk", chunk, at_least=1)
+    fps = None if fps is None else number("follow", "fps", fps, above=0)
+    return _chunks(
+        followed.followed("follow", source, number("follow", "idle", idle, at_least=0)), "pyav", chunk, 1, fps, False
+    )
+
+
 def _chunks(
     video: Source | FrameFolder, reader: str, chunk: int, stride: int, fps: float | None, strict: bool
 ) -> Iterator[Clip]:
@@ -188,6 +215,8 @@ def _chunks(
 def _iterate(video: Source | FrameFolder, reader: str, keep) -> Iterator[tuple[pyav_reader.Item | None, Damage]]:
     if isinstance(video, FrameFolder):
         return folder.iterate(video, keep)
+    if isinstance(video, followed.Followed):
+        return followed.iterate(video, keep)
     if reader == "pyav":
         return pyav_reader.iterate(video, keep)
     return torchcodec_reader.iterate(_path(video, reader), keep)

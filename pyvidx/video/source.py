@@ -136,10 +136,11 @@ class Source:
                 f"video: {self.name} has pictures of {codec.width} x {codec.height}; "
                 f"at most {MAX_PIXELS} pixels are read"
             )
-        if not self.playlists and stream.frames > (size := self.size()):
-            raise RuntimeError(
-                f"video: {self.name} claims {stream.frames} frames in {size} bytes; its header is damaged"
-            )
+        self._check_size(stream.frames)
+
+    def _check_size(self, frames: int) -> None:
+        if not self.playlists and frames > (size := self.size()):
+            raise RuntimeError(f"video: {self.name} claims {frames} frames in {size} bytes; its header is damaged")
 
 
 class _Bytes:

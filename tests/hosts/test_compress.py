@@ -8,6 +8,7 @@ import torch
 pytest.importorskip("transformers", minversion="5.20", reason="pip install 'pyvidx[hosts]'")
 
 from pyvidx import hosts, memory  # noqa: E402
+from pyvidx.hosts import together  # noqa: E402
 from pyvidx.hosts.language import host_of, names  # noqa: E402
 from tests.hosts.tiny import IMAGE, VIDEO, Image, Video, entries  # noqa: E402
 
@@ -112,6 +113,14 @@ def test_a_row_of_a_batch_is_what_it_is_alone(tiny, model, side, capacity):
     padded = batch["attention_mask"][:, 0 if side == "left" else -1]
     assert (padded == 0).any() and batch["attention_mask"][:, -1 if side == "left" else 0].all()
     assert batch["attention_mask"].sum(1).max() == batch["attention_mask"].shape[1]
+
+
+def test_prompts_together(tiny, model):
+    """Prompts that were processed one at a time."""
+    batch = compress(model, together([tiny.inputs(row) for row in tiny.rows]), "merge", capacity=4)
+    torch.testing.assert_close(
+        logits(model, batch), logits(model, compress(model, tiny.inputs(*tiny.rows), "merge", capacity=4)), **CLOSE
+    )
 
 
 def test_beams_and_answers(tiny, model):

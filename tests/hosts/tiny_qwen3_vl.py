@@ -1,7 +1,7 @@
 from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
 
+from tests.hosts.patched import IDS, ROPE, VISION, H, Patched, W
 from tests.hosts.tiny import TEXT, VIDEO
-from tests.hosts.tiny_qwen2_5_vl import IDS, ROPE, VISION, H, Patched, W
 
 
 class Qwen3VL(Patched):

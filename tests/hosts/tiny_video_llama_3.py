@@ -1,8 +1,8 @@
 import torch
 from transformers import VideoLlama3Config, VideoLlama3ForConditionalGeneration
 
+from tests.hosts.patched import H, Patched, W
 from tests.hosts.tiny import IMAGE, TEXT, VIDEO, Image, Tiny, Video
-from tests.hosts.tiny_qwen2_5_vl import H, Patched, W
 
 
 class VideoLlama3(Patched):

@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from pyvidx.hosts.language.tokens import Prompt
 from pyvidx.ops._library import require
@@ -138,7 +139,9 @@ class Host:
 
     def images(self, inputs: Mapping[str, Any]):
         """mm_encoder_outputs["image"], of the model's own encoder."""
-        return self.own("get_image_features", inputs)
+        crops = {name: inputs[name] for name in self.pictures if isinstance(inputs.get(name), list)}
+        # Of unequal numbers of crops: zeros fill up the rest, as processors do it.
+        return self.own("get_image_features", inputs, **{name: pad_sequence(x, True) for name, x in crops.items()})
 
     def handed(
         self, inputs: Mapping[str, Any], new: dict[str, Tensor], places: Sequence[Place], slots: Sequence[Slots]
@@ -151,12 +154,6 @@ class Host:
     ) -> dict[str, Tensor | None]:
         """Other inputs that change with the videos (grids, times), by name; None: it goes."""
         return {}
-
-    def positions(
-        self, inputs: Mapping[str, Any], new: Mapping[str, Any], places: Sequence[Place], slots: Sequence[Slots]
-    ) -> Tensor | None:
-        """position_ids of the new inputs, where those that the model makes of them would not be the slots'."""
-        return None
 
     # For hosts.
 

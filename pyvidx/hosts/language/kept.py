@@ -54,11 +54,12 @@ class Stream:
                 when = torch.stack([x[start:stop] for x in seconds]).to(levels[0].device, non_blocking=True)
                 bank = policy.extend(bank, levels[0], when, attached=levels[1:])
             over = [place for place in places if place.steps == length]
-            done = bank if len(over) == len(places) else bank.select(range(len(over)))
+            number = torch.arange(len(places), device=bank.rows.device)
+            done = bank if len(over) == len(places) else bank.select(number[: len(over)])
             yield from zip(over, slots_of(done, dtype))
             places, seconds, begin = places[len(over) :], seconds[len(over) :], length
             if places:
-                bank = bank.select(range(len(over), len(over) + len(places)))
+                bank = bank.select(number[len(over) :])
 
     @staticmethod
     def start(policy: Policy, levels: Sequence[Tensor], B: int) -> Bank:
@@ -147,7 +148,8 @@ class Clip:
         mask = getattr(memory, self.name)(levels[0][None], **self.options)[0]
         if self.options.get("form", "vllm") == "vllm":  # then their number is known, and no device is waited for
             K = memory.compute_retained_tokens_count(mask.shape[1], mask.shape[0], self.options["q"], self.name)
-            entry, position = torch.nonzero_static(mask, size=K).unbind(1)
+            place = (~mask).flatten().byte().argsort(stable=True)[:K]
+            entry, position = place // mask.shape[1], place % mask.shape[1]
         else:
             entry, position = mask.nonzero(as_tuple=True)
         times = when[entry]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,14 +14,20 @@ from pyvidx.hosts.language.tokens import Prompt
 from pyvidx.ops._library import require
 
 
+@dataclass(frozen=True)
+class PatchPlace(Place):
+    shape: tuple[int, int] = (0, 0)  # (H, W) of a step in patches; `grid` is in tokens
+    before: int = 0  # patches of the videos before
+
+
 class Patches(Host):
     """pixel_values_videos [patches, width] and video_grid_thw [videos, 3], in patches. The encoder looks at one step at
     a time (its attention ends with a step), so that any chunk of steps gives the features of the whole."""
 
     typed = False  # positions are made of mm_token_type_ids
 
-    def grids(self, inputs: Mapping[str, Any], prompt: Prompt) -> list[list[int]]:
-        """[T, H, W] of each video; [] if there are no pixels.
+    def looks(self, inputs: Mapping[str, Any], prompt: Prompt) -> list[dict[str, Any]]:
+        """What the inputs tell of each video's Place, but where it stands; [] if there are no pixels.
 
         Raises:
             ValueError: the grid is lost, or it does not fit the pixels; token types are lost, or do not fit the ids.
@@ -31,33 +38,33 @@ class Patches(Host):
         text = "compress: video_grid_thw must be whole numbers [videos, 3] beside pixel_values_videos"
         fits = isinstance(grid, Tensor) and grid.dim() == 2 and grid.shape[1] == 3 and not grid.is_floating_point()
         require(fits, text, *([grid] if isinstance(grid, Tensor) else []))
-        grids = grid.tolist()
-        for i, (T, H, W) in enumerate(grids):
-            n = self.side(inputs, i)
+        grids, found, count = grid.tolist(), [], 0
+        for i, ((T, H, W), n) in enumerate(zip(grids, self.sides(inputs))):
             fits = min(T, H, W) > 0 and H % n == 0 and W % n == 0
             require(fits, f"compress: H and W of video_grid_thw must be multiples of {n}, got {(T, H, W)} of video {i}")
-        count, text = sum(T * H * W for T, H, W in grids), "compress: pixel_values_videos must be [patches, width]"
+            look = dict(number=i, steps=T, positions=H * W // n**2, grid=(H // n, W // n), shape=(H, W), before=count)
+            found.append(look | {"frames_per_step": getattr(self.config.vision_config, "temporal_patch_size", 1)})
+            count += T * H * W
+        text = "compress: pixel_values_videos must be [patches, width]"
         fits = isinstance(pixels, Tensor) and pixels.dim() == 2 and len(pixels) == count
         got = [pixels] if isinstance(pixels, Tensor) else []
         require(fits, f"{text}, {count} patches of the grids {grids} in video_grid_thw", *got)
         if self.typed:
             self._check_types(inputs, prompt)
-        return grids
+        return found
 
-    def side(self, inputs: Mapping[str, Any], number: int) -> int:
-        """How many patches, along each side, are one token of a video."""
-        return self.config.vision_config.spatial_merge_size
+    def sides(self, inputs: Mapping[str, Any]) -> list[int]:
+        """How many patches, along each side, are one token of each video."""
+        return [self.config.vision_config.spatial_merge_size] * len(inputs["video_grid_thw"])
 
-    def encode(self, inputs: Mapping[str, Any], place: Place, start: int, stop: int) -> list[Tensor]:
-        grids = inputs["video_grid_thw"].tolist()
-        _, H, W = grids[place.number]
-        before = sum(T * h * w for T, h, w in grids[: place.number])
-        pixels = inputs["pixel_values_videos"][before + start * H * W : before + stop * H * W]
-        found = self.video_features(inputs, place, pixels, torch.tensor([[stop - start, H, W]]))
+    def encode(self, inputs: Mapping[str, Any], place: PatchPlace, start: int, stop: int) -> list[Tensor]:
+        H, W = place.shape
+        pixels = inputs["pixel_values_videos"][place.before + start * H * W : place.before + stop * H * W]
+        found = self.video_features(place, pixels, torch.tensor([[stop - start, H, W]]))
         levels = [found.pooler_output, *(getattr(found, "deepstack_features", None) or [])]
         return [x[0].unflatten(0, (stop - start, -1)) for x in levels]
 
-    def video_features(self, inputs: Mapping[str, Any], place: Place, pixels: Tensor, grid: Tensor):
+    def video_features(self, place: PatchPlace, pixels: Tensor, grid: Tensor):
         """The model's own get_video_features, of some steps of one video."""
         return self.own("get_video_features", {}, pixel_values_videos=pixels, video_grid_thw=grid)
 

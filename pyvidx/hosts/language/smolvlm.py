@@ -25,9 +25,9 @@ class SmolVLM(Frames):
 
     def shown(self, inputs) -> Sequence[int]:
         pixels = inputs["pixel_values"]
-        fits = isinstance(pixels, Tensor) and pixels.dim() == 5
-        require(fits, "compress: pixel_values must be [rows, images, channels, h, w]", *([pixels] if fits else []))
-        real = pixels.flatten(0, 1).flatten(1).any(1)  # to the host, an image of zeros is padding
+        fits = all(isinstance(x, Tensor) and x.dim() == 4 for x in pixels)
+        require(fits, "compress: pixel_values must be [rows, images, channels, h, w], or a list of rows")
+        real = _flat(pixels).flatten(1).any(1)  # to the host, an image of zeros is padding
         return real.nonzero()[:, 0].tolist() or [0]
 
     def grid(self, height: int, width: int) -> tuple[int, int]:
@@ -35,9 +35,7 @@ class SmolVLM(Frames):
         return height // side, width // side
 
     def look(self, inputs, index: Sequence[int]) -> Tensor:
-        given = {
-            name: taken(inputs[name].flatten(0, 1), index)[None] for name in self.pixels if inputs.get(name) is not None
-        }
+        given = {name: taken(_flat(inputs[name]), index)[None] for name in self.pixels if inputs.get(name) is not None}
         return self.own("get_image_features", inputs, **given).pooler_output[0].unflatten(0, (len(index), -1))
 
     def seconds(self, inputs, place: Framed) -> Tensor:
@@ -94,6 +92,11 @@ class SmolVLM(Frames):
     @property
     def _after(self) -> str:
         return self.processor.fake_image_token + self.processor.global_image_token
+
+
+def _flat(rows: Tensor | list[Tensor]) -> Tensor:
+    """The images of all rows."""
+    return rows.flatten(0, 1) if isinstance(rows, Tensor) else torch.cat(rows)
 
 
 def _words(number: int) -> str:

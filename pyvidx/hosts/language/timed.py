@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from pyvidx.hosts.language.host import Place, Slots
-from pyvidx.hosts.language.patches import Patches
+from pyvidx.hosts.language.patches import Patches, PatchPlace
 from pyvidx.hosts.language.tokens import Prompt
 from pyvidx.ops._library import require
 
@@ -19,7 +19,7 @@ LONGEST = 32  # tokens that say one time
 
 
 @dataclass(frozen=True)
-class TimedPlace(Place):
+class TimedPlace(PatchPlace):
     texts: Sequence[Sequence[int]] = ()  # the tokens that say when each step is; of a first one alone maybe unknown: []
     link: Sequence[int] = ()  # what stands between a step and the text of the next
     shown: Tensor | None = None  # bool [T, P] on the CPU, the tokens that the prompt has of the steps. None: all
@@ -37,9 +37,9 @@ class Timed(Patches):
     said: ClassVar[re.Pattern]
     links: ClassVar[int] = 0
 
-    def counts(self, inputs: Mapping[str, Any], number: int, T: int, P: int) -> list[int]:
+    def counts(self, inputs: Mapping[str, Any], look: dict[str, Any]) -> list[int]:
         """Placeholders of every step of a video."""
-        return [P] * T
+        return [look["positions"]] * look["steps"]
 
     def around(self) -> tuple[list[int], list[int]]:
         """Tokens before and behind the placeholders of a step."""
@@ -54,40 +54,34 @@ class Timed(Patches):
         return [slots.levels[0].shape[1]] * len(slots), slots.seconds
 
     def videos(self, inputs: Mapping[str, Any], prompt: Prompt) -> list[Place]:
-        grids, counts, shapes = self.grids(inputs, prompt), [], []
-        for i, (T, H, W) in enumerate(grids):
-            n = self.side(inputs, i)
-            shapes.append((H // n, W // n))
-            counts.append(self.counts(inputs, i, T, shapes[i][0] * shapes[i][1]))
+        looks = self.looks(inputs, prompt)
+        if looks and self.processor is not None:
+            self._check_processor(TimedPlace(row=0, start=0, stop=0, **looks[0]))
+        counts = [self.counts(inputs, look) for look in looks]
         steps = prompt.blocks(self.token, [n for video in counts for n in video], "step of a video")
-        before, behind = self.around()
-        found, rows = [], prompt.ids.tolist()
-        for i, (h, w) in enumerate(shapes):
-            mine, steps = steps[: len(counts[i])], steps[len(counts[i]) :]
-            row = mine[0][0]
+        (before, behind), found, at = self.around(), [], 0
+        for look in looks:
+            mine = steps[at : at + look["steps"]]
+            at += len(mine)
+            row = prompt.ids[mine[0][0]].tolist()
             units = [(start - len(before), stop + len(behind)) for _, start, stop in mine]
-            fits = all(r == row for r, _, _ in mine)
-            fits = fits and all(
-                rows[row][max(a, 0) : start] == before and rows[row][stop:b] == behind
+            fits = len({r for r, _, _ in mine}) == 1 and all(
+                row[max(a, 0) : start] == before and row[stop:b] == behind
                 for (a, b), (_, start, stop) in zip(units, mine)
             )
-            text = f"compress: the steps of video {i} must stand in one row, the placeholders of each between"
-            require(fits, f"{text} {before} and {behind}")
-            start, link, texts = self._texts(rows[row], units)
-            place = dict(texts=texts, link=link, grid=(h, w), frames_per_step=self.frames_per_step)
-            found.append(TimedPlace(i, row, start, units[-1][1], len(mine), h * w, **place))
+            text = "compress: the steps of video {} must stand in one row, the placeholders of each between {} and {}"
+            require(fits, text.format(look["number"], before, behind))
+            start, link, texts = self._texts(row, units)
+            place = dict(row=mine[0][0], start=start, stop=units[-1][1], texts=texts, link=link)
+            found.append(TimedPlace(**place, **look))
         return found
-
-    @property
-    def frames_per_step(self) -> int:
-        return getattr(self.config.vision_config, "temporal_patch_size", 1)
 
     def seconds(self, inputs: Mapping[str, Any], place: TimedPlace) -> Tensor:
         """Of `video_metadata`; else what the prompt says, which a processor can read; else numbers of steps."""
-        if inputs.get("video_metadata") is not None or self.processor is None or not all(place.texts):
+        if inputs.get("video_metadata") is not None or self.processor is None:
             return super().seconds(inputs, place)
-        texts = [self.processor.tokenizer.decode(x) for x in place.texts]
-        matches = [self.said.fullmatch(x.strip()) for x in texts]
+        texts = [self.processor.tokenizer.decode([*place.link, *x]) for x in place.texts]
+        matches = [self.said.search(x) for x in texts]
         text = f"compress: the prompt must say when each step of video {place.number} is, or seconds be given"
         require(all(matches), f"{text}; it says {texts}")
         return torch.tensor([float(x[1]) for x in matches], dtype=torch.float64)
@@ -96,15 +90,23 @@ class Timed(Patches):
         counts, seconds = self.told(place, slots)
         seconds = seconds.cpu()
         if self.processor is not None:
-            text = self.written(place, counts, seconds.tolist())
-            ids = list(self.processor.tokenizer(text, add_special_tokens=False)["input_ids"])
-            text = "compress: the processor must write {} placeholders for {} slots; it is of another model"
-            require(ids.count(self.token) == sum(counts), text.format(sum(counts), len(counts)))
-            return ids
+            return self._ids(self.written(place, counts, seconds.tolist()))
         ids, (before, behind) = [], self.around()
         for i, (count, near) in enumerate(zip(counts, (place.seconds - seconds[:, None]).abs().argmin(1).tolist())):
             ids += [*(place.link if i else ()), *place.texts[near], *before, *[self.token] * count, *behind]
         return ids
+
+    def _ids(self, text: str) -> list[int]:
+        return list(self.processor.tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    def _check_processor(self, place: TimedPlace) -> None:
+        try:
+            text = self.written(place, [place.positions], [0.0])
+            fits = self._ids(text).count(self.token) == place.positions and self.said.search(text)
+        except (AttributeError, KeyError, TypeError, ValueError):
+            fits = False
+        made, kind = type(self.processor).__name__, self.config.model_type
+        require(fits, f"compress: processor must be that of the {kind} model, with its placeholders, got {made}")
 
     def _texts(self, row: list[int], units: list[tuple[int, int]]) -> tuple[int, list[int], list[list[int]]]:
         """Where the text of the first step begins, what stands between a step and the next one's text, and the texts

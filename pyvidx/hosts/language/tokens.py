@@ -14,6 +14,8 @@ from pyvidx.ops._library import require
 GONE = ("position_ids", "cache_position", "rope_deltas", "video_metadata", "text_replacement_offsets")
 TYPES = ("mm_token_type_ids", "token_type_ids")
 IGNORED = -100  # a label that no loss looks at
+# What goes along the tokens, [B, L] each, and what it is for padding (of ids any that stands for no image or video).
+ALONG = {"input_ids": 0, "attention_mask": 0, "labels": IGNORED} | dict.fromkeys(TYPES, 0)
 
 
 @dataclass(frozen=True)
@@ -92,7 +94,7 @@ def check_along(inputs: Mapping[str, Any], passed: Sequence[str] = ()) -> None:
     Raises:
         ValueError: there is one.
     """
-    known = ("input_ids", "attention_mask", "labels", *TYPES, *GONE, *passed)
+    known = (*ALONG, *GONE, *passed)
     for name, x in inputs.items():
         if isinstance(x, Tensor) and x.shape == inputs["input_ids"].shape and name not in known:
             raise ValueError(f"compress: {name} has the shape of input_ids and is not known; take it out of the inputs")
@@ -114,7 +116,7 @@ def edited(inputs: Mapping[str, Any], prompt: Prompt, edits: Sequence[Edit], pad
     hidden = prompt.ids[~prompt.seen]
     pad = int(hidden[0]) if len(hidden) else pad
     new, source, fresh = (
-        torch.stack([_padded(row[i], length, fill, right) for row in rows]) for i, fill in enumerate((pad, -1, False))
+        torch.stack([padded(row[i], length, fill, right) for row in rows]) for i, fill in enumerate((pad, -1, False))
     )
     there = (source >= 0) | fresh
     new, source, fresh, visible = (x.to(ids.device, non_blocking=True) for x in (new, source, fresh, there))
@@ -161,6 +163,7 @@ def _fresh(ids: Tensor, e: Edit) -> tuple[Tensor, Tensor, Tensor]:
     return new, like, torch.ones_like(new, dtype=torch.bool)
 
 
-def _padded(x: Tensor, length: int, fill, right: bool) -> Tensor:
-    more = x.new_full((length - len(x),), fill)
-    return torch.cat([x, more] if right else [more, x])
+def padded(x: Tensor, length: int, fill, right: bool) -> Tensor:
+    """x [..., n] with more at the end, or before, to [..., length]."""
+    more = x.new_full((*x.shape[:-1], length - x.shape[-1]), fill)
+    return torch.cat([x, more] if right else [more, x], -1)

@@ -26,25 +26,25 @@ class VideoLlama3(Timed):
     said = re.compile(r"Time (\d+(?:\.\d+)?)s:")
     links = 1
 
-    def side(self, inputs: Mapping[str, Any], number: int) -> int:
+    def sides(self, inputs: Mapping[str, Any]) -> list[int]:
         sides, count = inputs.get("video_merge_sizes"), len(inputs["video_grid_thw"])
         fits = isinstance(sides, Tensor) and sides.shape == (count,) and not sides.is_floating_point()
         text = "compress: video_merge_sizes must be whole numbers [videos] beside video_grid_thw, at least 1"
         require(fits and bool((sides > 0).all()), text, *([sides] if isinstance(sides, Tensor) else []))
-        return int(sides[number])
+        return sides.tolist()
 
-    def counts(self, inputs: Mapping[str, Any], number: int, T: int, P: int) -> list[int]:
-        found = self._shown(inputs, number).view(T, P).sum(1)
+    def counts(self, inputs: Mapping[str, Any], look: dict[str, Any]) -> list[int]:
+        found = self._shown(inputs, look["number"]).view(look["steps"], -1).sum(1)
         text = "compress: video_compression_mask must leave a token of every step, got {} of video {}"
-        require(bool(found.all()), text.format(found.tolist(), number))
+        require(bool(found.all()), text.format(found.tolist(), look["number"]))
         return found.tolist()
 
     def videos(self, inputs, prompt) -> list[Place]:
         found = super().videos(inputs, prompt)
         return [replace(p, shown=self._shown(inputs, p.number).view(p.steps, p.positions)) for p in found]
 
-    def video_features(self, inputs: Mapping[str, Any], place: Place, pixels: Tensor, grid: Tensor):
-        given = dict(video_grid_thw=grid, video_merge_sizes=torch.tensor([self.side(inputs, place.number)]))
+    def video_features(self, place: TimedPlace, pixels: Tensor, grid: Tensor):
+        given = dict(video_grid_thw=grid, video_merge_sizes=torch.tensor([place.shape[0] // place.grid[0]]))
         return self.own("get_video_features", {}, pixel_values_videos=pixels, **given)
 
     def told(self, place: TimedPlace, slots: Slots) -> tuple[list[int], Tensor]:
@@ -79,8 +79,7 @@ class VideoLlama3(Timed):
 
     def _shown(self, inputs: Mapping[str, Any], number: int) -> Tensor:
         """bool [T * P] on the CPU, the tokens of one video that the prompt has."""
-        patches = inputs["video_grid_thw"].prod(1).tolist()
-        counts = [n // self.side(inputs, i) ** 2 for i, n in enumerate(patches)]
+        counts = [n // side**2 for n, side in zip(inputs["video_grid_thw"].prod(1).tolist(), self.sides(inputs))]
         mask = inputs.get("video_compression_mask")
         if mask is None:
             return torch.ones(counts[number], dtype=torch.bool)
