@@ -68,9 +68,9 @@ class Frames(Host):
         """Whether an image after `number` frames and this text is the next one."""
         raise NotImplementedError
 
-    def texts(self, place: Framed, seconds: Sequence[float]) -> list[str]:
-        """What stands before the placeholders of each slot, by their times; of the first, from the start of the
-        block."""
+    def texts(self, place: Framed, seconds: Tensor) -> list[str]:
+        """What stands before the placeholders of each slot; of the first, from the start of the block. seconds: their
+        times, which to read is to wait for the device."""
         raise NotImplementedError
 
     # What follows from it.
@@ -129,7 +129,7 @@ class Frames(Host):
         else:
             seconds, counts = slots.seconds, [slots.levels[0].shape[1]] * len(slots)
         found = []
-        for text, n in zip(self.texts(place, seconds.tolist()), counts):
+        for text, n in zip(self.texts(place, seconds), counts):
             found += [*(known[text] if text in known else self.write(text)), *[self.token] * n]
         return found
 

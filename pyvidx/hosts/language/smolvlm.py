@@ -62,8 +62,8 @@ class SmolVLM(Frames):
             re.fullmatch(re.escape(self.processor.fake_image_token) + TIME + re.escape(self._after), text) is not None
         )
 
-    def texts(self, place: Framed, seconds: Sequence[float]) -> list[str]:
-        times = [f"\nFrame from {int(s // 60):02d}:{int(s % 60):02d}:" for s in seconds]
+    def texts(self, place: Framed, seconds: Tensor) -> list[str]:
+        times = [f"\nFrame from {int(s // 60):02d}:{int(s % 60):02d}:" for s in seconds.tolist()]
         first = self.read(place.gaps[0])
         if len(seconds) != place.steps:
             first = INTRO.sub(lambda m: m[1] + _words(len(seconds)) + m[3], first)
