@@ -275,8 +275,9 @@ class Session:
         frames = torch.cat([frames, frames[-1:].expand(max(0, self._stretch - len(frames)), -1, -1, -1)])
         n = len(frames)
         about = {"total_num_frames": n, "fps": 1.0, "frames_indices": list(range(n))} | about
+        videos, about = ([[frames]], [[about]]) if self.host.by_prompt else ([frames], [about])
         inputs = self.host.processor(
-            text=[prompt], videos=[frames], video_metadata=[about], do_sample_frames=False, return_tensors="pt",
+            text=[prompt], videos=videos, video_metadata=about, do_sample_frames=False, return_tensors="pt",
             **self._processing,
         )  # fmt: skip
         tokens = Prompt.of(inputs)

@@ -7,7 +7,7 @@ import torch
 
 pytest.importorskip("transformers", minversion="5.20", reason="pip install 'pyvidx[hosts]'")
 
-from pyvidx.hosts import Session, compress  # noqa: E402
+from pyvidx.hosts import Session, compress, together  # noqa: E402
 from tests.hosts.spelled import tokenizer  # noqa: E402
 from tests.hosts.tiny import VIDEO, Video  # noqa: E402
 from tests.hosts.tiny_instructblipvideo import ENTRY, QFORMER, VISION  # noqa: E402
@@ -94,6 +94,17 @@ def test_of_its_processor(model):
     fewer = dict(inputs) | {"pixel_values": inputs["pixel_values"][:, 1:]}
     fewer |= {name: inputs[name][:, 3:] for name in ("input_ids", "attention_mask")}
     torch.testing.assert_close(model(**small).logits, model(**fewer).logits, atol=1e-5, rtol=0)
+
+
+@torch.no_grad()
+def test_questions_of_unequal_lengths_together(model):
+    """Rows that were processed one at a time, as the processor makes no batch of videos of unequal lengths."""
+    rows = [ENTRY.inputs([Video(4), 5, 6]), ENTRY.inputs([Video(6, 1), 7])]
+    rows[1] |= {name: rows[1][name][:, :2] for name in ("qformer_input_ids", "qformer_attention_mask")}
+    batch = compress(model, together(rows), "merge", capacity=3)
+    for mine, row in zip(model(**batch).logits, rows):
+        alone = model(**compress(model, row, "merge", capacity=3)).logits[0]
+        torch.testing.assert_close(mine[-1], alone[-1], atol=1e-5, rtol=0)
 
 
 @torch.no_grad()

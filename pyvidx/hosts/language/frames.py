@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any, ClassVar
 
 import torch
@@ -87,7 +89,7 @@ class Frames(Host):
         if pixels is None:
             require(not runs, f"{text} and the inputs no pixels of any: give what the processor made of videos=")
             return []
-        images, (h, w) = self.shown(inputs), self.grid(*pixels.shape[-2:])
+        images, (h, w) = self.shown(inputs), self.grid(*pixels[0].shape[-2:])
         P = h * w
         fits = P > 0 and all((b - a) % P == 0 for _, a, b in runs)
         fits = fits and sum(b - a for _, a, b in runs) == len(images) * P
@@ -159,8 +161,12 @@ class Frames(Host):
         )
 
 
-def taken(x: Tensor, index: Sequence[int]) -> Tensor:
-    """Some of x; those side by side as a view, which a device is not waited for."""
+def taken(x: Tensor | Sequence[Tensor], index: Sequence[int]) -> Tensor:
+    """Some of x, or of what is in the tensors of a list; of a tensor, those side by side are a view."""
+    if not isinstance(x, Tensor):
+        ends = list(accumulate(map(len, x)))
+        parts = [bisect_right(ends, i) for i in index]
+        return torch.stack([x[part][i - ends[part]] for part, i in zip(parts, index)])
     first, last = index[0], index[-1] + 1
     return x[first:last] if last - first == len(index) else x[list(index)]
 
