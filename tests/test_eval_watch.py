@@ -11,7 +11,7 @@ from pyvidx.data import motion  # noqa: E402
 from pyvidx.eval.watch import Watcher, until  # noqa: E402
 from pyvidx.hosts import Session  # noqa: E402
 from pyvidx.video import read  # noqa: E402
-from tests.hosts.processors import PROCESSORS  # noqa: E402
+from tests.hosts.chats import PROCESSORS  # noqa: E402
 from tests.hosts.tiny import entries  # noqa: E402
 
 QUESTION = "What moves?"

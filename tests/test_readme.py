@@ -72,7 +72,14 @@ def given(tmp_path_factory):
     config = transformers.LlamaConfig(vocab_size=32, hidden_size=width, intermediate_size=32, num_hidden_layers=1,
                                       num_attention_heads=2, bos_token_id=1, eos_token_id=2)  # fmt: skip
     names = {"causal_lm": transformers.LlamaForCausalLM(config), "tokenizer": tokenizer()}
-    return folder, names | {"bert_tokenizer": tokenizer(bos=False)}
+    names |= {"bert_tokenizer": tokenizer(bos=False)}
+    pytest.importorskip("transformers", minversion="5.20", reason="docs hand videos to language models")
+    from tests.hosts.chats import PROCESSORS
+    from tests.hosts.tiny import entries
+
+    vlm, processor = entries()["llava_onevision"].model(), PROCESSORS["llava_onevision"]()
+    frames = motion.render(motion.random_scenes(1, seed=0)[0], 20, 32)
+    return folder, names | {"vlm": vlm, "processor": processor, "prompt": "<video>what happens?", "frames": frames}
 
 
 @pytest.fixture(autouse=True)
