@@ -25,11 +25,13 @@ class Framed(Place):
     Attributes:
         index: of each frame, among the images of the batch.
         gaps: token ids before the placeholders of each frame; of the first, from the start of the block.
+        said: their texts.
         others: the images of the batch that are no frame.
     """
 
     index: Sequence[int] = ()
     gaps: Sequence[Sequence[int]] = ()
+    said: Sequence[str] = ()
     others: Sequence[int] = ()
 
 
@@ -98,18 +100,19 @@ class Frames(Host):
         clips, others, inside, at, last = [], [], False, 0, (-1, 0)
         for row, start, stop in runs:
             gap = prompt.ids[row, max(last[1] if last[0] == row else 0, start - _WINDOW) : start].tolist()
-            clip = None
+            clip, text = None, self.read(gap)
             if stop - start == P:  # an image in tiles is no frame
-                if inside and last[0] == row and self.follows(self.read(gap), len(clips[-1]["index"])):
+                if inside and last[0] == row and self.follows(text, len(clips[-1]["index"])):
                     clip = clips[-1]
                 elif (begin := self.begins(gap)) is not None:
-                    gap = gap[begin:]
-                    clip = dict(row=row, start=start - len(gap), index=[], gaps=[])
+                    gap, text = gap[begin:], self.read(gap[begin:])
+                    clip = dict(row=row, start=start - len(gap), index=[], gaps=[], said=[])
                     clips.append(clip)
             if inside := clip is not None:
                 clip["stop"] = stop
                 clip["index"].append(images[at])
                 clip["gaps"].append(gap)
+                clip["said"].append(text)
             tiles = (stop - start) // P
             if not inside:
                 others += images[at : at + tiles]
@@ -123,7 +126,7 @@ class Frames(Host):
         return [self.look(inputs, place.index[start:stop])]
 
     def block(self, place: Framed, slots: Slots) -> list[int]:
-        known = {self.read(gap): gap for gap in place.gaps}
+        known = dict(zip(place.said, place.gaps))
         if slots.ragged:  # one text before all tokens of an entry
             entry, index, n = slots.entry.unique(return_inverse=True, return_counts=True)
             seconds = torch.zeros_like(slots.seconds[: len(entry)]).index_add_(0, index, slots.seconds) / n

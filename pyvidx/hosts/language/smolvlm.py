@@ -45,7 +45,7 @@ class SmolVLM(Frames):
     def seconds(self, inputs, place: Framed) -> Tensor:
         if inputs.get("video_metadata") is not None:
             return super().seconds(inputs, place)
-        said = [re.search(TIME, self.read(gap)).groups() for gap in place.gaps]
+        said = [re.search(TIME, text).groups() for text in place.said]
         return torch.tensor([60.0 * int(m) + int(s) for m, s in said], dtype=torch.float64)
 
     def begins(self, ids: list[int]) -> int | None:
@@ -68,7 +68,7 @@ class SmolVLM(Frames):
 
     def texts(self, place: Framed, seconds: Tensor) -> list[str]:
         times = [f"\nFrame from {int(s // 60):02d}:{int(s % 60):02d}:" for s in seconds.tolist()]
-        first = self.read(place.gaps[0])
+        first = place.said[0]
         if len(seconds) != place.steps:
             first = INTRO.sub(lambda m: m[1] + _words(len(seconds)) + m[3], first)
         first = re.sub(TIME, times[0], first)
