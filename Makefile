@@ -3,6 +3,7 @@
 # make env                     the set-up alone: leaves a ready .venv
 # make check                   ruff and clang-format
 # make docs                    docs/ and the docstrings as a site in build/docs; a link that leads nowhere fails
+# make hosts-test              the tests of hosts with the oldest transformers that they are for
 # make bench                   every bench at the papers' sizes, with a table and a plot
 # make cuda-check              compile the CUDA kernels for every architecture: registers, spills, shared memory
 # make emu-test                run the CUDA kernels on the CPU: the op tests under every schedule and sanitizer
@@ -10,10 +11,11 @@
 PY = .venv/bin/python
 CXX_FILES = $(shell find csrc tests cmake -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 ISA_LEVELS = v2 v3 v4 v4bf16
+OLDEST = build/transformers-5.20.2
 # Every test runs on one thread. loadgroup keeps the tests together that build in one folder (tests/conftest.py).
 PARALLEL = -n auto --maxprocesses 8 --dist loadgroup
 
-.PHONY: env demo test check docs isa-test bench cuda-check emu-test gpu-check clean
+.PHONY: env demo test check docs isa-test hosts-test bench cuda-check emu-test gpu-check clean
 
 env:
 	bash cmake/env.sh
@@ -25,7 +27,7 @@ demo:
 
 test: env check docs
 	$(PY) -m pytest tests -q -m "not slow" $(PARALLEL)
-	$(MAKE) isa-test
+	$(MAKE) isa-test hosts-test
 
 check:
 	$(PY) -m ruff check .
@@ -40,6 +42,11 @@ isa-test:
 	@best=$$($(PY) -c 'from pyvidx import _C; print(_C.isa())'); for level in $(ISA_LEVELS); do \
 	  [ $$level = $$best ] && break; echo "tests/ops at level $$level"; \
 	  PYVIDX_ISA=$$level $(PY) -m pytest tests/ops -q $(PARALLEL) || exit 1; done
+
+# The tests of hosts with the oldest transformers that they are for; all tests have run with the newest.
+hosts-test:
+	[ -d $(OLDEST) ] || $(PY) -m pip install -q --no-deps --target $(OLDEST) transformers==5.20.2
+	PYTHONPATH=$(OLDEST) $(PY) -m pytest tests/hosts -q $(PARALLEL)
 
 bench: env
 	mkdir -p bench/out
