@@ -126,17 +126,17 @@ def cost(kind: str, frames: int, capacities: Sequence[int], rounds: int, small: 
     with no_init_weights():
         model, P, inputs_of = HOSTS[kind](small)
     random_(model.eval())
-    host, few = host_of(model), 2
+    host = host_of(model)
 
     def inputs(T: int) -> dict:
         ids = prompt(kind, T, P)
         types = {"mm_token_type_ids": (ids == VIDEO) * 2} if kind == "qwen3_vl" else {}
         return {"input_ids": ids, "attention_mask": torch.ones_like(ids)} | types | inputs_of(T)
 
-    short, long = inputs(few), inputs(frames)
+    short, long = inputs(1), inputs(frames)
     (place,) = host.videos(short, Prompt.of(short))
-    levels = host.encode(short, place, 0, few)
-    made = [torch.cat([x + 0.3 * torch.randn_like(x) * x.std() for _ in range(frames // few)]) for x in levels]
+    levels = host.encode(short, place, 0, 1)
+    made = [x + 0.3 * x.std() * torch.randn(frames, *x.shape[1:]) for x in levels]
     encoder: list[float] = []
     whole: dict[int, list[float]] = {M: [] for M in capacities}
     bank: dict[int, list[float]] = {M: [] for M in capacities}
@@ -153,7 +153,7 @@ def cost(kind: str, frames: int, capacities: Sequence[int], rounds: int, small: 
         return [x[start:stop] for x in made]
 
     for _ in range(rounds + 1):  # the first warms up
-        encoder.append(seconds_of(lambda: host.encode(short, place, 0, few)) / few)
+        encoder.append(seconds_of(lambda: host.encode(short, place, 0, 1)))
         for M in capacities:
             spent.clear()
             with mock.patch.object(type(host), "encode", left_out), mock.patch.object(Policy, "extend", timed):

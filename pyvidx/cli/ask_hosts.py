@@ -183,13 +183,15 @@ class Chatting:
             self.chat = llava.open(options.model, dtype=dtype)
             encoder = self.chat.model.to(options.device).model.vision_tower
         self.sampling = None, lambda num_frames, *_: self.chat.sampled(num_frames)  # its own rule
+        self.chosen = options.frames is None and options.sampler is None and options.fps is None  # and by it
         running = ExitStack()
         encoder.register_forward_pre_hook(lambda *_: running.enter_context(clock.of("encode")) and None)
         encoder.register_forward_hook(lambda *_: running.close())
 
     @property
     def said(self) -> str:
-        return f"of which BT-Adapter reads {len(self.chat.sampled(self.frames))}, without a memory"
+        read = self.frames if self.chosen else len(self.chat.sampled(self.frames))
+        return f"of which BT-Adapter reads {read}, without a memory"
 
     @staticmethod
     def check(options: argparse.Namespace) -> None:
@@ -208,7 +210,8 @@ class Chatting:
     def ask(self, question: str) -> str:
         frames, seconds = (torch.cat([getattr(c, name) for c in self.clips]) for name in ("frames", "seconds"))
         with self.clock.of("generate"):
-            return self.chat.answer(frames, question, seconds, max_new_tokens=self.options.new_tokens)
+            options = {"sample": not self.chosen, "max_new_tokens": self.options.new_tokens}
+            return self.chat.answer(frames, question, seconds, **options)
 
     def slots(self) -> None:
         return None
