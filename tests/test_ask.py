@@ -16,6 +16,7 @@ av = pytest.importorskip("av", reason="pip install 'pyvidx[video]'")
 from tests.torchvision_shim import mend_torchvision  # noqa: E402
 
 mend_torchvision()
+pytest.importorskip("torchvision", reason="pip install 'pyvidx[hosts]'")
 
 from pyvidx.cli.ask import main as ask  # noqa: E402
 from pyvidx.files import printable  # noqa: E402
@@ -171,7 +172,8 @@ def test_live(videos, models, capsys, monkeypatch):
     ("https://host/a.mp4 q --model m", "download"),
     ("a.mp4 q --model m --frames 0", "at least 1"),
     ("a.mp4 q --model m --frames 4 --fps 1", "--frames or --fps must be given, not both"),
-    ("a.mp4 q --model m --sampler none", "--sampler must be one of uniform"),
+    ("a.mp4 q --model m --sampler none", "--sampler: sample: sampler must be one of"),
+    ("a.mp4 q --model m --sampler random_segment", "needs a torch.Generator"),
     ("a.mp4 q --model m --sampler uniform --fps 1", "--sampler is of --frames"),
     ("a.mp4 q --model m --memory none", "must be one of"),
     ("a.mp4 q --model m --memory merge:capacity", "must be NAME=VALUE"),
