@@ -1,7 +1,7 @@
 // t steps of a memory bank in one launch: one block per position (b, n) walks all frames. The state of its position
 // lives in shared memory, the rows of its bank in the caches, and the frame after the next step's choice is prefetched
-// to L2: a step waits for loads that depend on the choice before it, never for device memory. A second, tiny launch
-// sets the lengths, which all positions of a video read.
+// to L2: a step waits for loads that depend on the choice before it, never for device memory. The length of a video is
+// changed by the block of its first position, and read by no other.
 //
 // The replay gives each thread 16 bytes of the width: it walks the steps and reads only what it wrote itself, so
 // nothing is synchronized. Traffic: M + 1 + t rows read, M + 1 + 2t and the slots that changed written; those, and two
@@ -28,7 +28,8 @@ __global__ __launch_bounds__(kMemoryThreads, kMemoryBlocks) void memory_scan_ker
   const unsigned N = unsigned(a.bank.size[2]), b = blockIdx.x / N, n = blockIdx.x % N;
   const int slots = int(a.order.size[2]), t = int(a.frames.size[1]), thread = int(threadIdx.x);
   const bool on = !a.active || *a.active.at<const int32_t>(b) != 0;
-  int length = *a.length.at<const int32_t>(b);
+  int length = stored_entries(a.sizes, b, n);
+  if (on && n == 0 && thread == 0) set_length(a.length, b, length, length + t < slots ? length + t : slots);
   PYVIDX_SHARED(int32_t, sizes);
   int32_t *const order = sizes + slots, *const ids = order + slots;
   float* const similarity = reinterpret_cast<float*>(ids + slots);
@@ -77,14 +78,6 @@ __global__ __launch_bounds__(kMemoryThreads, kMemoryBlocks) void memory_scan_ker
     *a.sizes.at<int32_t>(b, n, j) = sizes[j], *a.order.at<int32_t>(b, n, j) = order[j];
     if (j + 1 < slots) *a.similarity.at<float>(b, n, j) = similarity[j];
   }
-}
-
-__global__ void memory_scan_length_kernel(MemoryScanArgs a) {
-  const int64_t b = int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
-  if (b >= a.length.size[0] || (a.active && *a.active.at<const int32_t>(b) == 0)) return;
-  int32_t& length = *a.length.at<int32_t>(b);
-  const int64_t slots = a.order.size[2], after = length + a.frames.size[1];
-  length = int32_t(after < slots ? after : slots);
 }
 
 template <typename T, bool kVectorized>
@@ -138,8 +131,7 @@ namespace pyvidx {
 using namespace cuda;
 
 void memory_scan_cuda(const MemoryScanArgs& args, cudaStream_t stream) {
-  const int64_t B = args.bank.size[0];
-  const unsigned rows = checked_rows(B * args.bank.size[2]);
+  const unsigned rows = checked_rows(args.bank.size[0] * args.bank.size[2]);
   if (rows == 0 || args.frames.size[1] == 0) return;
   const size_t smem = size_t(args.order.size[2]) * kScanWords * sizeof(int32_t);
   if (smem + 1024 > device_smem()) throw std::invalid_argument("memory_scan_: M is too large for shared memory");
@@ -154,8 +146,6 @@ void memory_scan_cuda(const MemoryScanArgs& args, cudaStream_t stream) {
     }
   });
   check_launch("memory_scan_kernel");
-  PYVIDX_LAUNCH(memory_scan_length_kernel, ceil_div(B, kMemoryThreads), kMemoryThreads, 0, stream, args);
-  check_launch("memory_scan_length_kernel");
 }
 
 void memory_replay_cuda(const MemoryReplayArgs& args, cudaStream_t stream) {

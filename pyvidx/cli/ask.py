@@ -20,7 +20,8 @@ def parser() -> argparse.ArgumentParser:
         prog="pyvidx ask",
         description="Ask a video language model of transformers about a video. Its own encoder reads the frames, a "
         "memory keeps what fits in --capacity slots, its language model answers. Printed are the answer, the seconds "
-        "of the video that each slot holds, and where the time went. With --live the video may still be written, and "
+        "of the video that each slot holds, and where the time went (compress is, with an InstructBLIP or BLIP-2, the "
+        "Q-Former with its memory). With --live the video may still be written, and "
         "answers come as it goes: one every --every seconds of it, or, without a QUESTION, one to each line that is "
         "typed.",
         epilog='live: ffmpeg -i CAMERA -f mpegts - | pyvidx ask - "what happens?" --live --every 10 --model DIR',
@@ -34,7 +35,7 @@ def parser() -> argparse.ArgumentParser:
                    "or MiniGPT-4 with a BT-Adapter, an InstructBLIP or a BLIP-2")  # fmt: skip
     p.add_argument("--memory", type=policy, metavar="NAME[:OPTION=VALUE,...]",
                    help="what is kept of the frames, e.g. merge or fifo:anchors=1, see `pyvidx memory`. With an "
-                   "InstructBLIP or BLIP-2 merge, which is MA-LMM's memory within the Q-Former; merge:query=False is "
+                   "InstructBLIP or BLIP-2 merge is MA-LMM's, within the Q-Former; merge:query=False is "
                    "its visual bank alone. Default: none, all frames are shown; --live: merge")  # fmt: skip
     p.add_argument("--capacity", type=arguments.count, help="slots of the memory; default: its own")
     p.add_argument("--frames", type=arguments.frames, help="frames to take of the video; default: 32, and with a "

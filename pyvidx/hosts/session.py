@@ -181,7 +181,7 @@ class Session:
         found = getattr(found, "sequences", found)
         require(len(found) == 1, f"Session.ask: generate must return one sequence, got {len(found)}")
         tokens = answers(found, inputs["input_ids"])[0].cpu()
-        return Answer(self.host.processor.decode(tokens, skip_special_tokens=True), tokens, _spans(slots))
+        return Answer(self.host.processor.decode(tokens, skip_special_tokens=True), tokens, spans(slots))
 
     def inputs(self, question: str | list[dict]) -> Mapping[str, Any]:
         """What `ask` gives to the model, as of compress: for model(**inputs), and for other ways to generate."""
@@ -189,7 +189,7 @@ class Session:
 
     def slots(self) -> list[tuple[float, float]]:
         """Seconds of the first and the last step in each slot; a step of two frames is at their mean."""
-        return _spans(self._slots())
+        return spans(self._slots())
 
     def fork(self) -> Session:
         """A second session that starts from this state. Model and processor are shared."""
@@ -336,7 +336,8 @@ class Session:
         require(self._place is not None, f"Session.{what}: push a frame first, there is nothing yet")
 
 
-def _spans(slots: Slots) -> list[tuple[float, float]]:
+def spans(slots: Slots) -> list[tuple[float, float]]:
+    """Seconds of the first and the last frame in each slot, in order of time; of ragged tokens, in each entry."""
     first, last = slots.first.tolist(), slots.last.tolist()
     if slots.entry is None:
         return list(zip(first, last))

@@ -76,7 +76,7 @@ class Qwen2_5_VL(Qwen2VL):
         if slots[0].ragged:
             return super().values(inputs, places, slots)
         apart = [
-            (s.seconds[-1] - s.seconds[0]) / (len(s) - 1) if len(s) > 1 else old
+            (s.seconds.max() - s.seconds.min()) / (len(s) - 1) if len(s) > 1 else old
             for s, old in zip(slots, self._apart(inputs))
         ]
         apart = [x.to(slots[0].seconds.device, torch.float32, non_blocking=x.is_cpu) for x in apart]

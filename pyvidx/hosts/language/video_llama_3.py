@@ -19,7 +19,8 @@ from pyvidx.ops._library import require
 @register("video_llama_3")
 class VideoLlama3(Timed):
     """The processor leaves out tokens that are like those of the frame before (video_compression_mask). That frame may
-    be gone or in another slot, so slots show all positions; a video that fits stays as the processor left it."""
+    be gone or in another slot, so slots show all positions, and may be more tokens than a still video had; a video that
+    fits stays as the processor left it."""
 
     ragged = True
     pixels = ("pixel_values_videos", "video_compression_mask")
