@@ -9,7 +9,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from pyvidx import memory, temporal
+from pyvidx import graphs, memory, temporal
 from pyvidx.backbones.text import TextConfig, TextTower
 from pyvidx.backbones.vit import EVA_G, ViT, ViTConfig
 from pyvidx.layers import plain
@@ -178,10 +178,13 @@ def test_what_hosts_keep(name, capacity, options, lengths):
     from pyvidx.hosts.compress import kept
     from pyvidx.hosts.language import Place, host_of
     from pyvidx.hosts.language.kept import method
-    from tests.hosts.tiny import entries
+    from tests.torchvision_shim import mend_torchvision
+
+    mend_torchvision()
+    from tests.hosts.tiny_llava_next_video import ENTRY
 
     with gpu(), torch.no_grad():
-        host, how = host_of(entries()["llava_next_video"].model()), method(name, capacity, options)
+        host, how = host_of(ENTRY.model()), method(name, capacity, options)
         places = [Place(i, i, 0, 4 * T, T, 4, (2, 2)) for i, T in enumerate(lengths)]
         inputs = {"pixel_values_videos": [torch.randn(T, 3, 32, 32) for T in lengths]}
         times = [torch.arange(T).double() for T in lengths]
@@ -263,6 +266,32 @@ def test_malmm_training_step(query):
             model(torch.randn(B, T + 2, 3, 12, 12), ids, length=M, query=query).sum().backward()
 
 
+# ---- what graphs record ----
+
+
+@pytest.mark.parametrize("query", [True, False])
+def test_a_push_can_be_recorded(query):
+    """No traffic, and what it changes lies where it lay."""
+    with gpu(), torch.no_grad():
+        model = MALMM(SMALL).eval()
+        prompt = model.prompt(torch.zeros(B, 5, dtype=torch.int64))
+        before = model.start(prompt, length=M, query=query)._replace(seen=M + 1)
+        with NoTraffic():
+            after = model._push(before, torch.randn(B, 1, P, C))
+    kept = (before.visual, before.query)
+    assert all(a is b for a, b in zip(tree_leaves(kept), tree_leaves((after.visual, after.query)), strict=True))
+
+
+@pytest.mark.parametrize("name", temporal.names())
+def test_padded_clips_can_be_recorded(name):
+    with gpu(), torch.no_grad():
+        model = VideoEncoder(ViT(VISION), temporal.create(name, VISION)).eval()
+        clips = graphs.Clips(model, (T,))
+        pixels = torch.randn(B, T - 1, 3, 12, 12)
+        with NoTraffic():
+            clips.encode(*graphs.padded(pixels, T))
+
+
 # ---- what does read back, and why ----
 
 
@@ -279,9 +308,9 @@ def _text_mask():
     MALMM(SMALL).prompt(torch.zeros(B, 5, dtype=torch.int64), torch.ones(B, 5, dtype=torch.int64))
 
 
-READ_BACK = {  # what it is: why it may, a call of it
+READ_BACK = {  # what it is: why it may; a call of it
     "frames that are real": (
-        "a batch without padding takes the faster path, the padding of others no work",
+        "a batch without padding takes the faster path, and the padding of others no work",
         _frame_mask,
     ),
     "patches left out": ("their number is a size; pretraining, which knows it, says so and does not wait", _patch_mask),

@@ -93,8 +93,8 @@ def test_cpu_kernels_leave_nothing_to_share():
 ROOMS = (
     ("files", "sizes", "device", "spec"), ("tensor_files",), ("ops",), ("layers", "video", "preprocess"),
     ("backbones",),
-    ("temporal", "memory"), ("models",), ("reference", "weights", "data"), ("hosts",), ("corpus",), ("train",),
-    ("eval",), ("cli",), ("__main__",),
+    ("temporal", "memory"), ("models",), ("graphs",), ("reference", "weights", "data"), ("hosts",), ("corpus",),
+    ("train",), ("eval",), ("cli",), ("__main__",),
 )  # fmt: skip
 
 

@@ -15,6 +15,7 @@ pytest.importorskip("av", reason="pip install 'pyvidx[video]'")
 from tests.torchvision_shim import mend_torchvision  # noqa: E402
 
 mend_torchvision()
+pytest.importorskip("torchvision", reason="pip install 'pyvidx[hosts]'")
 
 from transformers import LlamaForCausalLM  # noqa: E402
 

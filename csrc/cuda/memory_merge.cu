@@ -1,8 +1,9 @@
-// The streaming step: one block per position (b, n) for the bank, one warp per position and attached tensor.
+// The streaming step: one block per position (b, n), one launch. It reads the choice off the cached similarities, takes
+// the attached rows and the bank's, and then changes the state of its position, which no other block reads; the length
+// of a video is changed by the block of its first position. No atomics, no scratch memory, no host.
 //
-// Every launch reads the choice off the cached similarities by itself, so the attached kernels go first, the bank's
-// kernel then changes the state of its position, and a last small kernel the lengths, which all positions of a video
-// read. The order on the stream is all the synchronization there is: no atomics, no scratch memory, no host.
+// Attached tensors of several dtypes or alignments, which nothing in this project has, go before it in launches of
+// their own, a warp per position and tensor.
 //
 // Traffic per position: 8 rows of the bank (6 read, 2 written), 5 of every attached tensor (3 read, 2 written).
 #include "memory_step.cuh"
@@ -17,24 +18,17 @@ struct AttachedChunk {
 };
 static_assert(sizeof(MemoryStepArgs) + sizeof(AttachedChunk) <= 4096, "kernel parameters");
 
+// A step of one attached tensor at one position by threads first, first + count, ...
 template <typename T, bool kVectorized>
-__global__ __launch_bounds__(kMemoryThreads) void memory_attached_kernel(MemoryStepArgs a, AttachedChunk chunk) {
-  const unsigned N = unsigned(a.bank.size[2]), row = blockIdx.x * kMemoryWarps + threadIdx.x / 32;
-  if (row >= a.bank.size[0] * N) return;
-  const unsigned b = row / N, n = row % N;
-  if (a.active && *a.active.at<const int32_t>(b) == 0) return;
-  const StepPlan p = plan_step(a, b, n, *a.length.at<const int32_t>(b));
-  if (p.k < 0 && p.target < 0) return;
-
-  const MemoryAttached& item = chunk.item[blockIdx.y];
-  const int64_t C = item.rows.size[3];
+__device__ __forceinline__ void run_attached(const MemoryAttached& item, const StepPlan& p, const Mean<Acc<T>>& mean,
+                                             int64_t b, int64_t n, int first, int count) {
+  const int C = int(item.rows.size[3]);
   constexpr int kSize = kPack<T, kVectorized>;
-  const Mean<Acc<T>> mean = mean_of<Acc<T>>(a, p);
   T* const keep = p.k < 0 ? nullptr : item.rows.at<T>(b, p.keep, n);
   const T* const gone = p.k < 0 ? nullptr : item.rows.at<const T>(b, p.gone, n);
   T* const target = p.target < 0 ? nullptr : item.rows.at<T>(b, p.target, n);
   const T* const frame = p.target < 0 ? nullptr : item.frame.at<const T>(b, n);
-  for (int64_t c = threadIdx.x % 32 * kSize; c < C; c += 32 * kSize) {
+  for (int c = first * kSize; c < C; c += count * kSize) {
     Acc<T> x[kSize] = {}, y[kSize] = {}, fresh[kSize] = {};
     if (keep) load_pack(keep + c, x), load_pack(gone + c, y);
     if (target) load_pack(frame + c, fresh);
@@ -48,20 +42,34 @@ __global__ __launch_bounds__(kMemoryThreads) void memory_attached_kernel(MemoryS
 }
 
 template <typename T, bool kVectorized>
-__global__ __launch_bounds__(kMemoryThreads, kMemoryBlocks) void memory_step_kernel(MemoryStepArgs a) {
+__global__ __launch_bounds__(kMemoryThreads) void memory_attached_kernel(MemoryStepArgs a, AttachedChunk chunk) {
+  const unsigned N = unsigned(a.bank.size[2]), row = blockIdx.x * kMemoryWarps + threadIdx.x / 32;
+  if (row >= a.bank.size[0] * N) return;
+  const unsigned b = row / N, n = row % N;
+  if (a.active && *a.active.at<const int32_t>(b) == 0) return;
+  const StepPlan p = plan_step(a, b, n, stored_entries(a.sizes, b, n));
+  if (p.k < 0 && p.target < 0) return;
+  run_attached<T, kVectorized>(chunk.item[blockIdx.y], p, mean_of<Acc<T>>(a, p), b, n, threadIdx.x % 32, 32);
+}
+
+// `count` of the attached tensors, of type F, are taken in the same launch.
+template <typename T, typename F, bool kVectorized>
+__global__ __launch_bounds__(kMemoryThreads, kMemoryBlocks) void memory_step_kernel(MemoryStepArgs a,
+                                                                                    AttachedChunk chunk, int count) {
   const unsigned N = unsigned(a.bank.size[2]), b = blockIdx.x / N, n = blockIdx.x % N;
   const bool on = !a.active || *a.active.at<const int32_t>(b) != 0;
   StepPlan p{-1, -1, -1, -1, -1, -1, -1, 0, 1, 1};
-  if (on) p = plan_step(a, b, n, *a.length.at<const int32_t>(b));
+  if (on) {
+    const int length = stored_entries(a.sizes, b, n);
+    p = plan_step(a, b, n, length);
+    if (n == 0 && threadIdx.x == 0) set_length(a.length, b, length, p.length + (p.target >= 0));
+  }
   if (threadIdx.x == 0) *a.index.at<int32_t>(b, n) = p.k;
-  if (p.k >= 0 || p.target >= 0) run_step<T, kVectorized>(a, p, b, n);
-}
-
-__global__ void memory_length_kernel(MemoryStepArgs a) {
-  const int64_t b = int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
-  if (b >= a.length.size[0] || (a.active && *a.active.at<const int32_t>(b) == 0)) return;
-  int32_t& length = *a.length.at<int32_t>(b);
-  length += (a.frame ? 1 : 0) - (length == a.order.size[2] ? 1 : 0);
+  if (p.k < 0 && p.target < 0) return;
+  for (int i = 0; i < count; ++i) {
+    run_attached<F, kVectorized>(chunk.item[i], p, mean_of<Acc<F>>(a, p), b, n, int(threadIdx.x), kMemoryThreads);
+  }
+  run_step<T, kVectorized>(a, p, b, n);
 }
 
 // --- one merge as a function --------------------------------------------------------------------------------------
@@ -169,51 +177,72 @@ bool aligned(const MemoryAttached& a) {
   return yes;
 }
 
-// Launch runs of attached tensors that share a dtype and an alignment.
-void launch_attached(const MemoryStepArgs& args, cudaStream_t stream) {
-  const unsigned rows = checked_rows(args.bank.size[0] * args.bank.size[2]);
-  for (int done = 0; done < args.attached_count;) {
+// The next run of attached tensors that share a dtype and an alignment, at most as many as a launch takes.
+struct Run {
+  AttachedChunk chunk;
+  int count = 0;
+  bool vectorized;
+  DType dtype;
+
+  Run(const MemoryStepArgs& args, int done) {
     const MemoryAttached* const item = args.attached + done;
-    const bool vectorized = aligned(*item);
-    AttachedChunk chunk;
-    int count = 0;
-    while (count < kMaxAttached && done + count < args.attached_count && item[count].rows.dtype == item->rows.dtype &&
+    vectorized = aligned(*item), dtype = item->rows.dtype;
+    while (count < kMaxAttached && done + count < args.attached_count && item[count].rows.dtype == dtype &&
            aligned(item[count]) == vectorized) {
       chunk.item[count] = item[count];
       ++count;
     }
-    const Grid grid(ceil_div(rows, kMemoryWarps), count);
-    visit_floating("memory_merge_", item->rows.dtype, [&](auto t) {
-      using T = typename decltype(t)::type;
-      if (vectorized) {
-        PYVIDX_LAUNCH((memory_attached_kernel<T, true>), grid, kMemoryThreads, 0, stream, args, chunk);
-      } else {
-        PYVIDX_LAUNCH((memory_attached_kernel<T, false>), grid, kMemoryThreads, 0, stream, args, chunk);
-      }
-    });
-    check_launch("memory_attached_kernel");
-    done += count;
   }
+};
+
+void launch_attached(const MemoryStepArgs& args, const Run& run, cudaStream_t stream) {
+  const Grid grid(ceil_div(checked_rows(args.bank.size[0] * args.bank.size[2]), kMemoryWarps), run.count);
+  visit_floating("memory_merge_", run.dtype, [&](auto t) {
+    using T = typename decltype(t)::type;
+    if (run.vectorized) {
+      PYVIDX_LAUNCH((memory_attached_kernel<T, true>), grid, kMemoryThreads, 0, stream, args, run.chunk);
+    } else {
+      PYVIDX_LAUNCH((memory_attached_kernel<T, false>), grid, kMemoryThreads, 0, stream, args, run.chunk);
+    }
+  });
+  check_launch("memory_attached_kernel");
+}
+
+template <typename T, typename F>
+void launch_step(const MemoryStepArgs& args, const AttachedChunk& chunk, int count, bool vectorized,
+                 cudaStream_t stream) {
+  const unsigned rows = checked_rows(args.bank.size[0] * args.bank.size[2]);
+  if (vectorized) {
+    PYVIDX_LAUNCH((memory_step_kernel<T, F, true>), rows, kMemoryThreads, 0, stream, args, chunk, count);
+  } else {
+    PYVIDX_LAUNCH((memory_step_kernel<T, F, false>), rows, kMemoryThreads, 0, stream, args, chunk, count);
+  }
+  check_launch("memory_step_kernel");
 }
 
 }  // namespace
 
 void memory_step_cuda(const MemoryStepArgs& args, cudaStream_t stream) {
-  const int64_t B = args.bank.size[0];
-  const unsigned rows = checked_rows(B * args.bank.size[2]);
-  if (rows == 0) return;
-  launch_attached(args, stream);
+  if (checked_rows(args.bank.size[0] * args.bank.size[2]) == 0) return;
   visit_floating("memory_merge_", args.bank.dtype, [&](auto t) {
     using T = typename decltype(t)::type;
-    if (vectorizable<T>(args.bank) && (!args.frame || vectorizable<T>(args.frame))) {
-      PYVIDX_LAUNCH((memory_step_kernel<T, true>), rows, kMemoryThreads, 0, stream, args);
-    } else {
-      PYVIDX_LAUNCH((memory_step_kernel<T, false>), rows, kMemoryThreads, 0, stream, args);
+    const bool vectorized = vectorizable<T>(args.bank) && (!args.frame || vectorizable<T>(args.frame));
+    for (int done = 0; done < args.attached_count;) {
+      const Run run(args, done);
+      done += run.count;
+      if (done == args.attached_count && run.vectorized == vectorized) {  // the last run goes along
+        if (run.dtype == args.bank.dtype) return launch_step<T, T>(args, run.chunk, run.count, vectorized, stream);
+        if constexpr (std::is_same_v<T, float>) {
+          if (run.dtype == DType::f16) return launch_step<T, __half>(args, run.chunk, run.count, vectorized, stream);
+          if (run.dtype == DType::bf16) {
+            return launch_step<T, __nv_bfloat16>(args, run.chunk, run.count, vectorized, stream);
+          }
+        }
+      }
+      launch_attached(args, run, stream);
     }
+    launch_step<T, T>(args, AttachedChunk{}, 0, vectorized, stream);
   });
-  check_launch("memory_step_kernel");
-  PYVIDX_LAUNCH(memory_length_kernel, ceil_div(B, kMemoryThreads), kMemoryThreads, 0, stream, args);
-  check_launch("memory_length_kernel");
 }
 
 void memory_merge_cuda(const MemoryMergeArgs& args, cudaStream_t stream) {

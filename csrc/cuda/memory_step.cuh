@@ -49,6 +49,21 @@ struct StepPlan {
   int size0, size1;             // frames in the pair
 };
 
+// Entries stored at one position, as many as slots in use. All lanes of a warp take part. The length of the video,
+// which says the same, is left to one block, which checks and then changes it: so no other has to be waited for.
+__device__ __forceinline__ int stored_entries(const View<3>& sizes, int64_t b, int64_t n) {
+  int count = 0;
+  for (int64_t j = threadIdx.x % 32; j < sizes.size[2]; j += 32) count += *sizes.at<const int32_t>(b, n, j) > 0;
+  return warp_sum(count);
+}
+
+// By one thread of one block of a video.
+__device__ __forceinline__ void set_length(const View<1>& length, int64_t b, int before, int after) {
+  int32_t& held = *length.at<int32_t>(b);
+  if (held != before) __trap();  // out of range, or a broken state
+  held = after;
+}
+
 // All lanes of a warp take part and get the same plan. `length`: entries before the step.
 __device__ __forceinline__ StepPlan plan_step(const MemoryStepArgs& a, int64_t b, int64_t n, int length) {
   StepPlan p{-1, -1, -1, -1, -1, -1, -1, length, 1, 1};

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from pyvidx.layers.attention import gather, gathered_values
 from pyvidx.layers.block import ACTIVATIONS, Block, run_blocks
 from pyvidx.layers.linear import dense
+from pyvidx.layers.norm import add_norm
 from pyvidx.layers.patch import patch_grid, patch_rows, resize_positions
 from pyvidx.layers.plain import held, plain
 from pyvidx.sizes import check
@@ -225,16 +226,23 @@ class ViT(nn.Module):
 
     def embed(self, pixels: Tensor, *, interpolate: bool = False) -> Tensor:
         """The input of layer 0: LN of `tokens` where there is a first LayerNorm. [..., 3, h, w] -> [..., N, C]."""
-        return self.norm_pre(self.tokens(pixels, interpolate=interpolate))
+        x, table = self._rows(pixels, interpolate)
+        if isinstance(self.norm_pre, nn.Identity):
+            return self.norm_pre(x + table)
+        return add_norm(x, table.expand_as(x), self.norm_pre)[1]
 
     def tokens(self, pixels: Tensor, *, interpolate: bool = False) -> Tensor:
         """[class; patches W + b] + position, before the first LayerNorm. [..., 3, h, w] -> [..., N, C]."""
+        x, table = self._rows(pixels, interpolate)
+        return x + table
+
+    def _rows(self, pixels: Tensor, interpolate: bool) -> tuple[Tensor, Tensor]:
+        """The two summands of `tokens`, [..., N, C] and [N, C]."""
         whole = self._whole
         x, rows, columns = patch_rows("ViT", pixels, held(self, "patch"), held(self, "patch_bias"), whole=whole)
         if self.config.class_token:
             x = torch.cat([held(self, "class_token").expand(x.shape[0], 1, -1), x], dim=1)
-        x = x + self._table(rows, columns, interpolate)
-        return x.view(*pixels.shape[:-3], *x.shape[1:])
+        return x.view(*pixels.shape[:-3], *x.shape[1:]), self._table(rows, columns, interpolate)
 
     def with_class(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """The tower's own tokens of any layer with a class row in front. [..., N, C] -> [..., 1+P, C].
@@ -272,7 +280,8 @@ class ViT(nn.Module):
         Raises:
             ValueError: without interpolate, the grid is not that of the configuration.
         """
-        return F.pad(self._table(rows, columns, interpolate), (0, 0, 1 - self.config.before, 0))
+        table = self._table(rows, columns, interpolate)
+        return table if self.config.class_token else F.pad(table, (0, 0, 1, 0))
 
     def _table(self, rows: int, columns: int, interpolate: bool) -> Tensor:
         side, position = self.config.side, held(self, "position")

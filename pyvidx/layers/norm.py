@@ -33,7 +33,7 @@ def add_norm(x: Tensor, y: Tensor, norm: nn.Module, out: tuple[Tensor, Tensor] |
 
 
 def _pays(x: Tensor, y: Tensor) -> bool:
-    """On a CPU torch's two passes over float32 are as fast, as they stay in the caches, and so are those over little."""
+    """On a CPU torch's two passes over float32, or over little, are as fast: they stay in the caches."""
     if x.device.type not in KERNELS or x.shape != y.shape or x.dim() == 0:
         return False
     low = y.dtype in LOW

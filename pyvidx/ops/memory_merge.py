@@ -46,7 +46,7 @@ def new_state(
         bank=torch.zeros(B, M + 1, N, C, dtype=dtype, device=device),
         sizes=torch.zeros(B, N, M + 1, dtype=torch.int32, device=device),
         order=slots.expand(B, N, M + 1).contiguous(),
-        similarity=torch.zeros(B, N, M, device=device),
+        similarity=torch.zeros(B, N, M, dtype=torch.float32, device=device),
         length=torch.zeros(B, dtype=torch.int32, device=device),
         attached=tuple(
             torch.zeros(B, M + 1, N, width, dtype=attached_dtype or dtype, device=device) for width in attached_widths

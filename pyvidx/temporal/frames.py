@@ -4,7 +4,9 @@ Every mean and every softmax over time leaves the others out, so a padded clip g
 frame's place in time is its index t, wherever the padding stands.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 
 import torch
 import torch.nn.functional as F
@@ -13,12 +15,29 @@ from torch import Tensor
 from pyvidx.ops import temporal_attention
 from pyvidx.ops._library import require, require_tensors
 
+_UNREAD = ContextVar("masks_unread", default=False)
+
+
+@contextmanager
+def masks_unread() -> Iterator[None]:
+    """Inside, nobody looks into a mask: shapes depend on shapes alone, as in compiled code, and nothing waits for a
+    GPU. That every clip has a frame is then the caller's word."""
+    token = _UNREAD.set(True)
+    try:
+        yield
+    finally:
+        _UNREAD.reset(token)
+
+
+def _unread() -> bool:
+    return torch.compiler.is_compiling() or _UNREAD.get()
+
 
 def check_frame_mask(op: str, frame_mask: Tensor | None, B: int, T: int, device: torch.device) -> Tensor | None:
     """The mask on this device, or None where every frame is real: then the faster path without a mask is exact.
 
     Raises:
-        ValueError: it is not bool [B, T], or a clip has no frame (compiled code does not look).
+        ValueError: it is not bool [B, T], or a clip has no frame (where masks are unread, that is not seen).
     """
     if frame_mask is None:
         return None
@@ -26,7 +45,7 @@ def check_frame_mask(op: str, frame_mask: Tensor | None, B: int, T: int, device:
     fits = frame_mask.dtype == torch.bool and tuple(frame_mask.shape) == (B, T)
     text = "{op}: frame_mask must be bool [B, T] = [{B}, {T}], True = a real frame"
     require(fits, text, frame_mask, op=op, B=B, T=T)
-    if torch.compiler.is_compiling():  # it cannot ask what is in a mask
+    if _unread():
         return frame_mask.to(device)
     require(bool(frame_mask.any(dim=1).all()), f"{op}: frame_mask must leave every clip a frame", frame_mask)
     return None if bool(frame_mask.all()) else frame_mask.to(device)
@@ -49,7 +68,7 @@ def on_real_frames(
     """
     if frame_mask is None:
         return encode(frames)
-    if torch.compiler.is_compiling():  # the number of real frames would be the size of a tensor
+    if _unread():  # the number of real frames would be the size of a tensor
         return tuple(real_only(x, frame_mask) for x in encode(real_only(frames, frame_mask)))
     xs = encode(frames[frame_mask])
     return tuple(x.new_zeros(*frame_mask.shape, *x.shape[1:]).index_put((frame_mask,), x) for x in xs)

@@ -1,0 +1,100 @@
+"""How many kernels a GPU is asked to launch, counted without one; tests/test_no_sync.py runs this."""
+
+from collections import Counter
+from contextlib import contextmanager
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from pyvidx.backbones.vit import EVA_G
+from pyvidx.layers import norm
+from pyvidx.memory import qformer
+from pyvidx.models import MALMM, BTAdapter, BTAdapterConfig, MALMMConfig
+from tests.no_sync import gpu
+
+# Ops that only name memory or ask for it.
+FREE = (
+    "_unsafe_view", "alias", "detach", "device", "empty", "empty_like", "empty_strided", "lift_fresh", "new_empty",
+    "new_empty_strided", "promote_types", "split", "sym_size",
+)  # fmt: skip
+SEVERAL = {
+    "constant_pad_nd": 2,
+    "bank_attention": 2,
+    "st_pool": 2,
+    "resize_normalize": 2,
+}  # csrc/cuda: one each, or these
+
+
+class Launches(TorchDispatchMode):
+    """Every op that is no view and no allocation, by name; torch's attention is one."""
+
+    def __init__(self):
+        super().__init__()
+        self.count, self.counting = Counter(), False
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func._schema.name.split("::")[1]
+        view = any(r.alias_info is not None and not r.alias_info.is_write for r in func._schema.returns)
+        if not view and name not in FREE:
+            self.count[name] += SEVERAL.get(name, 1)
+        return func(*args, **(kwargs or {}))
+
+    def attention(self, q, k, v, **options):
+        """In the layout in which torch's kernels give it."""
+        if self.counting:
+            self.count["attention"] += 1
+        *rows, H, N, _ = q.shape
+        return q.new_empty(*rows, N, H, v.shape[-1]).transpose(-2, -3)
+
+    def __enter__(self):
+        self.counting = True
+        return super().__enter__()
+
+
+@contextmanager
+def counted(dtype: str):
+    """On a GPU that has this project's kernels; new tensors are of this dtype."""
+    mode, before = Launches(), torch.get_default_dtype()
+    with pytest.MonkeyPatch.context() as patch, gpu(), torch.no_grad():
+        for module in (norm, qformer):
+            patch.setattr(module, "KERNELS", frozenset({"cpu", "cuda"}))
+        patch.setattr(F, "scaled_dot_product_attention", mode.attention)
+        torch.set_default_dtype(getattr(torch, dtype))
+        try:
+            yield mode
+        finally:
+            torch.set_default_dtype(before)
+
+
+def held(mode: Launches, most: int) -> None:
+    print(mode.count.total(), dict(mode.count.most_common()), flush=True)
+    assert mode.count.total() <= most, mode.count
+
+
+def test_bt_adapter():
+    """L/14, 8 frames, folded, its vector alone."""
+    with counted("float16") as mode:
+        model = BTAdapter(BTAdapterConfig.named("clip-l-14")).eval().fold()
+        pixels = torch.randn(1, 8, 3, 224, 224)
+        with mode:
+            model(pixels, outputs=("pooled",))
+    held(mode, 252)
+
+
+@pytest.mark.parametrize("dtype, text, most", [("float32", 12, 170), ("float16", 12, 182), ("float32", 0, 140)])
+def test_malmm_push(dtype, text, most):
+    """A frame into full memories, with and without an instruction. 16-bit rows are cast for banks in float32."""
+    config = MALMMConfig(vision=replace(EVA_G, layers=1))
+    with counted(dtype) as mode:
+        model = MALMM(config).eval()
+        ids = torch.zeros(1, text, dtype=torch.int64) if text else None
+        memories = model.start(model.prompt(ids), length=20)
+        frame = torch.randn(1, 1 + config.vision.patches, config.vision.width)
+        for _ in range(22):
+            memories = model.push(memories, frame)
+        with mode:
+            model.push(memories, frame)
+    held(mode, most)
