@@ -16,6 +16,7 @@ av = pytest.importorskip("av", reason="pip install 'pyvidx[video]'")
 from tests.torchvision_shim import mend_torchvision  # noqa: E402
 
 mend_torchvision()
+pytest.importorskip("torchvision", reason="pip install 'pyvidx[hosts]'")
 
 from pyvidx.cli.ask import main as ask  # noqa: E402
 from pyvidx.files import printable  # noqa: E402
@@ -171,7 +172,8 @@ def test_live(videos, models, capsys, monkeypatch):
     ("https://host/a.mp4 q --model m", "download"),
     ("a.mp4 q --model m --frames 0", "at least 1"),
     ("a.mp4 q --model m --frames 4 --fps 1", "--frames or --fps must be given, not both"),
-    ("a.mp4 q --model m --sampler none", "--sampler must be one of uniform"),
+    ("a.mp4 q --model m --sampler none", "--sampler: sample: sampler must be one of"),
+    ("a.mp4 q --model m --sampler random_segment", "needs a torch.Generator"),
     ("a.mp4 q --model m --sampler uniform --fps 1", "--sampler is of --frames"),
     ("a.mp4 q --model m --memory none", "must be one of"),
     ("a.mp4 q --model m --memory merge:capacity", "must be NAME=VALUE"),
@@ -214,12 +216,17 @@ def test_arguments(tmp_path, monkeypatch, given, message, capsys):
     assert said.err.startswith("pyvidx ask: error: ") and message in said.err
 
 
-def test_hosts_of_whole_frames(tmp_path, capsys):
-    """A policy that drops some positions of a frame is refused before such a model is loaded."""
-    (tmp_path / "config.json").write_text('{"model_type": "qwen2_5_vl"}')
+def test_hosts_of_whole_frames(tmp_path, monkeypatch, capsys):
+    """A policy that drops some positions of a frame is refused before a model that takes none is loaded."""
+    from pyvidx.hosts.language import names
+    from pyvidx.hosts.language.registry import HOSTS
+
+    assert "video_llava" in names()
+    monkeypatch.setattr(HOSTS["video_llava"], "ragged", False)
+    (tmp_path / "config.json").write_text('{"model_type": "video_llava"}')
     with pytest.raises(SystemExit):
         ask([__file__, "q", "--model", str(tmp_path), "--memory", "dtd"])
-    assert "--memory dtd keeps some tokens of a frame, and a qwen2_5_vl takes whole frames" in capsys.readouterr().err
+    assert "--memory dtd keeps some tokens of a frame, and a video_llava takes whole frames" in capsys.readouterr().err
 
 
 def test_interrupted(videos, models, capsys, monkeypatch):

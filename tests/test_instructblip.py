@@ -124,6 +124,7 @@ def test_questions_that_come_later(video, frames):
 
 
 def test_a_folder_of_transformers(video, frames, tmp_path):
+    pytest.importorskip("torchvision", reason="pip install 'pyvidx[hosts]'")
     theirs, host = video
     theirs.save_pretrained(tmp_path)
     processor = transformers.InstructBlipVideoProcessor(

@@ -31,7 +31,7 @@ def one_gpu_that_does_nothing() -> dict[str, str]:
 
 @pytest.mark.skipif(platform.system() != "Linux" or shutil.which("g++") is None, reason="needs Linux and g++")
 def test_no_sync():
-    files = ("tests/no_sync.py", "tests/hosts/no_sync.py")
+    files = ("tests/no_sync.py", "tests/hosts/no_sync.py", "tests/launches.py")
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *files]
     env = os.environ | one_gpu_that_does_nothing()
     run = subprocess.run(command, cwd=ROOT, env=env, text=True, capture_output=True)

@@ -87,8 +87,10 @@ def check(p: argparse.ArgumentParser, options: argparse.Namespace) -> None:
     if options.sampler is not None:
         from pyvidx.video import sampling
 
-        if options.sampler not in sampling.names(aliases=True):
-            p.error(f"--sampler must be one of {', '.join(sampling.names())}, got {options.sampler!r:.100}")
+        try:
+            sampling.sample(options.sampler, 100, options.frames, fps=25.0)
+        except ValueError as error:  # no such rule, or one that draws
+            p.error(f"--sampler: {error}")
     for package, extra in PACKAGES.items():
         if importlib.util.find_spec(package) is None:
             p.error(f"this needs {package}: pip install '{extra}'")
@@ -162,6 +164,7 @@ def watch(watcher, options: argparse.Namespace, clock) -> int:
                 tell(watcher, options.question, now)
                 due, said = now + options.every, True
         if typed is not None:
+            typed.reader.join(1.0)  # what was piped in may still be on its way
             typed.answer(watcher, now)
         elif not said:
             tell(watcher, options.question, now)
@@ -183,7 +186,8 @@ class Typed:
 
     def __init__(self):
         self.lines: queue.Queue[str] = queue.Queue()
-        threading.Thread(target=self._read, daemon=True).start()
+        self.reader = threading.Thread(target=self._read, daemon=True)
+        self.reader.start()
 
     def _read(self) -> None:
         for line in sys.stdin:

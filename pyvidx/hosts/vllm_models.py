@@ -1,5 +1,9 @@
-"""Models for vLLM, see pyvidx.hosts.vllm_plugin. Importing this imports vLLM (run with 0.32 on a CPU; the code of 0.33
-is the same here)."""
+"""Models for vLLM, see pyvidx.hosts.vllm_plugin. Importing this imports vLLM.
+
+Run with 0.32 on a CPU, whose runner leaves pruning out (vLLM's own model fails there as well), with the runner's
+is_multimodal_pruning_enabled set: by "evs" the first token is that of vLLM's own model, and with that one's provisional
+positions all are. It was not run on a GPU; the code of vLLM 0.33 is the same here.
+"""
 
 from __future__ import annotations
 
@@ -51,7 +55,10 @@ class PyvidxQwen2_5_VLForConditionalGeneration(Qwen2_5_VLForConditionalGeneratio
 
     def get_mrope_input_positions(self, input_tokens, mm_features) -> tuple[Tensor, int]:
         """Where videos are pruned, positions up to the first one: recompute_mrope_positions makes all behind it anew.
-        (vLLM's own counts the tokens before pruning here, and fails where anything follows a pruned video.)"""
+
+        vLLM's own counts the tokens before pruning here. So it fails where another video or image follows, and places
+        of tokens that were dropped, which lie behind the end of the prompt, move the answer further back.
+        """
         if not self.is_multimodal_pruning_enabled:
             return super().get_mrope_input_positions(input_tokens, mm_features)
         return torch.arange(len(input_tokens)).repeat(3, 1), 0
