@@ -255,6 +255,18 @@ def test_official_order_on_the_op(weighted, device):
             assert torch.equal(getattr(bank, name), getattr(state, name)), name
 
 
+def test_a_file_keeps_more_beside_the_bank(tmp_path):
+    policy, held = create("fifo"), torch.arange(6).view(2, 3)
+    path = tmp_path / "a.safetensors"
+    memory.save(path, policy, policy.new(1, 2, 3), tensors={"held": held}, notes={"program": '{"frames": 2}'})
+    assert memory.load(path)[0] == policy
+    note, tensors = memory.beside(path, "program")
+    assert note == {"frames": 2} and tensors.keys() == {"held"} and torch.equal(tensors["held"], held)
+    assert memory.beside(path, "another")[0] is None
+    with pytest.raises(FileNotFoundError, match="memory.beside"):
+        memory.beside(tmp_path / "none.safetensors", "program")
+
+
 @every_policy
 @pytest.mark.parametrize("anchors", [0, 2])
 def test_sessions(name, anchors, tmp_path):
