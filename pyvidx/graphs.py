@@ -9,7 +9,7 @@
     encode = graphs.Clips(model, lengths=(4, 8, 16))                # clips of any length, one graph for each of these
     encoding = encode(pixels)
 
-A GPU takes some 250 launches of a BT-Adapter and 170 of a streamed frame of MA-LMM, each of which costs the CPU several
+A GPU takes some 260 launches of a BT-Adapter and 170 of a streamed frame of MA-LMM, each of which costs the CPU several
 microseconds: often more than the GPU needs for the work. Where there is no CUDA there is nothing to record: the plain
 function is called, `captured` is False and `why` says so.
 

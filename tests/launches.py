@@ -75,18 +75,20 @@ def held(mode: Launches, most: int) -> None:
 
 
 def test_bt_adapter():
-    """L/14, 8 frames, folded, its vector alone."""
+    """L/14, 8 frames, folded, its vector alone; 315 before sums and norms were one. Of these, 245 are products,
+    attentions, activations, and norms with what is added before them: fewer need products that activate."""
     with counted("float16") as mode:
         model = BTAdapter(BTAdapterConfig.named("clip-l-14")).eval().fold()
         pixels = torch.randn(1, 8, 3, 224, 224)
         with mode:
             model(pixels, outputs=("pooled",))
-    held(mode, 252)
+    held(mode, 263)
 
 
-@pytest.mark.parametrize("dtype, text, most", [("float32", 12, 170), ("float16", 12, 182), ("float32", 0, 140)])
+@pytest.mark.parametrize("dtype, text, most", [("float32", 12, 169), ("float16", 12, 181), ("float32", 0, 139)])
 def test_malmm_push(dtype, text, most):
-    """A frame into full memories, with and without an instruction. 16-bit rows are cast for banks in float32."""
+    """A frame into full memories, with and without an instruction; 250 and 262 before. 16-bit rows are cast for banks in
+    float32; of bank_attention's launches half add up what its blocks found."""
     config = MALMMConfig(vision=replace(EVA_G, layers=1))
     with counted(dtype) as mode:
         model = MALMM(config).eval()

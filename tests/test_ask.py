@@ -216,12 +216,17 @@ def test_arguments(tmp_path, monkeypatch, given, message, capsys):
     assert said.err.startswith("pyvidx ask: error: ") and message in said.err
 
 
-def test_hosts_of_whole_frames(tmp_path, capsys):
-    """A policy that drops some positions of a frame is refused before such a model is loaded."""
-    (tmp_path / "config.json").write_text('{"model_type": "qwen2_5_vl"}')
+def test_hosts_of_whole_frames(tmp_path, monkeypatch, capsys):
+    """A policy that drops some positions of a frame is refused before a model that takes none is loaded."""
+    from pyvidx.hosts.language import names
+    from pyvidx.hosts.language.registry import HOSTS
+
+    assert "video_llava" in names()
+    monkeypatch.setattr(HOSTS["video_llava"], "ragged", False)
+    (tmp_path / "config.json").write_text('{"model_type": "video_llava"}')
     with pytest.raises(SystemExit):
         ask([__file__, "q", "--model", str(tmp_path), "--memory", "dtd"])
-    assert "--memory dtd keeps some tokens of a frame, and a qwen2_5_vl takes whole frames" in capsys.readouterr().err
+    assert "--memory dtd keeps some tokens of a frame, and a video_llava takes whole frames" in capsys.readouterr().err
 
 
 def test_interrupted(videos, models, capsys, monkeypatch):

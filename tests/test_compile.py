@@ -6,6 +6,11 @@ import pytest
 import torch
 import torch.utils._pytree as pytree
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch._dynamo.utils import detect_fake_mode
+from torch._functorch.aot_autograd import make_boxed_func
+from torch._inductor.compile_fx import compile_fx
+from torch._inductor.fx_passes.post_grad import post_grad_passes
+from torch._inductor.virtualized import V
 from torch.export import Dim
 from torch.utils.data import default_collate
 
@@ -239,3 +244,36 @@ def test_encodings_go_through_tools():
         one["pooled"]
     with pytest.raises(ValueError, match="unknown"):
         Encoding({"rows": one.times})
+
+
+def inductor_graphs(function, *args):
+    """What Inductor makes code of: its graphs after all passes, those that put ops back in place among them."""
+    found = []
+
+    def stop(graph, inputs, **_):
+        with V.set_fake_mode(detect_fake_mode(inputs)):
+            post_grad_passes(graph, True)
+        found.append(graph.graph)
+        return make_boxed_func(graph.forward)
+
+    torch.compile(function, fullgraph=True, backend=lambda g, inputs: compile_fx(g, inputs, inner_compile=stop))(*args)
+    return found
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name, clones", [("BTAdapter", 3), ("a frame", 0), ("a chunk", 0)])
+def test_ops_in_place_cost_no_copies(name, clones):
+    """None is left to auto_functionalize, and what is copied to itself is no copy. BT-Adapter's clones are torch's: the
+    patches of the pixels, and two small layouts of the last attention."""
+    if name == "BTAdapter":
+        graphs = inductor_graphs(model(name), clips())
+    else:
+        subject, t = model("MALMM").eval(), 1 if name == "a frame" else 3
+        memories = subject.start(subject.prompt(IDS), length=2)
+        memories = subject.push(memories, subject.features(clips(2, 4)))
+        graphs = inductor_graphs(subject.push, memories, subject.features(clips(2, t)))
+    nodes = [node for graph in graphs for node in graph.nodes if node.op == "call_function"]
+    assert any("pyvidx" in str(node.target) for node in nodes)
+    assert not [node for node in nodes if "auto_functionalized" in str(node.target)]
+    assert not [node for node in nodes if "copy_" in str(node.target) and node.args[0] is not node.args[1]]
+    assert sum("clone" in str(node.target) for node in nodes) <= clones
