@@ -31,9 +31,10 @@ def whole(path: str | os.PathLike[str]) -> Iterator[Path]:
     part = path.with_name(f"{_prefix(path)}{os.getpid()}.{secrets.token_hex(4)}.part{path.suffix}")
     try:
         part.touch(exist_ok=False)
-        if path.exists():
-            part.chmod(path.stat().st_mode & 0o777)
+        mode = (path if path.exists() else part).stat().st_mode & 0o777
+        part.chmod(mode)
         yield part
+        part.chmod(mode)  # safetensors puts a file of mode 0600 in its place
         with part.open("rb") as file:
             os.fsync(file.fileno())
         os.replace(part, path)

@@ -178,10 +178,13 @@ def test_what_hosts_keep(name, capacity, options, lengths):
     from pyvidx.hosts.compress import kept
     from pyvidx.hosts.language import Place, host_of
     from pyvidx.hosts.language.kept import method
-    from tests.hosts.tiny import entries
+    from tests.torchvision_shim import mend_torchvision
+
+    mend_torchvision()
+    from tests.hosts.tiny_llava_next_video import ENTRY
 
     with gpu(), torch.no_grad():
-        host, how = host_of(entries()["llava_next_video"].model()), method(name, capacity, options)
+        host, how = host_of(ENTRY.model()), method(name, capacity, options)
         places = [Place(i, i, 0, 4 * T, T, 4, (2, 2)) for i, T in enumerate(lengths)]
         inputs = {"pixel_values_videos": [torch.randn(T, 3, 32, 32) for T in lengths]}
         times = [torch.arange(T).double() for T in lengths]

@@ -16,11 +16,13 @@ av = pytest.importorskip("av", reason="pip install 'pyvidx[video]'")
 from tests.torchvision_shim import mend_torchvision  # noqa: E402
 
 mend_torchvision()
+pytest.importorskip("torchvision", reason="pip install 'pyvidx[hosts]'")
 
 from pyvidx.cli.ask import main as ask  # noqa: E402
 from pyvidx.files import printable  # noqa: E402
 from pyvidx.hosts import Session, minigpt4  # noqa: E402
 from pyvidx.hosts.instructblip import InstructBLIP  # noqa: E402
+from pyvidx.memory import create  # noqa: E402
 from pyvidx.models.minigpt4 import MiniGPT4, MiniGPT4Config  # noqa: E402
 from pyvidx.video import read, stream  # noqa: E402
 from tests.hosts.chats import PROCESSORS  # noqa: E402
@@ -105,15 +107,16 @@ def test_ma_lmm(videos, models, kind, capsys):
     given = [str(videos / "a.mp4"), QUESTION, "--model", str(models / kind), *WORDS, "--fps", "5"]
     host = InstructBLIP.from_pretrained(models / kind)
     frames = torch.cat([clip.frames for clip in stream(videos / "a.mp4", fps=5)])
+    fifo = ["--memory", "fifo", "--capacity", "4"], {"policy": create("fifo", capacity=4)}
     for options, memory in (([], {"capacity": 0}), (["--memory", "merge", "--capacity", "4"], {"capacity": 4}),
-                            (["--memory", "merge:query=False"], {"query": False})):  # fmt: skip
+                            (["--memory", "merge:query=False"], {"query": False}), fifo):  # fmt: skip
         assert ask([*given, *options]) == 0
         said = capsys.readouterr().out
         assert said.startswith(host.answer(frames, QUESTION, max_new_tokens=5, **memory) + "\n15 frames, ")
         check_times(said)
         found = slots(said)
-        assert len(found) == {0: 0, 4: 5}.get(memory.get("capacity"), 15)
-        assert not found or found[0][0] == 0 and found[-1][1] == 2.8
+        assert len(found) == (4 if "policy" in memory else {0: 0, 4: 5}.get(memory.get("capacity"), 15))
+        assert not found or found[0][0] == (2.2 if "policy" in memory else 0) and found[-1][1] == 2.8
 
 
 @pytest.mark.parametrize("kind, frames", [("llava", 8), ("minigpt4", 12)])
@@ -124,9 +127,9 @@ def test_a_bt_adapter(videos, models, kind, frames, capsys):
     assert ask([str(videos / "a.mp4"), QUESTION, "--model", str(models / kind), *WORDS]) == 0
     said = capsys.readouterr().out
     chat = {"llava": llava, "minigpt4": minigpt4}[kind].open(models / kind)
-    clip = read(videos / "a.mp4", None, lambda n, *_: chat.sampled(n))
+    clip = read(videos / "a.mp4", None, lambda n, *_: torch.arange(n))
     torch.manual_seed(0)
-    answer = chat.answer(clip.frames, QUESTION, max_new_tokens=5)
+    answer = chat.answer(clip.frames, QUESTION, max_new_tokens=5)  # of all frames takes its own
     assert said.startswith(f"{answer}\n{frames} frames, of which BT-Adapter reads {frames}")
     check_times(said)
     assert not re.search(r"encode (-|0\.000)", said)
@@ -169,7 +172,8 @@ def test_live(videos, models, capsys, monkeypatch):
     ("https://host/a.mp4 q --model m", "download"),
     ("a.mp4 q --model m --frames 0", "at least 1"),
     ("a.mp4 q --model m --frames 4 --fps 1", "--frames or --fps must be given, not both"),
-    ("a.mp4 q --model m --sampler none", "--sampler must be one of uniform"),
+    ("a.mp4 q --model m --sampler none", "--sampler: sample: sampler must be one of"),
+    ("a.mp4 q --model m --sampler random_segment", "needs a torch.Generator"),
     ("a.mp4 q --model m --sampler uniform --fps 1", "--sampler is of --frames"),
     ("a.mp4 q --model m --memory none", "must be one of"),
     ("a.mp4 q --model m --memory merge:capacity", "must be NAME=VALUE"),
@@ -186,8 +190,9 @@ def test_live(videos, models, capsys, monkeypatch):
     ("a.mp4 q --model m --device foo", "must be cpu"),
     ("a.mp4 q --model empty", "there is no empty/config.json"),
     ("a.mp4 q --model bert", "must hold one of blip-2, instructblip"),
-    ("a.mp4 q --model blip --memory fifo", "--memory must be merge"),
-    ("a.mp4 q --model blip --memory merge:unit=frame", "with unit"),
+    ("a.mp4 q --model blip --memory fifo:anchors=3 --capacity 2", "capacity must leave room"),
+    ("a.mp4 q --model blip --memory merge:unit=frame", "takes query=False or visual=False, got unit"),
+    ("a.mp4 --model blip --live --memory fifo", "must be merge:query=False where questions are typed"),
     ("a.mp4 --model blip --live", "must be merge:query=False where questions are typed"),
     ("a.mp4 q --model llava --memory merge", "--memory must not be given with a BT-Adapter"),
     ("a.mp4 q --model llava --live", "--live must not be given with a BT-Adapter"),
@@ -211,12 +216,17 @@ def test_arguments(tmp_path, monkeypatch, given, message, capsys):
     assert said.err.startswith("pyvidx ask: error: ") and message in said.err
 
 
-def test_hosts_of_whole_frames(tmp_path, capsys):
-    """A policy that drops some positions of a frame is refused before such a model is loaded."""
-    (tmp_path / "config.json").write_text('{"model_type": "qwen2_5_vl"}')
+def test_hosts_of_whole_frames(tmp_path, monkeypatch, capsys):
+    """A policy that drops some positions of a frame is refused before a model that takes none is loaded."""
+    from pyvidx.hosts.language import names
+    from pyvidx.hosts.language.registry import HOSTS
+
+    assert "video_llava" in names()
+    monkeypatch.setattr(HOSTS["video_llava"], "ragged", False)
+    (tmp_path / "config.json").write_text('{"model_type": "video_llava"}')
     with pytest.raises(SystemExit):
         ask([__file__, "q", "--model", str(tmp_path), "--memory", "dtd"])
-    assert "--memory dtd keeps some tokens of a frame, and a qwen2_5_vl takes whole frames" in capsys.readouterr().err
+    assert "--memory dtd keeps some tokens of a frame, and a video_llava takes whole frames" in capsys.readouterr().err
 
 
 def test_interrupted(videos, models, capsys, monkeypatch):

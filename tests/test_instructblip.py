@@ -7,6 +7,7 @@ from pyvidx import memory
 
 transformers = pytest.importorskip("transformers", reason="pip install 'pyvidx[hosts]'")
 
+from pyvidx.hosts import compress  # noqa: E402
 from pyvidx.hosts.instructblip import InstructBLIP  # noqa: E402
 from pyvidx.hosts.settings import preset_of  # noqa: E402
 from pyvidx.models import MALMM  # noqa: E402
@@ -46,15 +47,18 @@ def processed(host, frames, n, *, blip2=False):
 @pytest.mark.parametrize("kind, language", HOSTS)
 @torch.no_grad()
 def test_one_frame_is_the_hosts_own_answer(kind, language, frames):
-    """With any memory; in its own generate and in ours."""
+    """With any memory; in its own generate, which but for BLIP-2 counts the prompt's words, and in ours."""
     theirs, host = built(kind, language)
     inputs = processed(host, frames[:1], 8, blip2=kind == "blip-2")
     if kind == "instructblipvideo":
         inputs["pixel_values"] = inputs["pixel_values"][None]
-    want = theirs.generate(**inputs, **GREEDY)
-    want = want if language == "t5" else want[:, inputs["input_ids"].shape[1] :]
+    begin = 0 if language == "t5" else inputs["input_ids"].shape[1]
+    penalty = {} if kind == "blip-2" else {"repetition_penalty": 1.5, "suppress_tokens": [3]}
+    want, penalized = (theirs.generate(**inputs, **GREEDY, **options)[:, begin:] for options in ({}, penalty))
+    assert kind == "blip-2" or not torch.equal(want, penalized)
     for capacity in (0, 3):
-        assert torch.equal(theirs.generate(**host.inputs(inputs, capacity=capacity), **GREEDY), want)
+        found = theirs.generate(**host.inputs(inputs, capacity=capacity), **GREEDY, **penalty)
+        assert torch.equal(found[:, 0 if kind == "blip-2" else begin :], penalized)
         said = host.answer(frames[:1], ASK, capacity=capacity, repetition_penalty=1.0, **GREEDY)
         assert said == host.language.tokenizer.decode(want[0], skip_special_tokens=True).strip()
 
@@ -101,10 +105,8 @@ def test_streams(video, frames):
         (features,) = session.encode(preprocess(frame[None], host.preset))
         bank = policy.append(bank, features[None], torch.tensor([i / 2]))
         entries = bank.entries()
-        assert torch.equal(session.slots.sizes.T, entries.sizes[0])
-        assert torch.equal(session.slots.first.T, entries.first[0]) and torch.equal(
-            session.slots.last.T, entries.last[0]
-        )
+        assert torch.equal(session.held.sizes.T, entries.sizes[0])
+        assert torch.equal(session.held.first.T, entries.first[0]) and torch.equal(session.held.last.T, entries.last[0])
         twin = session.fork() if i == 4 else twin if i > 4 else None
     assert session.ask(OTHER, **options) == host.answer(frames, OTHER, capacity=3, **options)
     assert session.frames == 9 and twin.frames == 5
@@ -122,6 +124,7 @@ def test_questions_that_come_later(video, frames):
 
 
 def test_a_folder_of_transformers(video, frames, tmp_path):
+    pytest.importorskip("torchvision", reason="pip install 'pyvidx[hosts]'")
     theirs, host = video
     theirs.save_pretrained(tmp_path)
     processor = transformers.InstructBlipVideoProcessor(
@@ -138,6 +141,22 @@ def test_a_folder_of_transformers(video, frames, tmp_path):
     torch.testing.assert_close(inputs["pixel_values"][0], preprocess(frames, again.preset), atol=0.04, rtol=0)
     with pytest.raises(FileNotFoundError, match="there is no .*config.json"):
         InstructBLIP.from_pretrained(tmp_path / "qformer_tokenizer")
+
+
+@pytest.mark.parametrize("policy", [memory.create("fifo", capacity=3), memory.create("dtd")])
+def test_any_policy_behind_the_q_former(video, frames, policy):
+    """As pyvidx.hosts.compress does it in the host's own model; several questions, each of its own tokens."""
+    theirs, host = video
+    inputs = processed(host, frames, 32)
+    inputs["pixel_values"] = inputs["pixel_values"][None]
+    small = compress(theirs, inputs, policy)
+    ids = theirs.generate(**small, **GREEDY)[0, small["input_ids"].shape[1] :]
+    options = GREEDY | {"repetition_penalty": 1.0}
+    session = host.session([OTHER, ASK], policy=policy)
+    session.push(frames[:4]), session.push(frames[4:])
+    assert session.ask(ASK, **options) == host.language.tokenizer.decode(ids, skip_special_tokens=True).strip()
+    assert session.ask(OTHER, **options) == host.answer(frames, OTHER, policy=policy, **options)
+    assert policy.name != "fifo" or session.slots() == [(6.0, 6.0), (7.0, 7.0), (8.0, 8.0)]
 
 
 def test_our_own_model():

@@ -18,7 +18,13 @@ mend_torchvision()
 transformers = pytest.importorskip("transformers", reason="pip install 'pyvidx[hosts]'")
 pytest.importorskip("torchvision", reason="pip install 'pyvidx[hosts]'")
 
-from transformers import AutoConfig, AutoModel, AutoProcessor, AutoVideoProcessor  # noqa: E402
+from transformers import (  # noqa: E402
+    AutoConfig,
+    AutoModel,
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    AutoVideoProcessor,
+)
 from transformers import LlavaForConditionalGeneration as Llava  # noqa: E402
 
 from pyvidx.hosts import llava  # noqa: E402
@@ -136,7 +142,8 @@ def test_folder(published):
     alone = AutoModel.from_pretrained(folder / "tower")
     assert isinstance(alone, llava.BTAdapterVisionModel) and all(p.requires_grad for p in alone.parameters())
     close(alone(pixels).last_hidden_state, model.model.vision_tower(pixels).last_hidden_state)
-    half = Llava.from_pretrained(folder / "chat", dtype=torch.bfloat16)
+    half = AutoModelForImageTextToText.from_pretrained(folder / "chat", dtype=torch.bfloat16)
+    assert isinstance(half, Llava)
     assert {p.dtype for p in half.parameters()} == {torch.bfloat16}
     assert half.get_image_features(pixels, return_dict=True).pooler_output[0].dtype == torch.bfloat16
     if find_spec("accelerate"):
@@ -191,6 +198,9 @@ def test_templates_of_jinja(name):
     answered = [*turns, {"role": "assistant", "content": "he ran"}]
     want = TEMPLATES[name].prompt("why?", [('who "is"\n it?', "a man")], answer="he ran")
     assert t.apply_chat_template(answered, tokenize=False) == want
+    for wrong in ((VIDEO, None), ("who?", VIDEO)):
+        with pytest.raises(ValueError, match="no text may hold <video>"):
+            TEMPLATES[name].prompt(wrong[0], answer=wrong[1])
     for wrong in ([{"role": "tool", "content": ""}], [{"role": "user", "content": [{"type": "image"}]}]):
         with pytest.raises(Exception, match="must be"):
             t.apply_chat_template(wrong, tokenize=False)
@@ -334,29 +344,22 @@ def test_branch_beside_llavas_own_tower(tmp_path):
     tokenizer().save_pretrained(tmp_path)
     model, _, report = llava.load(tmp_path, file.part("sft."), dtype=torch.float32)
     got = model.model.vision_tower(file.tensors["pixels_8"]).last_hidden_state
-    want, _ = load_official({k: v.bfloat16() for k, v in clip.items()}, file.part("sft."), part="tokens", heads=2)
+    told = {"part": "tokens", "heads": 2, "hidden_act": "quick_gelu"}
+    want, _ = load_official({k: v.bfloat16() for k, v in clip.items()}, file.part("sft."), **told)
     close(got, want(file.tensors["pixels_8"]).tokens)
     assert not report.unexpected and llava.load(tmp_path, file.part("sft."))[0].dtype == torch.bfloat16
 
 
-def test_compile_and_export(published):
-    file, tower = published[1], published[3].model.vision_tower
-    pixels = file.tensors["pixels_8"]
-    with torch.no_grad():
-        want = tower(pixels).last_hidden_state
-        compiled = torch.compile(lambda x: tower(x).last_hidden_state, fullgraph=True, backend="eager")
-        torch.testing.assert_close(compiled(pixels), want, rtol=0, atol=1e-5)
-
-        class Tokens(torch.nn.Module):
-            def __init__(self):
-                super().__init__()
-                self.tower = tower
-
-            def forward(self, x):
-                return self.tower(x).last_hidden_state
-
-        exported = torch.export.export(Tokens(), (pixels,))
-        torch.testing.assert_close(exported.module()(pixels), want, rtol=0, atol=1e-5)
+@torch.no_grad()
+def test_compile_and_export():
+    sizes = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=2)
+    config = llava.BTAdapterVisionConfig(**sizes, image_size=28, patch_size=14, branch_depth=2)
+    tower, pixels = llava.BTAdapterVisionModel(config).eval(), torch.randn(2, 4, 3, 28, 28)
+    want = tower(pixels).last_hidden_state
+    states = torch.compile(lambda x: tower(x, output_hidden_states=-2).hidden_states, fullgraph=True, backend="eager")
+    torch.testing.assert_close(states(pixels)[-2], want, rtol=0, atol=1e-5)
+    exported = torch.export.export(tower, (pixels,))
+    torch.testing.assert_close(exported.module()(pixels).last_hidden_state, want, rtol=0, atol=1e-5)
 
 
 def test_errors(published, tmp_path):
@@ -364,12 +367,22 @@ def test_errors(published, tmp_path):
     for shape in ((8, 3, 28, 28), (1, 8, 4, 28, 28), (1, 8, 28, 28, 3)):
         with pytest.raises(ValueError, match=r"must be clips \[B, T, 3, h, w\]"):
             model.model.vision_tower(torch.randn(shape))
+    for wrong in ([], [1.0], [torch.randn(8, 3, 28, 28), torch.randn(8, 4, 28, 28)]):
+        with pytest.raises(ValueError, match=r"must be clips \[B, T, 3, h, w\]"):
+            model.model.vision_tower(wrong)
     with pytest.raises(ValueError, match="T must be in"):
         model.model.vision_tower(torch.randn(1, 1, 3, 28, 28))
     with pytest.raises(ValueError, match="video-chatgpt_v1, vicuna_v1_1"):
         llava.load("nowhere", {}, conversation="vicuna")
     with pytest.raises(FileNotFoundError):
         llava.load("nowhere", {})
+    folder, sft = published[0], published[1].part("sft.")
+    parts = dict(clip=folder / "clip-vit-large-patch14", projector=folder / "sft_mm_projector.bin")
+    with pytest.raises(ValueError, match="num_frames must be from 2 to 128, got 200"):
+        llava.load(folder / "lightning", sft, **parts, num_frames=200)
+    rows = {**torch.load(parts["projector"]), "model.embed_tokens.weight": torch.zeros(3, 48)}
+    with pytest.raises(ValueError, match="must be the two rows of <vid_start> and <vid_end>, or all 67 x 48"):
+        llava.load(folder / "lightning", sft, clip=parts["clip"], projector=rows)
     with pytest.raises(ValueError, match="give num_frames, not fps"):
         processor.video_processor(torch.zeros(4, 3, 28, 28, dtype=torch.uint8), fps=2.0)
     chat = llava.Chat(model, processor)

@@ -10,6 +10,7 @@ from pyvidx.models.malmm_config import MALMMConfig
 from pyvidx.models.minigpt4 import MiniGPT4, MiniGPT4Config
 from pyvidx.reference.malmm import ReferenceMALMM
 from pyvidx.reference.malmm_layers import EVAAttention, EVABlock
+from pyvidx.weights.malmm_keys import export
 from pyvidx.weights.minigpt4 import load_minigpt4
 from tests.test_backbones import close, randomized
 from tests.torchvision_shim import mend_torchvision
@@ -104,6 +105,12 @@ def test_published_files(tmp_path):
     tower = {f"backbone.{k}": v for k, v in torch.load(sources[0]).items()}
     whole["state_dict"] |= tower  # the pretraining file with its tower in it
     again, _ = load_minigpt4(sources[1], whole["state_dict"], sources[3], **HEADS_TOLD)
+    close(again(pixels), model(pixels))
+    named = {name.replace("encoder.tower.", "vision."): value for name, value in model.state_dict().items()}
+    named |= {f"vision.norm_post.{leaf}": named.pop(f"norm.{leaf}") for leaf in ("weight", "bias")}
+    blip = export(named, "huggingface")  # a BLIP-2 of transformers, whose tower ends before the last block
+    again, report = load_minigpt4(blip, *sources[2:], layers=LAYERS, **HEADS_TOLD)
+    assert again.norm.eps == 1e-6 and not report.unexpected
     close(again(pixels), model(pixels))
 
 

@@ -15,6 +15,7 @@ pytest.importorskip("av", reason="pip install 'pyvidx[video]'")
 from tests.torchvision_shim import mend_torchvision  # noqa: E402
 
 mend_torchvision()
+pytest.importorskip("torchvision", reason="pip install 'pyvidx[hosts]'")
 
 from transformers import LlamaForCausalLM  # noqa: E402
 
@@ -137,8 +138,8 @@ def test_ended_runs_go_on_to_the_same_bits(given, tmp_path, monkeypatch, capsys)
     save_file(tower, tmp_path / "clip.safetensors")
     file = whole / "last.safetensors"
     again, _, report = llava.load(
-        tmp_path / "llama", file, clip=tmp_path / "clip.safetensors", projector=file, heads=4, depth=2,
-        hidden_act="quick_gelu",
+        tmp_path / "llama", file, clip=tmp_path / "clip.safetensors", projector=file, num_frames=8, heads=4,
+        depth=2, hidden_act="quick_gelu",
     )  # fmt: skip
     assert report.tower.missing == ["temporal.branch.gate"]
     parts = again.model.vision_tower.encoder.temporal.branch, again.model.multi_modal_projector

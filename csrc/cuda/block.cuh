@@ -65,13 +65,19 @@ template <typename T>
 constexpr int kVec = 16 / sizeof(T);  // elements of one 16-byte access
 
 // p must be 16-byte aligned. Going through uint4 makes it one load instruction for every T.
+__device__ __forceinline__ uint4 load16(const void* p) { return *static_cast<const uint4*>(p); }
+
 template <typename T>
-__device__ __forceinline__ void load_vec(const T* p, Acc<T> (&out)[kVec<T>]) {
-  const uint4 bits = *reinterpret_cast<const uint4*>(p);
+__device__ __forceinline__ void unpack(uint4 bits, Acc<T> (&out)[kVec<T>]) {
   T element[kVec<T>];
   memcpy(static_cast<void*>(element), &bits, sizeof bits);
 #pragma unroll
   for (int i = 0; i < kVec<T>; ++i) out[i] = to_acc(element[i]);
+}
+
+template <typename T>
+__device__ __forceinline__ void load_vec(const T* p, Acc<T> (&out)[kVec<T>]) {
+  unpack<T>(load16(p), out);
 }
 
 // One instruction. Written in C++, nvcc takes the store apart where it peels iterations off a loop (seen with 13.0).

@@ -1,6 +1,10 @@
 // One warp per output row, 16 bytes per lane and access; rows are 1 KB and longer, so a gathered row is read coalesced.
 // Traffic: 2 passes over the kept rows (position and time rows stay in L2). The backward kernel is the same walk over
 // the rows of grad_x, each of which has one source row or none.
+//
+// A store is a wall for the loads behind it, so a lane loads four accesses of each row before it stores the first. SASS
+// of sm_90, half: 12 loads in a row instead of 3, 75 registers instead of 50. In a model of a V100, prediction: .56 of
+// a copy instead of .43.
 #include "block.cuh"
 #include "pyvidx/token_gather.h"
 
@@ -8,26 +12,39 @@ namespace pyvidx::cuda {
 
 constexpr int kGatherThreads = 256;
 constexpr int kGatherWarps = kGatherThreads / 32;
+constexpr int kGatherAhead = 4;  // accesses of a lane that are under way together
 
 // out = x + position + time, over the C elements of a row; absent rows are nullptr.
 template <typename T, bool kVectorized>
 __device__ __forceinline__ void gather_row(const T* x, const T* position, const T* time, T* out, int64_t C) {
   const int lane = threadIdx.x % 32;
   if constexpr (kVectorized) {
-    for (int64_t c = lane * kVec<T>; c < C; c += 32 * kVec<T>) {
-      Acc<T> sum[kVec<T>] = {}, row[kVec<T>];
-      if (x) load_vec(x + c, sum);
-      if (position) {
-        load_vec(position + c, row);
+    constexpr int kStep = 32 * kVec<T>;
+    for (int64_t first = lane * kVec<T>; first < C; first += kGatherAhead * kStep) {
+      const T* const rows[3] = {x, position, time};
+      uint4 bits[3][kGatherAhead] = {};
 #pragma unroll
-        for (int i = 0; i < kVec<T>; ++i) sum[i] += row[i];
-      }
-      if (time) {
-        load_vec(time + c, row);
+      for (int j = 0; j < 3; ++j) {
+        if (!rows[j]) continue;
 #pragma unroll
-        for (int i = 0; i < kVec<T>; ++i) sum[i] += row[i];
+        for (int i = 0; i < kGatherAhead; ++i) {
+          if (first + i * kStep < C) bits[j][i] = load16(rows[j] + first + i * kStep);
+        }
       }
-      store_vec(out + c, sum);
+#pragma unroll
+      for (int i = 0; i < kGatherAhead; ++i) {
+        if (first + i * kStep >= C) break;
+        Acc<T> sum[kVec<T>], row[kVec<T>];
+        unpack<T>(bits[0][i], sum);
+#pragma unroll
+        for (int j = 1; j < 3; ++j) {
+          if (!rows[j]) continue;
+          unpack<T>(bits[j][i], row);
+#pragma unroll
+          for (int k = 0; k < kVec<T>; ++k) sum[k] += row[k];
+        }
+        store_vec(out + first + i * kStep, sum);
+      }
     }
   } else {
     for (int64_t c = lane; c < C; c += 32) {

@@ -20,7 +20,8 @@ def parser() -> argparse.ArgumentParser:
         prog="pyvidx ask",
         description="Ask a video language model of transformers about a video. Its own encoder reads the frames, a "
         "memory keeps what fits in --capacity slots, its language model answers. Printed are the answer, the seconds "
-        "of the video that each slot holds, and where the time went. With --live the video may still be written, and "
+        "of the video that each slot holds, and where the time went (compress is, with an InstructBLIP or BLIP-2, the "
+        "Q-Former with its memory). With --live the video may still be written, and "
         "answers come as it goes: one every --every seconds of it, or, without a QUESTION, one to each line that is "
         "typed.",
         epilog='live: ffmpeg -i CAMERA -f mpegts - | pyvidx ask - "what happens?" --live --every 10 --model DIR',
@@ -34,7 +35,7 @@ def parser() -> argparse.ArgumentParser:
                    "or MiniGPT-4 with a BT-Adapter, an InstructBLIP or a BLIP-2")  # fmt: skip
     p.add_argument("--memory", type=policy, metavar="NAME[:OPTION=VALUE,...]",
                    help="what is kept of the frames, e.g. merge or fifo:anchors=1, see `pyvidx memory`. With an "
-                   "InstructBLIP or BLIP-2 merge, which is MA-LMM's memory within the Q-Former; merge:query=False is "
+                   "InstructBLIP or BLIP-2 merge is MA-LMM's, within the Q-Former; merge:query=False is "
                    "its visual bank alone. Default: none, all frames are shown; --live: merge")  # fmt: skip
     p.add_argument("--capacity", type=arguments.count, help="slots of the memory; default: its own")
     p.add_argument("--frames", type=arguments.frames, help="frames to take of the video; default: 32, and with a "
@@ -86,8 +87,10 @@ def check(p: argparse.ArgumentParser, options: argparse.Namespace) -> None:
     if options.sampler is not None:
         from pyvidx.video import sampling
 
-        if options.sampler not in sampling.names(aliases=True):
-            p.error(f"--sampler must be one of {', '.join(sampling.names())}, got {options.sampler!r:.100}")
+        try:
+            sampling.sample(options.sampler, 100, options.frames, fps=25.0)
+        except ValueError as error:  # no such rule, or one that draws
+            p.error(f"--sampler: {error}")
     for package, extra in PACKAGES.items():
         if importlib.util.find_spec(package) is None:
             p.error(f"this needs {package}: pip install '{extra}'")
@@ -161,6 +164,7 @@ def watch(watcher, options: argparse.Namespace, clock) -> int:
                 tell(watcher, options.question, now)
                 due, said = now + options.every, True
         if typed is not None:
+            typed.reader.join(1.0)  # what was piped in may still be on its way
             typed.answer(watcher, now)
         elif not said:
             tell(watcher, options.question, now)
@@ -182,7 +186,8 @@ class Typed:
 
     def __init__(self):
         self.lines: queue.Queue[str] = queue.Queue()
-        threading.Thread(target=self._read, daemon=True).start()
+        self.reader = threading.Thread(target=self._read, daemon=True)
+        self.reader.start()
 
     def _read(self) -> None:
         for line in sys.stdin:

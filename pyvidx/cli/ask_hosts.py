@@ -68,28 +68,32 @@ class Blip:
         self.clock, self.options = clock, options
         dtype = "auto" if options.dtype is None else getattr(torch, options.dtype)
         host = InstructBLIP.from_pretrained(options.model, device=options.device, dtype=dtype)
-        chosen = {} if options.memory is None else options.memory[1]
-        capacity = 0 if options.memory is None else options.capacity or 20
-        self.session = host.session(options.question, capacity=capacity, **chosen)
-        self.said = f"MA-LMM's memory of {capacity}" if capacity else "no memory: every frame by itself"
+        if isinstance(options.memory, memory.Policy):
+            self.session = host.session(options.question, policy=options.memory)
+            self.said = about(options.memory)
+        elif options.memory is None:
+            self.session = host.session(options.question, capacity=0)
+            self.said = "all of them kept"
+        else:
+            capacity = options.capacity or 20
+            self.session = host.session(options.question, capacity=capacity, **options.memory)
+            self.said = f"MA-LMM's memory of {capacity}"
 
     @staticmethod
     def check(options: argparse.Namespace, kind: str) -> None:
-        """ValueError for a memory that these hosts have not."""
-        if options.memory is None:
-            return
+        """Options of MA-LMM's memory in the place of its name.
+
+        Raises:
+            ValueError: they are others.
+        """
         name, chosen = options.memory
-        wrong = chosen.keys() - {"query", "visual"} or {k for k, v in chosen.items() if not isinstance(v, bool)}
-        if name != "merge" or wrong:
+        wrong = chosen.keys() - {"query", "visual"} | {k for k, v in chosen.items() if not isinstance(v, bool)}
+        if wrong:
             raise ValueError(
-                f"--memory must be merge, merge:query=False or merge:visual=False with a {kind}, whose memory is "
-                f"MA-LMM's, got {name}" + (f" with {', '.join(sorted(wrong))}" if wrong else "")
+                f"--memory merge is MA-LMM's with a {kind} and takes query=False or visual=False, got "
+                f"{', '.join(sorted(wrong))}"
             )
-        if options.question is None and kind != "blip-2" and chosen.get("query", True):
-            raise ValueError(
-                f"--memory must be merge:query=False where questions are typed: the Q-Former of a {kind} reads the "
-                "question with every frame"
-            )
+        options.memory = chosen
 
     @property
     def frames(self) -> int:
@@ -107,11 +111,7 @@ class Blip:
             return self.session.ask(question, max_new_tokens=self.options.new_tokens)
 
     def slots(self) -> list[tuple[float, float]] | None:
-        """Of each its first and last second: positions merge by themselves, so the middle one of all."""
-        found = self.session.slots
-        if found is None:
-            return None
-        return list(zip(*(x.median(0).values.tolist() for x in (found.first, found.last))))
+        return None if self.options.memory is None else self.session.slots()
 
 
 class Watching:
@@ -125,8 +125,7 @@ class Watching:
         policy = options.memory or memory.create("concat")
         self.session = Timed(model, processor, policy, chunk=CHUNK)
         self.session.clock = clock
-        about = ", ".join(f"{k} {v}" for k, v in policy.spec().items() if k != "name" and v)
-        self.said = "all of them kept" if options.memory is None else f"policy {policy.name} ({about})"
+        self.said = "all of them kept" if options.memory is None else about(policy)
 
     @property
     def frames(self) -> int:
@@ -184,13 +183,15 @@ class Chatting:
             self.chat = llava.open(options.model, dtype=dtype)
             encoder = self.chat.model.to(options.device).model.vision_tower
         self.sampling = None, lambda num_frames, *_: self.chat.sampled(num_frames)  # its own rule
+        self.chosen = options.frames is None and options.sampler is None and options.fps is None  # and by it
         running = ExitStack()
         encoder.register_forward_pre_hook(lambda *_: running.enter_context(clock.of("encode")) and None)
         encoder.register_forward_hook(lambda *_: running.close())
 
     @property
     def said(self) -> str:
-        return f"of which BT-Adapter reads {len(self.chat.sampled(self.frames))}, without a memory"
+        read = self.frames if self.chosen else len(self.chat.sampled(self.frames))
+        return f"of which BT-Adapter reads {read}, without a memory"
 
     @staticmethod
     def check(options: argparse.Namespace) -> None:
@@ -209,7 +210,8 @@ class Chatting:
     def ask(self, question: str) -> str:
         frames, seconds = (torch.cat([getattr(c, name) for c in self.clips]) for name in ("frames", "seconds"))
         with self.clock.of("generate"):
-            return self.chat.answer(frames, question, seconds, max_new_tokens=self.options.new_tokens)
+            options = {"sample": not self.chosen, "max_new_tokens": self.options.new_tokens}
+            return self.chat.answer(frames, question, seconds, **options)
 
     def slots(self) -> None:
         return None
@@ -241,22 +243,44 @@ def kind_of(options: argparse.Namespace) -> Callable:
         FileNotFoundError, ValueError: it is no folder of a host that is known, or has no such memory.
     """
     kind = model_type(options.model)
-    if kind in BLIP:
-        Blip.check(options, kind)
-        return Blip
-    about = read_json(options.model / "config.json", dict).get("vision_config")
-    if kind == MINIGPT4 or kind == "llava" and isinstance(about, dict) and about.get("model_type") == BT_ADAPTER:
+    vision = read_json(options.model / "config.json", dict).get("vision_config")
+    if kind == MINIGPT4 or kind == "llava" and isinstance(vision, dict) and vision.get("model_type") == BT_ADAPTER:
         Chatting.check(options)
         return Chatting
-    if kind not in names():
+    if kind not in {*BLIP, *names()}:
         known = ", ".join(sorted({*BLIP, *names()})) + ", or a LLaVA or MiniGPT-4 with a BT-Adapter"
         raise ValueError(f"--model must hold one of {known}, {options.model} holds {kind!r:.100}")
-    if options.memory is not None:
-        name, chosen = options.memory
-        given = {} if options.capacity is None else {"capacity": options.capacity}
-        if twice := given.keys() & chosen.keys():
-            raise ValueError(f"--memory {name} has a {min(twice)} already, --{min(twice)} is another")
-        options.memory = method(name, None, chosen | given).policy
-        if options.memory.layout == "ragged" and not HOSTS[kind].ragged:
-            raise ValueError(f"--memory {name} keeps some tokens of a frame, and a {kind} takes whole frames")
-    return Watching
+    if kind in BLIP and options.memory is not None and options.memory[0] == "merge":
+        Blip.check(options, kind)
+    elif options.memory is not None:
+        options.memory = policy_of(options)
+        if options.memory.layout == "ragged" and kind not in BLIP and not HOSTS[kind].ragged:
+            raise ValueError(
+                f"--memory {options.memory.name} keeps some tokens of a frame, and a {kind} takes whole frames"
+            )
+    visual_alone = isinstance(options.memory, dict) and options.memory.get("query") is False
+    if options.question is None and kind in BLIP and kind != "blip-2" and not visual_alone:
+        raise ValueError(
+            f"--memory must be merge:query=False where questions are typed: the Q-Former of a {kind} reads the "
+            "question with every frame"
+        )
+    return Blip if kind in BLIP else Watching
+
+
+def policy_of(options: argparse.Namespace) -> memory.Policy:
+    """--memory and --capacity.
+
+    Raises:
+        ValueError: an option is unknown, given twice, or out of range.
+    """
+    name, chosen = options.memory
+    given = {} if options.capacity is None else {"capacity": options.capacity}
+    if twice := given.keys() & chosen.keys():
+        raise ValueError(f"--memory {name} has a {min(twice)} already, --{min(twice)} is another")
+    return method(name, None, chosen | given).policy
+
+
+def about(policy: memory.Policy) -> str:
+    """A policy and its options, for people."""
+    options = ", ".join(f"{k} {v}" for k, v in policy.spec().items() if k != "name" and v)
+    return f"policy {policy.name}" + (f" ({options})" if options else "")

@@ -6,6 +6,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from pyvidx import memory
+from pyvidx.hosts.language.kept import Stream, slots_of
+from pyvidx.hosts.session import spans
+from pyvidx.memory import Policy
 from pyvidx.memory.sources import Memories
 from pyvidx.preprocess import preprocess
 
@@ -24,20 +28,21 @@ class Slots(NamedTuple):
 
 
 class BlipSession:
-    """A stream through an InstructBLIP; made by its `session`. Of constant size, but with capacity=0.
+    """A stream through an InstructBLIP; made by its `session`. Of constant size, where its memory is.
 
     Attributes:
         frames: pushed so far.
-        slots: what the visual bank's entries hold, or None: no frame yet, or no such bank.
+        held: what the entries of MA-LMM's visual bank hold, or None: no frame yet, or no such bank.
     """
 
-    def __init__(self, host, questions, capacity: int, visual: bool, query: bool):
+    def __init__(self, host, questions, capacity: int, visual: bool, query: bool, policy: Policy | None):
         model, language = host.model, host.language
-        self.host, self.capacity, self.frames, self.slots = host, capacity, 0, None
+        self.host, self.frames, self.held = host, 0, None
         self.questions = [questions] if isinstance(questions, str) else list(questions or [])
         if type(capacity) is not int or capacity < 0:
             raise ValueError(f"InstructBLIP: capacity must be whole and at least 0, got {capacity!r}")
-        self.bound = host.reads_text and (query or not capacity)  # to the questions of the start
+        self.policy = memory.create("concat") if policy is None and not capacity else policy
+        self.bound = host.reads_text and (query or self.policy is not None)  # to the questions of the start
         if self.bound and not self.questions:
             raise ValueError(
                 "InstructBLIP: this Q-Former reads the question, so session needs its questions; with query=False any "
@@ -48,9 +53,9 @@ class BlipSession:
             self.prompt = model.prompt(*language.question_ids([self.questions]))
         elif not host.reads_text:
             self.prompt = model.prompt(batch=1)
-        self.tokens: list[Tensor] = []
+        self.bank: memory.Bank | None = None  # of a policy: of as many videos as there are questions
         self.memories: Memories | None = None
-        if capacity:
+        if self.policy is None:
             self.memories = model.start(self.prompt, batch=1, length=capacity, visual=visual, query=query)
 
     @torch.no_grad()
@@ -102,12 +107,16 @@ class BlipSession:
         """`push` of what `encode` gave, [T, P, C]."""
         T, model = len(features), self.host.model
         times = self._times(seconds, T)
-        if not self.capacity:
-            self.tokens.append(model.encode(features[None], self.prompt, length=0))
-        else:
+        if self.policy is None:
             self.memories = model.push(self.memories, features[None], positions=positions)
             if self.memories.visual is not None:
-                self.slots = _advanced(self.slots, self.memories, times)
+                self.held = _advanced(self.held, self.memories, times)
+        else:
+            rows = model.project(model.encode(features[None], self.prompt, length=0))  # [1, T * Q, C], or [1, G, ...]
+            rows = rows.view(-1, T, model.config.qformer.queries, rows.shape[-1])
+            self.dtype = rows.dtype
+            self.bank = Stream.start(self.policy, [rows], len(rows)) if self.bank is None else self.bank
+            self.bank = self.policy.extend(self.bank, rows, times.to(rows.device).expand(len(rows), -1))
         self.frames += T
 
     @torch.no_grad()
@@ -132,16 +141,26 @@ class BlipSession:
                 "be asked"
             )
         language, model = self.host.language, self.host.model
-        if not self.capacity:
-            tokens = torch.cat(self.tokens, dim=-2)
-        elif self.prompt is None:
-            tokens = model.ask(self.memories, model.prompt(*language.question_ids([question])))
+        number = self.questions.index(question) if self.bound else 0
+        if self.policy is not None:
+            tokens = slots_of(self.bank, self.dtype)[number].rows[0][None]
         else:
-            tokens = model.ask(self.memories)
-        if tokens.dim() == 4:
-            tokens = tokens[:, self.questions.index(question)]
-        (answer,) = language.generate(model.project(tokens), [question], **options)
+            other = None
+            if self.prompt is None:
+                other = model.prompt(*language.question_ids([question]))
+            tokens = model.ask(self.memories, other)
+            tokens = model.project(tokens[:, number] if tokens.dim() == 4 else tokens)
+        (answer,) = language.generate(tokens, [question], **options)
         return answer
+
+    def slots(self) -> list[tuple[float, float]]:
+        """Seconds of the first and the last frame in each slot, in order of time. In MA-LMM's visual bank positions
+        merge by themselves: the middle one of all. Without that bank, or a frame, there are none."""
+        if self.bank is not None:
+            return spans(slots_of(self.bank, self.dtype)[0])
+        if self.held is None:
+            return []
+        return list(zip(*(x.median(0).values.tolist() for x in (self.held.first, self.held.last))))
 
     def _times(self, seconds, T: int) -> Tensor:
         """float64 [T]"""
@@ -154,8 +173,9 @@ class BlipSession:
     def fork(self) -> "BlipSession":
         """A copy that goes its own way."""
         twin = object.__new__(BlipSession)
-        twin.__dict__ |= self.__dict__ | {"tokens": list(self.tokens)}
+        twin.__dict__ |= self.__dict__
         twin.memories = self.memories and self.memories.clone()
+        twin.bank = self.bank and self.bank.fork()
         return twin
 
 

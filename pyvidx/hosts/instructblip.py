@@ -17,9 +17,8 @@ Where the answer is the host's own, and where MA-LMM differs by design:
                                 memories. So also where T <= capacity: nothing is merged yet, but frames are read
                                 together, which the host never does.
 
-Generation differs in one thing: transformers' `generate` of these models also gives the question's ids to logits
-processors, so a repetition_penalty other than 1 holds back the question's words. Here, as in MA-LMM's code, only those
-of the answer.
+`answer` and `ask` generate as MA-LMM's code does, with its beams and its penalty on what the answer repeats. The hosts'
+own `generate` penalizes the question's words, too; `inputs` is for that one.
 """
 
 from collections.abc import Mapping, Sequence
@@ -33,6 +32,7 @@ from pyvidx.hosts import huggingface
 from pyvidx.hosts.blip_session import BlipSession
 from pyvidx.hosts.importing import LOCAL, importing
 from pyvidx.hosts.settings import SQUASHED, model_type, preset_of
+from pyvidx.memory import Policy
 from pyvidx.models.language import IGNORED, Language
 from pyvidx.models.malmm import MALMM
 from pyvidx.preprocess import Preset, as_frames, as_preset
@@ -143,7 +143,8 @@ class InstructBLIP:
         capacity: int = 20,
         visual: bool = True,
         query: bool = True,
-    ) -> "BlipSession":
+        policy: Policy | None = None,
+    ) -> BlipSession:
         """A new stream.
 
         Args:
@@ -152,11 +153,13 @@ class InstructBLIP:
                 may be asked at any time.
             capacity: M, entries of each bank; 0: no memory, every frame by itself, which grows with the video.
             visual, query: have that bank.
+            policy: of pyvidx.memory, in place of MA-LMM's memories: what of the Q tokens of every frame by itself goes
+                to the language model, as pyvidx.hosts.compress does it for InstructBlipVideo.
 
         Raises:
             ValueError: questions are needed and not given, or an option is out of range.
         """
-        return BlipSession(self, questions, capacity, visual, query)
+        return BlipSession(self, questions, capacity, visual, query, policy)
 
     def answer(
         self,
@@ -166,6 +169,7 @@ class InstructBLIP:
         capacity: int = 20,
         visual: bool = True,
         query: bool = True,
+        policy: Policy | None = None,
         **options,
     ) -> str:
         """A question about a clip of any number of frames, answered in words.
@@ -174,15 +178,16 @@ class InstructBLIP:
 
         Args:
             frames: uint8 [T, H, W, 3], or what else pyvidx.preprocess takes.
-            capacity, visual, query: see `session`.
+            capacity, visual, query, policy: see `session`.
             options: of Language.generate.
 
         Raises:
             ValueError: frames or options do not fit.
         """
-        session, frames = self.session(question, capacity=capacity, visual=visual, query=query), as_frames(frames)
+        session = self.session(question, capacity=capacity, visual=visual, query=query, policy=policy)
+        frames = as_frames(frames)
         rows, T, positions = self.model.config.time_length, len(frames), None
-        if rows and T > rows and self.model.compat == "paper":
+        if rows and T > rows and self.model.compat == "paper" and session.policy is None:
             positions = torch.linspace(0, rows - 1, T)
         session.push(frames, positions=positions)
         return session.ask(question, **options)
@@ -195,7 +200,9 @@ class InstructBLIP:
             model.generate(**host.inputs(inputs, capacity=20))
 
         The host insists on pixels and lets nobody in behind its Q-Former: it is given the embeddings of the whole
-        prompt, and of the pixels the last frame, which it encodes for nothing. It then returns the answer's ids alone.
+        prompt, and of the pixels one black patch, whose tokens find no place. input_ids stay beside them, with bos for
+        the video, so that what InstructBLIP generates begins with the prompt, and penalties count its words, as ever.
+        BLIP-2's forward would take the ids for the prompt, so they are left out: it generates the answer alone.
 
         Args:
             inputs: pixel_values [B, T, 3, h, w], or [T, 3, h, w] of one prompt, or [B, 3, h, w]; input_ids with the
@@ -238,8 +245,13 @@ class InstructBLIP:
         embed = self.language.causal_lm.get_input_embeddings()
         mask = inputs.get("attention_mask")
         found = {name: inputs[name] for name in inputs if name not in ("input_ids", "pixel_values", "labels")}
-        found["pixel_values"] = clip[:, -1:] if pixels.dim() == 5 else clip[:, -1]
+        patch, video = self.model.config.vision.patch_size, (1,) if pixels.dim() == 5 else ()
+        found["pixel_values"] = clip.new_zeros(len(clip), *video, 3, patch, patch)
+        found["interpolate_pos_encoding"] = True
         found["inputs_embeds"] = _in_place(embed(ids), tokens.to(embed.weight.dtype), starts, count)
+        if self.reads_text:
+            plain = ids.new_full(tokens.shape[:2], self.language.tokenizer.bos_token_id or 0)
+            found["input_ids"] = _in_place(ids, plain, starts, count)
         mask = torch.ones_like(ids) if mask is None else mask
         found["attention_mask"] = _in_place(mask, mask.new_ones(tokens.shape[:2]), starts, count)
         if "labels" in inputs:

@@ -11,19 +11,21 @@
 The model that compressed is needed no longer: only its encoder was, and its config is here. Hosts: Qwen2.5-VL, Qwen3-VL
 and InternVL in the layout of transformers ("-hf").
 
-vLLM makes positions itself. For Qwen2.5-VL it has one number, second_per_grid_ts: the first and the last slot stand where
-they are in time and those between are evenly spaced, while in transformers, and in SGLang here, each has its own place.
-And behind a video vLLM goes on after its last second, transformers (5.24) after the larger of its height and width. vLLM
-takes no video_embeds for InternVL, so each slot is an image in the video's own text, as frames are to that model anyway.
+vLLM makes positions itself. For Qwen2.5-VL it has one number, second_per_grid_ts: the first and the last slot stand
+where they are in time and those between are evenly spaced, while in transformers, and in SGLang here, each has its own
+place. And behind a video vLLM goes on after its last second, transformers (5.24) after the larger of its height and
+width. vLLM takes no video_embeds for InternVL, so each slot is an image in the video's own text, as frames are to that
+model anyway.
 
-Run with vLLM 0.32 on a CPU; SGLang's rules were read in the code of 0.5.23, which was not run.
+Run with vLLM 0.32 on a CPU, where all three generate what transformers does; SGLang's rules were read in the code of
+0.5.23, which was not run.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -166,13 +168,12 @@ def _requests(model, inputs: Mapping[str, Any], processor) -> list[Request]:
     for row, seen in enumerate(prompt.seen):
         begin = int(seen.int().argmax())
         where = None if positions is None else positions[-3:, row, seen.to(positions.device)].cpu()
-        mine = ([_moved(x, begin) for r, x in items if r == row] for items in (videos, images))
+        mine = (
+            [replace(x, start=x.start - begin, stop=x.stop - begin) for r, x in items if r == row]
+            for items in (videos, images)
+        )
         found.append(Request(prompt.ids[row, seen].tolist(), where, *mine))
     return found
-
-
-def _moved(item: Item, begin: int) -> Item:
-    return Item(item.start - begin, item.stop - begin, item.rows, item.grid, item.apart, item.times)
 
 
 def _items(name, config, inputs, outputs, prompt: Prompt, processor) -> list[tuple[int, Item]]:

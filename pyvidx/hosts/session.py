@@ -31,7 +31,9 @@ from pyvidx.memory import Bank, Policy
 from pyvidx.ops._library import FLOATING, require
 from pyvidx.sizes import check_counts
 
+STEPS = 8  # of one call of the encoder
 _KEY = "pyvidx.session"
+_FIXED = ("text", "images", "videos", "video_metadata", "do_sample_frames", "return_tensors")  # of the processor's call
 
 
 class Answer(NamedTuple):
@@ -41,7 +43,7 @@ class Answer(NamedTuple):
     tokens: Tensor  # int64 [n], on the CPU: those it made
     slots: list[
         tuple[float, float]
-    ]  # seconds of the first and the last step in each; a step of two frames has their mean
+    ]  # seconds of the first and the last step in each, where two frames are at their mean
 
 
 class Session:
@@ -50,15 +52,15 @@ class Session:
     Its state is what `push` leaves: a bank and, for models that take frames in pairs, the frame that waits for the
     other half. `ask` changes nothing; `fork` goes two ways from one state; `save` and `resume` go on another day.
 
-    What the model gets is what compress would give it of all the frames at once.
+    What the model gets is what compress would give it of all the frames at once, sized as `clip` says; but a video that
+    fits has all its tokens, also those that VideoLLaMA3's processor leaves out as unchanged.
 
     Args:
         model, processor: of transformers, as for compress; neither is changed.
         policy, capacity, options: as of compress, without the functions of a whole clip (keyframes, evs, vidcom2).
         chunk: steps that the processor and the encoder take at a time.
-        clip: processors that give a clip a number of pixels in all (Qwen3-VL, VideoLLaMA3) size these frames as those
-            of a clip of so many frames. None: as many as the slots hold, so that an answer sees as many pixels as the
-            processor would give to that; `chunk` steps for a policy without a capacity.
+        clip: processors that give a clip a number of pixels in all (Qwen3-VL, VideoLLaMA3) size frames as in a clip of
+            so many. None: as many as all slots show, which then have the pixels of such a clip.
         processing: options of the host's processor for its videos, e.g. {"size": {"height": 224, "width": 224}}.
 
     Raises:
@@ -73,7 +75,7 @@ class Session:
         policy: str | Policy = "merge",
         *,
         capacity: int | None = None,
-        chunk: int = CHUNK,
+        chunk: int = STEPS,
         clip: int | None = None,
         processing: Mapping[str, Any] | None = None,
         **options,
@@ -85,14 +87,18 @@ class Session:
         text = f"Session: the encoder of {kind} reads the question, so it cannot look at frames before; use compress"
         require(not self.host.reads_prompt, text)
         how = method(policy, capacity, options)
+        ragged = isinstance(how, Stream) and how.policy.layout == "ragged"
+        text = f"Session: {kind} needs the whole video's prompt for where ragged tokens stand in it; use compress"
+        require(not (ragged and self.host.in_place), text)
         require(isinstance(how, Stream), f"Session: policy must be of a stream of frames; {policy} is of a whole clip")
         self._how, self._chunk, self._clip, self._processing = how, chunk, clip, dict(processing or {})
         try:
             json.dumps(self._processing)  # for save
         except (TypeError, ValueError) as error:
             raise ValueError(f"Session: processing must be of plain values ({error})") from error
+        wrong = self._processing.keys() & {*_FIXED}
+        require(not wrong, f"Session: processing must leave {', '.join(sorted(wrong))} to the session")
         self._place: Place | None = None  # of a step; None: no frame was pushed
-        self._stretch = 0  # frames that the processor gets at least, where it sizes frames by their number
         self._dtype: torch.dtype | None = None  # of the encoder
         self._bank: Bank | None = None  # None: no step is full
         self._held: Tensor | None = None  # [n, C, H, W], frames of a step that lacks some; often 0
@@ -150,11 +156,9 @@ class Session:
         if self._times:
             new, times = torch.cat([first.to(new.device), new]), self._times + times
         before, n = self._frames - self.held, self._place.frames_per_step
-        whole, most = len(new) // n * n, self._chunk * n
-        if self._stretch:
-            most = min(most, self._stretch // n * n)
-        for start in range(0, whole, most):
-            stop = min(start + most, whole)
+        whole = len(new) // n * n
+        for start in range(0, whole, self._chunk * n):
+            stop = min(start + self._chunk * n, whole)
             self._bank = self._advanced(self._bank, new[start:stop], times[start:stop])
             self._waits(new[:0], [], before + stop, times[stop - 1])
         self._waits(new[whole:], times[whole:], before + len(new), times[-1])
@@ -177,7 +181,7 @@ class Session:
         found = getattr(found, "sequences", found)
         require(len(found) == 1, f"Session.ask: generate must return one sequence, got {len(found)}")
         tokens = answers(found, inputs["input_ids"])[0].cpu()
-        return Answer(self.host.processor.decode(tokens, skip_special_tokens=True), tokens, _spans(slots))
+        return Answer(self.host.processor.decode(tokens, skip_special_tokens=True), tokens, spans(slots))
 
     def inputs(self, question: str | list[dict]) -> Mapping[str, Any]:
         """What `ask` gives to the model, as of compress: for model(**inputs), and for other ways to generate."""
@@ -185,7 +189,7 @@ class Session:
 
     def slots(self) -> list[tuple[float, float]]:
         """Seconds of the first and the last step in each slot; a step of two frames is at their mean."""
-        return _spans(self._slots())
+        return spans(self._slots())
 
     def fork(self) -> Session:
         """A second session that starts from this state. Model and processor are shared."""
@@ -212,7 +216,7 @@ class Session:
         return memory.save(path, self.policy, bank, tensors=tensors, notes=notes)
 
     @classmethod
-    def resume(cls, path: str | Path, model, processor, *, chunk: int = CHUNK) -> Session:
+    def resume(cls, path: str | Path, model, processor, *, chunk: int = STEPS) -> Session:
         """The session that `save` wrote, with the policy and the options it had.
 
         Raises:
@@ -256,28 +260,21 @@ class Session:
     # The way of a frame.
 
     def _look(self, frame: Tensor) -> None:
-        """Learn from the first frame [1, C, H, W] what steps are, and whether the processor sizes frames by their
-        number."""
-        self._stretch = 0
-        place = self._processed(self._prompt(""), frame.expand(2, -1, -1, -1))[2]
-        n = place.frames_per_step
-        clip = max(n, self._clip or (self.policy.capacity or self._chunk) * n)
-        long = self._processed(self._prompt(""), frame.expand(max(clip, self._chunk * n), -1, -1, -1))[2]
-        if (long.positions, long.grid) != (place.positions, place.grid):
-            self._stretch = clip
-            place = self._processed(self._prompt(""), frame)[2]
-        self._how.check(self.host, [place])
-        self._place = place
+        """Learn from the first frame [1, C, H, W] what a step is."""
+        for _ in range(2):  # once more, sized by how many frames it takes
+            place = self._processed(self._prompt(""), frame.expand(2, -1, -1, -1))[2]
+            self._how.check(self.host, [place])
+            self._place = place
 
     def _processed(self, prompt: str, frames: Tensor, **about) -> tuple[Mapping[str, Any], Prompt, Place]:
-        """What the host's processor makes of frames [n, C, H, W], or of these and more like the last, where it sizes
-        frames by their number. about: what `video_metadata` says beside that."""
-        frames = torch.cat([frames, frames[-1:].expand(max(0, self._stretch - len(frames)), -1, -1, -1)])
-        n = len(frames)
+        """What the host's processor makes of frames [n, C, H, W]. about: what video_metadata says of them."""
+        n, per_step = len(frames), 1 if self._place is None else self._place.frames_per_step
+        clip = self._clip or per_step * (self.policy.capacity or CHUNK)
         about = {"total_num_frames": n, "fps": 1.0, "frames_indices": list(range(n))} | about
+        videos, about = ([[frames]], [[about]]) if self.host.by_prompt else ([frames], [about])
         inputs = self.host.processor(
-            text=[prompt], videos=[frames], video_metadata=[about], do_sample_frames=False, return_tensors="pt",
-            **self._processing,
+            text=[prompt], videos=videos, video_metadata=about, do_sample_frames=False, return_tensors="pt",
+            **self._processing | self.host.sized(self._processing, n, clip),
         )  # fmt: skip
         tokens = Prompt.of(inputs)
         places = placed(self.host, inputs, tokens)
@@ -289,9 +286,7 @@ class Session:
         inputs, _, place = self._processed(self._prompt(""), frames)
         n = place.frames_per_step
         was, now = (self._place.positions, self._place.grid), (place.positions, place.grid)
-        require(
-            now == was, f"Session: the processor made {now} positions of a step, and {was} before; set clip or size"
-        )
+        require(now == was, f"Session: the processor must size all frames alike, got steps of {was} and of {now}")
         levels = self.host.encode(inputs, place, 0, len(frames) // n)
         self._dtype = levels[0].dtype
         when = torch.tensor(times, dtype=torch.float64, device="cpu").view(-1, n).mean(1)
@@ -342,7 +337,8 @@ class Session:
         require(self._place is not None, f"Session.{what}: push a frame first, there is nothing yet")
 
 
-def _spans(slots: Slots) -> list[tuple[float, float]]:
+def spans(slots: Slots) -> list[tuple[float, float]]:
+    """Seconds of the first and the last frame in each slot, in order of time; of ragged tokens, in each entry."""
     first, last = slots.first.tolist(), slots.last.tolist()
     if slots.entry is None:
         return list(zip(first, last))

@@ -44,12 +44,14 @@ class Template:
             answer: its answer, for training; None: it is to come.
 
         Raises:
-            ValueError: a question holds VIDEO, which would be taken for a second video.
+            ValueError: a question or an answer holds VIDEO, which would be taken for a second video.
         """
         text, turns = self.system, [*history, (question, answer)]
         for i, (asked, told) in enumerate(turns):
-            if VIDEO in asked:
-                raise ValueError(f"Template: a question must not hold {VIDEO}, the template puts it there: {asked!r}")
+            if VIDEO in asked or VIDEO in (told or ""):
+                raise ValueError(
+                    f"Template: no text may hold {VIDEO}, which the template puts there: {asked!r} {told!r}"
+                )
             text += self.user + (asked if i else self.video.format(question=asked, video=VIDEO)) + self.user_end
             text += self.asked if told is None else self.assistant + told + self.assistant_end
         return text
@@ -122,7 +124,7 @@ TEMPLATES: dict[str, Template] = {
         asked="Assistant: ",
         video="<Img>{video}</Img> {question}",
         stop=("###",),
-        note="MiniGPT-4 on Vicuna 0",
+        note="MiniGPT-4 on Vicuna 0, as of its release for LLaMA-2; before it there was no space after the last colon",
     ),
     "minigpt4_llama2": Template(
         system=_MINIGPT4,

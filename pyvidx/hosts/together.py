@@ -12,6 +12,8 @@ from torch import Tensor
 from pyvidx.hosts.language.tokens import ALONG, padded
 from pyvidx.ops._library import require
 
+QUESTIONS = {"qformer_input_ids": 0, "qformer_attention_mask": 0}  # InstructBLIP's words for its Q-Former, and padding
+
 
 def together(several: Sequence[Mapping[str, Any]], pad: int = 0, side: str = "left") -> Mapping[str, Any]:
     """One batch for `compress`.
@@ -43,6 +45,9 @@ def together(several: Sequence[Mapping[str, Any]], pad: int = 0, side: str = "le
             require(len(found) == len(several), f"together: {name} must be there for all prompts or for none")
             fill = pad if name == "input_ids" else ALONG[name]
             out[name] = torch.cat([padded(x, longest, fill, side == "right") for x in found])
+        elif name in QUESTIONS and all(isinstance(x, Tensor) and x.dim() == 2 for x in found):
+            most = max(x.shape[1] for x in found)
+            out[name] = torch.cat([padded(x, most, QUESTIONS[name], True) for x in found])
         elif all(isinstance(x, Tensor) for x in found):
             out[name] = _joined(name, found)
         else:

@@ -8,6 +8,8 @@ from tests.hosts.tiny import IMAGE  # isort: skip  (it mends torchvision, which 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from tests.hosts.spelled import tokenizer as spelled
+
 TEMPLATE = """{% for m in messages %}{{ m['role'] }}:{% for part in m['content'] %}
 {%- if part['type'] == 'video' %}VIDEO{% elif part['type'] == 'image' %}IMAGE{% else %}{{ part['text'] }}{% endif %}
 {%- endfor %};{% endfor %}{% if add_generation_prompt %}assistant:{% endif %}"""
@@ -93,4 +95,67 @@ def video_llama_3(**video):
     )
 
 
-PROCESSORS = {made.__name__: made for made in (llava_onevision, video_llava, qwen2_5_vl, qwen3_vl, video_llama_3)}
+def llava_next_video(**video):
+    from transformers import LlavaNextImageProcessor, LlavaNextVideoProcessor, LlavaNextVideoVideoProcessor
+
+    size = {"size": {"shortest_edge": 32}, "crop_size": {"height": 32, "width": 32}}
+    return LlavaNextVideoProcessor(
+        LlavaNextVideoVideoProcessor(**size | video),
+        LlavaNextImageProcessor(**size),
+        tokenizer("<image>", "<video>"),
+        patch_size=8,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+        chat_template=template("<video>", "<image>"),
+    )
+
+
+def internvl(**video):
+    from transformers import GotOcr2ImageProcessor, InternVLProcessor, InternVLVideoProcessor
+
+    size = {"height": 32, "width": 32}
+    named = dict(context_image_token="<IMG_CONTEXT>", video_token="<video>", start_image_token="<img>")
+    return InternVLProcessor(
+        GotOcr2ImageProcessor(size=size, max_patches=3),
+        spelled("<IMG_CONTEXT>", "<video>", ["<img>", "</img>"], end_image_token="</img>", **named),
+        InternVLVideoProcessor(**{"size": size} | video),
+        image_seq_length=4,
+        chat_template=template("<video>", "<IMG_CONTEXT>"),
+    )
+
+
+def smolvlm(**video):
+    """It needs num2words."""
+    from transformers import SmolVLMImageProcessor, SmolVLMProcessor, SmolVLMVideoProcessor
+
+    sizes = dict(size={"longest_edge": 64}, max_image_size={"longest_edge": 32})
+    special = ["<fake_token_around_image>", "<global-img>", "<row_1_col_1>", "<row_1_col_2>"]
+    return SmolVLMProcessor(
+        SmolVLMImageProcessor(**sizes),
+        spelled("<image>", "<video>", special),
+        SmolVLMVideoProcessor(**sizes | video),
+        image_seq_len=4,
+        chat_template=template("<video>", "<image>"),
+    )
+
+
+def perception_lm(**video):
+    from transformers import PerceptionLMImageProcessor, PerceptionLMProcessor, PerceptionLMVideoProcessor
+
+    return PerceptionLMProcessor(
+        PerceptionLMVideoProcessor(**{"size": {"height": 32, "width": 32}} | video),
+        PerceptionLMImageProcessor(tile_size=32, max_num_tiles=2),
+        spelled("<image>", "<video>", [], image_token="<image>", video_token="<video>"),
+        patch_size=8,
+        pooling_ratio=2,
+        chat_template=template("<video>", "<image>"),
+    )
+
+
+PROCESSORS = {
+    made.__name__: made
+    for made in (
+        llava_onevision, llava_next_video, video_llava, qwen2_5_vl, qwen3_vl, video_llama_3, internvl, smolvlm,
+        perception_lm,
+    )
+}  # fmt: skip

@@ -203,12 +203,40 @@ def test_ragged_results_where_the_host_takes_them(tiny, model, options):
         with pytest.raises(ValueError, match="grid must be"):
             compress(model, inputs, **options)
         return
+    if options["policy"] == "tome" and tiny.in_place:
+        with pytest.raises(ValueError, match="have places in a step, and those of tome none"):
+            compress(model, inputs, **options)
+        return
     small = compress(model, inputs, **options)
     assert small["input_ids"].shape[1] <= inputs["input_ids"].shape[1]
     found = logits(model, small)
     for row, mine in zip(([5, Video(6), 6], [7, 5, Video(4, 1), 6]), found):
         one = compress(model, tiny.inputs(row), **options)
         torch.testing.assert_close(mine[None], logits(model, one), **CLOSE)
+
+
+def test_ragged_tokens_stand_where_they_stood(tiny, model):
+    """Of all tokens that is the whole video; of some, the model's own numbers for them among all positions."""
+    if not tiny.in_place:
+        pytest.skip(f"{tiny.kind} has no positions but the order")
+    inputs = tiny.inputs([5, Image(1), Video(6), 6, Video(6, 1)], [7, Video(6, 2), 8])
+    whole = compress(model, inputs, "evs", q=0.0)
+    torch.testing.assert_close(logits(model, whole), logits(model, inputs), **CLOSE)
+    assert torch.equal(answer(model, whole), answer(model, inputs))
+    assert torch.equal(answer(model, whole, num_beams=2), answer(model, inputs, num_beams=2))
+    small = compress(model, inputs, "evs", q=0.6)
+    assert small["position_ids"].shape[-1] == small["input_ids"].shape[1] < inputs["input_ids"].shape[1]
+    kept = memory.evs(
+        torch.stack([x.unflatten(0, (6, -1)) for x in whole["mm_encoder_outputs"]["video"].pooler_output]), 0.6
+    )
+    long, short = (x["input_ids"] == host_of(model).token for x in (inputs, small))
+    stood = whole["position_ids"][:, long][:, kept.flatten()]
+    assert torch.equal(small["position_ids"][:, short], stood)
+    texts = [x["position_ids"][:, ~mask & (x["attention_mask"] == 1)] for x, mask in ((whole, long), (small, short))]
+    assert torch.equal(*texts)
+    assert answer(model, small).shape == (2, 4)
+    with pytest.raises(ValueError, match="needs the whole video's prompt"):
+        hosts.Session(model, object(), "dtd")
 
 
 def test_nothing_to_compress(tiny, model):
@@ -236,6 +264,9 @@ WRONG = {
     "a policy and options": (lambda i: i, {"policy": memory.create("fifo")}, "has its options already"),
     "an option": (lambda i: i, {"sharp": True}, "sharp"),
     "evs with a capacity": (lambda i: i, {"policy": "evs", "q": 0.5}, "evs takes q, got capacity"),
+    "evs of a word": (lambda i: i, {"policy": "evs", "q": "half", "capacity": None}, "q must be a number"),
+    "evs of all": (lambda i: i, {"policy": "evs", "q": 1.0, "capacity": None}, "q must be in"),
+    "vidcom2 of another": (lambda i: i, {"policy": "vidcom2", "q": 0.5, "form": "x", "capacity": None}, "form must be"),
     "evs without q": (lambda i: i, {"policy": "evs", "capacity": None}, "must be given q"),
     "keyframes without capacity": (lambda i: i, {"policy": "keyframes", "capacity": None}, "must be given capacity"),
     "keyframes of none": (lambda i: i, {"policy": "keyframes", "capacity": 0}, "capacity must be"),

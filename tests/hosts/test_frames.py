@@ -9,44 +9,26 @@ import torch
 pytest.importorskip("transformers", minversion="5.20", reason="pip install 'pyvidx[hosts]'")
 
 from pyvidx.hosts import compress  # noqa: E402
-from tests.hosts.spelled import tokenizer  # noqa: E402
+from tests.hosts import chats  # noqa: E402
 from tests.hosts.tiny import Image, Video  # noqa: E402
 from tests.hosts.tiny_internvl import ENTRY as INTERNVL  # noqa: E402
 from tests.hosts.tiny_smolvlm import ENTRY as SMOLVLM  # noqa: E402
 from tests.hosts.tiny_smolvlm import FAKE, GLOBAL  # noqa: E402
 
 CLOSE = dict(atol=1e-5, rtol=0)
-SIZE = {"height": 32, "width": 32}
-
-
-def internvl_processor():
-    pytest.importorskip("torchvision")
-    from transformers import GotOcr2ImageProcessor, InternVLProcessor, InternVLVideoProcessor
-
-    named = dict(context_image_token="<IMG_CONTEXT>", video_token="<video>", start_image_token="<img>")
-    words = tokenizer("<IMG_CONTEXT>", "<video>", ["<img>", "</img>"], end_image_token="</img>", **named)
-    pictures = GotOcr2ImageProcessor(size=SIZE, max_patches=3)
-    return InternVLProcessor(pictures, words, InternVLVideoProcessor(size=SIZE), image_seq_length=4)
-
-
-def smolvlm_processor():
-    pytest.importorskip("torchvision")
-    pytest.importorskip("num2words")
-    from transformers import SmolVLMImageProcessor, SmolVLMProcessor, SmolVLMVideoProcessor
-
-    sizes = dict(size={"longest_edge": 64}, max_image_size={"longest_edge": 32})
-    words = tokenizer("<image>", "<video>", [FAKE, GLOBAL, "<row_1_col_1>", "<row_1_col_2>"])
-    return SmolVLMProcessor(SmolVLMImageProcessor(**sizes), words, SmolVLMVideoProcessor(**sizes), image_seq_len=4)
 
 
 @pytest.fixture(scope="module")
 def internvl():
-    return INTERNVL.model(), internvl_processor()
+    pytest.importorskip("torchvision", reason="the processors of transformers need it")
+    return INTERNVL.model(), chats.internvl()
 
 
 @pytest.fixture(scope="module")
 def smolvlm():
-    return SMOLVLM.model(), smolvlm_processor()
+    for package in ("torchvision", "num2words"):
+        pytest.importorskip(package, reason="its processor needs it")
+    return SMOLVLM.model(), chats.smolvlm()
 
 
 def film(T, seed=0, height=40, width=40):

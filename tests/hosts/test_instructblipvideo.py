@@ -7,7 +7,7 @@ import torch
 
 pytest.importorskip("transformers", minversion="5.20", reason="pip install 'pyvidx[hosts]'")
 
-from pyvidx.hosts import compress  # noqa: E402
+from pyvidx.hosts import Session, compress, together  # noqa: E402
 from tests.hosts.spelled import tokenizer  # noqa: E402
 from tests.hosts.tiny import VIDEO, Video  # noqa: E402
 from tests.hosts.tiny_instructblipvideo import ENTRY, QFORMER, VISION  # noqa: E402
@@ -97,6 +97,17 @@ def test_of_its_processor(model):
 
 
 @torch.no_grad()
+def test_questions_of_unequal_lengths_together(model):
+    """Rows that were processed one at a time, as the processor makes no batch of videos of unequal lengths."""
+    rows = [ENTRY.inputs([Video(4), 5, 6]), ENTRY.inputs([Video(6, 1), 7])]
+    rows[1] |= {name: rows[1][name][:, :2] for name in ("qformer_input_ids", "qformer_attention_mask")}
+    batch = compress(model, together(rows), "merge", capacity=3)
+    for mine, row in zip(model(**batch).logits, rows):
+        alone = model(**compress(model, row, "merge", capacity=3)).logits[0]
+        torch.testing.assert_close(mine[-1], alone[-1], atol=1e-5, rtol=0)
+
+
+@torch.no_grad()
 def test_a_prompt_of_nothing_but_a_video(model):
     inputs = ENTRY.inputs([Video(6)])
     small = compress(model, {k: v for k, v in inputs.items() if k != "attention_mask"}, "merge", capacity=2)
@@ -124,3 +135,8 @@ def test_misfits(model, case, monkeypatch):
     monkeypatch.setattr(type(model), "get_video_features", lambda *a, **k: pytest.fail("the encoder ran"))
     with pytest.raises(ValueError, match=message):
         compress(model, change(inputs), capacity=2)
+
+
+def test_a_session_cannot_look_before_it_is_asked(model):
+    with pytest.raises(ValueError, match="reads the question"):
+        Session(model, object(), capacity=2)

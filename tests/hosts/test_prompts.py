@@ -15,7 +15,7 @@ from pyvidx.hosts.language.tokens import Edit, edited
 from tests.harness import randn
 
 VIDEO, PAD = 90, 3
-small = settings(deadline=None, max_examples=40, derandomize=True)
+small = settings(deadline=None, max_examples=20, derandomize=True)
 rows = st.lists(st.lists(st.one_of(st.integers(10, 14), st.integers(-4, -1)), min_size=1, max_size=6), min_size=1,
                 max_size=4)  # fmt: skip
 

@@ -8,7 +8,8 @@ import torch
 pytest.importorskip("transformers", minversion="5.20", reason="pip install 'pyvidx[hosts]'")
 pytest.importorskip("tokenizers")
 
-from pyvidx.hosts import compress  # noqa: E402
+from pyvidx.hosts import compress, together  # noqa: E402
+from pyvidx.hosts.language.video_llama_3 import VideoLlama3  # noqa: E402
 from tests.hosts.patched import ROPE, VISION  # noqa: E402
 from tests.hosts.processors import IMAGE, VIDEO, ids, processed, processor, video  # noqa: E402
 from tests.hosts.test_compress import CLOSE, answer, logits  # noqa: E402
@@ -218,6 +219,36 @@ def test_videollama3_and_the_tokens_its_processor_left_out(llama3):
             "2.2" if given else "2.0"
         )
         assert answer(model, small).shape == (1, 4)
+
+
+@pytest.mark.parametrize(
+    "before, link, said",
+    [
+        ([7, 40, 41], [9], [40, 41]),  # "see" "Time" " ", and "," "Time" " "
+        ([7, 40, 41], [42], [41]),  # ",Time" " "
+        ([7, 40, 41], [43, 44], [41]),  # ",T" "ime" " "
+        ([45, 41], [9, 40], [41]),  # "seeTime" " ", and "," "Time" " "
+    ],
+)
+def test_tokens_of_a_time_that_are_joined_with_others(before, link, said):
+    """VideoLLaMA3's "Time 0.0s:" and ",Time 12.5s:", without a processor; 10 to 19 are digits, 50 is "s:"."""
+    host = object.__new__(VideoLlama3)
+    host.processor = None
+    row = [*before, 10, 20, 10, 50, 90, *link, *said, 11, 12, 20, 15, 50, 90, *link, *said, 11, 13, 20, 10, 50, 90]
+    units = [(i, i + 1) for i, x in enumerate(row) if x == 90]
+    start, found, texts = host._texts(row, units)
+    assert [*found, *texts[1]] == [*link, *said, 11, 12, 20, 15, 50]
+    new = [*row[:start], *texts[2], 90, *found, *texts[1], 90]
+    assert new == [*before, 11, 13, 20, 10, 50, 90, *link, *said, 11, 12, 20, 15, 50, 90]
+
+
+def test_prompts_that_were_processed_one_at_a_time(qwen3):
+    model, own = qwen3
+    each = [processed(own, [f"{text}{VIDEO}b"], [video(frames)])
+            for text, frames in (("a", [*range(8)]), ("more", [*range(9, 13)]))]  # fmt: skip
+    small = compress(model, together(each, pad=own.tokenizer.pad_token_id), capacity=2, processor=own)
+    for one, mine in zip(each, logits(model, small)):
+        torch.testing.assert_close(mine[None], logits(model, compress(model, one, capacity=2, processor=own)), **CLOSE)
 
 
 def drop(name):

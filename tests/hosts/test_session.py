@@ -12,6 +12,7 @@ pytest.importorskip("transformers", minversion="5.20", reason="pip install 'pyvi
 pytest.importorskip("torchvision", reason="the processors of transformers need torchvision")
 Image = pytest.importorskip("PIL.Image", reason="pip install pillow")
 
+from bench import hosts as bench  # noqa: E402
 from pyvidx import memory  # noqa: E402
 from pyvidx.hosts import Session, compress  # noqa: E402
 from tests.hosts.chats import PROCESSORS  # noqa: E402
@@ -28,6 +29,8 @@ QUESTION = "What now?"
 @pytest.fixture(scope="module", params=sorted(HOSTS))
 def host(request):
     """Model and processor."""
+    for package in HOSTS[request.param].needs:
+        pytest.importorskip(package, reason=f"{request.param} of transformers needs it")
     return HOSTS[request.param].model(), PROCESSORS[request.param]()
 
 
@@ -47,9 +50,9 @@ def at_once(model, processor, frames, seconds, policy="merge", video=None, **opt
     parts = [{"type": "video"}, {"type": "text", "text": QUESTION}]
     prompt = processor.apply_chat_template([{"role": "user", "content": parts}], add_generation_prompt=True)
     about = {"total_num_frames": len(frames), "fps": FPS, "frames_indices": list(range(len(frames)))}
-    inputs = processor(
-        text=[prompt], videos=[frames], video_metadata=[about], do_sample_frames=False, return_tensors="pt"
-    )
+    about["duration"] = seconds[-1]
+    videos, about = ([[frames]], [[about]]) if model.config.model_type == "smolvlm" else ([frames], [about])
+    inputs = processor(text=[prompt], videos=videos, video_metadata=about, do_sample_frames=False, return_tensors="pt")
     return compress(model, inputs, policy, processor=processor, seconds=[seconds], **options)
 
 
@@ -58,14 +61,14 @@ def check_same(model, found, wanted):
     assert found.keys() == wanted.keys()
     for name in found.keys() - {"mm_encoder_outputs"}:
         torch.testing.assert_close(found[name], wanted[name], msg=name)
-    features = [x["mm_encoder_outputs"]["video"] for x in (found, wanted)]
-    for name in features[0].keys() & {"pooler_output", "deepstack_features"}:
-        torch.testing.assert_close(*(x[name] for x in features), atol=1e-5, rtol=0)
+    features = [x["mm_encoder_outputs"] for x in (found, wanted)]
+    (kind,) = features[0]  # "video", or "image" to whom frames are those
+    for name in features[0][kind].keys() & {"pooler_output", "deepstack_features"}:
+        torch.testing.assert_close(*(x[kind][name] for x in features), atol=1e-5, rtol=0)
     assert torch.equal(*(model.generate(**x, **GREEDY) for x in (found, wanted)))
 
 
-@pytest.mark.parametrize("capacity", [3, 9])
-@pytest.mark.parametrize("chunks", [[3, 0, 4], [T]], ids=str)
+@pytest.mark.parametrize("chunks, capacity", [([3, 0, 4], 3), ([T], 9)], ids=str)
 def test_any_chunks_are_compress_of_the_whole(host, chunks, capacity):
     model, processor = host
     session, at = Session(model, processor, "merge", capacity=capacity, chunk=2), 0
@@ -214,12 +217,15 @@ def test_what_does_not_fit_is_said(onevision, tmp_path):
         ({"chunk": 0}, "chunk"),
         ({"clip": 0}, "clip"),
         ({"processing": {"size": object()}}, "plain values"),
+        ({"processing": {"do_sample_frames": True}}, "leave do_sample_frames"),
         ({"processor": None}, "processor"),
     ]:
         with pytest.raises(ValueError, match=said):
             Session(**{"model": model, "processor": processor} | options)
     with pytest.raises(ValueError, match="model_type"):
         Session(torch.nn.Linear(1, 1), processor)
+    with pytest.raises(ValueError, match="reads the question"):
+        Session(entries()["instructblipvideo"].model(), processor)
 
 
 def test_a_file_goes_on_with_its_own_model_alone(onevision, tmp_path):
@@ -250,7 +256,7 @@ def test_a_file_goes_on_with_its_own_model_alone(onevision, tmp_path):
             Session.resume(bad, model, processor)
 
 
-@pytest.mark.parametrize("kind", sorted(HOSTS.keys() & {"qwen3_vl"}))
+@pytest.mark.parametrize("kind", ["qwen3_vl", "video_llama_3"])
 def test_processors_that_size_frames_by_their_number(kind):
     """A clip has so many pixels in all: the session says of how many frames."""
     model, n = HOSTS[kind].model(), 8
@@ -261,5 +267,17 @@ def test_processors_that_size_frames_by_their_number(kind):
         for at in range(0, n, 2):
             session.push(FRAMES[at : at + 2], SECONDS[at : at + 2])
         check_same(model, session.inputs(QUESTION), wanted)
-    wide = Session(model, processor, capacity=2).push(FRAMES[:n], SECONDS[:n])  # 4 frames: twice the pixels
+    wide = Session(model, processor, capacity=2).push(FRAMES[:n], SECONDS[:n])  # as of 4 frames: twice the pixels
     assert wide.inputs(QUESTION)["input_ids"].shape[1] > wanted["input_ids"].shape[1]
+
+
+def test_memory_stays_flat():
+    """100,000 frames by `python -m bench.hosts session`, committed in bench/results; some hundreds here."""
+    first, *_, last = bench.main(["session", "--frames", "600"])["rows"][1:]
+    assert last["frames"] == 600 and last["resident_mib"] < first["resident_mib"] + 8
+
+
+def test_cost_is_measured():
+    small = ["--small", "--frames", "6", "--capacity", "4", "--rounds", "1", "--hosts", "video_llava"]
+    (row,) = bench.main(["cost", *small])["rows"]
+    assert 0 < row["bank_ms"] < row["compress_ms"] < row["encoder_ms"]

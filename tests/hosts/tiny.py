@@ -42,6 +42,7 @@ class Tiny:
     kind: str  # config.model_type
     images = True  # takes images beside videos
     ragged = False  # takes any number of tokens
+    in_place = False  # those must have places in a step
     square = True  # the tokens of a step are a picture
     timeless = True  # slots have no times to it, so that what is kept of a video is like a shorter video
     embedded = False  # slots are handed in inputs_embeds, and have no ids of their own

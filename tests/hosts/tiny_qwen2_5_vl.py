@@ -7,6 +7,7 @@ from tests.hosts.tiny import TEXT, Image, Video
 
 class Qwen2_5_VL(Patched):
     kind = "qwen2_5_vl"
+    ragged = in_place = True
 
     def build(self):
         vision = VISION | dict(window_size=16, fullatt_block_indexes=[1], tokens_per_second=2)

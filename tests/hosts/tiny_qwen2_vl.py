@@ -6,6 +6,7 @@ from tests.hosts.tiny import TEXT
 
 class Qwen2VL(Patched):
     kind = "qwen2_vl"
+    ragged = in_place = True
     timeless = True
 
     def build(self):

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any, ClassVar
 
 import torch
@@ -23,11 +25,13 @@ class Framed(Place):
     Attributes:
         index: of each frame, among the images of the batch.
         gaps: token ids before the placeholders of each frame; of the first, from the start of the block.
+        said: their texts.
         others: the images of the batch that are no frame.
     """
 
     index: Sequence[int] = ()
     gaps: Sequence[Sequence[int]] = ()
+    said: Sequence[str] = ()
     others: Sequence[int] = ()
 
 
@@ -68,9 +72,9 @@ class Frames(Host):
         """Whether an image after `number` frames and this text is the next one."""
         raise NotImplementedError
 
-    def texts(self, place: Framed, seconds: Sequence[float]) -> list[str]:
-        """What stands before the placeholders of each slot, by their times; of the first, from the start of the
-        block."""
+    def texts(self, place: Framed, seconds: Tensor) -> list[str]:
+        """What stands before the placeholders of each slot; of the first, from the start of the block. seconds: their
+        times, which to read is to wait for the device."""
         raise NotImplementedError
 
     # What follows from it.
@@ -87,7 +91,7 @@ class Frames(Host):
         if pixels is None:
             require(not runs, f"{text} and the inputs no pixels of any: give what the processor made of videos=")
             return []
-        images, (h, w) = self.shown(inputs), self.grid(*pixels.shape[-2:])
+        images, (h, w) = self.shown(inputs), self.grid(*pixels[0].shape[-2:])
         P = h * w
         fits = P > 0 and all((b - a) % P == 0 for _, a, b in runs)
         fits = fits and sum(b - a for _, a, b in runs) == len(images) * P
@@ -96,18 +100,19 @@ class Frames(Host):
         clips, others, inside, at, last = [], [], False, 0, (-1, 0)
         for row, start, stop in runs:
             gap = prompt.ids[row, max(last[1] if last[0] == row else 0, start - _WINDOW) : start].tolist()
-            clip = None
+            clip, text = None, self.read(gap)
             if stop - start == P:  # an image in tiles is no frame
-                if inside and last[0] == row and self.follows(self.read(gap), len(clips[-1]["index"])):
+                if inside and last[0] == row and self.follows(text, len(clips[-1]["index"])):
                     clip = clips[-1]
                 elif (begin := self.begins(gap)) is not None:
-                    gap = gap[begin:]
-                    clip = dict(row=row, start=start - len(gap), index=[], gaps=[])
+                    gap, text = gap[begin:], self.read(gap[begin:])
+                    clip = dict(row=row, start=start - len(gap), index=[], gaps=[], said=[])
                     clips.append(clip)
             if inside := clip is not None:
                 clip["stop"] = stop
                 clip["index"].append(images[at])
                 clip["gaps"].append(gap)
+                clip["said"].append(text)
             tiles = (stop - start) // P
             if not inside:
                 others += images[at : at + tiles]
@@ -121,7 +126,7 @@ class Frames(Host):
         return [self.look(inputs, place.index[start:stop])]
 
     def block(self, place: Framed, slots: Slots) -> list[int]:
-        known = {self.read(gap): gap for gap in place.gaps}
+        known = dict(zip(place.said, place.gaps))
         if slots.ragged:  # one text before all tokens of an entry
             entry, index, n = slots.entry.unique(return_inverse=True, return_counts=True)
             seconds = torch.zeros_like(slots.seconds[: len(entry)]).index_add_(0, index, slots.seconds) / n
@@ -129,7 +134,7 @@ class Frames(Host):
         else:
             seconds, counts = slots.seconds, [slots.levels[0].shape[1]] * len(slots)
         found = []
-        for text, n in zip(self.texts(place, seconds.tolist()), counts):
+        for text, n in zip(self.texts(place, seconds), counts):
             found += [*(known[text] if text in known else self.write(text)), *[self.token] * n]
         return found
 
@@ -159,8 +164,12 @@ class Frames(Host):
         )
 
 
-def taken(x: Tensor, index: Sequence[int]) -> Tensor:
-    """Some of x; those side by side as a view, which a device is not waited for."""
+def taken(x: Tensor | Sequence[Tensor], index: Sequence[int]) -> Tensor:
+    """Some of x, or of what is in the tensors of a list; of a tensor, those side by side are a view."""
+    if not isinstance(x, Tensor):
+        ends = list(accumulate(map(len, x)))
+        parts = [bisect_right(ends, i) for i in index]
+        return torch.stack([x[part][i - ends[part]] for part, i in zip(parts, index)])
     first, last = index[0], index[-1] + 1
     return x[first:last] if last - first == len(index) else x[list(index)]
 

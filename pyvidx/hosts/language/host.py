@@ -74,16 +74,20 @@ class Host:
 
     Attributes:
         ragged: any number of tokens fits; else slots must have the P positions of a step.
+        in_place: each of those must have a place in a step of the video, as the model has positions for it.
         pixels: inputs that the encoded video takes the place of. pictures: those of images.
         passed: inputs of the shape of input_ids that are not about its tokens.
         reads_prompt: what the encoder makes of a video depends on the prompt.
+        by_prompt: its processor takes a list of videos for each prompt.
     """
 
     ragged: ClassVar[bool] = False
+    in_place: ClassVar[bool] = False
     pixels: ClassVar[tuple[str, ...]] = ("pixel_values_videos",)
     pictures: ClassVar[tuple[str, ...]] = ("pixel_values",)
     passed: ClassVar[tuple[str, ...]] = ()
     reads_prompt: ClassVar[bool] = False
+    by_prompt: ClassVar[bool] = False
 
     def __init__(self, model, processor=None):
         self.model = model
@@ -153,6 +157,11 @@ class Host:
         self, inputs: Mapping[str, Any], places: Sequence[Place], slots: Sequence[Slots]
     ) -> dict[str, Tensor | None]:
         """Other inputs that change with the videos (grids, times), by name; None: it goes."""
+        return {}
+
+    def sized(self, options: Mapping[str, Any], frames: int, clip: int) -> dict[str, Any]:
+        """What a processor whose frames get smaller where there are more must be told, so that these frames of a video
+        are as large as if they were `clip`. options: what it is told beside."""
         return {}
 
     # For hosts.

@@ -36,7 +36,7 @@ class InternVL(Frames):
     def follows(self, text: str, number: int) -> bool:
         return text == self._between(number)
 
-    def texts(self, place: Framed, seconds: Sequence[float]) -> list[str]:
+    def texts(self, place: Framed, seconds: Tensor) -> list[str]:
         return ["", *(self._between(k) for k in range(1, len(seconds)))]
 
     def _between(self, number: int) -> str:

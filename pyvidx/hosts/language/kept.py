@@ -16,7 +16,8 @@ from pyvidx.ops._library import require
 from pyvidx.sizes import check_counts
 
 Encode = Callable[[Place, int, int], list[Tensor]]  # steps start to stop of a video: [stop - start, P, C] of each level
-CLIPS = ("keyframes", *memory.PRUNERS)
+# Functions of a clip and their options, first the one that must be given.
+CLIPS = {"keyframes": ("capacity", "unit"), "evs": ("q",), "vidcom2": ("q", "form")}
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,9 @@ class Stream:
             policy = self.policy_of(place)
             left = policy.new(1, place.positions, host.width, device="meta").positions
             _check_grid(host, policy.name, policy.layout == "ragged" or left != place.positions)
+            kind = host.config.model_type
+            text = f"compress: tokens of {kind} have places in a step, and those of {policy.name} none"
+            require(left == place.positions or not host.in_place, text)
 
     def of(self, places: Sequence[Place], seconds: Sequence[Tensor], encode: Encode, chunk: int) -> list[Slots]:
         """The slots of each video. Videos of equal frames share a bank; where the lengths differ, those that are over
@@ -104,29 +108,28 @@ class Clip:
     """A function of a whole clip, whose rows are all held until its end.
 
     Args:
-        name: of CLIPS. options: of that function, beside the frames.
+        name: of CLIPS.
+        options: of that function beside the frames; the count of keyframes is `capacity`.
     """
 
     name: str
     options: dict
 
     def __post_init__(self) -> None:
-        known = {"keyframes": {"count", "unit"}, "evs": {"q"}, "vidcom2": {"q", "form"}}[self.name]
-        wrong = self.options.keys() - known
-        takes = ", ".join(sorted(known - {"count"} | ({"capacity"} if "count" in known else set())))
-        require(not wrong, f"compress: {self.name} takes {takes}, got {', '.join(sorted(wrong))}")
-        needed = "count" if self.name == "keyframes" else "q"
-        said = "capacity" if needed == "count" else needed
-        require(needed in self.options, f"compress: {self.name} must be given {said}")
+        takes = CLIPS[self.name]
+        wrong = [option for option in self.options if option not in takes]
+        require(not wrong, f"compress: {self.name} takes {', '.join(takes)}, got {', '.join(wrong)}")
+        require(takes[0] in self.options, f"compress: {self.name} must be given {takes[0]}")
+        if self.name == "keyframes":
+            check_counts("compress", capacity=self.options["capacity"])
+        else:
+            q = self.options["q"]
+            require(isinstance(q, int | float), f"compress: q must be a number, got {type(q).__name__}")
+        self._call(torch.zeros(1, 1, 1, 2))  # it refuses what does not fit
 
     def check(self, host: Host, places: Sequence[Place]) -> None:
-        """ValueError where an option is out of range, or the host cannot take what the function leaves."""
+        """ValueError where the host cannot take what the function leaves."""
         _check_grid(host, self.name, self.name != "keyframes")
-        if self.name == "keyframes":
-            check_counts("keyframes", capacity=self.options["count"])
-            memory.keyframes(torch.zeros(1, 1, 1, 1), **self.options)
-            return
-        getattr(memory, self.name)(torch.zeros(1, 1, 1, 2), **self.options)
 
     def of(self, places: Sequence[Place], seconds: Sequence[Tensor], encode: Encode, chunk: int) -> list[Slots]:
         """See Stream.of."""
@@ -139,13 +142,18 @@ class Clip:
             found.append((self._keyframes if self.name == "keyframes" else self._pruned)(levels, when))
         return found
 
+    def _call(self, frames: Tensor):
+        if self.name == "keyframes":
+            return memory.keyframes(frames, self.options["capacity"], self.options["unit"])
+        return getattr(memory, self.name)(frames, **self.options)
+
     def _keyframes(self, levels: list[Tensor], when: Tensor) -> Slots:
-        index = memory.keyframes(levels[0][None], **self.options).index[0]  # [M, P]
+        index = self._call(levels[0][None]).index[0]  # [M, P]
         rows = [x.gather(0, index[..., None].expand(-1, -1, x.shape[-1])) for x in levels]
         return Slots(rows, *_times(when[index], when[index]))
 
     def _pruned(self, levels: list[Tensor], when: Tensor) -> Slots:
-        mask = getattr(memory, self.name)(levels[0][None], **self.options)[0]
+        mask = self._call(levels[0][None])[0]
         if self.options.get("form", "vllm") == "vllm":  # then their number is known, and no device is waited for
             K = memory.compute_retained_tokens_count(mask.shape[1], mask.shape[0], self.options["q"], self.name)
             place = (~mask).flatten().byte().argsort(stable=True)[:K]
@@ -169,18 +177,18 @@ def method(policy: str | Policy, capacity: int | None, options: dict) -> Stream 
     known = [*memory.names(), *CLIPS]
     require(isinstance(policy, str), f"compress: policy must be a name or a Policy, got {type(policy).__name__}")
     require(policy in known, f"compress: policy must be one of {', '.join(known)}, got {policy!r}")
-    if policy == "keyframes":
-        given = {} if capacity is None else {"count": capacity}
-        return Clip(policy, {"unit": "synchronized"} | options | given)
     if capacity is not None:
         options = options | {"capacity": capacity}
-    if policy in CLIPS:
-        return Clip(policy, options)
-    if policy == "merge":
-        options = {"unit": "frame"} | options  # whole frames: a slot has one time
-    if policy == "flash_vstream" and isinstance(capacity, int):
+    # Whole frames, so that a slot has one time; and clusters that fit their room.
+    if policy == "keyframes":
+        options = {"unit": "synchronized"} | options
+    elif policy == "merge":
+        options = {"unit": "frame"} | options
+    elif policy == "flash_vstream" and isinstance(capacity, int) and isinstance(options.get("anchors", 0), int):
         room = capacity - options.get("anchors", 0)
         options = {"clusters": max(1, min(memory.FlashVStream.clusters, room))} | options
+    if policy in CLIPS:
+        return Clip(policy, options)
     return Stream(memory.create(policy, **options))
 
 

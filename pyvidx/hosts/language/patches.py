@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -24,7 +24,7 @@ class Patches(Host):
     """pixel_values_videos [patches, width] and video_grid_thw [videos, 3], in patches. The encoder looks at one step at
     a time (its attention ends with a step), so that any chunk of steps gives the features of the whole."""
 
-    typed = False  # positions are made of mm_token_type_ids
+    typed: ClassVar[bool] = False  # positions are made of mm_token_type_ids
 
     def looks(self, inputs: Mapping[str, Any], prompt: Prompt) -> list[dict[str, Any]]:
         """What the inputs tell of each video's Place, but where it stands; [] if there are no pixels.

@@ -19,14 +19,37 @@ _ALONG = ("input_ids", "attention_mask", "mm_token_type_ids", "image_grid_thw", 
 
 @register("qwen2_vl")
 class Qwen2VL(Patches):
-    """The model counts steps and knows no seconds: to it, slots are steps."""
+    """The model counts steps and knows no seconds: to it, slots are steps. Ragged tokens and the text behind them
+    keep the positions that they have in the whole video's prompt, in position_ids."""
 
     typed = True
+    ragged = in_place = True
 
     def videos(self, inputs, prompt: Prompt) -> list[Place]:
         looks = self.looks(inputs, prompt)
         blocks = prompt.blocks(self.token, [look["steps"] * look["positions"] for look in looks])
         return [PatchPlace(row=row, start=a, stop=b, **look) for look, (row, a, b) in zip(looks, blocks)]
+
+    def values(self, inputs, places: Sequence[Place], slots: Sequence[Slots]) -> dict[str, Tensor | None]:
+        return {} if slots[0].ragged else super().values(inputs, places, slots)
+
+    def handed(self, inputs, new, places: Sequence[Place], slots: Sequence[Slots]) -> dict[str, Any]:
+        found = super().handed(inputs, new, places, slots)
+        return found | ({"position_ids": self._in_place(inputs, new, places, slots)} if slots[0].ragged else {})
+
+    def _in_place(self, inputs, new, places: Sequence[Place], slots: Sequence[Slots]) -> Tensor:
+        given = {name: x for name in (*_ALONG, "second_per_grid_ts") if (x := inputs.get(name)) is not None}
+        was, _ = self.model.base_model.get_rope_index(**given)
+        was = was.to(slots[0].seconds.device, non_blocking=was.is_cpu)
+        long, short = Prompt.of(inputs), Prompt.of(new)
+        before, after = long.seen.clone(), short.seen.clone()  # but for the videos
+        found = was.new_ones(len(was), *short.ids.shape)
+        for place, s, (row, start, stop) in zip(places, slots, short.blocks(self.token, [s.tokens for s in slots])):
+            found[:, row, start:stop] = was[:, row, place.start + s.entry * place.positions + s.position]
+            before[row, place.start : place.stop] = after[row, start:stop] = False
+        row, to = after.nonzero(as_tuple=True)
+        found[:, row, to] = was[:, row, before.nonzero(as_tuple=True)[1]]
+        return found
 
 
 @register("qwen2_5_vl")
@@ -50,14 +73,18 @@ class Qwen2_5_VL(Qwen2VL):
         return torch.arange(place.steps, dtype=torch.float64) * self._apart(inputs)[place.number].double().cpu()
 
     def values(self, inputs, places: Sequence[Place], slots: Sequence[Slots]) -> dict[str, Tensor | None]:
+        if slots[0].ragged:
+            return super().values(inputs, places, slots)
         apart = [
-            (s.seconds[-1] - s.seconds[0]) / (len(s) - 1) if len(s) > 1 else old
+            (s.seconds.max() - s.seconds.min()) / (len(s) - 1) if len(s) > 1 else old
             for s, old in zip(slots, self._apart(inputs))
         ]
         apart = [x.to(slots[0].seconds.device, torch.float32, non_blocking=x.is_cpu) for x in apart]
         return super().values(inputs, places, slots) | {"second_per_grid_ts": torch.stack(apart)}
 
     def handed(self, inputs, new, places: Sequence[Place], slots: Sequence[Slots]) -> dict[str, Any]:
+        if slots[0].ragged:
+            return super().handed(inputs, new, places, slots)
         given = {name: x for name in _ALONG if (x := new.get(name, inputs.get(name))) is not None}
         found, _ = self.model.base_model.get_rope_index(**given)
         found = found.to(slots[0].seconds.device, non_blocking=found.is_cpu)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
@@ -39,3 +40,7 @@ class Qwen3VL(Timed):
         if deep:
             found["deepstack_features"] = [list(x) for x in deep]
         return found
+
+    def sized(self, options, frames: int, clip: int) -> dict[str, Any]:
+        size = options.get("size") or self.processor.video_processor.size  # pixels of a clip, in all
+        return {"size": {name: round(size[name] * frames / clip) for name in ("shortest_edge", "longest_edge")}}

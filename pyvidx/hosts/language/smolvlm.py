@@ -22,12 +22,14 @@ class SmolVLM(Frames):
 
     pixels = ("pixel_values", "pixel_attention_mask")
     words = ("fake_image_token", "global_image_token")
+    by_prompt = True
 
     def shown(self, inputs) -> Sequence[int]:
         pixels = inputs["pixel_values"]
-        fits = all(isinstance(x, Tensor) and x.dim() == 4 for x in pixels)
+        rows = list(pixels) if isinstance(pixels, Tensor | list | tuple) else []
+        fits = rows and all(isinstance(x, Tensor) and x.dim() == 4 and x.shape[1:] == rows[0].shape[1:] for x in rows)
         require(fits, "compress: pixel_values must be [rows, images, channels, h, w], or a list of rows")
-        real = _flat(pixels).flatten(1).any(1)  # to the host, an image of zeros is padding
+        real = torch.cat([x.flatten(1).any(1) for x in rows])  # to the host, an image of zeros is padding
         return real.nonzero()[:, 0].tolist() or [0]
 
     def grid(self, height: int, width: int) -> tuple[int, int]:
@@ -35,13 +37,15 @@ class SmolVLM(Frames):
         return height // side, width // side
 
     def look(self, inputs, index: Sequence[int]) -> Tensor:
-        given = {name: taken(_flat(inputs[name]), index)[None] for name in self.pixels if inputs.get(name) is not None}
+        given = {name: inputs[name] for name in self.pixels if inputs.get(name) is not None}
+        given = {name: x.flatten(0, 1) if isinstance(x, Tensor) else x for name, x in given.items()}
+        given = {name: taken(x, index)[None] for name, x in given.items()}
         return self.own("get_image_features", inputs, **given).pooler_output[0].unflatten(0, (len(index), -1))
 
     def seconds(self, inputs, place: Framed) -> Tensor:
         if inputs.get("video_metadata") is not None:
             return super().seconds(inputs, place)
-        said = [re.search(TIME, self.read(gap)).groups() for gap in place.gaps]
+        said = [re.search(TIME, text).groups() for text in place.said]
         return torch.tensor([60.0 * int(m) + int(s) for m, s in said], dtype=torch.float64)
 
     def begins(self, ids: list[int]) -> int | None:
@@ -62,9 +66,9 @@ class SmolVLM(Frames):
             re.fullmatch(re.escape(self.processor.fake_image_token) + TIME + re.escape(self._after), text) is not None
         )
 
-    def texts(self, place: Framed, seconds: Sequence[float]) -> list[str]:
-        times = [f"\nFrame from {int(s // 60):02d}:{int(s % 60):02d}:" for s in seconds]
-        first = self.read(place.gaps[0])
+    def texts(self, place: Framed, seconds: Tensor) -> list[str]:
+        times = [f"\nFrame from {int(s // 60):02d}:{int(s % 60):02d}:" for s in seconds.tolist()]
+        first = place.said[0]
         if len(seconds) != place.steps:
             first = INTRO.sub(lambda m: m[1] + _words(len(seconds)) + m[3], first)
         first = re.sub(TIME, times[0], first)
@@ -92,11 +96,6 @@ class SmolVLM(Frames):
     @property
     def _after(self) -> str:
         return self.processor.fake_image_token + self.processor.global_image_token
-
-
-def _flat(rows: Tensor | list[Tensor]) -> Tensor:
-    """The images of all rows."""
-    return rows.flatten(0, 1) if isinstance(rows, Tensor) else torch.cat(rows)
 
 
 def _words(number: int) -> str:

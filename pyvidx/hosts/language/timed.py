@@ -31,11 +31,11 @@ class Timed(Patches):
 
     Attributes:
         said: how a step's text reads.
-        links: tokens between a step and the next one's text.
+        links: how many tokens stand between a step and the next one's text; the first that fits the prompt.
     """
 
     said: ClassVar[re.Pattern]
-    links: ClassVar[int] = 0
+    links: ClassVar[tuple[int, ...]] = (0,)
 
     def counts(self, inputs: Mapping[str, Any], look: dict[str, Any]) -> list[int]:
         """Placeholders of every step of a video."""
@@ -111,21 +111,25 @@ class Timed(Patches):
     def _texts(self, row: list[int], units: list[tuple[int, int]]) -> tuple[int, list[int], list[list[int]]]:
         """Where the text of the first step begins, what stands between a step and the next one's text, and the texts
         of all."""
-        between = [row[a:b] for (_, a), (b, _) in zip(units, units[1:])]
-        texts, n = [x[self.links :] for x in between], units[0][0]
-        start = n - self._said_before(row[max(0, n - LONGEST) : n], texts)
-        return start, between[0][: self.links] if between else [], [row[start:n], *texts]
+        between, end = [row[a:b] for (_, a), (b, _) in zip(units, units[1:])], units[0][0]
+        for n in self.links:
+            texts = [x[n:] for x in between]
+            said = self._said_before(row[max(0, end - LONGEST) : end], texts)
+            if said or not any(texts):
+                return end - said, between[0][:n] if between else [], [row[end - said : end], *texts]
+        raise ValueError(
+            "compress: the prompt must say when a video's first step is as it does of the others, beginning with a "
+            "token of its own: let the video follow a special token or a space"
+        )
 
     def _said_before(self, before: list[int], texts: list[list[int]]) -> int:
-        """How many of the tokens before a first step say when it is."""
+        """How many of the tokens before a first step say when it is; 0: it is not seen."""
+        ends, longest = {(x[0], x[-1]) for x in texts if x}, max(map(len, texts), default=0)
         for n in range(1, len(before) + 1):
             if self.processor is not None:
                 fits = self.said.fullmatch(self.processor.tokenizer.decode(before[-n:]))
             else:  # it begins and ends like the others, and a later time is no shorter
-                longest = max(map(len, texts), default=0)
-                fits = n <= longest and {(x[0], x[-1]) for x in texts if x} == {(before[-n], before[-1])}
+                fits = n <= longest and ends == {(before[-n], before[-1])}
             if fits:
                 return n
-        text = "compress: the prompt must say when a video's first step is as it does of the others, beginning with"
-        require(not any(texts), f"{text} a token of its own: let the video follow a special token or a space")
         return 0

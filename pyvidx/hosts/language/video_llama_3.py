@@ -19,12 +19,13 @@ from pyvidx.ops._library import require
 @register("video_llama_3")
 class VideoLlama3(Timed):
     """The processor leaves out tokens that are like those of the frame before (video_compression_mask). That frame may
-    be gone or in another slot, so slots show all positions; a video that fits stays as the processor left it."""
+    be gone or in another slot, so slots show all positions, and may be more tokens than a still video had; a video that
+    fits stays as the processor left it."""
 
     ragged = True
     pixels = ("pixel_values_videos", "video_compression_mask")
     said = re.compile(r"Time (\d+(?:\.\d+)?)s:")
-    links = 1
+    links = (1, 2)  # a comma; tokenizers may join it with "Time", or with a part of that
 
     def sides(self, inputs: Mapping[str, Any]) -> list[int]:
         sides, count = inputs.get("video_merge_sizes"), len(inputs["video_grid_thw"])
@@ -76,6 +77,11 @@ class VideoLlama3(Timed):
 
     def encoded(self, inputs, places: Sequence[Place], slots: Sequence[Slots]) -> dict[str, Any]:
         return super().encoded(inputs, places, [self._as_shown(p, s) for p, s in zip(places, slots)])
+
+    def sized(self, options, frames: int, clip: int) -> dict[str, Any]:
+        size = options.get("size") or self.processor.video_processor.size
+        longest = size["longest_edge"] // clip * frames  # pixels of a clip, in all; shortest_edge is of a frame
+        return {"size": {"shortest_edge": size["shortest_edge"], "longest_edge": longest}}
 
     def _shown(self, inputs: Mapping[str, Any], number: int) -> Tensor:
         """bool [T * P] on the CPU, the tokens of one video that the prompt has."""

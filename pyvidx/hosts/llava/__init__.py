@@ -21,6 +21,8 @@ from pyvidx.hosts.importing import importing
 
 with importing("pyvidx.hosts.llava", "transformers"):
     import transformers  # noqa: F401
+with importing("pyvidx.hosts.llava", "torchvision"):  # which transformers' video processors are made with
+    import torchvision  # noqa: F401
 
 from pyvidx.hosts.llava.chat import Chat, open
 from pyvidx.hosts.llava.processing import BTAdapterLlavaProcessor, BTAdapterVideoProcessor

@@ -107,8 +107,9 @@ def load(
         the model in eval mode, its processor, and the report.
 
     Raises:
-        FileNotFoundError: a file is not there.
-        ValueError: a file cannot be read, a parameter is missing (named), or a shape differs.
+        FileNotFoundError, OSError: a file is not there, or the tokenizer.
+        ValueError: a file cannot be read, a parameter is missing (named), a shape differs, or num_frames are more than
+            the tower takes.
     """
     chosen = template(conversation)
     register()
@@ -117,16 +118,21 @@ def load(
         tokenizer = AutoTokenizer.from_pretrained(llava, **LOCAL)
         tokenizer.padding_side = "left"  # answers of a batch begin together
         tokenizer.pad_token = tokenizer.pad_token or tokenizer.unk_token or tokenizer.eos_token
-        text_config, told = _configs(Path(llava))
+        text_config, vision_config = _configs(Path(llava))
         rows = None if projector is None else _projector(state, projector, report)
         _need(state, (EMBED, f"{PROJECTOR}.linear_1.weight"))
         _add_tokens(state, tokenizer, rows, report)
         text_config.vocab_size = len(state[EMBED])
         single = f"{PROJECTOR}.linear_2.weight" not in state
     if clip is None and tower_state and "tower.class_token" not in rename(state_of(branch)).weights:
-        clip, sizes = tower_state, told | sizes
+        clip = tower_state
+        if vision_config is not None:
+            told = told_by_config(vision_config.to_dict())
+            sizes = {"heads": told.heads, "hidden_act": told.hidden_act} | sizes
     vision = [branch] if clip is None else [clip, branch]
     encoder, report.tower = load_official(*vision, part="tokens", compat=compat, **sizes)
+    if not 2 <= num_frames <= 2 * encoder.config.time_length:
+        raise ValueError(f"llava: num_frames must be from 2 to {2 * encoder.config.time_length}, got {num_frames}")
     config = LlavaConfig(
         vision_config=BTAdapterVisionConfig.of(encoder),
         text_config=text_config,
@@ -182,20 +188,19 @@ def _name(key: str) -> str | None:
     return None
 
 
-def _configs(folder: Path) -> tuple[PreTrainedConfig, dict]:
-    """The language model's configuration, which the authors' LLaVA has in one with its own; and what there is to know
-    about LLaVA's tower."""
+def _configs(folder: Path) -> tuple[PreTrainedConfig, PreTrainedConfig | None]:
+    """The configurations of language model and tower; the authors' LLaVA has the first in one with its own and says
+    nothing of the second."""
     values = read_json(folder / "config.json", dict)
     if "text_config" in values:
         config = AutoConfig.from_pretrained(folder, **LOCAL)
-        told = told_by_config({"model_type": "clip_vision_model", **config.vision_config.to_dict()})
-        return config.text_config, {"heads": told.heads, "hidden_act": told.hidden_act}
+        return config.text_config, config.vision_config
     if values.get("model_type") not in ("llama", "llava", "VideoChatGPT"):
         raise ValueError(
             f"llava: the language model must be a LLaMA, a Vicuna or a LLaVA, got {values.get('model_type')!r}"
         )
     own = {k: v for k, v in values.items() if not k.startswith("mm_") and k not in ("model_type", "architectures")}
-    return LlamaConfig.from_dict(own), {}
+    return LlamaConfig.from_dict(own), None
 
 
 def _projector(state: dict[str, Tensor], source: Source, report: LlavaReport) -> Tensor | None:

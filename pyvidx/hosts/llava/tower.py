@@ -166,22 +166,19 @@ class BTAdapterVisionModel(PreTrainedModel):
         Raises:
             ValueError: the pixels or the number of frames do not fit.
         """
-        clips = list(pixel_values) if isinstance(pixel_values, Sequence) else None
-        if clips is None or len({tuple(clip.shape) for clip in clips}) == 1:
-            pixels = pixel_values if clips is None else torch.stack(clips)
-            states = self._states(pixels, output_hidden_states, interpolate_pos_encoding)
-        else:
-            states = self._ragged(clips, output_hidden_states, interpolate_pos_encoding)
+        ragged = isinstance(pixel_values, Sequence) and len(pixel_values) and all(map(torch.is_tensor, pixel_values))
+        run = self._ragged if ragged else self._states
+        states = run(pixel_values, output_hidden_states, interpolate_pos_encoding)
         hidden = None if output_hidden_states is None or output_hidden_states is False else states
         found = BaseModelOutputWithPooling(last_hidden_state=states[-2], hidden_states=hidden)
         return found.to_tuple() if return_dict is False else found
 
-    def _ragged(self, clips: list[Tensor], wanted, interpolate: bool) -> tuple[Tensor | None, ...]:
+    def _ragged(self, clips: Sequence[Tensor], wanted, interpolate: bool) -> tuple[Tensor | None, ...]:
         """Clips of one length at a time. States of frames are those of clip after clip."""
-        lengths = [len(clip) for clip in clips]
+        shapes = [tuple(clip.shape) for clip in clips]
         found: list[tuple[Tensor | None, ...]] = [()] * len(clips)
-        for T in sorted({*lengths}):
-            rows = [i for i, length in enumerate(lengths) if length == T]
+        for shape in sorted({*shapes}):
+            rows = [i for i, other in enumerate(shapes) if other == shape]
             states = self._states(torch.stack([clips[i] for i in rows]), wanted, interpolate)
             for k, i in enumerate(rows):
                 found[i] = tuple(x if x is None else x.view(len(rows), -1, *x.shape[1:])[k] for x in states)
