@@ -87,8 +87,8 @@ def test_bt_adapter():
 
 @pytest.mark.parametrize("dtype, text, most", [("float32", 12, 169), ("float16", 12, 181), ("float32", 0, 139)])
 def test_malmm_push(dtype, text, most):
-    """A frame into full memories, with and without an instruction; 250 and 262 before. 16-bit rows are cast for banks in
-    float32; of bank_attention's launches half add up what its blocks found."""
+    """A frame into full memories, with and without an instruction; 250 and 262 before. 16-bit rows are cast for banks
+    in float32; of bank_attention's launches half add up what its blocks found."""
     config = MALMMConfig(vision=replace(EVA_G, layers=1))
     with counted(dtype) as mode:
         model = MALMM(config).eval()

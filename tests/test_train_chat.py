@@ -157,7 +157,8 @@ def test_refused(given, tmp_path, capsys):
         ({"features": {"folder": "f", "variants": 2}}, "must have one variant"),
         ({"model": "none"}, "there is no folder none"),
         ({"max_tokens": 8}, "must hold the 5 of its video"),
-        ({"frames": 3}, "train: the features in"),
+        ({"frames": 3}, "features of 3 frames"),
+        ({"frames": 2}, "train: the features in"),
         ({"frames": 40}, "frames"),
         ({"recipe": RECIPE | {"amp": "bfloat16"}, "language_dtype": "float16"}, "language_dtype must be float32 or"),
     ):

@@ -17,8 +17,8 @@ place. And behind a video vLLM goes on after its last second, transformers (5.24
 width. vLLM takes no video_embeds for InternVL, so each slot is an image in the video's own text, as frames are to that
 model anyway.
 
-Run with vLLM 0.32 on a CPU, where all three generate what transformers does; SGLang's rules were read in the code of
-0.5.23, which was not run.
+Run with vLLM 0.32 on a CPU, where all three generate what transformers does. Of SGLang 0.5.23 the code that makes items
+of a request and takes their rows was run; its models need a GPU, and were not.
 """
 
 from __future__ import annotations

@@ -106,7 +106,7 @@ def run_blocks(
     *,
     class_row: bool = False,
 ) -> list[Tensor]:
-    """One block after another; the sum that ends one and the norm that begins the next are one pass over memory.
+    """One block after another; the sum that ends one and the norm that begins the next are one launch on a GPU.
 
     Args:
         blocks: Blocks, or what stands in their places, which is then called as it is.

@@ -49,6 +49,7 @@ class MiniGPT4Config:
             )
 
     def to_dict(self) -> dict:
+        """What json takes; from_dict goes back."""
         return dataclasses.asdict(self)
 
     @classmethod

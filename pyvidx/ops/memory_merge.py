@@ -122,8 +122,8 @@ def memory_merge_(
     Raises:
         ValueError: a shape, dtype, device or stride does not fit, two tensors share memory, or a gradient is asked
             for: memory_merge has one.
-        IndexError: length is out of range or order no permutation (CPU; on CUDA a number out of range, or a length that is
-            not the number of slots in use, stops the kernel).
+        IndexError: length is out of range or order no permutation (CPU; on CUDA a number out of range, or a length that
+            is not the number of slots in use, stops the kernel).
     """
     attached, attached_frame = list(attached), list(attached_frame)
     _check_step(bank, sizes, order, similarity, length, frame, attached, attached_frame, active)

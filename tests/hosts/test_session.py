@@ -31,7 +31,10 @@ def host(request):
     """Model and processor."""
     for package in HOSTS[request.param].needs:
         pytest.importorskip(package, reason=f"{request.param} of transformers needs it")
-    return HOSTS[request.param].model(), PROCESSORS[request.param]()
+    model = HOSTS[request.param].model()
+    if request.param == "smolvlm" and hasattr(model.base_model, "inputs_merger"):
+        pytest.skip("transformers 5.20 takes SmolVLM's tokens in groups of its patch size, which these are not")
+    return model, PROCESSORS[request.param]()
 
 
 @pytest.fixture(scope="module", params=sorted(HOSTS.keys() & {"llava_onevision", "qwen3_vl"}))
@@ -51,8 +54,9 @@ def at_once(model, processor, frames, seconds, policy="merge", video=None, **opt
     prompt = processor.apply_chat_template([{"role": "user", "content": parts}], add_generation_prompt=True)
     about = {"total_num_frames": len(frames), "fps": FPS, "frames_indices": list(range(len(frames)))}
     about["duration"] = seconds[-1]
-    videos, about = ([[frames]], [[about]]) if model.config.model_type == "smolvlm" else ([frames], [about])
-    inputs = processor(text=[prompt], videos=videos, video_metadata=about, do_sample_frames=False, return_tensors="pt")
+    inputs = processor(
+        text=[prompt], videos=[[frames]], video_metadata=[about], do_sample_frames=False, return_tensors="pt"
+    )
     return compress(model, inputs, policy, processor=processor, seconds=[seconds], **options)
 
 

@@ -78,7 +78,6 @@ class Host:
         pixels: inputs that the encoded video takes the place of. pictures: those of images.
         passed: inputs of the shape of input_ids that are not about its tokens.
         reads_prompt: what the encoder makes of a video depends on the prompt.
-        by_prompt: its processor takes a list of videos for each prompt.
     """
 
     ragged: ClassVar[bool] = False
@@ -87,7 +86,6 @@ class Host:
     pictures: ClassVar[tuple[str, ...]] = ("pixel_values",)
     passed: ClassVar[tuple[str, ...]] = ()
     reads_prompt: ClassVar[bool] = False
-    by_prompt: ClassVar[bool] = False
 
     def __init__(self, model, processor=None):
         self.model = model

@@ -22,7 +22,6 @@ class SmolVLM(Frames):
 
     pixels = ("pixel_values", "pixel_attention_mask")
     words = ("fake_image_token", "global_image_token")
-    by_prompt = True
 
     def shown(self, inputs) -> Sequence[int]:
         pixels = inputs["pixel_values"]
