@@ -271,12 +271,8 @@ class Session:
         n, per_step = len(frames), 1 if self._place is None else self._place.frames_per_step
         clip = self._clip or per_step * (self.policy.capacity or CHUNK)
         inputs = self.host.processor(
-<<<<<<< HEAD
-            text=[prompt], videos=videos, video_metadata=about, do_sample_frames=False, return_tensors="pt",
-=======
             text=[prompt], videos=[[frames]], return_tensors="pt", do_sample_frames=False,
             video_metadata=[{"total_num_frames": n, "fps": 1.0, "frames_indices": list(range(n))} | about],
->>>>>>> bce584a39b874277004071064aab189c941ae087
             **self._processing | self.host.sized(self._processing, n, clip),
         )  # fmt: skip
         tokens = Prompt.of(inputs)
