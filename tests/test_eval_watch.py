@@ -53,6 +53,15 @@ def test_a_memory_and_its_controls_have_one_budget(host, videos):
     assert set(found["random"].slots) < seen and found["random"].slots == sorted(found["random"].slots)
 
 
+def test_a_policy_without_a_capacity_goes_by_its_options(host, videos):
+    model, processor, n = host
+    watch = Watcher(model, processor, "average", capacity=None, frames=6, anchors=1)
+    want = Session(model, processor, "average", clip=6 * n, anchors=1)
+    clip = read(videos[0], 6 * n, "linspace")
+    answer = watch(videos[0], QUESTION, **GREEDY)
+    assert same(answer, want.push(clip.frames, clip.seconds).ask(QUESTION, **GREEDY)) and len(answer.slots) == 2
+
+
 def test_what_is_drawn(host, videos):
     model, processor, _ = host
 
@@ -81,6 +90,10 @@ def test_what_does_not_fit(host):
         (dict(capacity=9, frames=8), "capacity must be at most frames"),
         (dict(policy="random", anchors=1), "takes no options"),
         (dict(policy="nothing"), "policy must be one of"),
+        (dict(policy="nothing", capacity=None), "policy must be one of"),
+        (dict(policy="concat"), "concat has no capacity"),
+        (dict(policy="moviechat"), "moviechat has no capacity"),
+        (dict(policy="merge", capacity=None, anchors=1), "merge needs a capacity"),
         (dict(policy="keyframes"), "of a stream of frames"),
         (dict(sampler="nothing"), "sampler must be one of"),
     ):

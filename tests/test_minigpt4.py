@@ -211,6 +211,17 @@ def test_answers_end_where_they_should(chats):
     with pytest.raises(ValueError, match="llm_width must be 24"):
         model = MiniGPT4(dataclasses.replace(MiniGPT4Config.tiny(), llm_width=8))
         minigpt4.Chat(model, chat.causal_lm, chat.tokenizer)
+    with pytest.raises(ValueError, match="num_return_sequences must be 1, got 2"):
+        chat.answer(frames, "why ?", num_beams=2, num_return_sequences=2)
+    two = [lambda ids, scores, **_: torch.tensor([ids.shape[1] >= 2])]
+    assert len(chat.answer(frames, "why ?", **greedy, stopping_criteria=two, return_dict_in_generate=True).split()) <= 2
+    with pytest.raises(FileNotFoundError, match="there is no folder"):
+        minigpt4.load(*files(folder, Published()), language=folder / "none", **HEADS_TOLD)
+    settings = (folder / "chat/config.json").read_text()
+    (folder / "chat/config.json").write_text('{"model_type": "pyvidx_minigpt4", "num_frames": 3}')
+    with pytest.raises(ValueError, match="must have conversation"):
+        minigpt4.open(folder / "chat")
+    (folder / "chat/config.json").write_text(settings)
     with pytest.raises(ValueError, match="must hold a pyvidx_minigpt4"):
         minigpt4.open(folder / "vicuna")
     with pytest.raises(ValueError, match="T > 0"):

@@ -20,7 +20,8 @@ class Pyvidx(lmms):
 
     Args:
         pretrained: its folder, or a name in transformers' cache; nothing is downloaded.
-        policy, capacity, frames, sampler, seed, options: see pyvidx.eval.watch.Watcher.
+        policy, capacity, frames, sampler, seed, options: see pyvidx.eval.watch.Watcher; "None", as in a command line, is
+            None.
         device, dtype: of the model; dtype a name of torch's, or "auto", as saved.
         batch_size: 1. max_batch_size: lmms-eval's, unused.
 
@@ -35,7 +36,7 @@ class Pyvidx(lmms):
         self,
         pretrained: str,
         policy: str = "merge",
-        capacity: int | None = 16,
+        capacity: int | str | None = 16,
         frames: int = 64,
         sampler: str = "linspace",
         seed: int = 0,
@@ -46,7 +47,7 @@ class Pyvidx(lmms):
         **options,
     ):
         super().__init__()
-        if int(batch_size) != 1:
+        if str(batch_size) != "1":
             raise ValueError(f"pyvidx: batch_size must be 1, got {batch_size}: a video is watched at a time")
         device = usable(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         with importing("pyvidx.eval.lmms_model", "transformers"):
@@ -54,8 +55,9 @@ class Pyvidx(lmms):
         processor = AutoProcessor.from_pretrained(pretrained, **LOCAL)
         model = AutoModelForImageTextToText.from_pretrained(pretrained, dtype=dtype, **LOCAL).to(device).eval()
         self.watch = Watcher(
-            model, processor, policy, capacity=capacity, frames=frames, sampler=sampler, seed=seed, **options
-        )
+            model, processor, policy, capacity=None if capacity == "None" else capacity, frames=frames, sampler=sampler,
+            seed=seed, **{name: None if x == "None" else x for name, x in options.items()},
+        )  # fmt: skip
 
     def generate_until(self, requests) -> list[GenerationResult]:
         """An answer to each question about one video.

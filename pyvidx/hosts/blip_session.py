@@ -12,6 +12,7 @@ from pyvidx.hosts.session import spans
 from pyvidx.memory import Policy
 from pyvidx.memory.sources import Memories
 from pyvidx.preprocess import preprocess
+from pyvidx.sizes import check_counts
 
 
 class Slots(NamedTuple):
@@ -78,6 +79,7 @@ class BlipSession:
         Raises:
             ValueError: they are no frames, or their times are not as many.
         """
+        check_counts("InstructBLIP", chunk=chunk)
         pixels = self.prepare(frames)
         times = self._times(seconds, len(pixels))
         for start in range(0, len(pixels), chunk):

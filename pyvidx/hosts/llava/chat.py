@@ -11,6 +11,7 @@ from pyvidx.hosts.importing import LOCAL
 from pyvidx.hosts.llava.processing import BTAdapterLlavaProcessor, even_midpoints
 from pyvidx.hosts.llava.register import register
 from pyvidx.hosts.llava.tower import BTAdapterVisionConfig
+from pyvidx.hosts.settings import check_one
 from pyvidx.preprocess import Frames, as_frames
 
 
@@ -68,10 +69,15 @@ class Chat:
             frames, question, history, sample: see `inputs`.
             seconds: [T] of the frames; the model sees their order alone.
             options: of generate, over the model's own, which are those of the public evaluation: sampled, temperature
-                0.2, up to 1024 tokens.
+                0.2, up to 1024 tokens. One sequence comes back.
+
+        Raises:
+            ValueError: see `inputs`, or several sequences are asked for.
         """
+        check_one("Chat", options)
         inputs = self.inputs(frames, question, history, sample=sample)
-        ids = self.model.generate(**inputs, **options)[0, inputs["input_ids"].shape[1] :]
+        found = self.model.generate(**inputs, **options)
+        ids = getattr(found, "sequences", found)[0, inputs["input_ids"].shape[1] :]
         return self.processor.tokenizer.decode(ids, skip_special_tokens=True).strip()
 
     def sampled(self, num_frames: int) -> Tensor:
