@@ -1,6 +1,9 @@
 """pyvidx.eval.watch and what lmms-eval makes of it: a memory and its controls on one budget."""
 
+import importlib
 import json
+import sys
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
@@ -103,6 +106,38 @@ def test_what_does_not_fit(host):
 
 def test_stops():
     assert until("a\nb.c", ["\n", "."]) == "a" and until("a.b", ".") == "a" and until("ab", []) == "ab"
+
+
+def test_what_lmms_eval_hands_over(videos, tmp_path, monkeypatch):
+    """Without it: options as its command line has them, and what a task leaves out."""
+    parts = {
+        "instance": {"GenerationResult": SimpleNamespace, "TokenCounts": SimpleNamespace},
+        "model": {"lmms": object},
+    }
+    for name in ("lmms_eval", "lmms_eval.api", *(f"lmms_eval.api.{part}" for part in parts)):
+        module = ModuleType(name)
+        vars(module).update(parts.get(name.rpartition(".")[2], {}))
+        monkeypatch.setitem(sys.modules, name, module)
+    monkeypatch.delitem(sys.modules, "pyvidx.eval.lmms_model", raising=False)
+    own = importlib.import_module("pyvidx.eval.lmms_model")
+    monkeypatch.delitem(sys.modules, "pyvidx.eval.lmms_model")
+    for part in (entries()["llava_onevision"].model(), PROCESSORS["llava_onevision"]()):
+        part.save_pretrained(tmp_path)
+    model = own.Pyvidx(str(tmp_path), "dtd", capacity="None", frames=4, threshold="None", ratio=0.5, device="cpu")
+    assert model.watch.session(videos[0]).policy.spec()["ratio"] == 0.5
+    given = []
+    model.watch = lambda video, question, **options: given.append(options) or SimpleNamespace(text="a.b", tokens=[1])
+    model.task_dict = {"task": {"test": [{}]}}
+    for settings in ({}, {"max_new_tokens": 3, "do_sample": True, "temperature": 0.5, "until": "."}):
+        args = (QUESTION, settings, lambda doc: [videos[0]], 0, "task", "test")
+        (found,) = model.generate_until([SimpleNamespace(args=args)])
+        assert found.text == ("a" if settings else "a.b")
+    assert given == [
+        {"max_new_tokens": own.LONGEST, "do_sample": False},
+        {"max_new_tokens": 3, "do_sample": True, "temperature": 0.5},
+    ]
+    with pytest.raises(ValueError, match="batch_size must be 1, got auto"):
+        own.Pyvidx(str(tmp_path), batch_size="auto")
 
 
 def test_lmms_eval_runs_a_task(videos, tmp_path, monkeypatch):

@@ -13,6 +13,7 @@ from pyvidx.eval.watch import Watcher, until
 from pyvidx.hosts.importing import LOCAL, importing
 
 GENERATE = ("max_new_tokens", "temperature", "top_p", "num_beams", "do_sample")
+LONGEST = 1024
 
 
 class Pyvidx(lmms):
@@ -20,8 +21,8 @@ class Pyvidx(lmms):
 
     Args:
         pretrained: its folder, or a name in transformers' cache; nothing is downloaded.
-        policy, capacity, frames, sampler, seed, options: see pyvidx.eval.watch.Watcher; "None", as in a command line, is
-            None.
+        policy, capacity, frames, sampler, seed, options: see pyvidx.eval.watch.Watcher; "None", as a command line has
+            it, is None.
         device, dtype: of the model; dtype a name of torch's, or "auto", as saved.
         batch_size: 1. max_batch_size: lmms-eval's, unused.
 
@@ -60,7 +61,7 @@ class Pyvidx(lmms):
         )  # fmt: skip
 
     def generate_until(self, requests) -> list[GenerationResult]:
-        """An answer to each question about one video.
+        """An answer to each question about one video, of at most LONGEST tokens where its task does not say.
 
         Raises:
             ValueError: a question is about something else than one video file.
@@ -75,7 +76,7 @@ class Pyvidx(lmms):
             options = {name: settings[name] for name in GENERATE if settings.get(name) is not None}
             if not options.get("temperature"):  # 0: the likeliest
                 options = {k: v for k, v in options.items() if k not in ("temperature", "top_p")} | {"do_sample": False}
-            answer = self.watch(visuals[0], question, **options)
+            answer = self.watch(visuals[0], question, **{"max_new_tokens": LONGEST} | options)
             text = until(answer.text, settings.get("until") or [])
             found.append(GenerationResult(text=text, token_counts=TokenCounts(output_tokens=len(answer.tokens))))
         return found

@@ -120,8 +120,8 @@ def _how(policy: str, capacity: int | None, options: dict) -> dict:
         fields = memory.create(policy).spec()
         if "capacity" not in fields and capacity is not None:
             raise ValueError(
-                f"Watcher: {policy} has no capacity to keep to {capacity} steps: give capacity=None, and options of its "
-                f"own, which are {', '.join(name for name in fields if name != 'name')}"
+                f"Watcher: {policy} has no capacity to keep to {capacity} steps: give capacity=None, and its own "
+                f"options, which are {', '.join(name for name in fields if name != 'name')}"
             )
         if "capacity" in fields and capacity is None:
             if options:
