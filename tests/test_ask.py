@@ -194,6 +194,10 @@ def test_live(videos, models, capsys, monkeypatch):
     ("a.mp4 q --model blip --memory merge:unit=frame", "takes query=False or visual=False, got unit"),
     ("a.mp4 --model blip --live --memory fifo", "must be merge:query=False where questions are typed"),
     ("a.mp4 --model blip --live", "must be merge:query=False where questions are typed"),
+    ("a.mp4 q --model m", "no file named model.safetensors"),
+    ("a.mp4 q --model llava", "no file named model.safetensors"),
+    ("a.mp4 q --model blip", "no file named model.safetensors"),
+    ("a.mp4 q --model broken", "header"),
     ("a.mp4 q --model llava --memory merge", "--memory must not be given with a BT-Adapter"),
     ("a.mp4 q --model llava --live", "--live must not be given with a BT-Adapter"),
 ])  # fmt: skip
@@ -204,11 +208,14 @@ def test_arguments(tmp_path, monkeypatch, given, message, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "a.mp4").write_bytes(b"x")
     kinds = {"m": "llava_onevision", "blip": "instructblip", "llava": "llava", "bert": "bert"}
+    kinds["broken"] = kinds["m"]
     (tmp_path / "empty").mkdir()
     for name, kind in kinds.items():
         (tmp_path / name).mkdir()
         about = {"model_type": kind, "vision_config": {"model_type": "pyvidx_bt_adapter_vision"}}
+        about |= {"architectures": ["LlavaOnevisionForConditionalGeneration"]} if kind == "llava_onevision" else {}
         (tmp_path / name / "config.json").write_text(json.dumps(about))
+    (tmp_path / "broken/model.safetensors").write_bytes(b"x" * 100)
     with pytest.raises(SystemExit) as stop:
         ask(shlex.split(given))
     said = capsys.readouterr()
