@@ -43,7 +43,9 @@ class Chat:
         frames = as_frames(frames)
         if frames.dim() != 4 or not len(frames):
             raise ValueError(f"Chat: frames must be uint8 [T, H, W, 3], T > 0, got {tuple(frames.shape)}")
-        turns = [turn for pair in history for turn in zip(("user", "assistant"), pair)] + [("user", question)]
+        turns = [turn for pair in history for turn in zip(("user", "assistant"), pair, strict=True)] + [
+            ("user", question)
+        ]
         messages = [{"role": role, "content": [{"type": "text", "text": text}]} for role, text in turns]
         messages[0]["content"].append({"type": "video"})
         text = self.processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
