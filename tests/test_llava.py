@@ -370,6 +370,9 @@ def test_errors(published, tmp_path):
     for wrong in ([], [1.0], [torch.randn(8, 3, 28, 28), torch.randn(8, 4, 28, 28)]):
         with pytest.raises(ValueError, match=r"must be clips \[B, T, 3, h, w\]"):
             model.model.vision_tower(wrong)
+    for wrong in (-1, [2, 99], 6):
+        with pytest.raises(ValueError, match="hidden states are those of 0 to 5"):
+            model.model.vision_tower(torch.randn(1, 4, 3, 28, 28), output_hidden_states=wrong)
     with pytest.raises(ValueError, match="T must be in"):
         model.model.vision_tower(torch.randn(1, 1, 3, 28, 28))
     with pytest.raises(ValueError, match="video-chatgpt_v1, vicuna_v1_1"):
