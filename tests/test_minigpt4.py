@@ -122,6 +122,8 @@ def test_what_is_missing(tmp_path):
     cut = {k: v for k, v in branch.items() if "btadapter_T.1.attn.proj" not in k}
     with pytest.raises(ValueError, match=r"nothing fills 2 parameters: encoder.temporal.branch.temporal.\*.out"):
         load_minigpt4(*sources[:2], cut, sources[3], **HEADS_TOLD)
+    with pytest.raises(ValueError, match="must hold a video, B > 0"):
+        MiniGPT4.default()(torch.zeros(0, 2, 3, 42, 42))
     with pytest.raises(ValueError, match="the Q-Former without text"):
         dataclasses.replace(MiniGPT4Config.tiny(), qformer=MALMMConfig.tiny().qformer)
 
