@@ -207,7 +207,11 @@ def test_errors(video, frames):
         with pytest.raises(ValueError, match=message):
             wrong()
     session = host.session(ASK)
-    session.push(frames[:1])
+    session.push(frames[:1], 3.0)
+    for seconds in ([2.0, 4.0], [5.0, 4.0], [4.0, float("nan")], ["x", "y"]):
+        with pytest.raises(ValueError, match="seconds must be"):
+            session.push(frames[:2], seconds)
+    assert session.frames == 1
     with pytest.raises(ValueError, match="must be one of the session's"):
         session.ask(OTHER)
     _, t5 = built("instructblip", "t5")
