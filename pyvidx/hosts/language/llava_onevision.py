@@ -17,8 +17,8 @@ class LlavaOnevision(Host):
     ragged = True
 
     def videos(self, inputs, prompt) -> list[Place]:
-        clips = self.clips(inputs)
         vision = self.config.vision_config
+        clips = self.clips(inputs, vision)
         side = math.ceil(vision.image_size // vision.patch_size / 2)
         P = side * side
         blocks = prompt.blocks(self.token, [len(clip) * P + 1 for clip in clips])

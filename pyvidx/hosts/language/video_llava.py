@@ -18,8 +18,8 @@ class VideoLlava(Host):
     pictures = ("pixel_values", "pixel_values_images")  # the second in transformers before 5.23
 
     def videos(self, inputs, prompt) -> list[Place]:
-        clips = self.clips(inputs)
         vision = self.config.vision_config
+        clips = self.clips(inputs, vision)
         P = (vision.image_size // vision.patch_size) ** 2 + 1
         blocks = prompt.blocks(self.token, [len(clip) * P for clip in clips])
         return [Place(i, *block, len(clip), P) for i, (block, clip) in enumerate(zip(blocks, clips))]
