@@ -328,6 +328,7 @@ class Session:
                 return question
             parts = [{"type": "video"}, {"type": "text", "text": question}]
             question = [{"role": "user", "content": parts}]
+        require(isinstance(question, list | tuple), "Session.ask: question must be a text or a conversation", question)
         return self.host.processor.apply_chat_template(question, add_generation_prompt=True, tokenize=False)
 
     def _waits(self, held: Tensor, times: list[float], frames: int, last: float) -> None:

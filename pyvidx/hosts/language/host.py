@@ -216,6 +216,10 @@ class Host:
                 require(x.shape[1:] == shape, f"compress: frames of video {i} must be {shape}, as the encoder's", x)
         return clips
 
+    def one_by_one(self, rows: Sequence[Tensor]):
+        """The tokens of rows [n, C] as items, for models that take one tensor: videos of unequal lengths are none."""
+        return self.output(torch.cat(rows)[:, None])
+
     def output(self, pooled, kind: str = "BaseModelOutputWithPooling", **more):
         """One of transformers' outputs, by name."""
         from transformers import modeling_outputs

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 from pyvidx.hosts.language.host import Host, Place, Slots
@@ -34,6 +33,4 @@ class LlavaOnevision(Host):
 
     def features(self, slots: Sequence[Slots]):
         newline = self.model.base_model.image_newline.to(slots[0].rows[0])[None]
-        rows = [x for s in slots for x in (s.rows[0], newline)]
-        # The model wants one tensor, and lengths differ: tokens are items.
-        return self.output(torch.cat(rows)[:, None])
+        return self.one_by_one([x for s in slots for x in (s.rows[0], newline)])

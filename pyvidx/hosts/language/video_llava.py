@@ -5,7 +5,6 @@ from __future__ import annotations
 import inspect
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 from pyvidx.hosts.language.host import Host, Place, Slots
@@ -35,5 +34,4 @@ class VideoLlava(Host):
         return self.own("get_image_features", {}, **{name: pixels})
 
     def features(self, slots: Sequence[Slots]):
-        # The model wants one tensor, and lengths differ: tokens are items.
-        return self.output(torch.cat([s.rows[0] for s in slots])[:, None])
+        return self.one_by_one([s.rows[0] for s in slots])
