@@ -211,9 +211,11 @@ class Host:
         text = f"compress: {self.pixels[0]} must be [videos, T, channels, h, w], or a list of [T, channels, h, w]"
         require(fits, text, clips)
         if vision is not None:
-            shape = (vision.num_channels, vision.image_size, vision.image_size)
-            for i, x in enumerate(clips):
-                require(x.shape[1:] == shape, f"compress: frames of video {i} must be {shape}, as the encoder's", x)
+            size, patch, channels = vision.image_size, vision.patch_size, vision.num_channels
+            text = f"compress: frames of video {{i}} must be {(channels, size, size)}, as the encoder's"
+            for i, (_, C, h, w) in enumerate(x.shape for x in clips):  # a rest beyond the last patch is not looked at
+                fits = C == channels and h // patch == w // patch == size // patch
+                require(fits, text, clips[i], i=i)
         return clips
 
     def one_by_one(self, rows: Sequence[Tensor]):
