@@ -1,7 +1,19 @@
-"""What `generate` returns: a prompt and, behind it, what the model made."""
+"""What `generate` is told, and what it returns: a prompt and, behind it, what the model made."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
+
+
+def option(model, given: Mapping[str, Any], name: str):
+    """What generate would take for an option: of its call, of a generation_config there, or of the model's; or None."""
+    configs = (given.get("generation_config"), getattr(model, "generation_config", None))
+    found = (given.get(name), *(getattr(config, name, None) for config in configs))
+    return next((x for x in found if x is not None), None)
 
 
 def answers(sequences: Tensor, prompts: Tensor) -> Tensor:

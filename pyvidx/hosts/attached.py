@@ -8,7 +8,7 @@ import logging
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from pyvidx.hosts.answers import readdressed
+from pyvidx.hosts.answers import option, readdressed
 from pyvidx.hosts.compress import CHUNK, compress
 from pyvidx.hosts.language import host_of
 from pyvidx.hosts.language.kept import method
@@ -108,7 +108,8 @@ class attached:  # noqa: N801  (used as a statement: with attached(...))
                 return generate(*args, **kwargs)
             small, given = self._compressed(inputs), inputs["input_ids"]
             shorter = given.shape[1] - small["input_ids"].shape[1]
-            small |= {name: small[name] - shorter for name in _LENGTHS if small.get(name) is not None}
+            lengths = {name: option(self._host.model, small, name) for name in _LENGTHS}
+            small |= {name: max(0, n - shorter) for name, n in lengths.items() if n is not None}
             found = generate(**small)
             whole = readdressed(getattr(found, "sequences", found), small["input_ids"], given)
             if not hasattr(found, "sequences"):
@@ -120,6 +121,8 @@ class attached:  # noqa: N801  (used as a statement: with attached(...))
         return call
 
     def _sees(self, inputs: Mapping[str, Any]) -> bool:
+        if self._host.embedded and inputs.get("inputs_embeds") is not None:
+            return False
         return any(inputs.get(name) is not None for name in self._host.pixels)
 
     def _compressed(self, inputs: dict[str, Any]) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, MutableMapping, Sequence
 from typing import Any
 
 import torch
@@ -78,7 +78,7 @@ def compress(
     """
     check_counts("compress", chunk=chunk)
     host, how = host_of(model, processor), method(policy, capacity, options)
-    require(isinstance(inputs, Mapping), f"compress: inputs must be a mapping, got {type(inputs).__name__}")
+    require(isinstance(inputs, MutableMapping), "compress: inputs must be a mapping such as a dict", inputs)
     prompt = Prompt.of(inputs)
     places = placed(host, inputs, prompt)
     if not places:
@@ -97,8 +97,10 @@ def placed(host: Host, inputs: Mapping[str, Any], prompt: Prompt) -> list[Place]
     Raises:
         ValueError: see compress.
     """
-    done = (inputs.get("mm_encoder_outputs") or {}).get("video") is not None
-    require(not done, "compress: inputs hold encoded video already (mm_encoder_outputs); give the processor's")
+    given = inputs.get("mm_encoder_outputs")
+    require(given is None or isinstance(given, Mapping), "compress: mm_encoder_outputs must be a mapping", given)
+    text = "compress: inputs hold encoded video already (mm_encoder_outputs); give the processor's"
+    require(given is None or given.get("video") is None, text)
     check_along(inputs, host.passed)
     places = host.videos(inputs, prompt)
     for place in places:
@@ -118,9 +120,12 @@ def times_of(host: Host, inputs: Mapping[str, Any], places: Sequence[Place], sec
     """
     if seconds is None:
         seconds = [host.seconds(inputs, place) for place in places]
-    require(
-        len(seconds) == len(places), f"compress: seconds must be of {len(places)} videos, got {len(seconds)} sequences"
-    )
+    text = f"compress: seconds must be of {len(places)} videos, a sequence of times each"
+    try:
+        seconds = list(seconds)
+    except TypeError:
+        raise ValueError(f"{text}, got {seconds!r:.100}") from None
+    require(len(seconds) == len(places), f"{text}, got {len(seconds)}")
     found = []
     for given, place in zip(seconds, places):
         when = _as_times(given, place.number)

@@ -30,7 +30,8 @@ def stacked(frames) -> Tensor:
         array = np.array(frames)
         require(array.dtype.kind in "uif", f"Session.push: frames must be images, got {type(frames).__name__}")
         frames = torch.from_numpy(array)
-    fits = frames.dim() in (3, 4) and (frames.shape[-3] in (1, 3) or frames.shape[-1] in (1, 3))
+    plain = frames.dtype != torch.bool and not frames.is_complex()
+    fits = plain and frames.dim() in (3, 4) and (frames.shape[-3] in (1, 3) or frames.shape[-1] in (1, 3))
     require(fits, "Session.push: frames must be [H, W, 3] or [3, H, W], or several of them", frames)
     frames = frames if frames.dim() == 4 else frames[None]
     return frames if frames.shape[1] in (1, 3) else frames.permute(0, 3, 1, 2)

@@ -185,7 +185,7 @@ def _items(name, config, inputs, outputs, prompt: Prompt, processor) -> list[tup
         return []
     text = f"serving: {name}_grid_thw must be whole numbers [{name}s, 3] beside mm_encoder_outputs[{name!r}]"
     fits = isinstance(grid, Tensor) and grid.dim() == 2 and grid.shape[1] == 3 and not grid.is_floating_point()
-    require(fits, text, *([grid] if isinstance(grid, Tensor) else []))
+    require(fits, text, grid)
     grid, m = grid.cpu().long(), config.vision_config.spatial_merge_size
     counts = [T * (H // m) * (W // m) for T, H, W in grid.tolist()]
     rows = _features(name, outputs, sum(counts)).split(counts)

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from pyvidx import memory
-from pyvidx.hosts.answers import answers
+from pyvidx.hosts.answers import answers, option
 from pyvidx.hosts.compress import CHUNK, handed, placed
 from pyvidx.hosts.frames import stacked, times_after
 from pyvidx.hosts.language import Place, Prompt, Slots, host_of
@@ -173,13 +173,15 @@ class Session:
             options: of the model's `generate`, e.g. max_new_tokens. One sequence comes back.
 
         Raises:
-            ValueError: nothing was pushed yet, or the prompt has not one place for the video.
+            ValueError: nothing was pushed yet, the prompt has not one place for the video, or generate would return
+            several sequences.
         """
+        several = option(self.host.model, options, "num_return_sequences") or 1
+        require(several == 1, f"Session.ask: generate must return one sequence, got num_return_sequences={several}")
         slots = self._slots()
         inputs = self._inputs(question, slots)
         found = self.host.model.generate(**inputs, **options)
         found = getattr(found, "sequences", found)
-        require(len(found) == 1, f"Session.ask: generate must return one sequence, got {len(found)}")
         tokens = answers(found, inputs["input_ids"])[0].cpu()
         return Answer(self.host.processor.decode(tokens, skip_special_tokens=True), tokens, spans(slots))
 
@@ -326,6 +328,7 @@ class Session:
                 return question
             parts = [{"type": "video"}, {"type": "text", "text": question}]
             question = [{"role": "user", "content": parts}]
+        require(isinstance(question, list | tuple), "Session.ask: question must be a text or a conversation", question)
         return self.host.processor.apply_chat_template(question, add_generation_prompt=True, tokenize=False)
 
     def _waits(self, held: Tensor, times: list[float], frames: int, last: float) -> None:

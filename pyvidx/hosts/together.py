@@ -35,12 +35,16 @@ def together(several: Sequence[Mapping[str, Any]], pad: int = 0, side: str = "le
     """
     require(len(several) > 0, "together: there must be at least one prompt, got none")
     require(side in ("left", "right"), f"together: side must be 'left' or 'right', got {side!r}")
-    names = dict.fromkeys(name for inputs in several for name in inputs)
+    for inputs in several:
+        ids = inputs.get("input_ids") if isinstance(inputs, Mapping) else inputs
+        fits = isinstance(ids, Tensor) and ids.dim() == 2
+        require(fits, "together: each must be a mapping that holds input_ids [B, L] (return_tensors='pt')", ids)
     out, kind = {}, copy.copy(several[0])
-    several = [{"attention_mask": torch.ones_like(inputs["input_ids"])} | dict(inputs) for inputs in several]
+    several = [{name: x for name, x in inputs.items() if x is not None} for inputs in several]
+    several = [{"attention_mask": torch.ones_like(inputs["input_ids"])} | inputs for inputs in several]
     longest = max(inputs["input_ids"].shape[1] for inputs in several)
-    for name in dict.fromkeys([*names, "attention_mask"]):
-        found = [inputs[name] for inputs in several if inputs.get(name) is not None]
+    for name in dict.fromkeys(name for inputs in several for name in inputs):
+        found = [inputs[name] for inputs in several if name in inputs]
         if name in ALONG:
             require(len(found) == len(several), f"together: {name} must be there for all prompts or for none")
             fill = pad if name == "input_ids" else ALONG[name]

@@ -145,18 +145,21 @@ def _device(args: Sequence) -> str:
     return next((t.device.type for t in _tensors(args)), "cpu")
 
 
-def require(ok: bool, message: str, *tensors: Tensor | None, **values) -> None:
+def require(ok: bool, message: str, *came, **values) -> None:
     """Raise ValueError("op: what must hold, got ...") unless ok.
 
+    came: a tensor is told by its shape, dtype and device, another value by its type.
     values: for {names} in the message. Sizes go there: a compiler that traces symbolic ones cannot write them out.
     """
     if not ok:
         message = message.format(**values) if values else message
         got = ", ".join(
-            "None" if t is None else f"{tuple(t.shape)} {str(t.dtype).removeprefix('torch.')} on {t.device}"
-            for t in tensors
-        )
-        raise ValueError(f"{message}, got {got}" if tensors else message)
+            f"{tuple(x.shape)} {str(x.dtype).removeprefix('torch.')} on {x.device}"
+            if isinstance(x, Tensor)
+            else "None" if x is None else type(x).__name__
+            for x in came
+        )  # fmt: skip
+        raise ValueError(f"{message}, got {got}" if came else message)
 
 
 def require_tensors(op: str, **values) -> None:

@@ -64,10 +64,18 @@ def test_what_has_no_video_goes_through(onevision):
     with attached(model, "merge", capacity=2) as memory:
         found = [model.generate(**x, **GREEDY) for x in (text, image, small)]
     assert all(map(torch.equal, found, own)) and memory.calls == 0
+    tiny = ENTRIES["instructblipvideo"]  # whose slots are embedded, beside pixels that stand for none
+    model, inputs = tiny.model(), tiny.inputs([Video(6), 5])
+    own = model.generate(**compress(model, inputs, "merge", capacity=3), **GREEDY)
+    with attached(model, "merge", capacity=2) as memory:
+        found = model.generate(**compress(model, inputs, "merge", capacity=3), **GREEDY)
+    assert torch.equal(found, own) and memory.calls == 0
 
 
-def test_forms_of_a_call(onevision):
+def test_forms_of_a_call(onevision, monkeypatch):
     """Positional arguments, `inputs`, a dict that comes back, several answers, lengths with the prompt, labels."""
+    from transformers import GenerationConfig
+
     tiny, model = onevision
     inputs = tiny.inputs(*ROWS)
     ids, length = inputs["input_ids"], inputs["input_ids"].shape[1]
@@ -89,6 +97,12 @@ def test_forms_of_a_call(onevision):
         assert torch.equal(new(model.generate(**inputs, **GREEDY, **beams), inputs), several)
         lengths = {"max_length": length + 3, "min_length": length + 3, "do_sample": False, "pad_token_id": 0}
         assert torch.equal(new(model.generate(**inputs, **lengths), inputs), one)
+        assert torch.equal(new(model.generate(**inputs, generation_config=GenerationConfig(**lengths)), inputs), one)
+        monkeypatch.setattr(model, "generation_config", GenerationConfig(**lengths))
+        assert torch.equal(new(model.generate(**inputs), inputs), one)
+        monkeypatch.undo()
+        short = GREEDY | {"min_new_tokens": None, "min_length": 5}  # shorter than the prompt: of no effect
+        assert new(model.generate(**inputs, **short), inputs).shape[1] <= 3
         with torch.no_grad():
             torch.testing.assert_close(model(**inputs, labels=ids).loss, loss)
             torch.testing.assert_close(model(ids, **pixels, labels=ids).loss, loss)

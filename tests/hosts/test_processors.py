@@ -72,6 +72,16 @@ def test_what_a_processor_makes(host):
     assert small["attention_mask"].sum() < inputs["attention_mask"].sum() and answer(model, small).shape == (2, 4)
 
 
+def test_frames_of_another_size(host, monkeypatch):
+    """Are an error before the encoder runs."""
+    model, processor = host
+    inputs = processor(text=["what is <video>"], videos=[pictures(3)], return_tensors="pt")
+    monkeypatch.setattr(type(model.base_model), "get_video_features", lambda *a, **k: pytest.fail("the encoder ran"))
+    for wrong in (inputs["pixel_values_videos"][..., :24, :], inputs["pixel_values_videos"][:, :, :1]):
+        with pytest.raises(ValueError, match=r"frames of video 0 must be \(3, 32, 32\), as the encoder's, got"):
+            compress(model, inputs | {"pixel_values_videos": wrong}, capacity=2)
+
+
 def test_prompts_together(host):
     """Videos of unequal lengths, images of unequal numbers of crops, a prompt without a video."""
     model, processor = host
@@ -95,6 +105,9 @@ def test_what_does_not_join():
     for several, options, message in (
         ([], {}, "at least one prompt"),
         ([ids], {"side": "top"}, "side must be"),
+        ([ids, {"x": torch.ones(1)}], {}, "holds input_ids .*got None"),
+        ([ids, {"input_ids": [[1, 2]]}], {}, "holds input_ids .*got list"),
+        (ids, {}, "holds input_ids .*got str"),
         ([ids | {"labels": ids["input_ids"]}, words], {}, "labels must be there for all"),
         ([ids | {"x": torch.ones(1, 2, 3)}, words | {"x": torch.ones(1, 2, 4)}], {}, "x must have one shape"),
         ([ids | {"x": [1]}, words | {"x": torch.ones(1)}], {}, "x must be tensors, or lists"),

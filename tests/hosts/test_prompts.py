@@ -97,7 +97,8 @@ def test_times():
     assert of(seconds=[[0.0, 1, 2, 3, 4]]) == [0.5, 2.5, 4], "the last frame fills its step"
     metadata = {"fps": 2.0, "frames_indices": [0, 2, 4, 6, 8, 10]}
     assert of({"video_metadata": [metadata]}) == [0.5, 2.5, 4.5]
-    assert of({"video_metadata": [metadata | {"fps": None}]}) == [0, 1, 2]
+    for unknown in (metadata | {"fps": None}, {"fps": 2.0}, {"frames_indices": [0, 2, 4]}):
+        assert of({"video_metadata": [unknown]}) == [0, 1, 2]
     for seconds, message in (
         ([["a", "b"]], "must be numbers"),
         ([[0.0, 1]], "3 steps of 2 frames"),
@@ -105,8 +106,11 @@ def test_times():
     ):
         with pytest.raises(ValueError, match=message):
             of(seconds=seconds)
-    with pytest.raises(ValueError, match="video_metadata must be of every video"):
-        of({"video_metadata": []})
+    for wrong in ([], metadata, [None], [[metadata]], 3):
+        with pytest.raises(ValueError, match="video_metadata must be of every video"):
+            of({"video_metadata": wrong})
+    with pytest.raises(ValueError, match="must be numbers, for video 0"):
+        of({"video_metadata": [metadata | {"fps": "fast"}]})
 
 
 @pytest.mark.parametrize("name, options", [
@@ -155,7 +159,7 @@ def test_slots_are_those_of_the_policy():
 def test_hosts_are_found_in_what_wraps_a_model():
     pytest.importorskip("transformers", minversion="5.20", reason="pip install 'pyvidx[hosts]'")
 
-    class Model:
+    class Model(torch.nn.Module):
         config = type("Config", (), {"model_type": "video_llava"})
 
     class Peft:
@@ -163,4 +167,6 @@ def test_hosts_are_found_in_what_wraps_a_model():
             return Model()
 
     compiled = type("Compiled", (), {"_orig_mod": Peft()})()
-    assert type(host_of(compiled)).__name__ == "VideoLlava" and type(host_of(compiled).model) is Model
+    parallel = torch.nn.DataParallel(Model())
+    for wrapped in (compiled, parallel, type("Compiled", (), {"_orig_mod": parallel})()):
+        assert type(host_of(wrapped)).__name__ == "VideoLlava" and type(host_of(wrapped).model) is Model

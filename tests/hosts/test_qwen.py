@@ -82,6 +82,14 @@ def own_positions(model, inputs):
 PAIRS = [0, 0, 0, 0, 0, 0, 1, 1, 2, 2, 2, 2]  # steps 0 to 2 alike, 3, and 4 and 5 alike
 
 
+def test_a_grid_may_have_the_shape_of_the_prompt(qwen25):
+    model, _ = qwen25
+    ids = torch.full((1, 3), model.config.video_token_id)
+    inputs = {"input_ids": ids, "mm_token_type_ids": torch.full((1, 3), 2), "video_grid_thw": torch.tensor([[3, 2, 2]])}
+    small = compress(model, inputs | {"pixel_values_videos": torch.randn(12, 96)}, capacity=2)
+    assert small["input_ids"].shape == (1, 2) and small["video_grid_thw"].tolist() == [[2, 2, 2]]
+
+
 @pytest.mark.parametrize("fps", [2.0, 20 / 7, 0.3, 29.97])
 def test_slots_stand_at_their_middle_seconds(qwen25, fps):
     """Qwen2.5-VL, in the way of transformers: floor(seconds * tokens_per_second), behind the text before the video."""

@@ -183,7 +183,7 @@ def test_questions(onevision):
     assert session.ask(QUESTION, **options).tokens.shape == (3,)
 
 
-def test_what_does_not_fit_is_said(onevision, tmp_path):
+def test_what_does_not_fit_is_said(onevision, tmp_path, monkeypatch):
     model, processor = onevision
     session = Session(model, processor, capacity=3)
     for call in (lambda: session.ask("?"), session.slots, lambda: session.save(tmp_path / "a.safetensors")):
@@ -200,16 +200,20 @@ def test_what_does_not_fit_is_said(onevision, tmp_path):
         (FRAMES[:1, :, :9], 3, "size and dtype of the first"),
         (FRAMES[:1].float(), 3, "size and dtype of the first"),
         (FRAMES[:1, :2], 3, r"\[H, W, 3\]"),
+        (FRAMES[:1] > 9, 3, r"\[H, W, 3\]"),
         ("a.mp4", 3, "must be images"),
         ([FRAMES[0], FRAMES[0, :, :9]], [3, 4], "of one size"),
     ]:
         with pytest.raises(ValueError, match=said):
             session.push(frames, seconds)
     check_same(model, session.inputs(QUESTION), before)
-    with pytest.raises(ValueError, match="one sequence"):
+    with monkeypatch.context() as patch, pytest.raises(ValueError, match="one sequence"):
+        patch.setattr(model, "generate", lambda **_: pytest.fail("the model ran"))
         session.ask(QUESTION, **GREEDY | {"num_return_sequences": 2, "num_beams": 2})
     with pytest.raises(ValueError):
         session.ask([{"role": "user", "content": [{"type": "text", "text": "No video?"}]}])
+    with pytest.raises(ValueError, match="must be a text or a conversation, got None"):
+        session.ask(None)
     for options, said in [
         ({"policy": "evs", "q": 0.5}, "whole clip"),
         ({"policy": "keyframes", "capacity": 3}, "whole clip"),

@@ -88,7 +88,7 @@ class Frames(Host):
         require(not done, "compress: inputs hold encoded frames already (mm_encoder_outputs); give the processor's")
         pixels, runs = inputs.get("pixel_values"), _runs(prompt.ids, self.token)
         text = f"compress: input_ids hold {sum(b - a for _, a, b in runs)} placeholders of images (token {self.token})"
-        if pixels is None:
+        if pixels is None or not len(pixels):
             require(not runs, f"{text} and the inputs no pixels of any: give what the processor made of videos=")
             return []
         images, (h, w) = self.shown(inputs), self.grid(*pixels[0].shape[-2:])

@@ -76,7 +76,8 @@ class Host:
         ragged: any number of tokens fits; else slots must have the P positions of a step.
         in_place: each of those must have a place in a step of the video, as the model has positions for it.
         pixels: inputs that the encoded video takes the place of. pictures: those of images.
-        passed: inputs of the shape of input_ids that are not about its tokens.
+        passed: inputs that may have the shape of input_ids and are not about its tokens.
+        embedded: slots are handed in inputs_embeds.
         reads_prompt: what the encoder makes of a video depends on the prompt.
     """
 
@@ -85,6 +86,7 @@ class Host:
     pixels: ClassVar[tuple[str, ...]] = ("pixel_values_videos",)
     pictures: ClassVar[tuple[str, ...]] = ("pixel_values",)
     passed: ClassVar[tuple[str, ...]] = ()
+    embedded: ClassVar[bool] = False
     reads_prompt: ClassVar[bool] = False
 
     def __init__(self, model, processor=None):
@@ -114,17 +116,10 @@ class Host:
     # What most share.
 
     def seconds(self, inputs: Mapping[str, Any], place: Place) -> Tensor:
-        """The time of each step as far as the inputs tell: of `video_metadata` (return_metadata=True of processors),
-        else the numbers of the steps. float64 [T], or of each frame, on the CPU."""
-        metadata = inputs.get("video_metadata")
-        if metadata is not None:
-            text = f"compress: video_metadata must be of every video, got {len(metadata)} and a video {place.number}"
-            require(place.number < len(metadata), text)
-            one = metadata[place.number]
-            fps, indices = one["fps"], one["frames_indices"]
-            if fps and indices is not None:
-                return torch.as_tensor(indices, dtype=torch.float64).cpu() / fps
-        return torch.arange(place.steps, dtype=torch.float64)
+        """The time of each step as far as the inputs tell: of `video_metadata`, else the numbers of the steps. float64
+        [T], or of each frame, on the CPU."""
+        known = self.metadata_seconds(inputs, place)
+        return torch.arange(place.steps, dtype=torch.float64) if known is None else known
 
     def features(self, slots: Sequence[Slots]):
         """What the model takes as mm_encoder_outputs["video"], for all videos in order. generate with several beams
@@ -183,16 +178,49 @@ class Host:
         mine = {name: x.to(device, non_blocking=x.is_cpu) if isinstance(x, Tensor) else x for name, x in mine.items()}
         return call(**mine, return_dict=True)
 
-    def clips(self, inputs: Mapping[str, Any]) -> Sequence[Tensor]:
-        """The pixels of all videos, [T, channels, h, w] each: of one tensor, or of a list where lengths differ."""
+    def metadata_seconds(self, inputs: Mapping[str, Any], place: Place) -> Tensor | None:
+        """The time of each frame, float64 [frames], by `video_metadata` (return_metadata=True of processors); None
+        where that is not there, or has no fps or no frames_indices."""
+        metadata = inputs.get("video_metadata")
+        if metadata is None:
+            return None
+        count = len(metadata) if isinstance(metadata, list | tuple) else 0
+        one = metadata[place.number] if place.number < count else None
+        text = f"compress: video_metadata must be of every video, a list of mappings, got {count} and a video"
+        require(isinstance(one, Mapping), f"{text} {place.number}", metadata, one)
+        fps, indices = one.get("fps"), one.get("frames_indices")
+        if not fps or indices is None:
+            return None
+        try:
+            return torch.as_tensor(indices, dtype=torch.float64).cpu() / float(fps)
+        except (TypeError, ValueError, RuntimeError) as error:
+            text = f"compress: fps and frames_indices of video_metadata must be numbers, for video {place.number}"
+            raise ValueError(f"{text}: {error}") from None
+
+    def clips(self, inputs: Mapping[str, Any], vision=None) -> Sequence[Tensor]:
+        """The pixels of all videos, [T, channels, h, w] each: of one tensor, or of a list where lengths differ.
+
+        Args:
+            vision: the configuration of an encoder that takes images of its image_size alone.
+        """
         clips = inputs.get(self.pixels[0])
         if clips is None:
             return []
         several = isinstance(clips, Tensor) and clips.dim() == 5 or isinstance(clips, list | tuple)
         fits = several and all(isinstance(x, Tensor) and x.dim() == 4 and len(x) for x in clips)
         text = f"compress: {self.pixels[0]} must be [videos, T, channels, h, w], or a list of [T, channels, h, w]"
-        require(fits, text, *([clips] if isinstance(clips, Tensor) else []))
+        require(fits, text, clips)
+        if vision is not None:
+            size, patch, channels = vision.image_size, vision.patch_size, vision.num_channels
+            text = f"compress: frames of video {{i}} must be {(channels, size, size)}, as the encoder's"
+            for i, (_, C, h, w) in enumerate(x.shape for x in clips):  # a rest beyond the last patch is not looked at
+                fits = C == channels and h // patch == w // patch == size // patch
+                require(fits, text, clips[i], i=i)
         return clips
+
+    def one_by_one(self, rows: Sequence[Tensor]):
+        """The tokens of rows [n, C] as items, for models that take one tensor: videos of unequal lengths are none."""
+        return self.output(torch.cat(rows)[:, None])
 
     def output(self, pooled, kind: str = "BaseModelOutputWithPooling", **more):
         """One of transformers' outputs, by name."""

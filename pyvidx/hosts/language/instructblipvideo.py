@@ -27,6 +27,7 @@ class InstructBlipVideo(Host):
     ragged = True
     pixels = ("pixel_values",)
     passed = ("qformer_input_ids", "qformer_attention_mask")
+    embedded = True
     reads_prompt = True
 
     def videos(self, inputs, prompt) -> list[Place]:

@@ -20,7 +20,7 @@ class InternVL(Frames):
     def shown(self, inputs) -> Sequence[int]:
         pixels = inputs["pixel_values"]
         fits = isinstance(pixels, Tensor) and pixels.dim() == 4
-        require(fits, "compress: pixel_values must be [images, channels, h, w]", *([pixels] if fits else []))
+        require(fits, "compress: pixel_values must be [images, channels, h, w]", pixels)
         return range(len(pixels))
 
     def grid(self, height: int, width: int) -> tuple[int, int]:

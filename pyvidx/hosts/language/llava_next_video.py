@@ -13,8 +13,8 @@ class LlavaNextVideo(Host):
     ragged = True
 
     def videos(self, inputs, prompt) -> list[Place]:
-        clips = self.clips(inputs)
         vision = self.config.vision_config
+        clips = self.clips(inputs, vision)
         side = vision.image_size // vision.patch_size // self.config.spatial_pool_stride
         P = side * side
         blocks = prompt.blocks(self.token, [len(clip) * P for clip in clips])

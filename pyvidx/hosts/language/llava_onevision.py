@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 from pyvidx.hosts.language.host import Host, Place, Slots
@@ -17,8 +16,8 @@ class LlavaOnevision(Host):
     ragged = True
 
     def videos(self, inputs, prompt) -> list[Place]:
-        clips = self.clips(inputs)
         vision = self.config.vision_config
+        clips = self.clips(inputs, vision)
         side = math.ceil(vision.image_size // vision.patch_size / 2)
         P = side * side
         blocks = prompt.blocks(self.token, [len(clip) * P + 1 for clip in clips])
@@ -34,6 +33,4 @@ class LlavaOnevision(Host):
 
     def features(self, slots: Sequence[Slots]):
         newline = self.model.base_model.image_newline.to(slots[0].rows[0])[None]
-        rows = [x for s in slots for x in (s.rows[0], newline)]
-        # The model wants one tensor, and lengths differ: tokens are items.
-        return self.output(torch.cat(rows)[:, None])
+        return self.one_by_one([x for s in slots for x in (s.rows[0], newline)])

@@ -24,6 +24,7 @@ class Patches(Host):
     """pixel_values_videos [patches, width] and video_grid_thw [videos, 3], in patches. The encoder looks at one step at
     a time (its attention ends with a step), so that any chunk of steps gives the features of the whole."""
 
+    passed = ("image_grid_thw", "video_grid_thw")
     typed: ClassVar[bool] = False  # positions are made of mm_token_type_ids
 
     def looks(self, inputs: Mapping[str, Any], prompt: Prompt) -> list[dict[str, Any]]:
@@ -37,7 +38,7 @@ class Patches(Host):
             return []
         text = "compress: video_grid_thw must be whole numbers [videos, 3] beside pixel_values_videos"
         fits = isinstance(grid, Tensor) and grid.dim() == 2 and grid.shape[1] == 3 and not grid.is_floating_point()
-        require(fits, text, *([grid] if isinstance(grid, Tensor) else []))
+        require(fits, text, grid)
         grids, found, count = grid.tolist(), [], 0
         for i, ((T, H, W), n) in enumerate(zip(grids, self.sides(inputs))):
             fits = min(T, H, W) > 0 and H % n == 0 and W % n == 0
@@ -47,8 +48,7 @@ class Patches(Host):
             count += T * H * W
         text = "compress: pixel_values_videos must be [patches, width]"
         fits = isinstance(pixels, Tensor) and pixels.dim() == 2 and len(pixels) == count
-        got = [pixels] if isinstance(pixels, Tensor) else []
-        require(fits, f"{text}, {count} patches of the grids {grids} in video_grid_thw", *got)
+        require(fits, f"{text}, {count} patches of the grids {grids} in video_grid_thw", pixels)
         if self.typed:
             self._check_types(inputs, prompt)
         return found

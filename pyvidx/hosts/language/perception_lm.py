@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 from pyvidx.hosts.language.host import Host, Place, Slots
@@ -31,4 +30,4 @@ class PerceptionLM(Host):
         return [self.own("get_image_features", inputs, pixel_values=pixels[None]).pooler_output]
 
     def features(self, slots: Sequence[Slots]):
-        return self.output(torch.cat([s.rows[0] for s in slots])[:, None])  # one tensor, whose items are tokens
+        return self.one_by_one([s.rows[0] for s in slots])

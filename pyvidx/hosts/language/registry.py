@@ -6,6 +6,8 @@ import importlib
 import pkgutil
 from collections.abc import Callable
 
+from torch.nn.parallel import DataParallel, DistributedDataParallel
+
 from pyvidx.hosts.language.host import Host
 
 HOSTS: dict[str, type[Host]] = {}
@@ -32,14 +34,13 @@ def names() -> list[str]:
 
 
 def host_of(model, processor=None) -> Host:
-    """The host of a model of transformers, also where PEFT or torch.compile wrapped it.
+    """The host of a model of transformers, also where PEFT, torch.compile or a wrapper for parallel training holds it.
 
     Raises:
         ValueError: there is none for its config.model_type.
         RuntimeError: transformers is older than 5.20 and takes no encoded video.
     """
-    model = getattr(model, "_orig_mod", model)
-    model = model.get_base_model() if hasattr(model, "get_base_model") else model
+    model = _bare(model)
     kind = getattr(getattr(model, "config", None), "model_type", None)
     if kind not in HOSTS and kind in _files():
         importlib.import_module(f"{PACKAGE}.{kind}")
@@ -54,6 +55,14 @@ def host_of(model, processor=None) -> Host:
             f"{transformers.__version__}: pip install -U transformers"
         )
     return HOSTS[kind](model, processor)
+
+
+def _bare(model):
+    if hasattr(model, "get_base_model"):  # PEFT
+        return _bare(model.get_base_model())
+    wrapped = isinstance(model, (DataParallel, DistributedDataParallel))
+    inner = model.module if wrapped else getattr(model, "_orig_mod", model)
+    return model if inner is model else _bare(inner)
 
 
 def _files() -> list[str]:

@@ -42,8 +42,9 @@ class SmolVLM(Frames):
         return self.own("get_image_features", inputs, **given).pooler_output[0].unflatten(0, (len(index), -1))
 
     def seconds(self, inputs, place: Framed) -> Tensor:
-        if inputs.get("video_metadata") is not None:
-            return super().seconds(inputs, place)
+        known = self.metadata_seconds(inputs, place)
+        if known is not None:
+            return known
         said = [re.search(TIME, text).groups() for text in place.said]
         return torch.tensor([60.0 * int(m) + int(s) for m, s in said], dtype=torch.float64)
 

@@ -78,8 +78,9 @@ class Timed(Patches):
 
     def seconds(self, inputs: Mapping[str, Any], place: TimedPlace) -> Tensor:
         """Of `video_metadata`; else what the prompt says, which a processor can read; else numbers of steps."""
-        if inputs.get("video_metadata") is not None or self.processor is None:
-            return super().seconds(inputs, place)
+        known = self.metadata_seconds(inputs, place)
+        if known is not None or self.processor is None:
+            return super().seconds(inputs, place) if known is None else known
         texts = [self.processor.tokenizer.decode([*place.link, *x]) for x in place.texts]
         matches = [self.said.search(x) for x in texts]
         text = f"compress: the prompt must say when each step of video {place.number} is, or seconds be given"

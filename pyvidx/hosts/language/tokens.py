@@ -34,17 +34,14 @@ class Prompt:
         """
         ids, mask = inputs.get("input_ids"), inputs.get("attention_mask")
         fits = isinstance(ids, Tensor) and ids.dim() == 2 and not ids.is_floating_point()
-        got = [ids] if isinstance(ids, Tensor) else []
-        require(fits, "compress: inputs must hold input_ids, int [B, L] (return_tensors='pt' of a processor)", *got)
+        require(fits, "compress: inputs must hold input_ids, int [B, L] (return_tensors='pt' of a processor)", ids)
         if inputs.get("inputs_embeds") is not None:
             raise ValueError("compress: inputs must not hold inputs_embeds, whose tokens it cannot replace")
         if mask is None:
             ids = ids.cpu()
             return Prompt(ids.long(), torch.ones_like(ids, dtype=torch.bool))
         fits = isinstance(mask, Tensor) and mask.shape == ids.shape
-        require(
-            fits, "compress: attention_mask must be [B, L] as input_ids", *([mask] if isinstance(mask, Tensor) else [])
-        )
+        require(fits, "compress: attention_mask must be [B, L] as input_ids", mask)
         ids, mask = torch.stack([ids.long(), mask.to(ids.device).long()]).cpu()
         return Prompt(ids, mask != 0)
 

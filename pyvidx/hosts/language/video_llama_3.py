@@ -31,7 +31,7 @@ class VideoLlama3(Timed):
         sides, count = inputs.get("video_merge_sizes"), len(inputs["video_grid_thw"])
         fits = isinstance(sides, Tensor) and sides.shape == (count,) and not sides.is_floating_point()
         text = "compress: video_merge_sizes must be whole numbers [videos] beside video_grid_thw, at least 1"
-        require(fits and bool((sides > 0).all()), text, *([sides] if isinstance(sides, Tensor) else []))
+        require(fits and bool((sides > 0).all()), text, sides)
         return sides.tolist()
 
     def counts(self, inputs: Mapping[str, Any], look: dict[str, Any]) -> list[int]:
@@ -91,7 +91,7 @@ class VideoLlama3(Timed):
             return torch.ones(counts[number], dtype=torch.bool)
         fits = isinstance(mask, Tensor) and mask.shape == (sum(counts),)
         text = f"compress: video_compression_mask must be [{sum(counts)}], of all tokens of the videos' grids"
-        require(fits, text, *([mask] if isinstance(mask, Tensor) else []))
+        require(fits, text, mask)
         return mask.bool().cpu().split(counts)[number]
 
     @staticmethod

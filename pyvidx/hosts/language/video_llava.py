@@ -5,7 +5,6 @@ from __future__ import annotations
 import inspect
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 from pyvidx.hosts.language.host import Host, Place, Slots
@@ -18,8 +17,8 @@ class VideoLlava(Host):
     pictures = ("pixel_values", "pixel_values_images")  # the second in transformers before 5.23
 
     def videos(self, inputs, prompt) -> list[Place]:
-        clips = self.clips(inputs)
         vision = self.config.vision_config
+        clips = self.clips(inputs, vision)
         P = (vision.image_size // vision.patch_size) ** 2 + 1
         blocks = prompt.blocks(self.token, [len(clip) * P for clip in clips])
         return [Place(i, *block, len(clip), P) for i, (block, clip) in enumerate(zip(blocks, clips))]
@@ -35,5 +34,4 @@ class VideoLlava(Host):
         return self.own("get_image_features", {}, **{name: pixels})
 
     def features(self, slots: Sequence[Slots]):
-        # The model wants one tensor, and lengths differ: tokens are items.
-        return self.output(torch.cat([s.rows[0] for s in slots])[:, None])
+        return self.one_by_one([s.rows[0] for s in slots])
