@@ -396,7 +396,7 @@ def test_errors(published, tmp_path):
     clip = torch.zeros(2, 28, 28, 3, dtype=torch.uint8)
     with pytest.raises(ValueError, match="must not hold <vid_patch>"):
         chat.inputs(clip, "what is <vid_patch>?")
-    with pytest.raises(ValueError, match="num_return_sequences must be 1, got 2"):
+    with pytest.raises(ValueError, match="must return one sequence, got num_return_sequences=2"):
         chat.answer(clip, "?", num_beams=2, num_return_sequences=2)
     with pytest.raises(ValueError, match="media must be videos, got images"):
         processor(text="?", images=[clip[0]])

@@ -213,7 +213,7 @@ def test_answers_end_where_they_should(chats):
     with pytest.raises(ValueError, match="llm_width must be 24"):
         model = MiniGPT4(dataclasses.replace(MiniGPT4Config.tiny(), llm_width=8))
         minigpt4.Chat(model, chat.causal_lm, chat.tokenizer)
-    with pytest.raises(ValueError, match="num_return_sequences must be 1, got 2"):
+    with pytest.raises(ValueError, match="must return one sequence, got num_return_sequences=2"):
         chat.answer(frames, "why ?", num_beams=2, num_return_sequences=2)
     two = [lambda ids, scores, **_: torch.tensor([ids.shape[1] >= 2])]
     assert len(chat.answer(frames, "why ?", **greedy, stopping_criteria=two, return_dict_in_generate=True).split()) <= 2

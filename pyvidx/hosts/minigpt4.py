@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from pyvidx import video
 from pyvidx.data.tables import read_json
 from pyvidx.files import write_json
+from pyvidx.hosts.answers import check_one
 from pyvidx.hosts.importing import LOCAL, importing
-from pyvidx.hosts.settings import check_one
 from pyvidx.hosts.templates import VIDEO, template
 from pyvidx.models.minigpt4 import MiniGPT4
 from pyvidx.preprocess import Frames, Preset, as_frames, preprocess
@@ -123,7 +123,7 @@ class Chat:
         Raises:
             ValueError: see `inputs`, or several sequences are asked for.
         """
-        check_one("MiniGPT-4", options)
+        check_one("MiniGPT-4", self.causal_lm, options)
         inputs = self.inputs(frames, question, history, sample=sample)
         eos = self.tokenizer.eos_token_id
         options = {"eos_token_id": eos, "pad_token_id": eos} | GENERATION | options

@@ -1,6 +1,5 @@
-"""What a folder of transformers says of itself, in its JSON files, and what generate is told: without transformers."""
+"""What a folder of transformers says of itself, in its JSON files: read without transformers."""
 
-from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -62,10 +61,3 @@ def preset_of(folder: str | Path) -> Preset:
         )
     values = {name: tuple(told[f"image_{name}"]) for name in ("mean", "std") if told.get(f"image_{name}")}
     return replace(SQUASHED, filter=FILTERS[told.get("resample", 3)], **values)
-
-
-def check_one(op: str, options: Mapping) -> None:
-    """Raise ValueError where options of generate ask for several answers, before one is made."""
-    count = options.get("num_return_sequences")
-    if count not in (None, 1):
-        raise ValueError(f"{op}: one answer comes back: num_return_sequences must be 1, got {count}")

@@ -7,11 +7,11 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoProcessor, LlavaForConditionalGeneration
 
+from pyvidx.hosts.answers import check_one
 from pyvidx.hosts.importing import LOCAL
 from pyvidx.hosts.llava.processing import BTAdapterLlavaProcessor, even_midpoints
 from pyvidx.hosts.llava.register import register
 from pyvidx.hosts.llava.tower import BTAdapterVisionConfig
-from pyvidx.hosts.settings import check_one
 from pyvidx.preprocess import Frames, as_frames
 
 
@@ -76,7 +76,7 @@ class Chat:
         Raises:
             ValueError: see `inputs`, or several sequences are asked for.
         """
-        check_one("Chat", options)
+        check_one("Chat", self.model, options)
         inputs = self.inputs(frames, question, history, sample=sample)
         found = self.model.generate(**inputs, **options)
         ids = getattr(found, "sequences", found)[0, inputs["input_ids"].shape[1] :]
