@@ -89,6 +89,8 @@ def test_a_host_of_transformers(videos, models, capsys):
     assert said.startswith(f"{printable(want.text)}\n10 frames, policy merge (capacity 4, weighted True, unit frame)\n")
     assert slots(said) == [(round(a, 2), round(b, 2)) for a, b in want.slots] and len(want.slots) == 4
     check_times(said)
+    assert ask([*given, "--memory", "flash_vstream", "--capacity", "4", "--frames", "10"]) == 0
+    assert "policy flash_vstream (capacity 4, clusters 4" in capsys.readouterr().out
     assert ask([*given, "--frames", "6"]) == 0
     said = capsys.readouterr().out
     clip = read(videos / "a.mp4", 6, "linspace")
@@ -133,6 +135,9 @@ def test_a_bt_adapter(videos, models, kind, frames, capsys):
     assert said.startswith(f"{answer}\n{frames} frames, of which BT-Adapter reads {frames}")
     check_times(said)
     assert not re.search(r"encode (-|0\.000)", said)
+    for options, count in ((["--frames", "4"], 4), (["--sampler", "uniform"], frames)):
+        assert ask([str(videos / "a.mp4"), QUESTION, "--model", str(models / kind), *WORDS, *options]) == 0
+        assert f"\n{count} frames, of which BT-Adapter reads {count}" in capsys.readouterr().out
 
 
 def test_live(videos, models, capsys, monkeypatch):

@@ -82,9 +82,14 @@ class Chat:
         ids = getattr(found, "sequences", found)[0, inputs["input_ids"].shape[1] :]
         return self.processor.tokenizer.decode(ids, skip_special_tokens=True).strip()
 
+    @property
+    def num_frames(self) -> int:
+        """Taken of a video at most."""
+        return self.processor.video_processor.num_frames
+
     def sampled(self, num_frames: int) -> Tensor:
         """Indices of the frames of a video that the model is shown, int64, ascending."""
-        return even_midpoints(num_frames, self.processor.video_processor.num_frames)
+        return even_midpoints(num_frames, self.num_frames)
 
 
 def open(
