@@ -20,6 +20,7 @@ several captures.
 
 import weakref
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -30,8 +31,9 @@ from torch.utils import _pytree as pytree
 from pyvidx.memory.sources import Memories
 from pyvidx.models import MALMM, Encoding, VideoEncoder
 from pyvidx.sizes import check_counts
-from pyvidx.temporal.frames import masks_unread
+from pyvidx.temporal.frames import check_frame_mask, masks_unread
 
+PLAIN = (bool, int, float, complex, str, bytes, torch.dtype, torch.device, type(None))
 WARM_UP = 3  # calls before the recording: libraries choose their algorithms and ask for their memory in them
 
 
@@ -40,7 +42,25 @@ def why_plain(example: Any) -> str | None:
     devices = sorted({str(x.device) for x in pytree.tree_leaves(example) if isinstance(x, Tensor)})
     if not torch.cuda.is_available():
         return "torch sees no CUDA device here"
+    if not devices:
+        return "there are no tensors among the arguments"
     return None if len(devices) == 1 and devices[0].startswith("cuda") else f"the tensors are on {', '.join(devices)}"
+
+
+def _on(example: Any) -> AbstractContextManager:
+    """On the GPU of the tensors, which need not be the current one."""
+    device = next(x.device for x in pytree.tree_leaves(example) if isinstance(x, Tensor))
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
+def _check_leaves(what: str, values: Any) -> None:
+    """Raise ValueError where a tensor could be in something that nobody here looks into."""
+    for x in pytree.tree_leaves(values):
+        if not isinstance(x, (Tensor, *PLAIN)):
+            raise ValueError(
+                f"graphs.capture: {what} must be tensors, numbers, texts and nests of them that torch.utils._pytree "
+                f"knows, got a {type(x).__name__}"
+            )
 
 
 def record(run: Callable[[], Any]) -> tuple[Any, Callable[[], None]]:
@@ -66,6 +86,9 @@ def capture(function: Callable, *example, **options) -> "Step | PushStep":
         example: its arguments: tensors, numbers and nests of them. Tensors of a call must be as these are; all else
             must be equal.
         options: keyword arguments, fixed.
+
+    Raises:
+        ValueError: an argument or a result, on a GPU, is of a kind that could hide a tensor.
     """
     owner = getattr(function, "__self__", None)
     if isinstance(owner, MALMM) and getattr(function, "__func__", None) is MALMM.push:
@@ -85,8 +108,12 @@ class Step:
         self._call = torch.no_grad()(lambda *args: function(*args, **options))
         self.why = why_plain(example)
         if self.captured:
-            self._inputs = _held(example)
-            self._out, self._replay = record(lambda: self._call(*self._inputs))
+            _check_leaves("arguments", example)
+            # One copy of each place: a tensor that stands in two of them here may be two in a call.
+            self._inputs = pytree.tree_map_only(Tensor, lambda x: x.detach().clone(), example)
+            with _on(example):
+                self._out, self._replay = record(lambda: self._call(*self._inputs))
+            _check_leaves("results", self._out)
 
     @property
     def captured(self) -> bool:
@@ -100,7 +127,7 @@ class Step:
         """
         if not self.captured:
             return self._call(*args)
-        with torch.no_grad():
+        with torch.no_grad(), _on(self._inputs):
             _load(self._inputs, args)
             self._replay()
             return pytree.tree_map_only(Tensor, torch.clone, self._out)
@@ -128,7 +155,7 @@ class PushStep:
         if self._frames.shape[1] != 1:
             raise ValueError(f"graphs.capture: a push of one frame is captured, got {self._frames.shape[1]}")
         self._state = _held(memories._replace(seen=_full(memories), frame=None, rows=None))
-        with torch.no_grad():
+        with torch.no_grad(), _on(self._frames):
             self._out, self._replay = record(lambda: self.model._push(self._state, self._frames))
 
     @property
@@ -146,7 +173,7 @@ class PushStep:
         if not self.captured or frames.shape[1] != 1 or memories.seen < _full(memories):
             return self.model.push(memories, features)
         self.model._check(frames, memories)
-        with torch.no_grad():
+        with torch.no_grad(), _on(self._frames):
             frames = self.model._timed(frames, memories.seen, None)
             if not self._holds(memories):
                 self._take(memories)
@@ -202,12 +229,19 @@ class Clips:
         self.model, self.lengths, self.options, self.graphs = model, tuple(lengths), options, {}
 
     def __call__(self, pixels: Tensor, frame_mask: Tensor | None = None) -> Encoding:
-        """pixels [B, T, 3, h, w], frame_mask bool [B, T] or None, as in VideoEncoder.forward."""
+        """pixels [B, T, 3, h, w], frame_mask bool [B, T] or None, as in VideoEncoder.forward.
+
+        Raises:
+            ValueError: they do not fit, or a clip has no frame; a GPU's mask is not looked into, which would wait.
+        """
         pixels = self.model.read_pixels(pixels)
         T = next((n for n in self.lengths if n >= pixels.shape[1]), None)
         if T is None or why_plain(pixels) is not None:
             with torch.no_grad():
                 return self.model(pixels, frame_mask=frame_mask, **self.options)
+        looked = nullcontext() if frame_mask is None or frame_mask.device.type == "cpu" else masks_unread()
+        with looked:
+            check_frame_mask("graphs.Clips", frame_mask, *pixels.shape[:2], pixels.device)
         example = padded(pixels, T, frame_mask)
         key = tuple(pixels.shape[:1]) + tuple(example[0].shape[1:]) + (pixels.dtype, pixels.device)
         if key not in self.graphs:

@@ -89,6 +89,8 @@ def test_a_host_of_transformers(videos, models, capsys):
     assert said.startswith(f"{printable(want.text)}\n10 frames, policy merge (capacity 4, weighted True, unit frame)\n")
     assert slots(said) == [(round(a, 2), round(b, 2)) for a, b in want.slots] and len(want.slots) == 4
     check_times(said)
+    assert ask([*given, "--memory", "flash_vstream", "--capacity", "4", "--frames", "10"]) == 0
+    assert "policy flash_vstream (capacity 4, clusters 4" in capsys.readouterr().out
     assert ask([*given, "--frames", "6"]) == 0
     said = capsys.readouterr().out
     clip = read(videos / "a.mp4", 6, "linspace")
@@ -133,6 +135,9 @@ def test_a_bt_adapter(videos, models, kind, frames, capsys):
     assert said.startswith(f"{answer}\n{frames} frames, of which BT-Adapter reads {frames}")
     check_times(said)
     assert not re.search(r"encode (-|0\.000)", said)
+    for options, count in ((["--frames", "4"], 4), (["--sampler", "uniform"], frames)):
+        assert ask([str(videos / "a.mp4"), QUESTION, "--model", str(models / kind), *WORDS, *options]) == 0
+        assert f"\n{count} frames, of which BT-Adapter reads {count}" in capsys.readouterr().out
 
 
 def test_live(videos, models, capsys, monkeypatch):
@@ -194,6 +199,10 @@ def test_live(videos, models, capsys, monkeypatch):
     ("a.mp4 q --model blip --memory merge:unit=frame", "takes query=False or visual=False, got unit"),
     ("a.mp4 --model blip --live --memory fifo", "must be merge:query=False where questions are typed"),
     ("a.mp4 --model blip --live", "must be merge:query=False where questions are typed"),
+    ("a.mp4 q --model m", "no file named model.safetensors"),
+    ("a.mp4 q --model llava", "no file named model.safetensors"),
+    ("a.mp4 q --model blip", "no file named model.safetensors"),
+    ("a.mp4 q --model broken", "header"),
     ("a.mp4 q --model llava --memory merge", "--memory must not be given with a BT-Adapter"),
     ("a.mp4 q --model llava --live", "--live must not be given with a BT-Adapter"),
 ])  # fmt: skip
@@ -204,11 +213,14 @@ def test_arguments(tmp_path, monkeypatch, given, message, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "a.mp4").write_bytes(b"x")
     kinds = {"m": "llava_onevision", "blip": "instructblip", "llava": "llava", "bert": "bert"}
+    kinds["broken"] = kinds["m"]
     (tmp_path / "empty").mkdir()
     for name, kind in kinds.items():
         (tmp_path / name).mkdir()
         about = {"model_type": kind, "vision_config": {"model_type": "pyvidx_bt_adapter_vision"}}
+        about |= {"architectures": ["LlavaOnevisionForConditionalGeneration"]} if kind == "llava_onevision" else {}
         (tmp_path / name / "config.json").write_text(json.dumps(about))
+    (tmp_path / "broken/model.safetensors").write_bytes(b"x" * 100)
     with pytest.raises(SystemExit) as stop:
         ask(shlex.split(given))
     said = capsys.readouterr()

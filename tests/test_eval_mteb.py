@@ -43,6 +43,10 @@ def test_videos_and_texts_are_those_of_the_model(ours):
     by_hand = pair.similarity(by_hand, [motion.caption(s) for s in SCENES]).T
     torch.testing.assert_close(cosines, by_hand, atol=1e-5, rtol=0)
     torch.testing.assert_close(ours.similarity_pairwise(texts, found), cosines.diagonal(), atol=1e-6, rtol=0)
+    arrays = [row | {"video": row["video"].numpy()} for row in rows("video", lengths=(16,) * 4)]
+    loader = DataLoader(arrays, batch_size=4, collate_fn=list)
+    torch.testing.assert_close(ours.encode(loader), found, atol=1e-5, rtol=0)
+    assert loader.collate_fn is list
     both = ours.encode(DataLoader(rows("text", "video", lengths=(16,) * 4), batch_size=4))
     torch.testing.assert_close(both, torch.nn.functional.normalize(texts + found, dim=-1), atol=1e-5, rtol=0)
 
@@ -61,6 +65,11 @@ def test_what_does_not_fit(ours):
     for loader, said in ((rows("text"), "needs a text tower"), (rows(), "must have a text or a video")):
         with pytest.raises(ValueError, match=said):
             videos.encode(DataLoader(loader, batch_size=2))
+    for loader in ([rows("video")[0], rows("text")[0]], [rows("text")[0], {"text": None}]):
+        with pytest.raises(ValueError, match="all rows of a batch must have a"):
+            ours.encode(DataLoader(loader, batch_size=2))
+    with pytest.raises(ValueError, match="0"):
+        encoder(frames=0)
     with pytest.raises(ValueError, match="given together"):
         Encoder(ours.model, ours.text, name="pyvidx/x")
     with pytest.raises(ValueError, match="share one space"):

@@ -1,6 +1,9 @@
 """pyvidx.eval.watch and what lmms-eval makes of it: a memory and its controls on one budget."""
 
+import importlib
 import json
+import sys
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
@@ -53,6 +56,15 @@ def test_a_memory_and_its_controls_have_one_budget(host, videos):
     assert set(found["random"].slots) < seen and found["random"].slots == sorted(found["random"].slots)
 
 
+def test_a_policy_without_a_capacity_goes_by_its_options(host, videos):
+    model, processor, n = host
+    watch = Watcher(model, processor, "average", capacity=None, frames=6, anchors=1)
+    want = Session(model, processor, "average", clip=6 * n, anchors=1)
+    clip = read(videos[0], 6 * n, "linspace")
+    answer = watch(videos[0], QUESTION, **GREEDY)
+    assert same(answer, want.push(clip.frames, clip.seconds).ask(QUESTION, **GREEDY)) and len(answer.slots) == 2
+
+
 def test_what_is_drawn(host, videos):
     model, processor, _ = host
 
@@ -81,6 +93,10 @@ def test_what_does_not_fit(host):
         (dict(capacity=9, frames=8), "capacity must be at most frames"),
         (dict(policy="random", anchors=1), "takes no options"),
         (dict(policy="nothing"), "policy must be one of"),
+        (dict(policy="nothing", capacity=None), "policy must be one of"),
+        (dict(policy="concat"), "concat has no capacity"),
+        (dict(policy="moviechat"), "moviechat has no capacity"),
+        (dict(policy="merge", capacity=None, anchors=1), "merge needs a capacity"),
         (dict(policy="keyframes"), "of a stream of frames"),
         (dict(sampler="nothing"), "sampler must be one of"),
     ):
@@ -90,6 +106,38 @@ def test_what_does_not_fit(host):
 
 def test_stops():
     assert until("a\nb.c", ["\n", "."]) == "a" and until("a.b", ".") == "a" and until("ab", []) == "ab"
+
+
+def test_what_lmms_eval_hands_over(videos, tmp_path, monkeypatch):
+    """Without it: options as its command line has them, and what a task leaves out."""
+    parts = {
+        "instance": {"GenerationResult": SimpleNamespace, "TokenCounts": SimpleNamespace},
+        "model": {"lmms": object},
+    }
+    for name in ("lmms_eval", "lmms_eval.api", *(f"lmms_eval.api.{part}" for part in parts)):
+        module = ModuleType(name)
+        vars(module).update(parts.get(name.rpartition(".")[2], {}))
+        monkeypatch.setitem(sys.modules, name, module)
+    monkeypatch.delitem(sys.modules, "pyvidx.eval.lmms_model", raising=False)
+    own = importlib.import_module("pyvidx.eval.lmms_model")
+    del sys.modules["pyvidx.eval.lmms_model"]  # what it imported is not lmms-eval
+    for part in (entries()["llava_onevision"].model(), PROCESSORS["llava_onevision"]()):
+        part.save_pretrained(tmp_path)
+    model = own.Pyvidx(str(tmp_path), "dtd", capacity="None", frames=4, threshold="None", ratio=0.5, device="cpu")
+    assert model.watch.session(videos[0]).policy.spec()["ratio"] == 0.5
+    given = []
+    model.watch = lambda video, question, **options: given.append(options) or SimpleNamespace(text="a.b", tokens=[1])
+    model.task_dict = {"task": {"test": [{}]}}
+    for settings in ({}, {"max_new_tokens": 3, "do_sample": True, "temperature": 0.5, "until": "."}):
+        args = (QUESTION, settings, lambda doc: [videos[0]], 0, "task", "test")
+        (found,) = model.generate_until([SimpleNamespace(args=args)])
+        assert found.text == ("a" if settings else "a.b")
+    assert given == [
+        {"max_new_tokens": own.LONGEST, "do_sample": False},
+        {"max_new_tokens": 3, "do_sample": True, "temperature": 0.5},
+    ]
+    with pytest.raises(ValueError, match="batch_size must be 1, got auto"):
+        own.Pyvidx(str(tmp_path), batch_size="auto")
 
 
 def test_lmms_eval_runs_a_task(videos, tmp_path, monkeypatch):

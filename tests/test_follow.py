@@ -4,6 +4,7 @@ import io
 import os
 import threading
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -78,9 +79,12 @@ def test_errors(tmp_path):
     for wrong, message in (
         ((tmp_path,), "got the folder"),
         ((io.StringIO(""),), "must give bytes"),
+        ((5,), "must be a path, '-' or a file object, got int"),
     ):
         with pytest.raises(ValueError, match=message):
             follow(*wrong)
+    with pytest.raises(ValueError, match="must give bytes, got str"):
+        list(follow(SimpleNamespace(read=lambda size: "x")))
     with pytest.raises(ValueError, match="idle must be"):
         follow(io.BytesIO(), idle=-1)
     with pytest.raises(RuntimeError, match="cannot be decoded by PyAV"):

@@ -2,6 +2,7 @@
 That a GPU could record it is shown by tests/no_sync.py."""
 
 import gc
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -88,6 +89,21 @@ def test_clips_of_any_length(device):
     close(encode(pixels, mask), encoder(pixels, frame_mask=mask))
     with pytest.raises(ValueError, match="ascending"):
         graphs.Clips(encoder, (4, 2))
+
+    for wrong, said in ((mask[:, :2], "must be bool"), (mask.float(), "must be bool"), (mask & False, "every clip a")):
+        with pytest.raises(ValueError, match=said):
+            encode(pixels, wrong.cpu())
+
+
+def test_what_a_recording_cannot_see(device):
+    x = torch.ones(2, device=device)
+    add = graphs.capture(torch.add, x, x)  # two arguments, though one tensor here
+    assert add(x, 3 * x).tolist() == [4, 4]
+    hidden = SimpleNamespace(x=x)
+    with pytest.raises(ValueError, match="arguments must be .* got a SimpleNamespace"):
+        graphs.capture(lambda y: y.x, hidden)
+    with pytest.raises(ValueError, match="results must be .* got a SimpleNamespace"):
+        graphs.capture(lambda y: SimpleNamespace(x=y), x)
 
 
 @torch.no_grad()

@@ -1,5 +1,7 @@
 """MA-LMM's memory in InstructBLIP and BLIP-2 of transformers: where the answer is the host's own, and streams."""
 
+import json
+
 import pytest
 import torch
 
@@ -139,6 +141,18 @@ def test_a_folder_of_transformers(video, frames, tmp_path):
     assert len(again.inputs(inputs)["inputs_embeds"][0]) == inputs["input_ids"].shape[1] - 32 + 8
     # torchvision's filter rounds once where Pillow's rounds twice: a level of 255 / std
     torch.testing.assert_close(inputs["pixel_values"][0], preprocess(frames, again.preset), atol=0.04, rtol=0)
+    # frames alone, as of an image processor, and keys that nobody reads
+    alone = inputs | {"pixel_values": inputs["pixel_values"][0], "notes": ["x"], "labels": None}
+    found = again.inputs(alone)
+    assert found.pop("notes") == ["x"]
+    assert torch.equal(theirs.generate(**found, **GREEDY), theirs.generate(**again.inputs(inputs), **GREEDY))
+    told = json.loads((tmp_path / "processor_config.json").read_text())
+    for changes in ({"size": {"shortest_edge": 28}}, {"do_normalize": False}):
+        (tmp_path / "processor_config.json").write_text(
+            json.dumps(told | {"video_processor": told["video_processor"] | changes})
+        )
+        with pytest.raises(ValueError, match="must squash frames to a square and normalize"):
+            preset_of(tmp_path)
     with pytest.raises(FileNotFoundError, match="there is no .*config.json"):
         InstructBLIP.from_pretrained(tmp_path / "qformer_tokenizer")
 
@@ -184,6 +198,8 @@ def test_errors(video, frames):
         (lambda: host.inputs(inputs | {"qformer_input_ids": None}), "must have qformer_input_ids"),
         (lambda: host.inputs(inputs | {"input_ids": inputs["input_ids"].clamp(min=4)}), "one block of placeholders"),
         (lambda: host.inputs(inputs | {"input_ids": inputs["input_ids"].flip(1).roll(5)}), "one block of placeholders"),
+        (lambda: host.inputs(inputs | {"input_ids": inputs["input_ids"].tolist()}), "must be a tensor.* got list"),
+        (lambda: host.session(ASK).push(frames, chunk=0), "chunk must be a whole number"),
         (lambda: host.inputs(inputs | {"pixel_values": torch.zeros(2, 1, 3, 28, 28)}), "videos of 1 prompts"),
         (lambda: InstructBLIP.of(theirs.language_model, tokenizer()), "host must be one of Blip2For"),
         (lambda: InstructBLIP.of(theirs, tokenizer()), "language must have a text_tokenizer"),
@@ -191,7 +207,11 @@ def test_errors(video, frames):
         with pytest.raises(ValueError, match=message):
             wrong()
     session = host.session(ASK)
-    session.push(frames[:1])
+    session.push(frames[:1], 3.0)
+    for seconds in ([2.0, 4.0], [5.0, 4.0], [4.0, float("nan")], ["x", "y"]):
+        with pytest.raises(ValueError, match="seconds must be"):
+            session.push(frames[:2], seconds)
+    assert session.frames == 1
     with pytest.raises(ValueError, match="must be one of the session's"):
         session.ask(OTHER)
     _, t5 = built("instructblip", "t5")

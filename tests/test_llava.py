@@ -370,6 +370,9 @@ def test_errors(published, tmp_path):
     for wrong in ([], [1.0], [torch.randn(8, 3, 28, 28), torch.randn(8, 4, 28, 28)]):
         with pytest.raises(ValueError, match=r"must be clips \[B, T, 3, h, w\]"):
             model.model.vision_tower(wrong)
+    for wrong in (-1, [2, 99], 6):
+        with pytest.raises(ValueError, match="hidden states are those of 0 to 5"):
+            model.model.vision_tower(torch.randn(1, 4, 3, 28, 28), output_hidden_states=wrong)
     with pytest.raises(ValueError, match="T must be in"):
         model.model.vision_tower(torch.randn(1, 1, 3, 28, 28))
     with pytest.raises(ValueError, match="video-chatgpt_v1, vicuna_v1_1"):
@@ -390,6 +393,15 @@ def test_errors(published, tmp_path):
         chat.inputs(torch.zeros(0, 28, 28, 3, dtype=torch.uint8), "?")
     with pytest.raises(ValueError, match="<video>"):
         chat.inputs(torch.zeros(2, 28, 28, 3, dtype=torch.uint8), "what is <video>?")
+    clip = torch.zeros(2, 28, 28, 3, dtype=torch.uint8)
+    with pytest.raises(ValueError, match="must not hold <vid_patch>"):
+        chat.inputs(clip, "what is <vid_patch>?")
+    with pytest.raises(ValueError, match="must return one sequence, got num_return_sequences=2"):
+        chat.answer(clip, "?", num_beams=2, num_return_sequences=2)
+    with pytest.raises(ValueError, match="media must be videos, got images"):
+        processor(text="?", images=[clip[0]])
+    with pytest.raises(ValueError, match="num_frames must be 2 or more, got 0"):
+        processor.video_processor(clip.permute(0, 3, 1, 2), num_frames=0)
     published[3].config.text_config.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="must hold a LLaVA with BT-Adapter in its tower, got a llama"):
         llava.open(tmp_path)

@@ -122,6 +122,8 @@ def test_what_is_missing(tmp_path):
     cut = {k: v for k, v in branch.items() if "btadapter_T.1.attn.proj" not in k}
     with pytest.raises(ValueError, match=r"nothing fills 2 parameters: encoder.temporal.branch.temporal.\*.out"):
         load_minigpt4(*sources[:2], cut, sources[3], **HEADS_TOLD)
+    with pytest.raises(ValueError, match="must hold a video, B > 0"):
+        MiniGPT4.default()(torch.zeros(0, 2, 3, 42, 42))
     with pytest.raises(ValueError, match="the Q-Former without text"):
         dataclasses.replace(MiniGPT4Config.tiny(), qformer=MALMMConfig.tiny().qformer)
 
@@ -211,6 +213,17 @@ def test_answers_end_where_they_should(chats):
     with pytest.raises(ValueError, match="llm_width must be 24"):
         model = MiniGPT4(dataclasses.replace(MiniGPT4Config.tiny(), llm_width=8))
         minigpt4.Chat(model, chat.causal_lm, chat.tokenizer)
+    with pytest.raises(ValueError, match="must return one sequence, got num_return_sequences=2"):
+        chat.answer(frames, "why ?", num_beams=2, num_return_sequences=2)
+    two = [lambda ids, scores, **_: torch.tensor([ids.shape[1] >= 2])]
+    assert len(chat.answer(frames, "why ?", **greedy, stopping_criteria=two, return_dict_in_generate=True).split()) <= 2
+    with pytest.raises(FileNotFoundError, match="there is no folder"):
+        minigpt4.load(*files(folder, Published()), language=folder / "none", **HEADS_TOLD)
+    settings = (folder / "chat/config.json").read_text()
+    (folder / "chat/config.json").write_text('{"model_type": "pyvidx_minigpt4", "num_frames": 3}')
+    with pytest.raises(ValueError, match="must have conversation"):
+        minigpt4.open(folder / "chat")
+    (folder / "chat/config.json").write_text(settings)
     with pytest.raises(ValueError, match="must hold a pyvidx_minigpt4"):
         minigpt4.open(folder / "vicuna")
     with pytest.raises(ValueError, match="T > 0"):

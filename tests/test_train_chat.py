@@ -152,6 +152,8 @@ def test_ended_runs_go_on_to_the_same_bits(given, tmp_path, monkeypatch, capsys)
 
 
 def test_refused(given, tmp_path, capsys):
+    config = chat.Config.from_dict(settings(given, given / "x"))
+    chat.datasets(config, chat.build(config, torch.device("cpu")), Ranks())  # features of 6 frames are there
     for changes, message in (
         ({"conversation": "none"}, "conversation must be one of"),
         ({"features": {"folder": "f", "variants": 2}}, "must have one variant"),
@@ -169,6 +171,12 @@ def test_refused(given, tmp_path, capsys):
     with pytest.raises(SystemExit):
         run(given, tmp_path / "no", train=str(tmp_path / "rows.jsonl"))
     assert "must be about whole videos" in capsys.readouterr().err
+    for answer, message in (("a <vid_patch>", "the 5 of its video, got 6"), ("<video>", "no text may hold <video>")):
+        row = json.dumps({"video": "a.mp4", "prompt": "what ?", "answer": answer})
+        (tmp_path / "rows.jsonl").write_text(row + "\n")
+        with pytest.raises(SystemExit):
+            run(given, tmp_path / "no", train=str(tmp_path / "rows.jsonl"))
+        assert message in capsys.readouterr().err
 
 
 def test_the_example_is_the_script():

@@ -112,6 +112,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     p = parser()
     options = p.parse_args(argv)
     check(p, options)
+    from safetensors import SafetensorError
+
     from pyvidx.cli import ask_hosts
     from pyvidx.cli.ask_hosts import Clock
 
@@ -121,7 +123,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         with clock.of("load"):
             watcher = kind(options, clock)
         code = watch(watcher, options, clock) if options.live else once(watcher, options, clock)
-    except (FileNotFoundError, ValueError) as error:
+    except BrokenPipeError:
+        raise  # who reads the answers has left; that is no fault of a file
+    except (OSError, ValueError, SafetensorError) as error:  # transformers has OSError for a part that is not there
         p.error(str(error))
     except RuntimeError as error:
         print(f"FAILED {printable(options.video)}: {printable(str(error))}", file=sys.stderr)

@@ -182,8 +182,9 @@ class Chatting:
 
             self.chat = llava.open(options.model, dtype=dtype)
             encoder = self.chat.model.to(options.device).model.vision_tower
-        self.sampling = None, lambda num_frames, *_: self.chat.sampled(num_frames)  # its own rule
-        self.chosen = options.frames is None and options.sampler is None and options.fps is None  # and by it
+        self.chosen = options.frames is None and options.sampler is None and options.fps is None  # by its own rule
+        own = None, lambda num_frames, *_: self.chat.sampled(num_frames)
+        self.sampling = own if self.chosen else (self.chat.num_frames, "midpoint")
         running = ExitStack()
         encoder.register_forward_pre_hook(lambda *_: running.enter_context(clock.of("encode")) and None)
         encoder.register_forward_hook(lambda *_: running.close())
@@ -277,7 +278,8 @@ def policy_of(options: argparse.Namespace) -> memory.Policy:
     given = {} if options.capacity is None else {"capacity": options.capacity}
     if twice := given.keys() & chosen.keys():
         raise ValueError(f"--memory {name} has a {min(twice)} already, --{min(twice)} is another")
-    return method(name, None, chosen | given).policy
+    chosen = chosen | given
+    return method(name, chosen.pop("capacity", None), chosen).policy
 
 
 def about(policy: memory.Policy) -> str:

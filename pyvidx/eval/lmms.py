@@ -4,6 +4,7 @@
         --model_args pretrained=FOLDER,policy=merge,capacity=16,frames=64
     ... --model_args pretrained=FOLDER,policy=uniform,capacity=16              # as many frames without a memory
     ... --model_args pretrained=FOLDER,policy=random,capacity=16,frames=64,seed=1
+    ... --model_args pretrained=FOLDER,policy=dtd,capacity=None,threshold=0.4,frames=64    # a policy of no fixed budget
 
 lmms-eval finds it by the entry point "pyvidx" of the group lmms_eval.models. The model is in pyvidx.eval.lmms_model,
 which it imports when it is asked for.

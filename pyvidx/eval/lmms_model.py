@@ -13,6 +13,7 @@ from pyvidx.eval.watch import Watcher, until
 from pyvidx.hosts.importing import LOCAL, importing
 
 GENERATE = ("max_new_tokens", "temperature", "top_p", "num_beams", "do_sample")
+LONGEST = 1024
 
 
 class Pyvidx(lmms):
@@ -20,7 +21,8 @@ class Pyvidx(lmms):
 
     Args:
         pretrained: its folder, or a name in transformers' cache; nothing is downloaded.
-        policy, capacity, frames, sampler, seed, options: see pyvidx.eval.watch.Watcher.
+        policy, capacity, frames, sampler, seed, options: see pyvidx.eval.watch.Watcher; "None", as a command line has
+            it, is None.
         device, dtype: of the model; dtype a name of torch's, or "auto", as saved.
         batch_size: 1. max_batch_size: lmms-eval's, unused.
 
@@ -35,7 +37,7 @@ class Pyvidx(lmms):
         self,
         pretrained: str,
         policy: str = "merge",
-        capacity: int | None = 16,
+        capacity: int | str | None = 16,
         frames: int = 64,
         sampler: str = "linspace",
         seed: int = 0,
@@ -46,7 +48,7 @@ class Pyvidx(lmms):
         **options,
     ):
         super().__init__()
-        if int(batch_size) != 1:
+        if str(batch_size) != "1":
             raise ValueError(f"pyvidx: batch_size must be 1, got {batch_size}: a video is watched at a time")
         device = usable(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         with importing("pyvidx.eval.lmms_model", "transformers"):
@@ -54,11 +56,12 @@ class Pyvidx(lmms):
         processor = AutoProcessor.from_pretrained(pretrained, **LOCAL)
         model = AutoModelForImageTextToText.from_pretrained(pretrained, dtype=dtype, **LOCAL).to(device).eval()
         self.watch = Watcher(
-            model, processor, policy, capacity=capacity, frames=frames, sampler=sampler, seed=seed, **options
-        )
+            model, processor, policy, capacity=None if capacity == "None" else capacity, frames=frames, sampler=sampler,
+            seed=seed, **{name: None if x == "None" else x for name, x in options.items()},
+        )  # fmt: skip
 
     def generate_until(self, requests) -> list[GenerationResult]:
-        """An answer to each question about one video.
+        """An answer to each question about one video, of at most LONGEST tokens where its task does not say.
 
         Raises:
             ValueError: a question is about something else than one video file.
@@ -73,7 +76,7 @@ class Pyvidx(lmms):
             options = {name: settings[name] for name in GENERATE if settings.get(name) is not None}
             if not options.get("temperature"):  # 0: the likeliest
                 options = {k: v for k, v in options.items() if k not in ("temperature", "top_p")} | {"do_sample": False}
-            answer = self.watch(visuals[0], question, **options)
+            answer = self.watch(visuals[0], question, **{"max_new_tokens": LONGEST} | options)
             text = until(answer.text, settings.get("until") or [])
             found.append(GenerationResult(text=text, token_counts=TokenCounts(output_tokens=len(answer.tokens))))
         return found

@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from functools import cached_property
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -74,8 +75,8 @@ class Encoder:
         """The embeddings of a loader's rows.
 
         Args:
-            inputs: a DataLoader of rows with "video" (a decoder as torchcodec's, or frames uint8 [T, 3, H, W]) or
-                "text" or both, whose two unit vectors are then added.
+            inputs: a DataLoader of rows with "video" (a decoder as torchcodec's, or a tensor or array of frames, uint8
+                [T, 3, H, W]) or "text" or both, whose two unit vectors are then added.
             others: mteb's, unused.
 
         Returns:
@@ -84,17 +85,27 @@ class Encoder:
         Raises:
             ValueError: a row has neither, has a text where there is no text tower, or a video without frames.
         """
-        inputs.collate_fn = self._collate
-        return torch.cat([self._batch(batch) for batch in inputs]).cpu()
+        collate, inputs.collate_fn = inputs.collate_fn, self._collate
+        try:
+            return torch.cat([self._batch(batch) for batch in inputs]).cpu()
+        finally:
+            inputs.collate_fn = collate
 
     def _collate(self, rows: list[dict]) -> dict[str, list]:
         """In the loader's own processes, so that only the frames that are looked at are handed over."""
-        found = {key: [row[key] for row in rows] for key in ("text", "video") if key in rows[0]}
+        found = {}
+        for key in ("text", "video"):
+            values = [row[key] for row in rows if row.get(key) is not None]
+            if len(values) not in (0, len(rows)):
+                raise ValueError(f"mteb: all rows of a batch must have a {key}, or none, got {len(values)}")
+            if values:
+                found[key] = values
         if "video" in found:
             found["video"] = [self._frames(video) for video in found["video"]]
         return found
 
     def _frames(self, video) -> Tensor:
+        video = torch.from_numpy(video) if isinstance(video, np.ndarray) else video
         N = len(video) if isinstance(video, Tensor) else video.metadata.num_frames
         fps = 0.0 if isinstance(video, Tensor) else video.metadata.average_fps or 0.0
         if not N:
@@ -188,7 +199,8 @@ def encoder(
     alone = module is None and text is None and tokenizer is None
     if alone and (pair := _text_video(source, options)) is not None:
         model, tower, tokens = pair.model, pair.text, pair.words
-        name, preset, frames = name or "pyvidx/text_video", preset or "clip", frames or pair.about.get("frames")
+        name, preset = name or "pyvidx/text_video", preset or "clip"
+        frames = pair.about.get("frames") if frames is None else frames
     else:
         model, loaded = open_model(source, module, **options)
         tower = tokens = None
@@ -200,8 +212,9 @@ def encoder(
             raise ValueError("mteb: a text tower needs its tokenizer: give tokenizer=")
         name, preset = name or f"pyvidx/{loaded.module.split()[0].strip(',')}", preset or loaded.preset
         about = {"model": loaded.model, "module": loaded.module}
+    frames = 8 if frames is None else frames
     return Encoder(
-        model.to(where).eval(), None if tower is None else tower.to(where), tokens, name=name, frames=frames or 8,
+        model.to(where).eval(), None if tower is None else tower.to(where), tokens, name=name, frames=frames,
         sampler=sampler, preset=preset, about=about,
     )  # fmt: skip
 

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from pyvidx import memory
 from pyvidx.hosts import Answer, Session
 from pyvidx.sizes import check_counts
 from pyvidx.video import read, sampling
@@ -33,7 +34,8 @@ class Watcher:
         model, processor: of transformers, one that Session takes.
         policy: one of CONTROLS, or of pyvidx.memory.names() but its "uniform", which is a control here; with its
             options.
-        capacity: the budget in steps. None: every step that is read, and with a control all `frames`.
+        capacity: the budget in steps. None: every step that is read, and with a control all `frames`; a policy that has
+            no capacity (dtd, moviechat, ...) goes by its own options then.
         frames: steps read of each video.
         sampler: which, see pyvidx.video.sampling; of the controls "uniform" alone reads others.
         seed: of "random".
@@ -62,8 +64,7 @@ class Watcher:
         self.model, self.processor, self.policy, self.capacity = model, processor, policy, capacity
         self.frames, self.sampler, self.seed = frames, sampler, seed
         self._per_step = getattr(getattr(model.config, "vision_config", None), "temporal_patch_size", 1)
-        how = {"policy": "concat"} if policy in CONTROLS or capacity is None else {"policy": policy}
-        self._how = how | ({} if how["policy"] == "concat" else {"capacity": capacity} | options)
+        self._how = _how(policy, capacity, options)
         # All of one budget see as many pixels.
         self._how["clip"] = (frames if capacity is None else capacity) * self._per_step
         sampling.sample(sampler, frames, frames, fps=25.0, generator=torch.Generator())  # refuses what is unknown
@@ -105,6 +106,28 @@ class Watcher:
         drawn = torch.randperm(steps, generator=torch.Generator().manual_seed(seed))[: self.capacity].sort().values
         index = (drawn[:, None] * n + torch.arange(n)).flatten()
         return index[index < T]
+
+
+def _how(policy: str, capacity: int | None, options: dict) -> dict:
+    """Policy, capacity and options of a session.
+
+    Raises:
+        ValueError: the policy has no capacity and one is given, or it has one and options, but none is given.
+    """
+    if policy in CONTROLS:
+        return {"policy": "concat"}
+    if policy in memory.names():
+        fields = memory.create(policy).spec()
+        if "capacity" not in fields and capacity is not None:
+            raise ValueError(
+                f"Watcher: {policy} has no capacity to keep to {capacity} steps: give capacity=None, and its own "
+                f"options, which are {', '.join(name for name in fields if name != 'name')}"
+            )
+        if "capacity" in fields and capacity is None:
+            if options:
+                raise ValueError(f"Watcher: {policy} needs a capacity beside {', '.join(options)}, got None")
+            return {"policy": "concat"}
+    return {"policy": policy, "capacity": capacity} | options
 
 
 def until(text: str, stops: str | Sequence[str]) -> str:

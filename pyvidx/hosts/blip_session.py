@@ -1,5 +1,6 @@
 """A stream through an InstructBLIP or BLIP-2 with MA-LMM's memory, and what its entries hold in seconds."""
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -7,11 +8,13 @@ import torch
 from torch import Tensor
 
 from pyvidx import memory
+from pyvidx.hosts.frames import times_after
 from pyvidx.hosts.language.kept import Stream, slots_of
 from pyvidx.hosts.session import spans
 from pyvidx.memory import Policy
 from pyvidx.memory.sources import Memories
 from pyvidx.preprocess import preprocess
+from pyvidx.sizes import check_counts
 
 
 class Slots(NamedTuple):
@@ -38,6 +41,7 @@ class BlipSession:
     def __init__(self, host, questions, capacity: int, visual: bool, query: bool, policy: Policy | None):
         model, language = host.model, host.language
         self.host, self.frames, self.held = host, 0, None
+        self._last = -math.inf  # seconds of the newest frame
         self.questions = [questions] if isinstance(questions, str) else list(questions or [])
         if type(capacity) is not int or capacity < 0:
             raise ValueError(f"InstructBLIP: capacity must be whole and at least 0, got {capacity!r}")
@@ -71,13 +75,14 @@ class BlipSession:
 
         Args:
             frames: uint8 [T, H, W, 3], or what else pyvidx.preprocess takes.
-            seconds: [T], their times; None: their numbers in the stream.
+            seconds: [T], their times, finite and none before the one before; None: their numbers in the stream.
             positions: [T], where they are in the temporal table, if the model has one; see MALMM.push.
             chunk: frames encoded at once; a matter of speed and memory.
 
         Raises:
-            ValueError: they are no frames, or their times are not as many.
+            ValueError: they are no frames, or their times are not as many or go back; none of them is taken then.
         """
+        check_counts("InstructBLIP", chunk=chunk)
         pixels = self.prepare(frames)
         times = self._times(seconds, len(pixels))
         for start in range(0, len(pixels), chunk):
@@ -118,6 +123,7 @@ class BlipSession:
             self.bank = Stream.start(self.policy, [rows], len(rows)) if self.bank is None else self.bank
             self.bank = self.policy.extend(self.bank, rows, times.to(rows.device).expand(len(rows), -1))
         self.frames += T
+        self._last = float(times[-1]) if T else self._last
 
     @torch.no_grad()
     def ask(self, question: str | None = None, **options) -> str:
@@ -165,10 +171,10 @@ class BlipSession:
     def _times(self, seconds, T: int) -> Tensor:
         """float64 [T]"""
         seconds = range(self.frames, self.frames + T) if seconds is None else seconds
-        times = torch.as_tensor(seconds, dtype=torch.float64)
-        if times.shape != (T,):
-            raise ValueError(f"InstructBLIP: seconds must be one per frame, {T}, got {tuple(times.shape)}")
-        return times
+        times = times_after(self._last, seconds)
+        if len(times) != T:
+            raise ValueError(f"InstructBLIP: seconds must be one per frame, {T}, got {len(times)}")
+        return torch.tensor(times, dtype=torch.float64)
 
     def fork(self) -> "BlipSession":
         """A copy that goes its own way."""

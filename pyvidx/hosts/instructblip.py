@@ -42,6 +42,7 @@ MODELS = {
     "instructblip": "InstructBlipForConditionalGeneration",
     "instructblipvideo": "InstructBlipVideoForConditionalGeneration",
 }
+TEXT = ("qformer_input_ids", "qformer_attention_mask")
 
 
 class InstructBLIP:
@@ -51,14 +52,21 @@ class InstructBLIP:
         model: MA-LMM's part, e.g. of pyvidx.hosts.huggingface.malmm or MALMM.from_pretrained; in eval mode.
         language: the language model with its tokenizers, on the same device.
         preset: how frames become pixels; its size is the model's.
-        token_id: of the placeholders in the host's own input_ids, for `inputs`.
+        token_id: of the placeholders in the host's own input_ids, and
+        clips: whether its own pixel_values have an axis of frames: both for `inputs`.
 
     Raises:
         ValueError: the two do not fit together.
     """
 
     def __init__(
-        self, model: MALMM, language: Language, *, preset: str | Preset = SQUASHED, token_id: int | None = None
+        self,
+        model: MALMM,
+        language: Language,
+        *,
+        preset: str | Preset = SQUASHED,
+        token_id: int | None = None,
+        clips: bool = False,
     ):
         width, reads = model.config.llm_width, model.config.qformer.vocab is not None
         if width != language.width:
@@ -66,7 +74,7 @@ class InstructBLIP:
         if reads and language.text_tokenizer is None:
             raise ValueError("InstructBLIP: the Q-Former reads the question: language must have a text_tokenizer")
         size = model.config.vision.image_size
-        self.model, self.language, self.token_id = model, language, token_id
+        self.model, self.language, self.token_id, self.clips = model, language, token_id, clips
         self.preset = replace(as_preset(preset), size=size, crop=size)
         self.reads_text = reads
 
@@ -100,7 +108,10 @@ class InstructBLIP:
         language = Language(host.language_model, tokenizer, text_tokenizer if _reads(model) else None, **options)
         names = ("video_token_id", "image_token_id", "video_token_index", "image_token_index")
         ids = [getattr(host.config, name, None) for name in names]
-        return cls(model, language, preset=preset, token_id=next((i for i in ids if i is not None), None))
+        token_id = next((i for i in ids if i is not None), None)
+        return cls(
+            model, language, preset=preset, token_id=token_id, clips=type(host).__name__ == MODELS["instructblipvideo"]
+        )
 
     @classmethod
     def from_pretrained(
@@ -186,6 +197,7 @@ class InstructBLIP:
         """
         session = self.session(question, capacity=capacity, visual=visual, query=query, policy=policy)
         frames = as_frames(frames)
+        frames = frames[None] if frames.dim() == 3 else frames
         rows, T, positions = self.model.config.time_length, len(frames), None
         if rows and T > rows and self.model.compat == "paper" and session.policy is None:
             positions = torch.linspace(0, rows - 1, T)
@@ -219,6 +231,12 @@ class InstructBLIP:
         ids, pixels = inputs.get("input_ids"), inputs.get("pixel_values")
         if ids is None or pixels is None:
             raise ValueError(f"InstructBLIP: inputs must have input_ids and pixel_values, got {', '.join(inputs)}")
+        for name in ("input_ids", "pixel_values", "attention_mask", "labels", *TEXT):
+            if not isinstance(x := inputs.get(name), Tensor | None):
+                raise ValueError(
+                    f"InstructBLIP: {name} must be a tensor, as of a processor with return_tensors='pt', got "
+                    f"{type(x).__name__}"
+                )
         if self.reads_text and inputs.get("qformer_input_ids") is None:
             raise ValueError("InstructBLIP: inputs must have qformer_input_ids, the question as the Q-Former reads it")
         clip = pixels
@@ -238,14 +256,14 @@ class InstructBLIP:
                 f"InstructBLIP: input_ids must have one block of placeholders {self.token_id} in every row, equally "
                 f"long in all, got {counts.tolist()}"
             )
-        text = [inputs[name] for name in ("qformer_input_ids", "qformer_attention_mask") if name in inputs]
+        text = [inputs[name] for name in TEXT if inputs.get(name) is not None]
         weight = self.model.qformer.query_tokens
         clip = clip.to(weight.device, weight.dtype)
         tokens = self.model(clip, *text, length=capacity, visual=visual, query=query)
         embed = self.language.causal_lm.get_input_embeddings()
         mask = inputs.get("attention_mask")
         found = {name: inputs[name] for name in inputs if name not in ("input_ids", "pixel_values", "labels")}
-        patch, video = self.model.config.vision.patch_size, (1,) if pixels.dim() == 5 else ()
+        patch, video = self.model.config.vision.patch_size, (1,) if self.clips else ()
         found["pixel_values"] = clip.new_zeros(len(clip), *video, 3, patch, patch)
         found["interpolate_pos_encoding"] = True
         found["inputs_embeds"] = _in_place(embed(ids), tokens.to(embed.weight.dtype), starts, count)
@@ -254,8 +272,7 @@ class InstructBLIP:
             found["input_ids"] = _in_place(ids, plain, starts, count)
         mask = torch.ones_like(ids) if mask is None else mask
         found["attention_mask"] = _in_place(mask, mask.new_ones(tokens.shape[:2]), starts, count)
-        if "labels" in inputs:
-            labels = inputs["labels"]
+        if (labels := inputs.get("labels")) is not None:
             found["labels"] = _in_place(labels, labels.new_full(tokens.shape[:2], IGNORED), starts, count)
         return found
 

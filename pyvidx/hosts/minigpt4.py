@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from pyvidx import video
 from pyvidx.data.tables import read_json
 from pyvidx.files import write_json
+from pyvidx.hosts.answers import check_one
 from pyvidx.hosts.importing import LOCAL, importing
 from pyvidx.hosts.templates import VIDEO, template
 from pyvidx.models.minigpt4 import MiniGPT4
@@ -60,8 +61,8 @@ class Chat:
         if model.config.llm_width != width:
             raise ValueError(f"MiniGPT-4: the model's llm_width must be {width}, got {model.config.llm_width}")
         most = model.config.encoder.time_length
-        if not 1 <= num_frames <= most:
-            raise ValueError(f"MiniGPT-4: num_frames must be from 1 to {most}, got {num_frames}")
+        if type(num_frames) is not int or not 1 <= num_frames <= most:
+            raise ValueError(f"MiniGPT-4: num_frames must be from 1 to {most}, got {num_frames!r}")
         self.model, self.causal_lm, self.tokenizer = model.eval(), causal_lm.eval(), tokenizer
         self.conversation, self.template, self.num_frames = conversation, template(conversation), num_frames
         size = model.config.encoder.vision.image_size
@@ -116,12 +117,19 @@ class Chat:
         Args:
             frames, question, history, sample: see `inputs`.
             seconds: [T] of the frames; the model sees their order alone.
-            options: of generate, over those of MiniGPT-4's chat: sampled, top_p 0.9, up to 300 tokens.
+            options: of generate, over those of MiniGPT-4's chat: sampled, top_p 0.9, up to 300 tokens. One sequence
+                comes back; stopping_criteria are beside the template's own.
+
+        Raises:
+            ValueError: see `inputs`, or several sequences are asked for.
         """
+        check_one("MiniGPT-4", self.causal_lm, options)
         inputs = self.inputs(frames, question, history, sample=sample)
         eos = self.tokenizer.eos_token_id
         options = {"eos_token_id": eos, "pad_token_id": eos} | GENERATION | options
-        (ids,) = self.causal_lm.generate(**inputs, stopping_criteria=[self._stopped], **options)
+        options["stopping_criteria"] = [self._stopped, *(options.get("stopping_criteria") or ())]
+        found = self.causal_lm.generate(**inputs, **options)
+        (ids,) = getattr(found, "sequences", found)
         text = self.tokenizer.decode(ids, skip_special_tokens=True)
         for stop in self.template.stop:
             text = text.partition(stop)[0]
@@ -186,6 +194,8 @@ def open(folder: str | Path, *, dtype: torch.dtype | None = None, device: str | 
     settings = read_json(folder / "config.json", dict)
     if settings.get("model_type") != MODEL_TYPE:
         raise ValueError(f"MiniGPT-4: {folder} must hold a {MODEL_TYPE}, got {settings.get('model_type')!r:.100}")
+    if absent := {"conversation", "num_frames"} - settings.keys():
+        raise ValueError(f"MiniGPT-4: {folder / 'config.json'} must have {', '.join(sorted(absent))}")
     model = MiniGPT4.from_pretrained(folder)
     causal_lm, tokenizer = _language(folder / "language", dtype, device)
     model = model.to(device, dtype)
@@ -193,6 +203,8 @@ def open(folder: str | Path, *, dtype: torch.dtype | None = None, device: str | 
 
 
 def _language(folder: str | Path, dtype: torch.dtype | None, device: str | torch.device) -> tuple[nn.Module, object]:
+    if not Path(folder).is_dir():
+        raise FileNotFoundError(f"MiniGPT-4: there is no folder {folder}, of the language model and its tokenizer")
     with importing("MiniGPT-4", "transformers"):
         from transformers import AutoModelForCausalLM, AutoTokenizer
     options = {**LOCAL, "dtype": dtype or "auto", "output_loading_info": True}

@@ -191,6 +191,8 @@ def _items(name, config, inputs, outputs, prompt: Prompt, processor) -> list[tup
     rows = _features(name, outputs, sum(counts)).split(counts)
     apart = inputs.get("second_per_grid_ts") if name == "video" else None
     apart = None if apart is None else torch.as_tensor(apart).cpu()
+    text = f"serving: second_per_grid_ts must be one number for each of the {len(grid)} videos"
+    require(apart is None or apart.shape == (len(grid),), text, *([] if apart is None else [apart]))
     if name == "video" and config.model_type in TIMED:
         blocks = _timed(config, prompt, grid, counts, processor)
     else:
@@ -210,7 +212,7 @@ def _features(name: str, outputs, tokens: int) -> Tensor:
     ]
     rows = torch.cat(flat, -1).detach().cpu()
     text = f"serving: mm_encoder_outputs[{name!r}] must have {tokens} tokens, as the grids and placeholders say"
-    require(len(rows) == tokens, text, rows)
+    require(len(rows) == tokens, f"{text}; of a policy that keeps some tokens of a frame no grid tells", rows)
     return rows
 
 

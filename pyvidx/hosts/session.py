@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from pyvidx import memory
-from pyvidx.hosts.answers import answers, option
+from pyvidx.hosts.answers import answers, check_one
 from pyvidx.hosts.compress import CHUNK, handed, placed
 from pyvidx.hosts.frames import stacked, times_after
 from pyvidx.hosts.language import Place, Prompt, Slots, host_of
@@ -176,8 +176,7 @@ class Session:
             ValueError: nothing was pushed yet, the prompt has not one place for the video, or generate would return
             several sequences.
         """
-        several = option(self.host.model, options, "num_return_sequences") or 1
-        require(several == 1, f"Session.ask: generate must return one sequence, got num_return_sequences={several}")
+        check_one("Session.ask", self.host.model, options)
         slots = self._slots()
         inputs = self._inputs(question, slots)
         found = self.host.model.generate(**inputs, **options)

@@ -51,5 +51,13 @@ def preset_of(folder: str | Path) -> Preset:
     told = told or {}
     if told.get("do_center_crop") or told.get("resample", 3) not in FILTERS:
         raise ValueError(f"InstructBLIP: the processor of {folder} must resize without a crop, by a known filter")
+    size = told.get("size") or {}
+    square = not isinstance(size, dict) or not size or None is not size.get("height") == size.get("width")
+    off = [name for name in ("do_resize", "do_rescale", "do_normalize") if told.get(name) is False]
+    if off or not square:
+        raise ValueError(
+            f"InstructBLIP: the processor of {folder} must squash frames to a square and normalize them, it has "
+            + (f"{off[0]} false" if off else f"size {size!r:.100}")
+        )
     values = {name: tuple(told[f"image_{name}"]) for name in ("mean", "std") if told.get(f"image_{name}")}
     return replace(SQUASHED, filter=FILTERS[told.get("resample", 3)], **values)

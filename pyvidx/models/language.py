@@ -118,6 +118,7 @@ class Language(nn.Module):
             eos_token_id=options.pop("eos_token_id", self.tokenizer.eos_token_id),
             **options,
         )
+        ids = getattr(ids, "sequences", ids)
         answers = [answer.strip() for answer in self.tokenizer.batch_decode(ids, skip_special_tokens=True)]
         beams = options.get("num_return_sequences", 1)
         answers = answers if beams == 1 else _chunks(answers, beams)

@@ -109,6 +109,8 @@ class MiniGPT4(Foldable):
         Raises:
             ValueError: pixels or the number of frames do not fit.
         """
+        if pixels.dim() == 5 and not len(pixels):
+            raise ValueError(f"MiniGPT4: pixels must hold a video, B > 0, got {tuple(pixels.shape)}")
         frames = self.norm(self.encoder(pixels, frame_mask=frame_mask).tokens)[:, None]
         prompt = self.qformer.prompt(batch=len(frames))
         rows = self.qformer.run(prompt, 1, FrameSource(self.qformer, prompt, frames))

@@ -213,7 +213,7 @@ class ChatTask(Task):
         if got != want:
             raise ValueError(
                 f"train: a text of {self.max_tokens} tokens must hold the {want} of its video, got {got} "
-                f"with the prompt {row.prompt!r:.80} about {row.video}"
+                f"with the prompt {row.prompt!r:.80} and the answer {row.answer!r:.80} about {row.video}"
             )
 
     def _texts(self, batch: Batch) -> list[tuple[list[int], int]]:
@@ -289,7 +289,10 @@ def build(config: Config, device: torch.device) -> ChatTask:
     model = Tuned(chat.model.to(device), ids)
     if model.layer < 0:
         raise ValueError(f"train: the branch of {config.model} must start after a layer of CLIP, to store its output")
-    model.encoder.temporal.check(config.frames, model.encoder.config.vision.patches)
+    v = model.encoder.config.vision
+    model.encoder.temporal.check(config.frames, v.patches)
+    # What training will read must be taken before a corpus is encoded: the official tower takes no 3 frames.
+    model.encoder.read_features(torch.empty(1, config.frames, 1 + v.patches, v.width, device="meta"))
     task = ChatTask(model.to(device), tokenizer, config.conversation, config.max_tokens)
     task.about = config.about | {"tokenizer": vocabulary(config.model)}
     count = sum(p.numel() for p in task.parameters() if p.requires_grad)
@@ -316,7 +319,8 @@ def _stored(config: Config, file: str, features: Features, task: ChatTask, ranks
         raise ValueError(f"train: rows of chat must be about whole videos, {file} has times of {cut[0].video}")
     most = config.max_tokens - len(task.tokenizer(task.template.prompt("").replace(VIDEO, task.video))["input_ids"])
     for row in found:
-        if len(row.prompt.encode()) > most or "<" in row.prompt:  # the others fit: no token has less than a byte
+        # The others fit: no token has less than a byte, and those of a video begin with this one.
+        if len(row.prompt.encode()) > most or "<" in row.prompt + row.answer:
             task.check(row)
     videos = list(dict.fromkeys(row.video for row in found))
     model, size = task.model, task.model.encoder.config.vision.image_size

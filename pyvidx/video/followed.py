@@ -57,8 +57,11 @@ class _Follower:
         """Up to `size` bytes, as soon as there are some; none at the end, which FFmpeg asks for more than once."""
         until = time.monotonic() + self.idle
         while not self.ended:
-            if data := bytes(self.take(size) or b""):
-                return data
+            data = self.take(size) or b""  # None: nothing yet, of what does not block
+            if isinstance(data, str):
+                raise ValueError("follow: a file object must give bytes, got str; open the file with 'rb'")
+            if data:
+                return bytes(data)
             self.ended = time.monotonic() >= until
             time.sleep(0 if self.ended else PAUSE)
         return b""
@@ -69,7 +72,7 @@ def followed(op: str, source: str | os.PathLike[str] | BinaryIO, idle: float) ->
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it is a folder, or a file object that is not binary.
+        ValueError: it is a folder, a file object that is not binary, or none of these.
     """
     if source == "-":
         return Followed("<stdin>", data=sys.stdin.buffer, idle=idle)
@@ -77,6 +80,8 @@ def followed(op: str, source: str | os.PathLike[str] | BinaryIO, idle: float) ->
         if isinstance(source, io.TextIOBase):
             raise ValueError(f"{op}: a file object must give bytes; open the file with 'rb'")
         return Followed(f"<{type(source).__name__}>", data=source, idle=idle)
+    if not isinstance(source, (str, bytes, os.PathLike)):
+        raise ValueError(f"{op}: what is followed must be a path, '-' or a file object, got {type(source).__name__}")
     path = os.fsdecode(source)
     if not os.path.exists(path):
         raise FileNotFoundError(f"{op}: no such file: {path}")

@@ -128,7 +128,9 @@ def test_a_lost_piece_is_an_error(case):
         grid = inputs["video_grid_thw"]
         bad += [({"video_grid_thw": None}, "video_grid_thw must be"), ({"video_grid_thw": grid + 1}, "placeholders")]
         bad += [({"video_grid_thw": grid.float()}, "whole numbers")]
-    if entry.kind != "qwen2_5_vl":
+    if entry.kind == "qwen2_5_vl":
+        bad += [({"second_per_grid_ts": inputs["second_per_grid_ts"][:1]}, "one number for each of the 3 videos")]
+    else:
         with pytest.raises(ValueError, match="give processor="):
             serving.vllm(model, inputs)
     if entry.kind == "qwen3_vl":

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoProcessor, LlavaForConditionalGeneration
 
+from pyvidx.hosts.answers import check_one
 from pyvidx.hosts.importing import LOCAL
 from pyvidx.hosts.llava.processing import BTAdapterLlavaProcessor, even_midpoints
 from pyvidx.hosts.llava.register import register
@@ -42,7 +43,9 @@ class Chat:
         frames = as_frames(frames)
         if frames.dim() != 4 or not len(frames):
             raise ValueError(f"Chat: frames must be uint8 [T, H, W, 3], T > 0, got {tuple(frames.shape)}")
-        turns = [turn for pair in history for turn in zip(("user", "assistant"), pair)] + [("user", question)]
+        turns = [turn for pair in history for turn in zip(("user", "assistant"), pair, strict=True)] + [
+            ("user", question)
+        ]
         messages = [{"role": role, "content": [{"type": "text", "text": text}]} for role, text in turns]
         messages[0]["content"].append({"type": "video"})
         text = self.processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
@@ -68,15 +71,25 @@ class Chat:
             frames, question, history, sample: see `inputs`.
             seconds: [T] of the frames; the model sees their order alone.
             options: of generate, over the model's own, which are those of the public evaluation: sampled, temperature
-                0.2, up to 1024 tokens.
+                0.2, up to 1024 tokens. One sequence comes back.
+
+        Raises:
+            ValueError: see `inputs`, or several sequences are asked for.
         """
+        check_one("Chat", self.model, options)
         inputs = self.inputs(frames, question, history, sample=sample)
-        ids = self.model.generate(**inputs, **options)[0, inputs["input_ids"].shape[1] :]
+        found = self.model.generate(**inputs, **options)
+        ids = getattr(found, "sequences", found)[0, inputs["input_ids"].shape[1] :]
         return self.processor.tokenizer.decode(ids, skip_special_tokens=True).strip()
+
+    @property
+    def num_frames(self) -> int:
+        """Taken of a video at most."""
+        return self.processor.video_processor.num_frames
 
     def sampled(self, num_frames: int) -> Tensor:
         """Indices of the frames of a video that the model is shown, int64, ascending."""
-        return even_midpoints(num_frames, self.processor.video_processor.num_frames)
+        return even_midpoints(num_frames, self.num_frames)
 
 
 def open(

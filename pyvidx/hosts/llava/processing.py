@@ -34,7 +34,10 @@ class BTAdapterVideoProcessor(BaseVideoProcessor):
     def sample_frames(self, metadata, num_frames=None, fps=None, **kwargs):
         if fps is not None:
             raise ValueError("BTAdapterVideoProcessor: the tower takes a number of frames, give num_frames, not fps")
-        return even_midpoints(metadata.total_num_frames, self.num_frames if num_frames is None else num_frames)
+        num_frames = self.num_frames if num_frames is None else num_frames
+        if num_frames < 2:  # the tower's fewest, to which a video of one frame is repeated
+            raise ValueError(f"BTAdapterVideoProcessor: num_frames must be 2 or more, got {num_frames}")
+        return even_midpoints(metadata.total_num_frames, num_frames)
 
     def fetch_videos(self, video_url_or_urls, sample_indices_fn=None):
         if isinstance(video_url_or_urls, list):
@@ -103,9 +106,15 @@ class BTAdapterLlavaProcessor(ProcessorMixin):
             )
 
     def validate_inputs(self, images=None, text=None, videos=None, audio=None, **kwargs) -> None:
-        """Also in versions of transformers that do not count."""
+        """Also in versions of transformers that do not count, and would leave out what nobody here takes."""
+        if given := [name for name, x in (("images", images), ("audio", audio)) if x is not None]:
+            raise ValueError(
+                f"BTAdapterLlavaProcessor: media must be videos, got {given[0]}; an image is a video of one frame"
+            )
         super().validate_inputs(images=images, text=text, videos=videos, audio=audio, **kwargs)
         texts = [text] if isinstance(text, str) else text or []
+        if PATCH in "".join(t for t in texts if isinstance(t, str)):  # would be counted as a token of a video
+            raise ValueError(f"BTAdapterLlavaProcessor: texts must not hold {PATCH}; {VIDEO} stands for a video")
         places, given = sum(t.count(VIDEO) for t in texts), 0 if videos is None else len(make_batched_videos(videos))
         if text is not None and places != given:
             raise ValueError(

@@ -164,7 +164,7 @@ class BTAdapterVisionModel(PreTrainedModel):
             stands for entries that were not asked for.
 
         Raises:
-            ValueError: the pixels or the number of frames do not fit.
+            ValueError: the pixels or the number of frames do not fit, or a state is asked for that is not there.
         """
         ragged = isinstance(pixel_values, Sequence) and len(pixel_values) and all(map(torch.is_tensor, pixel_values))
         run = self._ragged if ragged else self._states
@@ -197,6 +197,11 @@ class BTAdapterVisionModel(PreTrainedModel):
         given = pixels.transpose(1, 2) if self.config.compat == "official" else pixels
         if wanted is not True:
             selected = [-2] if wanted is None or wanted is False else [wanted] if isinstance(wanted, int) else wanted
+            if off := [i for i in selected if not -layers - 1 <= i < layers or i == -1]:
+                raise ValueError(
+                    f"BTAdapterVisionModel: hidden states are those of 0 to {layers - 1}, or -2 and less, as the tower "
+                    f"ends before CLIP's last layer, got {off[0]}; LLaVA reads -2, its vision_feature_layer"
+                )
             if all(i % (layers + 1) == layers - 1 for i in selected):
                 tokens = self.encoder(given, interpolate=interpolate).tokens
                 return (*(None,) * (layers - 1), tokens, None)
