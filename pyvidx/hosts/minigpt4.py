@@ -207,8 +207,8 @@ def _language(folder: str | Path, dtype: torch.dtype | None, device: str | torch
         raise FileNotFoundError(f"MiniGPT-4: there is no folder {folder}, of the language model and its tokenizer")
     with importing("MiniGPT-4", "transformers"):
         from transformers import AutoModelForCausalLM, AutoTokenizer
-    options = {**LOCAL, "dtype": dtype or "auto", "output_loading_info": True}
-    causal_lm, info = AutoModelForCausalLM.from_pretrained(folder, **options)
+    options = {"dtype": dtype or "auto", "output_loading_info": True}
+    causal_lm, info = AutoModelForCausalLM.from_pretrained(folder, **options, **LOCAL)
     if missing := sorted(info["missing_keys"]) + sorted(map(str, info["mismatched_keys"])):
         raise ValueError(
             f"MiniGPT-4: {folder} must hold every parameter of its model, it lacks {', '.join(missing[:8])}"
