@@ -22,6 +22,7 @@ VNNI = re.search(r"\bavx(512)?_vnni\b", products.cpuinfo()) is not None
 # q is unsigned: oneDNN has no fast product of two signed matrices. Without VNNI it adds pairs of products in 16 bits,
 # which only 7 bits of q cannot overflow. One step less than there is room for: rounding z may take up to one.
 STEPS = 254 if VNNI else 126
+PART = 1 << 17  # numbers that are rounded together
 
 
 class Int8Linear(nn.Module):
@@ -58,7 +59,7 @@ class Int8Linear(nn.Module):
             return x.new_full(shape, math.nan)  # as in float32, but for all of what came together
         step = max((high - low) / STEPS, torch.finfo(torch.float32).tiny)  # whose reciprocal is finite
         zero = round(-low / step)
-        q = torch.add(x.new_tensor(zero + 0.5), x.reshape(-1, self.in_features), alpha=1 / step).to(torch.uint8)
+        q = _rounded(x.reshape(-1, self.in_features), step, zero)
         scale, bias = self.scale[start:stop], None if self.bias is None else self.bias[start:stop]
         zeros = torch.zeros(stop - start, dtype=torch.int32)
         y = OP(q, step, zero, self._pack(start, stop), scale, zeros, bias, 1.0, 0, torch.float32, "none", [], "")
@@ -74,6 +75,17 @@ class Int8Linear(nn.Module):
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}"
+
+
+def _rounded(x: Tensor, step: float, zero: int) -> Tensor:
+    """q of rows x [n, K], some at a time: what stands between float32 and 8 bits stays in a cache. New memory for all
+    of it costs a page fault per 4 KB, one after another whatever the number of threads."""
+    q, rows = torch.empty(x.shape, dtype=torch.uint8), max(1, PART // x.shape[1])
+    shift, between = x.new_tensor(zero + 0.5), x.new_empty(min(rows, len(x)), x.shape[1])
+    for start in range(0, len(x), rows):
+        some = x[start : start + rows]
+        q[start : start + rows] = torch.add(shift, some, alpha=1 / step, out=between[: len(some)])
+    return q
 
 
 def is_product(layer: nn.Module) -> bool:
