@@ -7,25 +7,26 @@ op runs on any device of any machine, and `python -m pyvidx info` says whether a
 import os
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 _lib = torch.library.Library("pyvidx", "DEF")
-REFERENCES: dict[str, Callable] = {}  # op name -> reference, in order of definition
-FLOPS: dict[str, Callable] = {}  # op name -> its matrix products, for pyvidx.models.flops
+REFERENCES: dict[str, Callable[..., Any]] = {}  # op name -> reference, in order of definition
+FLOPS: dict[str, Callable[..., Any]] = {}  # op name -> its matrix products, for pyvidx.models.flops
 
 
 def define(
     schema: str,
     *,
-    reference: Callable,
-    fake: Callable,
-    backward: Callable | None = None,
-    setup_context: Callable | None = None,
+    reference: Callable[..., Any],
+    fake: Callable[..., Any],
+    backward: Callable[..., Any] | None = None,
+    setup_context: Callable[..., Any] | None = None,
     autocast: str | None = None,
-    flops: Callable | None = None,
-) -> Callable:
+    flops: Callable[..., Any] | None = None,
+) -> Callable[..., Any]:
     """Register torch.ops.pyvidx.<name> and return it; where it writes into its arguments, a shorter way to it.
 
     Args:
@@ -65,7 +66,7 @@ def define(
     return call
 
 
-def _autocast_rule(op, device: str, rule: str) -> Callable:
+def _autocast_rule(op, device: str, rule: str) -> Callable[..., Any]:
     keys = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU) | torch._C.DispatchKeySet(
         torch._C.DispatchKey.AutocastCUDA
     )
@@ -82,7 +83,7 @@ def _autocast_rule(op, device: str, rule: str) -> Callable:
     return call
 
 
-def _counting_versions(op) -> tuple[Callable, Callable]:
+def _counting_versions(op) -> tuple[Callable[..., Any], Callable[..., Any]]:
     """Counts up the versions of what the op writes, as torch's own in-place ops do: so autograd notices where a tensor
     it has saved is no longer what it was.
 
@@ -117,7 +118,7 @@ def _counting_versions(op) -> tuple[Callable, Callable]:
     return kernel, call
 
 
-def _on_one_device(name: str, fake: Callable) -> Callable:
+def _on_one_device(name: str, fake: Callable[..., Any]) -> Callable[..., Any]:
     """A fake runs where any argument is on the meta device, but knows only where some of them are."""
 
     def call(*args):
@@ -130,7 +131,7 @@ def _on_one_device(name: str, fake: Callable) -> Callable:
     return call
 
 
-def _tensors(args: Iterable) -> list[Tensor]:
+def _tensors(args: Iterable[Any]) -> list[Tensor]:
     """The tensors among arguments and in lists of them."""
     found = []
     for a in args:
@@ -141,7 +142,7 @@ def _tensors(args: Iterable) -> list[Tensor]:
     return found
 
 
-def _device(args: Sequence) -> str:
+def _device(args: Sequence[Any]) -> str:
     return next((t.device.type for t in _tensors(args)), "cpu")
 
 
