@@ -4,6 +4,7 @@ The reference is registered for every backend; a compiled CPU or CUDA kernel tak
 op runs on any device of any machine, and `python -m pyvidx info` says whether a kernel or the reference will run.
 """
 
+import functools
 import os
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -35,8 +36,7 @@ def define(
         fake: shapes and dtypes of the outputs, for torch.compile and export.
         backward, setup_context: as in torch.library.register_autograd.
         autocast: under torch.autocast, "low" casts floating inputs to the autocast dtype (as for a matmul), "widest"
-            to the widest dtype among them (as for a sum), "first" to that of the first one (parameters to that of the
-            activations). None: inputs are taken as they are.
+            to the widest dtype among them (as for a sum). None: inputs are taken as they are.
         flops: operations in matrix products, 2 per multiply-add, as a function of the arguments with shapes in place
             of tensors. None: it has none.
     """
@@ -73,10 +73,8 @@ def _autocast_rule(op, device: str, rule: str) -> Callable[..., Any]:
 
     def call(*args):
         floating = [a.dtype for a in args if isinstance(a, Tensor) and a.is_floating_point()]
-        dtype = torch.get_autocast_dtype(device) if rule == "low" else floating[0]
-        if rule == "widest":
-            for other in floating[1:]:
-                dtype = torch.promote_types(dtype, other)
+        low = rule == "low"
+        dtype = torch.get_autocast_dtype(device) if low else functools.reduce(torch.promote_types, floating)
         with torch._C._ExcludeDispatchKeyGuard(keys):
             return op(*(a.to(dtype) if isinstance(a, Tensor) and a.is_floating_point() else a for a in args))
 
