@@ -1,7 +1,7 @@
 # make demo [VIDEO=clip.mp4]   set up, build, encode a video, show what came out
 # make test                    set up, build, run all tests (and make check)
 # make env                     the set-up alone: leaves a ready .venv
-# make check                   ruff and clang-format
+# make check                   ruff, mypy and clang-format
 # make docs                    docs/ and the docstrings as a site in build/docs; a link that leads nowhere fails
 # make hosts-test              the tests of hosts with the oldest transformers that they are for
 # make bench                   every bench at the papers' sizes, with a table and a plot
@@ -32,6 +32,7 @@ test: env check docs
 check:
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check -q .
+	$(PY) -m mypy --cache-dir build/mypy
 	.venv/bin/clang-format --dry-run -Werror $(CXX_FILES)
 
 docs:

@@ -4,28 +4,30 @@ The reference is registered for every backend; a compiled CPU or CUDA kernel tak
 op runs on any device of any machine, and `python -m pyvidx info` says whether a kernel or the reference will run.
 """
 
+import functools
 import os
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 _lib = torch.library.Library("pyvidx", "DEF")
-REFERENCES: dict[str, Callable] = {}  # op name -> reference, in order of definition
-FLOPS: dict[str, Callable] = {}  # op name -> its matrix products, for pyvidx.models.flops
+REFERENCES: dict[str, Callable[..., Any]] = {}  # op name -> reference, in order of definition
+FLOPS: dict[str, Callable[..., Any]] = {}  # op name -> its matrix products, for pyvidx.models.flops
 
 
 def define(
     schema: str,
     *,
-    reference: Callable,
-    fake: Callable,
-    backward: Callable | None = None,
-    setup_context: Callable | None = None,
+    reference: Callable[..., Any],
+    fake: Callable[..., Any],
+    backward: Callable[..., Any] | None = None,
+    setup_context: Callable[..., Any] | None = None,
     autocast: str | None = None,
-    flops: Callable | None = None,
-) -> Callable:
+    flops: Callable[..., Any] | None = None,
+) -> Callable[..., Any]:
     """Register torch.ops.pyvidx.<name> and return it; where it writes into its arguments, a shorter way to it.
 
     Args:
@@ -34,8 +36,7 @@ def define(
         fake: shapes and dtypes of the outputs, for torch.compile and export.
         backward, setup_context: as in torch.library.register_autograd.
         autocast: under torch.autocast, "low" casts floating inputs to the autocast dtype (as for a matmul), "widest"
-            to the widest dtype among them (as for a sum), "first" to that of the first one (parameters to that of the
-            activations). None: inputs are taken as they are.
+            to the widest dtype among them (as for a sum). None: inputs are taken as they are.
         flops: operations in matrix products, 2 per multiply-add, as a function of the arguments with shapes in place
             of tensors. None: it has none.
     """
@@ -65,24 +66,22 @@ def define(
     return call
 
 
-def _autocast_rule(op, device: str, rule: str) -> Callable:
+def _autocast_rule(op, device: str, rule: str) -> Callable[..., Any]:
     keys = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU) | torch._C.DispatchKeySet(
         torch._C.DispatchKey.AutocastCUDA
     )
 
     def call(*args):
         floating = [a.dtype for a in args if isinstance(a, Tensor) and a.is_floating_point()]
-        dtype = torch.get_autocast_dtype(device) if rule == "low" else floating[0]
-        if rule == "widest":
-            for other in floating[1:]:
-                dtype = torch.promote_types(dtype, other)
+        low = rule == "low"
+        dtype = torch.get_autocast_dtype(device) if low else functools.reduce(torch.promote_types, floating)
         with torch._C._ExcludeDispatchKeyGuard(keys):
             return op(*(a.to(dtype) if isinstance(a, Tensor) and a.is_floating_point() else a for a in args))
 
     return call
 
 
-def _counting_versions(op) -> tuple[Callable, Callable]:
+def _counting_versions(op) -> tuple[Callable[..., Any], Callable[..., Any]]:
     """Counts up the versions of what the op writes, as torch's own in-place ops do: so autograd notices where a tensor
     it has saved is no longer what it was.
 
@@ -117,7 +116,7 @@ def _counting_versions(op) -> tuple[Callable, Callable]:
     return kernel, call
 
 
-def _on_one_device(name: str, fake: Callable) -> Callable:
+def _on_one_device(name: str, fake: Callable[..., Any]) -> Callable[..., Any]:
     """A fake runs where any argument is on the meta device, but knows only where some of them are."""
 
     def call(*args):
@@ -130,7 +129,7 @@ def _on_one_device(name: str, fake: Callable) -> Callable:
     return call
 
 
-def _tensors(args: Iterable) -> list[Tensor]:
+def _tensors(args: Iterable[Any]) -> list[Tensor]:
     """The tensors among arguments and in lists of them."""
     found = []
     for a in args:
@@ -141,7 +140,7 @@ def _tensors(args: Iterable) -> list[Tensor]:
     return found
 
 
-def _device(args: Sequence) -> str:
+def _device(args: Sequence[Any]) -> str:
     return next((t.device.type for t in _tensors(args)), "cpu")
 
 
