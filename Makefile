@@ -4,6 +4,7 @@
 # make check                   ruff, mypy and clang-format
 # make docs                    docs/ and the docstrings as a site in build/docs; a link that leads nowhere fails
 # make hosts-test              the tests of hosts with the oldest transformers that they are for
+# make coverage                the tests again, and which lines of pyvidx/ they ran: build/coverage.json
 # make bench                   every bench at the papers' sizes, with a table and a plot
 # make cuda-check              compile the CUDA kernels for every architecture: registers, spills, shared memory
 # make emu-test                run the CUDA kernels on the CPU: the op tests under every schedule and sanitizer
@@ -15,7 +16,7 @@ OLDEST = build/transformers-5.20.2
 # Every test runs on one thread. loadgroup keeps the tests together that build in one folder (tests/conftest.py).
 PARALLEL = -n auto --maxprocesses 8 --dist loadgroup
 
-.PHONY: env demo test check docs isa-test hosts-test bench cuda-check emu-test gpu-check clean
+.PHONY: env demo test check docs isa-test hosts-test coverage bench cuda-check emu-test gpu-check clean
 
 env:
 	bash cmake/env.sh
@@ -48,6 +49,9 @@ isa-test:
 hosts-test:
 	[ -d $(OLDEST) ] || $(PY) -m pip install -q --no-deps --target $(OLDEST) transformers==5.20.2
 	PYTHONPATH=$(OLDEST) $(PY) -m pytest tests/hosts -q $(PARALLEL)
+
+coverage:
+	$(PY) -m pytest tests -q -m "not slow" $(PARALLEL) --cov --cov-report=term:skip-covered --cov-report=json:build/coverage.json
 
 bench: env
 	mkdir -p bench/out
