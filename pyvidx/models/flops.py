@@ -24,10 +24,10 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, 
 
 from pyvidx import temporal
 from pyvidx.backbones.vit import ViT, ViTConfig
-from pyvidx.files import whole
 from pyvidx.layers import int8, products
 from pyvidx.models.video_encoder import VideoEncoder
 from pyvidx.ops._library import FLOPS
+from pyvidx.pictures import drawn
 
 # label, name, options: the modules, and the steps of BT-Adapter's table 6 (arXiv:2309.15785)
 FAMILY = (
@@ -211,26 +211,19 @@ def plot(costs: list[Cost], path: str | Path, title: str = "") -> Path:
     Raises:
         RuntimeError: matplotlib is not installed.
     """
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise RuntimeError("flops: the picture needs matplotlib: pip install 'pyvidx[cli]'") from error
-    figure = Figure(figsize=(11, 5), layout="constrained")
-    FigureCanvasAgg(figure)
-    left, right = figure.subplots(1, 2)
-    for i, label in enumerate(dict.fromkeys(c.module for c in costs)):
-        own = [c for c in costs if c.module == label]
-        frames, style = [c.frames for c in own], "o-" if i < 10 else "s--"
-        left.plot(frames, [c.ratio for c in own], style, label=label)
-        right.plot(frames, [c.activation_bytes / 2**20 for c in own], style)
-    left.set(xlabel="frames", ylabel="FLOPs, times those of single frames")
-    right.set(xlabel="frames", ylabel="most alive at once (MiB)", yscale="log")
-    for axis in (left, right):
-        axis.set_xscale("log", base=2)
-        axis.set_xticks(sorted({c.frames for c in costs}), sorted({c.frames for c in costs}))
-    figure.legend(loc="outside right upper", fontsize=8)
-    figure.suptitle(title)
-    with whole(path) as part:
-        figure.savefig(part, dpi=110)
+    with drawn(path, 11, 5, "flops") as figure:
+        left, right = figure.subplots(1, 2)
+        for i, label in enumerate(dict.fromkeys(c.module for c in costs)):
+            own = [c for c in costs if c.module == label]
+            frames, style = [c.frames for c in own], "o-" if i < 10 else "s--"
+            left.plot(frames, [c.ratio for c in own], style, label=label)
+            right.plot(frames, [c.activation_bytes / 2**20 for c in own], style)
+        left.set(xlabel="frames", ylabel="FLOPs, times those of single frames")
+        right.set(xlabel="frames", ylabel="most alive at once (MiB)", yscale="log")
+        for axis in (left, right):
+            axis.set_xscale("log", base=2)
+            axis.set_xticks(sorted({c.frames for c in costs}), sorted({c.frames for c in costs}))
+            axis.grid(True)
+        figure.legend(loc="outside right upper")
+        figure.suptitle(title)
     return Path(path)
