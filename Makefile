@@ -39,7 +39,7 @@ docs:
 
 # The op tests at every instruction-set level this CPU has (the best one has run already).
 isa-test:
-	@best=$$($(PY) -c 'from pyvidx import _C; print(_C.isa())'); for level in $(ISA_LEVELS); do \
+	@best=$$($(PY) -c 'from pyvidx.ops import _library; print(_library.isa())'); for level in $(ISA_LEVELS); do \
 	  [ $$level = $$best ] && break; echo "tests/ops at level $$level"; \
 	  PYVIDX_ISA=$$level $(PY) -m pytest tests/ops -q $(PARALLEL) || exit 1; done
 

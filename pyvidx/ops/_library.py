@@ -4,7 +4,10 @@ The reference is registered for every backend; a compiled CPU or CUDA kernel tak
 op runs on any device of any machine, and `python -m pyvidx info` says whether a kernel or the reference will run.
 """
 
+import ctypes
+import json
 import os
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
@@ -238,12 +241,18 @@ def why_reference(device_type: str) -> str:
     return f"no {device_type} kernel in this build, so the reference runs"
 
 
+def _path() -> Path:
+    """The compiled library. PYVIDX_OPS_LIBRARY names another build (tests)."""
+    return Path(os.environ.get("PYVIDX_OPS_LIBRARY") or Path(__file__).parents[1] / "_ops.abi3.so")
+
+
 def _load() -> str | None:
-    """Load the kernels; None, or why they could not be loaded. PYVIDX_OPS_LIBRARY names another build (tests)."""
-    default = Path(__file__).parents[1] / "_ops.abi3.so"
-    path = os.environ.get("PYVIDX_OPS_LIBRARY") or default
-    if not Path(path).exists():
-        return f"{path} does not exist: build it with `pip install --no-build-isolation -e .`"
+    """Load the kernels; None, or why they could not be loaded."""
+    path = _path()
+    if not path.exists():
+        return (
+            f"{path} does not exist: a wheel for this platform has it, `pip install --no-build-isolation .` builds it"
+        )
     try:
         torch.ops.load_library(path)
     except OSError as error:
@@ -251,4 +260,34 @@ def _load() -> str | None:
     return None
 
 
+def _said(function: str) -> str | None:
+    """What the loaded library says of itself; None without one, and of the tests' emulator, which says nothing."""
+    if LOAD_ERROR is not None:
+        return None
+    library = ctypes.CDLL(str(_path()))  # loaded already: the same one
+    if not hasattr(library, function):
+        return None
+    call = getattr(library, function)
+    call.restype = ctypes.c_char_p
+    return call().decode()
+
+
+def build() -> dict | None:
+    """compiler, torch and cuda_archs ("80", ...) of the loaded library; None without one that says."""
+    said = _said("pyvidx_build")
+    return None if said is None else json.loads(said)
+
+
+def isa() -> str | None:
+    """The instruction-set level the CPU kernels run at, or why they cannot run; None without a library that says."""
+    return _said("pyvidx_isa")
+
+
 LOAD_ERROR = _load()
+if LOAD_ERROR is not None:
+    warnings.warn(
+        f"pyvidx has no compiled kernels here: every op runs its PyTorch reference, which is slower. {LOAD_ERROR}. "
+        "`pyvidx info` says more; PYVIDX_STRICT=1 makes this an error.",
+        RuntimeWarning,
+        stacklevel=2,
+    )
