@@ -142,13 +142,14 @@ def torch_link_flags() -> list[str]:
     return [f"-L{p}" for p in cpp_extension.library_paths()] + ["-Wl,--no-as-needed", "-ltorch", "-ltorch_cpu", "-lc10"]
 
 
-def kernel_objects(build: Build) -> list[Path]:
-    """The CPU kernels of every level, and what they share."""
+def kernel_objects(build: Build, ops: list[str] | None = None) -> list[Path]:
+    """The CPU kernels of every level (of all ops, or of some), and what they share."""
     flags = CONFIG["cxx_flags"] + INCLUDE
     objects = [build.compile(s, flags) for s in sources("common")]
     for level, level_flags in isa_levels().items():
         define = [f"-DPYVIDX_LEVEL={level}"]
-        objects += [build.compile(s, flags + level_flags + define, tag=level) for s in sources("cpu")]
+        objects += [build.compile(s, flags + level_flags + define, tag=level) for s in sources("cpu")
+                    if ops is None or s.stem.removesuffix("_backward") in ops]  # fmt: skip
     return objects
 
 
@@ -179,18 +180,28 @@ def _written(build: Build, name: str, define: str, value) -> list[str]:
     return [f"-I{build.folder}"]
 
 
-def ops_library(build: Build, out: Path, nvcc: str | None, archs: list[str]) -> Path:
-    """pyvidx/_ops: kernels, their torch bindings, and what was built."""
+def ops_library(
+    build: Build, out: Path, nvcc: str | None, archs: list[str], ops: list[str] | None = None, namespace: str = ""
+) -> Path:
+    """pyvidx/_ops: kernels, their torch bindings, and what was built.
+
+    ops: the ones to build; None: all. namespace: of the ops in torch; "": pyvidx.
+    """
     import torch
 
     flags = CONFIG["cxx_flags"] + INCLUDE
     compiler = subprocess.check_output([os.environ.get("CXX", "g++"), "--version"], text=True).splitlines()[0]
     built = {"compiler": compiler, "torch": torch.__version__, "cuda_archs": archs}
-    objects = kernel_objects(build)
+    objects = kernel_objects(build, ops)
     objects += [build.compile(s, flags + _written(build, "build_info.h", "PYVIDX_BUILD", built))
                 for s in sources("library")]  # fmt: skip
     flags = flags + torch_flags() + (["-DPYVIDX_CUDA"] if nvcc else [])
-    objects += [build.compile(s, flags) for s in sources("torch")]
+    for s in sources("torch"):
+        registers = "PYVIDX_REGISTER" in s.read_text()
+        if registers and namespace and (ops is None or s.stem in ops):
+            objects.append(build.compile(s, [*flags, f"-DPYVIDX_NAMESPACE={namespace}"], tag="other"))
+        elif not registers or ops is None or s.stem in ops:
+            objects.append(build.compile(s, flags))
     link = torch_link_flags() + CONFIG["link_flags"].get(platform.machine(), [])
     if nvcc:
         objects += cuda_objects(build, nvcc, archs)

@@ -94,7 +94,9 @@ def test_forced_instruction_set(level, message):
     run = python(USE, PYVIDX_ISA=level)
     if message is None:
         assert run.stdout.strip() == "3.0", run.stderr
-        assert python("from pyvidx.ops import _library; print(_library.isa())", PYVIDX_ISA=level).stdout.strip() == level
+        assert (
+            python("from pyvidx.ops import _library; print(_library.isa())", PYVIDX_ISA=level).stdout.strip() == level
+        )
     else:
         assert run.returncode != 0 and message in run.stderr
 

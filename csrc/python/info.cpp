@@ -1,5 +1,5 @@
-// pyvidx._C: what the CUDA compiler said of every kernel, for who works on them. Only builds in the source tree have it:
-// a pybind11 module is bound to one Python, and a wheel serves all.
+// pyvidx._C: what the CUDA compiler said of every kernel, for who works on them. Only builds in the source tree have
+// it: a pybind11 module is bound to one Python, and a wheel serves all.
 #include <pybind11/pybind11.h>
 
 #include "kernel_resources.h"  // made by the build from the CUDA compiler's log

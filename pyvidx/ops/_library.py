@@ -14,7 +14,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-_lib = torch.library.Library("pyvidx", "DEF")
+NAMESPACE = "pyvidx"  # of the ops in torch; cmake/hf_kernel.py writes another
+_lib = torch.library.Library(NAMESPACE, "DEF")
 REFERENCES: dict[str, Callable] = {}  # op name -> reference, in order of definition
 FLOPS: dict[str, Callable] = {}  # op name -> its matrix products, for pyvidx.models.flops
 
@@ -46,19 +47,19 @@ def define(
 
     def run_reference(*args, **kwargs):
         if os.environ.get("PYVIDX_STRICT") == "1":
-            raise RuntimeError(f"pyvidx::{name}: PYVIDX_STRICT=1 and {why_reference(_device(args))}")
+            raise RuntimeError(f"{NAMESPACE}::{name}: PYVIDX_STRICT=1 and {why_reference(_device(args))}")
         return reference(*args, **kwargs)
 
     _lib.define(schema)
     _lib.impl(name, run_reference, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"pyvidx::{name}", _on_one_device(name, fake), lib=_lib)
-    op = getattr(torch.ops.pyvidx, name).default
+    torch.library.register_fake(f"{NAMESPACE}::{name}", _on_one_device(name, fake), lib=_lib)
+    op = getattr(getattr(torch.ops, NAMESPACE), name).default
     call = op
     if op._schema.is_mutable:
         kernel, call = _counting_versions(op)
         _lib.impl(name, kernel, "ADInplaceOrView", with_keyset=True)
     if backward is not None:
-        torch.library.register_autograd(f"pyvidx::{name}", backward, setup_context=setup_context, lib=_lib)
+        torch.library.register_autograd(f"{NAMESPACE}::{name}", backward, setup_context=setup_context, lib=_lib)
     if autocast is not None:
         for device in ("cpu", "cuda"):
             _lib.impl(name, _autocast_rule(op, device, autocast), f"Autocast{device.upper()}")
@@ -231,7 +232,7 @@ def require_out(op: str, out: Tensor, shape: Sequence[int], like: Tensor, *input
 
 def has_kernel(name: str, device_type: str) -> bool:
     """Is there a compiled kernel, or would the reference run?"""
-    return torch._C._dispatch_has_kernel_for_dispatch_key(f"pyvidx::{name}", device_type.upper())
+    return torch._C._dispatch_has_kernel_for_dispatch_key(f"{NAMESPACE}::{name}", device_type.upper())
 
 
 def why_reference(device_type: str) -> str:
@@ -242,8 +243,9 @@ def why_reference(device_type: str) -> str:
 
 
 def _path() -> Path:
-    """The compiled library. PYVIDX_OPS_LIBRARY names another build (tests)."""
-    return Path(os.environ.get("PYVIDX_OPS_LIBRARY") or Path(__file__).parents[1] / "_ops.abi3.so")
+    """The compiled library. PYVIDX_OPS_LIBRARY names another build of pyvidx's own namespace (tests)."""
+    other = os.environ.get("PYVIDX_OPS_LIBRARY") if NAMESPACE == "pyvidx" else None
+    return Path(other or Path(__file__).parents[1] / "_ops.abi3.so")
 
 
 def _load() -> str | None:
