@@ -140,5 +140,5 @@ def _pyarrow() -> Any:
         import pyarrow
         import pyarrow.parquet
     except ImportError as error:
-        raise RuntimeError("embeddings: .parquet needs pyarrow: pip install 'pyvidx[cli]'") from error
+        raise RuntimeError("embeddings: .parquet needs pyarrow: pip install 'pyvidx[corpus]'") from error
     return pyarrow, pyarrow.parquet
