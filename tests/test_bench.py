@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from pyvidx.cli import bench
+from pyvidx.bench import report
 
 ROOT = Path(__file__).parents[1]
 
@@ -27,7 +27,7 @@ def results(tmp_path_factory) -> Path:
 def test_every_bench_gives_its_numbers(results):
     ran = {b["fullname"].split("::")[0] for b in json.loads(results.read_text())["benchmarks"]}
     assert ran == {f"bench/{p.name}" for p in (ROOT / "bench").glob("bench_*.py")}
-    for case in bench.load(results):
+    for case in report.load(results):
         missing = {"shape", "dtype", "device", "threads", "bytes", "gbps", "copy_gbps", "floor_share", "vs_eager"} - {
             *case
         }
@@ -45,7 +45,7 @@ def test_preprocess_against_the_processors():
 
 def test_report(results, tmp_path):
     picture = tmp_path / "plot.png"
-    command = [sys.executable, "-m", "pyvidx", "bench", "report", str(results), "--plot", str(picture)]
+    command = [sys.executable, "-m", "pyvidx.bench", "report", str(results), "--plot", str(picture)]
     text = subprocess.check_output(command, cwd=ROOT, text=True)
     assert "token_gather" in text and "vs eager" in text
     assert picture.read_bytes().startswith(b"\x89PNG")
