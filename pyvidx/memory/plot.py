@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -126,7 +127,7 @@ def plot(
     return Path(path)
 
 
-def _boxes(axis, rows: Sequence[tuple[np.ndarray, float, float]], step: float, norm) -> None:
+def _boxes(axis: Any, rows: Sequence[tuple[np.ndarray, float, float]], step: float, norm: Any) -> None:
     """rows: (spans [L, 3], low, high); long ones first, so that overlapping short ones stay visible."""
     from matplotlib.collections import LineCollection, PolyCollection
 
@@ -142,7 +143,7 @@ def _boxes(axis, rows: Sequence[tuple[np.ndarray, float, float]], step: float, n
     axis.add_collection(LineCollection([(c[0], c[3]) for c in corners], colors="white", linewidths=0.5))
 
 
-def _thumbnails(axis, thumbnails: Sequence[tuple[float, np.ndarray]], begin: float, end: float) -> None:
+def _thumbnails(axis: Any, thumbnails: Sequence[tuple[float, np.ndarray]], begin: float, end: float) -> None:
     axis.axis("off")
     width = 1 / max(len(thumbnails), 1)
     for i, (seconds, picture) in enumerate(thumbnails):
