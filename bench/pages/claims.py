@@ -178,7 +178,7 @@ def performance() -> list[Claim]:
     frames = [row for row in result("preprocess-2026-11-28")["rows"] if row["threads"] == 1]
     least = [row["cpu_least_ms"]["pyvidx"] for row in frames]
     less = [row["cpu_ratio"]["torchvision"] for row in frames]
-    launches = (ROOT / "tests/launches.py").read_text()  # what a test counts and holds
+    push, forward = launches()
     clips = [row["clip"]["ratio"] for row in result("cpu-malmm-clip-2026-11-25")["rows"]]
     runs = {run["path"]: run["shares"] for run in result(MALMM)["profiles"]["runs"]}
     long = [row["resident_mib"] for row in result("long-run-2026-11-24")["long_run"][0]["rows"]]
@@ -199,12 +199,38 @@ def performance() -> list[Claim]:
               100 * runs["clip"]["pyvidx::bank_attention"]),
         claim("of a stream's at M = 10, {:.0f} % and {:.0f} %",
               100 * runs["stream"]["aten::addmm"], 100 * runs["stream"]["pyvidx::bank_attention"]),
-        claim("in a test: {} for BT-Adapter L/14", int(re.search(r"held\(mode, (\d+)\)", launches)[1])),
-        claim("folded), {} for a frame pushed", int(re.search(r"\"float32\", 12, (\d+)", launches)[1])),
+        claim("in a test: {} for BT-Adapter L/14", forward),
+        claim("folded), {} for a frame pushed", push),
         claim("from empty banks, there: {:.1f}x, {:.1f}x, {:.1f}x", *clips),
         claim("Over {:,} pushed frames the process stayed at {:,.0f} to {:,.0f} MiB",
               result("long-run-2026-11-24")["long_run"][0]["rows"][-1]["frames"], min(long), max(long)),
     ]  # fmt: skip
+
+
+def limits() -> list[Claim]:
+    video, corpus = result("../../tests/fuzz/results/video-2026-11-28"), result("corpus-20000-2026-11-28")
+    damaged, rows = video["ffmpeg finds damaged"], corpus["compared"]
+    push, forward = launches()
+    return [
+        claim("OpenVINO takes {:.2f} of its time", tower("bt_adapter", "openvino", 2)),
+        claim("it gains {:.2f}x with one thread and {:.2f}x with two",
+              *(tower("bt_adapter", "official, torch.compile", threads) for threads in (1, 2))),
+        claim("calibrated activations: {:.2f} of the float32 time, OpenVINO {:.2f}",
+              tower("bt_adapter", "pyvidx, int8", 1), tower("bt_adapter", "openvino, int8", 1)),
+        claim("step by step: {:.2f}x at M = 20", case(MEMORY, op="memory_replay_", M=20, dtype="float32")["vs_eager"]),
+        claim("at M = 10 gains {:.1f}x on a Zen 4, a clip at M = 40 {:.1f}x",
+              malmm(10, "stream")[1], malmm(40, "clip")[1]),
+        claim("memory launches {} kernels on a GPU, BT-Adapter L/14 {}:", push, forward),
+        claim("{:,} of {:,} fail or are called damaged", damaged - video["bad"]["damage not told"], damaged),
+        claim("Of the {:,} clips", corpus["about"]["videos"]),
+        claim("{:,} of {:,} rows are equal", rows["equal to the bit"], rows["rows"] - rows["errors"]),
+    ]  # fmt: skip
+
+
+def launches() -> tuple[int, int]:
+    """Of a frame pushed into MA-LMM's memories and of BT-Adapter L/14: a test counts and holds them."""
+    text = (ROOT / "tests/launches.py").read_text()
+    return tuple(int(re.search(f, text)[1]) for f in (r'"float32", 12, (\d+)', r"held\(mode, (\d+)\)"))
 
 
 def promises() -> list[Claim]:
@@ -254,7 +280,8 @@ def training() -> list[Claim]:
 
 CLAIMS = {
     "README.md": readme, "docs/encode.md": encode, "docs/hosts.md": hosts, "docs/install.md": install,
-    "docs/motion.md": motion, "docs/ops.md": ops, "docs/performance.md": performance, "docs/promises.md": promises,
+    "docs/limits.md": limits, "docs/motion.md": motion, "docs/ops.md": ops, "docs/performance.md": performance,
+    "docs/promises.md": promises,
     "docs/training.md": training,
 }  # fmt: skip
 
@@ -273,6 +300,7 @@ SETTINGS = {
         "at 448, 196 tokens of 4096", "32 rows of the Q-Former",
     ],
     "docs/install.md": ["for up to 1,024 of them"],
+    "docs/limits.md": ["more than 128 frames"],
     "docs/motion.md": ["R@1", "70 % of 16 patches", "4-layer", "40 % masked", "70 % masked"],
     "docs/ops.md": ["1.702 x", "above 1:", "30 % kept", "12 K/V caches", "16 frames", "16 `memory_merge_`", "all 16"],
     "docs/performance.md": [
