@@ -142,6 +142,66 @@ __device__ __forceinline__ void store_pack(T* p, const Acc<T> (&x)[kSize]) {
   }
 }
 
+// kSize elements as they lie in memory: whole 16-byte accesses, or one element where rows are not aligned. Loading
+// first and unpacking later keeps many loads under way; a load that a branch unpacks at once is waited for in the
+// branch.
+template <typename T, int kSize>
+struct Packed {
+  uint4 bits[kSize / kVec<T>] = {};
+
+  __device__ __forceinline__ void load(const T* p) {
+#pragma unroll
+    for (int j = 0; j < kSize / kVec<T>; ++j) bits[j] = load16(p + j * kVec<T>);
+  }
+  // What no thread writes.
+  __device__ __forceinline__ void load_constant(const T* p) {
+#pragma unroll
+    for (int j = 0; j < kSize / kVec<T>; ++j) bits[j] = __ldg(reinterpret_cast<const uint4*>(p + j * kVec<T>));
+  }
+  __device__ __forceinline__ void unpack(Acc<T> (&x)[kSize]) const {
+#pragma unroll
+    for (int j = 0; j < kSize / kVec<T>; ++j) {
+      Acc<T> part[kVec<T>];
+      cuda::unpack<T>(bits[j], part);
+#pragma unroll
+      for (int i = 0; i < kVec<T>; ++i) x[j * kVec<T> + i] = part[i];
+    }
+  }
+};
+
+template <typename T>
+struct Packed<T, 1> {
+  T element = from_acc<T>(0);
+
+  __device__ __forceinline__ void load(const T* p) { element = *p; }
+  __device__ __forceinline__ void unpack(Acc<T> (&x)[1]) const { x[0] = to_acc(element); }
+};
+
+template <typename T, int kSize>
+__device__ __forceinline__ void load_channels(const T* p, Acc<T> (&x)[kSize]) {
+  Packed<T, kSize> packed;
+  packed.load(p);
+  packed.unpack(x);
+}
+template <typename T, int kSize>
+__device__ __forceinline__ void load_parameters(const T* p, Acc<T> (&x)[kSize]) {
+  Packed<T, kSize> packed;
+  packed.load_constant(p);
+  packed.unpack(x);
+}
+
+template <typename T, int kSize>
+__device__ __forceinline__ void store_channels(T* p, const Acc<T> (&x)[kSize]) {
+  if constexpr (kSize == 1) *p = from_acc<T>(x[0]);
+#pragma unroll
+  for (int j = 0; j + kVec<T> <= kSize; j += kVec<T>) {
+    Acc<T> part[kVec<T>];
+#pragma unroll
+    for (int i = 0; i < kVec<T>; ++i) part[i] = x[j + i];
+    store_vec<T>(p + j, part);
+  }
+}
+
 #ifndef __CUDACC_RTC__
 // May every row (last dimension) of the view be read with load_vec<T>, with no tail? A view of length 0 may.
 template <typename T, int kDims>
