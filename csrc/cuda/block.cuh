@@ -60,8 +60,8 @@ __device__ __forceinline__ __nv_bfloat16 from_acc<__nv_bfloat16>(float x) {
 }
 
 // 1 / x and 2^x to an ulp or two, in one instruction where the exact ones take about ten and branch. Subnormal results
-// are 0. The emulator's are as far off.
-__device__ __forceinline__ float fast_reciprocal(float x) {
+// are 0. The emulator makes them an ulp too small.
+__device__ __forceinline__ float reciprocal(float x) {
 #if defined(PYVIDX_EMU)
   return 1 / x * (1 - 1.2e-7f);
 #else
@@ -70,15 +70,25 @@ __device__ __forceinline__ float fast_reciprocal(float x) {
   return y;
 #endif
 }
-__device__ __forceinline__ float fast_exp2(float x) {
+__device__ __forceinline__ float power_of_two(float x) {
 #if defined(PYVIDX_EMU)
-  return exp2f(x) * (1 - 2.4e-7f);
+  return exp2f(x) * (1 - 1.2e-7f);
 #else
   float y;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
 #endif
 }
+
+__device__ __forceinline__ double reciprocal(double x) { return 1 / x; }
+__device__ __forceinline__ double power_of_two(double x) { return exp2(x); }
+
+// 1 / x for x from 1 on, to half an ulp or a little more: a step of Newton's behind the one instruction.
+__device__ __forceinline__ float refined_reciprocal(float x) {
+  const float y = reciprocal(x);
+  return y + y * (1 - x * y);
+}
+__device__ __forceinline__ double refined_reciprocal(double x) { return 1 / x; }
 
 // ---- 16 bytes ----
 

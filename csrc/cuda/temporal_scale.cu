@@ -8,6 +8,7 @@
 // by channel and tap by tap, through the caches.
 #include "block.cuh"
 #include "pyvidx/temporal_scale.h"
+#include "row_sums.cuh"
 
 namespace pyvidx::cuda {
 
@@ -222,24 +223,12 @@ __global__ __launch_bounds__(kAnyThreads) void temporal_scale_backward_any_kerne
   *a.partial.at<Acc<T>>(part, K, c) = sum;
 }
 
-// The second stage: 32 channels per block, a warp of channels for every eighth of the parts.
 template <typename T>
-__global__ __launch_bounds__(kScaleThreads) void temporal_scale_add_up_kernel(TemporalScaleBackwardArgs a) {
-  __shared__ Acc<T> shared[kScaleThreads / 32][33];
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  const int64_t k = blockIdx.y, c = int64_t(blockIdx.x) * 32 + lane, C = a.grad_bias.size[0];
-  Acc<T> sum = 0;
-  if (c < C) {
-    for (int64_t part = warp; part < a.partial.size[0]; part += kScaleThreads / 32) {
-      sum += *a.partial.at<Acc<T>>(part, k, c);
-    }
-  }
-  shared[warp][lane] = sum;
-  __syncthreads();
-  if (warp != 0 || c >= C) return;
-  sum = 0;
-  for (int i = 0; i < kScaleThreads / 32; ++i) sum += shared[i][lane];
-  *(k < a.weight.size[1] ? a.grad_weight.at<T>(c, k) : a.grad_bias.at<T>(c)) = from_acc<T>(sum);
+__global__ __launch_bounds__(kAddUpThreads) void temporal_scale_add_up_kernel(TemporalScaleBackwardArgs a) {
+  const int64_t k = blockIdx.y, C = a.grad_bias.size[0];
+  add_up(a.partial.at<const Acc<T>>(0, k), a.partial.stride[0], a.partial.size[0], C, [&](int64_t c, Acc<T> sum) {
+    *(k < a.weight.size[1] ? a.grad_weight.at<T>(c, k) : a.grad_bias.at<T>(c)) = from_acc<T>(sum);
+  });
 }
 
 }  // namespace pyvidx::cuda
@@ -296,8 +285,8 @@ void launch_backward(const TemporalScaleBackwardArgs& a, cudaStream_t stream) {
     check_launch("temporal_scale_backward_any_kernel");
   }
   if (!a.grad_bias) return;
-  const Grid grid(ceil_div(C, 32), a.weight.size[1] + 1);
-  PYVIDX_LAUNCH(temporal_scale_add_up_kernel<T>, grid, kScaleThreads, 0, stream, a);
+  const Grid grid(add_up_blocks(C), a.weight.size[1] + 1);
+  PYVIDX_LAUNCH(temporal_scale_add_up_kernel<T>, grid, kAddUpThreads, 0, stream, a);
   check_launch("temporal_scale_add_up_kernel");
 }
 
