@@ -23,11 +23,9 @@ from pyvidx.files import printable  # noqa: E402
 from pyvidx.hosts import Session, minigpt4  # noqa: E402
 from pyvidx.hosts.instructblip import InstructBLIP  # noqa: E402
 from pyvidx.memory import create  # noqa: E402
-from pyvidx.models.minigpt4 import MiniGPT4, MiniGPT4Config  # noqa: E402
 from pyvidx.video import read, stream  # noqa: E402
 from tests.hosts.chats import PROCESSORS  # noqa: E402
 from tests.hosts.tiny import entries  # noqa: E402
-from tests.test_language import causal_lm  # noqa: E402
 from tests.tiny_hosts import blip, bt_adapter_llava, save_minigpt4, tokenizer  # noqa: E402
 
 QUESTION = "what is the person doing ?"

@@ -1,6 +1,6 @@
 """Tiny random hosts of transformers with tokenizers built offline, for tests.
 
-    python -m tests.tiny_hosts MODEL VIDEOS     writes a MiniGPT-4 with a BT-Adapter, and two videos
+python -m tests.tiny_hosts MODEL VIDEOS     writes a MiniGPT-4 with a BT-Adapter, and two videos
 """
 
 import sys
