@@ -15,7 +15,7 @@ COMMANDS = {
     "memory": "stream one video through a memory bank and draw what its slots hold",
     "train": "pretrain or fine-tune a model, on one device or with torchrun on several",
     "plan": "hours of a pretraining, hours and storage of a corpus, before they are started",
-    "bench": "a table and a plot of what the benches measured",
+    "bench": "what the benches measured: a table and a plot",
     "flops": "parameters, arithmetic and memory of every temporal module",
     "info": "versions, devices, and which op runs as kernel or reference",
 }

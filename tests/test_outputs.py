@@ -83,7 +83,7 @@ import torch
 from pathlib import Path
 from pyvidx import memory
 from pyvidx.corpus import embeddings
-from pyvidx.cli.bench import plot as bench_plot
+from pyvidx.bench.report import plot as bench_plot
 from pyvidx.data.captions import shards
 from pyvidx.corpus.encode import Encoded
 from pyvidx.eval import report

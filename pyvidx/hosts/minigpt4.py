@@ -13,6 +13,7 @@ of it is a reading.
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -52,7 +53,7 @@ class Chat:
         self,
         model: MiniGPT4,
         causal_lm: nn.Module,
-        tokenizer,
+        tokenizer: Any,
         conversation: str = "minigpt4_vicuna0",
         *,
         num_frames: int = 64,
@@ -110,7 +111,7 @@ class Chat:
         history: Sequence[tuple[str, str]] = (),
         *,
         sample: bool = True,
-        **options,
+        **options: Any,
     ) -> str:
         """The answer in words.
 
@@ -135,7 +136,7 @@ class Chat:
             text = text.partition(stop)[0]
         return text.strip()
 
-    def _stopped(self, ids: Tensor, scores, **options) -> Tensor:
+    def _stopped(self, ids: Tensor, scores: Any, **options: Any) -> Tensor:
         """Whether the text of the newest tokens holds what an answer ends in; a tokenizer has several ways to it."""
         ends = self.tokenizer.batch_decode(ids[:, -8:])
         found = [any(stop in text for stop in self.template.stop) for text in ends]
@@ -159,7 +160,7 @@ def load(
     num_frames: int = 64,
     dtype: torch.dtype | None = None,
     device: str | torch.device = "cpu",
-    **sizes,
+    **sizes: Any,
 ) -> tuple[Chat, Report]:
     """A chat from published files.
 
@@ -207,10 +208,12 @@ def _language(folder: str | Path, dtype: torch.dtype | None, device: str | torch
         raise FileNotFoundError(f"MiniGPT-4: there is no folder {folder}, of the language model and its tokenizer")
     with importing("MiniGPT-4", "transformers"):
         from transformers import AutoModelForCausalLM, AutoTokenizer
-    options = {"dtype": dtype or "auto", "output_loading_info": True}
-    causal_lm, info = AutoModelForCausalLM.from_pretrained(folder, **options, **LOCAL)
+
+        options = {"dtype": dtype or "auto", "output_loading_info": True}
+        causal_lm, info = AutoModelForCausalLM.from_pretrained(folder, **options, **LOCAL)
+        tokenizer = AutoTokenizer.from_pretrained(folder, **LOCAL)
     if missing := sorted(info["missing_keys"]) + sorted(map(str, info["mismatched_keys"])):
         raise ValueError(
             f"MiniGPT-4: {folder} must hold every parameter of its model, it lacks {', '.join(missing[:8])}"
         )
-    return causal_lm.to(device), AutoTokenizer.from_pretrained(folder, **LOCAL)
+    return causal_lm.to(device), tokenizer
