@@ -23,8 +23,9 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from pyvidx import _C, ops
+from pyvidx import ops
 from pyvidx.files import write_json
+from pyvidx.ops import _library
 from pyvidx.ops._library import REFERENCES
 from pyvidx.ops.memory_merge import new_state
 
@@ -65,8 +66,8 @@ def calls() -> dict[str, tuple]:
             ops.fusion_input(x(B, T, 1 + P, C), x(1 + P, C), x(T, C), x(C), keep=keep, norm=norm),
             ops.gated_fusion(x(B, T, 1 + P, C), x(B, T, K, C), x(B, C), x(C), keep=keep, norm=norm),
             ops.output_gate(x(B, T * P, C), x(B, C), x(C), norm=norm),
-            ops.quick_gelu(x(B, T, P, C), x(C)),
-            ops.residual_norm(x(B, T, P, C), x(B, T, P, C), norm, bias=x(C)),
+            ops.quick_gelu(x(B, T, P, C)),
+            ops.residual_norm(x(B, T, P, C), x(B, T, P, C), norm),
             ops.st_pool(x(B, T, P, C)),
             ops.temporal_scale(x(B, T, P, C), x(C, 3), x(C)),
             ops.bank_attention(x(B, 1, 32, C), x(B, M + 1, N, 2 * C), None, H),
@@ -154,7 +155,7 @@ def machine() -> str:
     info = Path("/proc/cpuinfo")
     text = info.read_text() if info.exists() else ""
     found = [re.search(rf"^{name}\s*: (.*)$", text, re.MULTILINE) for name in ("vendor_id", "cpu family", "model")]
-    return " ".join([*(m[1] if m else "unknown" for m in found), _C.isa()])
+    return " ".join([*(m[1] if m else "unknown" for m in found), str(_library.isa())])
 
 
 def committed() -> dict[str, float] | None:

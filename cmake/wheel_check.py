@@ -67,7 +67,8 @@ class Environment:
             subprocess.check_call([python, "-m", "venv", folder])
         shutil.rmtree(self.work, ignore_errors=True)
         self.work.mkdir(parents=True)
-        shutil.copytree(ROOT / "tests", self.work / "tests", ignore=shutil.ignore_patterns("__pycache__"))
+        for room in ("tests", "bench"):
+            shutil.copytree(ROOT / room, self.work / room, ignore=shutil.ignore_patterns("__pycache__", "results"))
         self.work.joinpath("pytest.ini").write_text(
             "[pytest]\npythonpath = .\naddopts = --timeout=600\nmarkers = slow\n    gpu\n"
         )

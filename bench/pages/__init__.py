@@ -24,11 +24,13 @@ SETTINGS = "|".join((
     r"\b[A-Z] ?(?:=|<=|>=|<) ?\d[\d,]*",  # B = 4, T <= 128, M=40
     r"\b(?:CLIP-)?[A-Z]/\d+",  # L/14
     r"\b(?:Zen|FFmpeg|Python|torch|transformers|CUDA|PyAV|vLLM|SGLang|mteb|lmms-eval|torchao|peft|accelerate|SigLIP|"
-    r"Vicuna|exit) \d[\d.]*(?:(?:,| and| to| or) \d[\d.]*)*",
+    r"Vicuna|nvcc|NVRTC|exit) \d[\d.]*(?:(?:,| and| to| or) \d[\d.]*)*",
     r"\b\d+\.\d+\.\d+\b", r"\b\d{4}-\d\d-\d\d\b", r"arXiv:[\d.]+", r"\b\d+p\b", r"\b(?:8|16|32|64)[ -]bits?\b",
     r"\b\d+(?:e-?\d+)\b", r"\b[A-Za-z]+[-_]?\d[\w.-]*", r"§ ?[\d.]+",
 ))  # fmt: skip
-NOT_PROSE = r"^```.*?^```|^(?: {4}|\t).*?$|``.+?``|`[^`\n]*(?:\n[^`\n]+)?`|\]\([^)]*\)|<!--.*?-->|https?://\S+|^#+ .*?$"
+NOT_PROSE = (
+    r"^```.*?^```|^(?: {4}|\t).*?$|``.+?``|`[^`\n]*(?:\n[^`\n]+)?`|\]\([^)]*\)|<!--.*?-->|https?://\S+|^#+ .*?$|^\d+\. "
+)
 
 
 @dataclass(frozen=True)

@@ -86,6 +86,22 @@ struct Lane2<BFloat16> {
 };
 #endif
 
+// One of the two vectors of a pair, where two of everything are too many for 16 registers: f runs once for each.
+struct First {};
+struct Second {};
+template <typename T>
+PYVIDX_SIMD Vec<T> load(const T* p, First) {
+  if constexpr (std::is_same<T, BFloat16>::value) return (VF)(read<VU>(p) << 16);
+  return load(p);
+}
+template <typename T>
+PYVIDX_SIMD Vec<T> load(const T* p, Second) {
+  if constexpr (std::is_same<T, BFloat16>::value) return (VF)(read<VU>(p) & 0xffff0000u);
+  return load(p + kWidth<T>);
+}
+PYVIDX_SIMD void store(float* p, VF v, First) { write(p, v); }
+PYVIDX_SIMD void store(float* p, VF v, Second) { write(p + kFloats, v); }
+
 template <typename Part>
 constexpr bool kIsPair = std::is_same<Part, Pair>::value || std::is_same<Part, PairStream>::value;
 template <typename T, typename Part>
@@ -141,25 +157,48 @@ PYVIDX_SIMD void add_product(V& sum, V x, V y) {
   sum += x * y;
 }
 
-template <typename T, typename F>
+// Y: what else f loads or stores. Pairs of float and bfloat16 have different orders: there it is `each`.
+template <typename T, typename Y>
+constexpr bool kPairsWith = kPairs<T> && (std::is_same<T, BFloat16>::value || !std::is_same<Y, BFloat16>::value);
+
+template <typename T, typename Y = T, typename F>
 PYVIDX_SIMD void each_pair(int64_t n, F&& f) {
   int64_t i = 0;
-  if constexpr (kPairs<T>) {
+  if constexpr (kPairsWith<T, Y>) {
     for (; i + 2 * kWidth<T> <= n; i += 2 * kWidth<T>) f(i, Pair{});
   }
   for (; i + kWidth<T> <= n; i += kWidth<T>) f(i, Full{});
   if (i < n) f(i, Part{n - i});
 }
 // The same past the caches, where `stream` says so and the row `out` allows it.
-template <typename T, typename F>
-PYVIDX_SIMD void each_pair(int64_t n, const T* out, bool stream, F&& f) {
-  if (!stream || reinterpret_cast<uintptr_t>(out) % kBytes != 0) return each_pair<T>(n, f);
+template <typename T, typename Y = T, typename F>
+PYVIDX_SIMD void each_pair(int64_t n, const void* out, bool stream, F&& f) {
+  if (!stream || reinterpret_cast<uintptr_t>(out) % kBytes != 0) return each_pair<T, Y>(n, f);
   int64_t i = 0;
-  if constexpr (kPairs<T>) {
+  if constexpr (kPairsWith<T, Y>) {
     for (; i + 2 * kWidth<T> <= n; i += 2 * kWidth<T>) f(i, PairStream{});
   }
   for (; i + kWidth<T> <= n; i += kWidth<T>) f(i, Stream{});
   if (i < n) f(i, Part{n - i});
+}
+
+// The same with First{} and Second{} for a pair of 16 bits; f stores to rows of float alone.
+template <typename T, typename F>
+PYVIDX_SIMD void each_half(int64_t n, F&& f) {
+  int64_t i = 0;
+  if constexpr (kPairs<T> && sizeof(T) == 2) {
+    for (; i + 2 * kWidth<T> <= n; i += 2 * kWidth<T>) f(i, First{}), f(i, Second{});
+  }
+  for (; i + kWidth<T> <= n; i += kWidth<T>) f(i, Full{});
+  if (i < n) f(i, Part{n - i});
+}
+
+// Where element i of n lies in a row of float that is read and written by pairs of T.
+template <typename T>
+PYVIDX_SIMD int64_t pair_place(int64_t i, int64_t n) {
+  constexpr int64_t kTwo = 2 * kWidth<T>;
+  if (!kPairs<T> || !std::is_same<T, BFloat16>::value || i >= n / kTwo * kTwo) return i;
+  return i / kTwo * kTwo + i % 2 * kWidth<T> + i % kTwo / 2;
 }
 
 // Chains of sums that vectors and pairs are added to.
@@ -178,9 +217,9 @@ struct Chains {
 };
 
 // The sum over n elements of f(i, part), in four chains.
-template <typename T, typename F>
+template <typename T, typename Y = T, typename F>
 PYVIDX_SIMD Acc<T> sum_of_pairs(int64_t n, F&& f) {
-  if constexpr (!kPairs<T>) {
+  if constexpr (!kPairsWith<T, Y>) {
     return sum_of<T>(n, f);
   } else {
     Two a, b;

@@ -3,26 +3,25 @@
 #include "pyvidx/quick_gelu.h"
 
 #include "level.h"
+#include "pairs.h"
 #include "parallel.h"
-#include "simd.h"
 
 namespace pyvidx {
 namespace {
 
 using simd::Acc;
-using simd::each;
+using simd::each_pair;
 using simd::load;
 using simd::store;
-using simd::Vec;
 
-template <typename T>
-PYVIDX_SIMD Vec<T> activated(Vec<T> x) {
+template <typename T, typename V>
+PYVIDX_SIMD V activated(V x) {
   return x / (1 + simd::exp(x * Acc<T>(-kQuickGELU)));
 }
 
-template <typename T>
-PYVIDX_SIMD Vec<T> gradient(Vec<T> grad, Vec<T> x) {
-  const Vec<T> scaled = x * Acc<T>(-kQuickGELU), s = 1 / (1 + simd::exp(scaled));
+template <typename T, typename V>
+PYVIDX_SIMD V gradient(V grad, V x) {
+  const V scaled = x * Acc<T>(-kQuickGELU), s = 1 / (1 + simd::exp(scaled));
   return grad * s * (1 - scaled * (1 - s));
 }
 
@@ -43,7 +42,8 @@ void activate(const QuickGELUArgs& a, const Executor& executor) {
   pieces(n, executor, [&](int64_t first, int64_t count) {
     const T* x = a.x.at<const T>(first);
     T* out = a.out.at<T>(first);
-    each<T>(count, out, stream, [&](int64_t i, auto part) { store(out + i, activated<T>(load(x + i, part)), part); });
+    each_pair<T>(count, out, stream,
+                 [&](int64_t i, auto part) { store(out + i, activated<T>(load(x + i, part)), part); });
   });
 }
 
@@ -54,8 +54,9 @@ void activate_backward(const QuickGELUBackwardArgs& a, const Executor& executor)
   pieces(n, executor, [&](int64_t first, int64_t count) {
     const T *grad = a.grad_out.at<const T>(first), *x = a.x.at<const T>(first);
     T* out = a.grad_x.at<T>(first);
-    each<T>(count, out, stream,
-            [&](int64_t i, auto part) { store(out + i, gradient<T>(load(grad + i, part), load(x + i, part)), part); });
+    each_pair<T>(count, out, stream, [&](int64_t i, auto part) {
+      store(out + i, gradient<T>(load(grad + i, part), load(x + i, part)), part);
+    });
   });
 }
 

@@ -4,17 +4,16 @@
 #include "pyvidx/residual_norm.h"
 
 #include "level.h"
+#include "pairs.h"
 #include "parallel.h"
-#include "simd.h"
 
 namespace pyvidx {
 namespace {
 
 using simd::Acc;
-using simd::each;
+using simd::each_pair;
 using simd::load;
 using simd::store;
-using simd::Vec;
 
 constexpr int64_t kBuffer = 2048;  // channels; longer rows are computed three times
 
@@ -33,8 +32,8 @@ PYVIDX_SIMD void norm_row(const ResidualNormArgs& a, const Outputs<X, Y>& to, bo
   const X *weight = a.weight.at<const X>(), *shift = a.shift.at<const X>();
   alignas(64) Acc<X> room[kBuffer];
   Acc<X>* const buffer = C <= kBuffer ? room : nullptr;
-  const Acc<X> total = simd::sum_of<X>(C, [&](int64_t c, auto part) {
-    const Vec<X> v = value_of(c, part);
+  const Acc<X> total = simd::sum_of_pairs<X, Y>(C, [&](int64_t c, auto part) {
+    const auto v = value_of(c, part);
     if (buffer != nullptr) store(buffer + c, v, part);
     return v;
   });
@@ -42,8 +41,8 @@ PYVIDX_SIMD void norm_row(const ResidualNormArgs& a, const Outputs<X, Y>& to, bo
     return buffer != nullptr ? load(buffer + c, part) : value_of(c, part);
   };
   const Acc<X> mean = total / Acc<X>(C);
-  const Acc<X> squares = simd::sum_of<X>(C, [&](int64_t c, auto part) {
-    const Vec<X> d = simd::only(value(c, part) - mean, part);
+  const Acc<X> squares = simd::sum_of_pairs<X, Y>(C, [&](int64_t c, auto part) {
+    const auto d = simd::only(value(c, part) - mean, part);
     return d * d;
   });
   const Acc<X> rstd = 1 / __builtin_sqrt(squares / Acc<X>(C) + a.eps);
@@ -51,13 +50,21 @@ PYVIDX_SIMD void norm_row(const ResidualNormArgs& a, const Outputs<X, Y>& to, bo
     Acc<X>* stats = to.stats + i * to.stats_stride;
     stats[0] = mean, stats[1] = rstd;
   }
-  stream = stream && to.count == 1 && reinterpret_cast<uintptr_t>(to.normed) % (sizeof(Y) * simd::kWidth<Y>) == 0;
-  each<X>(C, to.out, stream, [&](int64_t c, auto part) {
-    const Vec<X> v = value(c, part), n = (v - mean) * rstd * load(weight + c, part) + load(shift + c, part);
-    for (int64_t i = 0; i < to.count; ++i) {
-      store(to.out + i * to.out_stride + c, v, part);
-      store(to.normed + i * to.normed_stride + c, n, part);
-    }
+  const auto put = [&](auto* row, int64_t stride, int64_t c, auto v, auto part) {
+    for (int64_t i = 0; i < to.count; ++i) store(row + i * stride + c, v, part);
+  };
+  stream = stream && to.count == 1;
+  bool wrote = false;
+  if (sizeof(X) == 2 && buffer != nullptr) {  // apart: in turn, both leave half-filled lines
+    wrote = true;
+    each_pair<X, Y>(C, to.out, stream,
+                    [&](int64_t c, auto part) { put(to.out, to.out_stride, c, load(buffer + c, part), part); });
+  }
+  stream = stream && (wrote || reinterpret_cast<uintptr_t>(to.out) % simd::kBytes == 0);
+  each_pair<X, Y>(C, to.normed, stream, [&](int64_t c, auto part) {
+    const auto v = value(c, part);
+    if (!wrote) put(to.out, to.out_stride, c, v, part);
+    put(to.normed, to.normed_stride, c, (v - mean) * rstd * load(weight + c, part) + load(shift + c, part), part);
   });
 }
 
@@ -68,7 +75,7 @@ void class_row(const ResidualNormArgs& a, int64_t b) {
   const Outputs<X, Y> to{a.out_cls.at<X>(b),  a.normed_cls.at<Y>(b),  a.stats_cls.at<Acc<X>>(b), S,
                          a.out_cls.stride[1], a.normed_cls.stride[1], a.stats_cls.stride[1]};
   norm_row<X, Y>(a, to, false, [&](int64_t c, auto part) {
-    Vec<X> v = load(cls + c, part);
+    auto v = load(cls + c, part);
     for (int64_t s = 0; a.y_cls && s < S; ++s) {
       v += load(a.y_cls.at<const Y>(b, s) + c, part) * *a.share.at<const Acc<X>>(b, s);
     }
@@ -83,10 +90,13 @@ void forward_of(const ResidualNormArgs& a, const Executor& executor) {
   const bool stream = rows * C * int64_t(sizeof(X)) > simd::kStreamBytes;
   parallel_for(executor, class_rows + rows, kGrainElements / (C + 1) + 1, [&](int64_t begin, int64_t end) {
     for (; begin < end && begin < class_rows; ++begin) class_row<X, Y>(a, begin);
-    for (int64_t i = begin - class_rows; i < end - class_rows; ++i) {
-      const int64_t b = i / (S * K), s = i / K % S, k = i % K, next = i + 1 < end - class_rows ? i + 1 : i;
-      const X *x = a.x.at<const X>(b, s, k), *next_x = a.x.at<const X>(next / (S * K), next / K % S, next % K);
-      const Y *y = a.y.at<const Y>(b, s, k), *next_y = a.y.at<const Y>(next / (S * K), next / K % S, next % K);
+    if (begin >= end) return;
+    Place next(begin - class_rows, S, K);
+    for (; begin < end; ++begin) {
+      const auto [b, s, k] = next;
+      if (begin + 1 < end) next = next.after(S, K);
+      const X *x = a.x.at<const X>(b, s, k), *next_x = a.x.at<const X>(next.b, next.s, next.k);
+      const Y *y = a.y.at<const Y>(b, s, k), *next_y = a.y.at<const Y>(next.b, next.s, next.k);
       const Acc<X> factor = a.factor ? *a.factor.at<const Acc<X>>(b, s) : Acc<X>(1);
       const Outputs<X, Y> to{a.out.at<X>(b, s, k), a.normed.at<Y>(b, s, k), a.stats.at<Acc<X>>(b, s, k), 1, 0, 0, 0};
       norm_row<X, Y>(a, to, stream, [&](int64_t c, auto part) {

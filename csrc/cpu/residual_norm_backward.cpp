@@ -1,20 +1,20 @@
 // A part is a chunk of rows of one frame; its sums over rows stay in L1 and are added up by parts afterwards. The class
 // rows of a video are one row whose gradients are summed first: all that follows is linear in them.
 #include "level.h"
+#include "pairs.h"
 #include "parallel.h"
 #include "pyvidx/residual_norm.h"
 #include "pyvidx/row_parts.h"
 #include "row_sums.h"
-#include "simd.h"
 
 namespace pyvidx {
 namespace {
 
 using simd::Acc;
-using simd::each;
+using simd::each_pair;
 using simd::load;
+using simd::Of;
 using simd::store;
-using simd::Vec;
 
 template <typename X, typename G, typename N>
 struct Row {
@@ -41,24 +41,24 @@ PYVIDX_SIMD void backward_row(const ResidualNormBackwardArgs& a, const Row<X, G,
   const int64_t C = a.value.size[3];
   const X* weight = a.weight.at<const X>();
   const Acc<X> mean = r.stats[0], rstd = r.stats[1];
-  Vec<X> sum_g = {}, sum_gx = {};
-  each<X>(C, [&](int64_t c, auto part) {
+  simd::Chains<X> sum_g, sum_gx;
+  each_pair<X, N>(C, [&](int64_t c, auto part) {
     simd::prefetch(next.grad_normed + c);
     simd::prefetch(next.value + c);
-    const Vec<X> g = load(r.grad_normed + c, part) * load(weight + c, part);
+    const auto g = load(r.grad_normed + c, part) * load(weight + c, part);
     sum_g += g;
     sum_gx += g * (load(r.value + c, part) - mean);
   });
-  const Acc<X> mean_g = simd::sum(sum_g) / Acc<X>(C), mean_gx = simd::sum(sum_gx) * rstd / Acc<X>(C);
+  const Acc<X> mean_g = sum_g.total() / Acc<X>(C), mean_gx = sum_gx.total() * rstd / Acc<X>(C);
   for (int64_t first = 0; first < C; first += kBlock) {
     const int64_t n = C - first < kBlock ? C - first : kBlock;
-    each<X>(n, [&](int64_t i, auto part) {
+    each_pair<X, N>(n, [&](int64_t i, auto part) {
       const int64_t c = first + i;
       simd::prefetch(next.grad_out + c);
-      const Vec<X> grad = load(r.grad_normed + c, part), normal = (load(r.value + c, part) - mean) * rstd;
-      const Vec<X> through = (grad * load(weight + c, part) - mean_g - normal * mean_gx) * rstd;
-      const Vec<X> g = load(r.grad_out + c, part) + through;
-      const Vec<X> shift = load(sums.shift + c, part) + grad, scale = load(sums.weight + c, part) + grad * normal;
+      const auto grad = load(r.grad_normed + c, part), normal = (load(r.value + c, part) - mean) * rstd;
+      const auto through = (grad * load(weight + c, part) - mean_g - normal * mean_gx) * rstd;
+      const auto g = load(r.grad_out + c, part) + through;
+      const auto shift = load(sums.shift + c, part) + grad, scale = load(sums.weight + c, part) + grad * normal;
       store(whole + i, g, part);
       store(sums.shift + c, shift, part);
       store(sums.weight + c, scale, part);
@@ -68,9 +68,9 @@ PYVIDX_SIMD void backward_row(const ResidualNormBackwardArgs& a, const Row<X, G,
 }
 
 // out <- scale * g
-template <typename T, typename A>
+template <typename X, typename T, typename A>
 PYVIDX_SIMD void put_scaled(T* out, int64_t n, const A* g, A scale, bool stream) {
-  each<T>(n, out, stream, [&](int64_t i, auto part) { store(out + i, load(g + i, part) * scale, part); });
+  each_pair<X, T>(n, out, stream, [&](int64_t i, auto part) { store(out + i, load(g + i, part) * scale, part); });
 }
 
 template <typename X>
@@ -86,8 +86,8 @@ void class_part(const ResidualNormBackwardArgs& a, int64_t b, int64_t part_of_su
   using A = Acc<X>;
   const int64_t S = a.value.size[1], C = a.value.size[3];
   A *grad_out = a.class_sums.at<A>(b, 0), *grad_normed = a.class_sums.at<A>(b, 1);
-  each<X>(C, [&](int64_t c, auto part) {
-    Vec<X> out = {}, normed = {};
+  each_pair<X, Y>(C, [&](int64_t c, auto part) {
+    Of<X, decltype(part)> out = {}, normed = {};
     for (int64_t s = 0; s < S; ++s) {
       out += load(a.grad_out_cls.at<const X>(b, s) + c, part);
       normed += load(a.grad_normed_cls.at<const Y>(b, s) + c, part);
@@ -97,10 +97,10 @@ void class_part(const ResidualNormBackwardArgs& a, int64_t b, int64_t part_of_su
   });
   const Row<X, A, A> row{grad_out, grad_normed, a.value_cls.at<const X>(b), a.stats_cls.at<const A>(b)};
   backward_row<X>(a, row, row, zeroed_sums<X>(a, part_of_sums), [&](int64_t c, int64_t n, const A* g) {
-    put_scaled(a.grad_cls.at<X>(b, 0, c), n, g, A(1), false);
+    put_scaled<X>(a.grad_cls.at<X>(b, 0, c), n, g, A(1), false);
     for (int64_t i = 1; i < a.grad_cls.size[1]; ++i) __builtin_memset(a.grad_cls.at<X>(b, i, c), 0, n * sizeof(X));
     for (int64_t s = 0; a.grad_y_cls && s < S; ++s) {
-      put_scaled(a.grad_y_cls.at<Y>(b, s, c), n, g, *a.share.at<const A>(b, s), false);
+      put_scaled<X>(a.grad_y_cls.at<Y>(b, s, c), n, g, *a.share.at<const A>(b, s), false);
     }
   });
 }
@@ -126,8 +126,8 @@ void backward_of(const ResidualNormBackwardArgs& a, const Executor& executor) {
       for (int64_t k = first; k < last; ++k) {
         const Row<X, X, Y> next = row_at(k + 1 < last ? k + 1 : k);
         backward_row<X>(a, row_at(k), next, sums, [&](int64_t c, int64_t n, const A* g) {
-          put_scaled(a.grad_x.at<X>(b, s, k, c), n, g, A(1), stream);
-          if (a.grad_y) put_scaled(a.grad_y.at<Y>(b, s, k, c), n, g, factor, stream);
+          put_scaled<X>(a.grad_x.at<X>(b, s, k, c), n, g, A(1), stream);
+          if (a.grad_y) put_scaled<X>(a.grad_y.at<Y>(b, s, k, c), n, g, factor, stream);
         });
       }
     }
@@ -137,7 +137,7 @@ void backward_of(const ResidualNormBackwardArgs& a, const Executor& executor) {
   for (int i = 0; i < 2; ++i) {
     X* out = outputs[i];
     add_up<X>(a.partial.at<const A>(i), C, parts + class_rows, C, executor,
-              [&](int64_t c, Vec<X> sum, auto part) { store(out + c, sum, part); });
+              [&](int64_t c, auto sum, auto part) { store(out + c, sum, part); });
   }
 }
 

@@ -1,8 +1,8 @@
 // The second stage of sums over rows. The first leaves rows of partial sums, in a split that depends on the sizes
 // alone; here they are added up in their order, so the result does not depend on the number of threads.
 #pragma once
+#include "pairs.h"
 #include "parallel.h"
-#include "simd.h"
 
 namespace pyvidx {
 namespace {
@@ -18,11 +18,11 @@ void add_up(const simd::Acc<T>* partial, int64_t step, int64_t count, int64_t C,
       simd::Acc<T> sum[kTile] = {};
       for (int64_t i = 0; i < count; ++i) {
         const simd::Acc<T>* row = partial + i * step + first;
-        simd::each<T>(n, [&](int64_t c, auto part) {
+        simd::each_pair<T>(n, [&](int64_t c, auto part) {
           simd::store(sum + c, simd::load(sum + c, part) + simd::load(row + c, part), part);
         });
       }
-      simd::each<T>(n, [&](int64_t c, auto part) { put(first + c, simd::load(sum + c, part), part); });
+      simd::each_pair<T>(n, [&](int64_t c, auto part) { put(first + c, simd::load(sum + c, part), part); });
     }
   });
 }

@@ -4,11 +4,15 @@
 #include "pyvidx/st_pool.h"
 
 #include "level.h"
+#include "pairs.h"
 #include "parallel.h"
 #include "temporal_attention.h"  // scratch
 
 namespace pyvidx {
 namespace {
+
+using simd::each_pair;
+using simd::Of;
 
 constexpr int kTogether = 4;  // frames, and patches
 
@@ -29,17 +33,17 @@ A inverse(int64_t count) {
 template <typename T, int kFrames, int kRows>
 void pool_rows(const T* const* x, int64_t step, int64_t C, Acc<T>* patch_sums, Acc<T>* const* frame_sums,
                const T* const* next) {
-  each<T>(C, [&](int64_t c, auto part) {
-    Vec<T> frame[kFrames];
+  each_pair<T>(C, [&](int64_t c, auto part) {
+    Of<T, decltype(part)> frame[kFrames];
 #pragma GCC unroll 4
     for (int f = 0; f < kFrames; ++f) frame[f] = load(frame_sums[f] + c, part);
 #pragma GCC unroll 4
     for (int r = 0; r < kRows; ++r) {
-      Vec<T> patch = load(patch_sums + r * C + c, part);
+      auto patch = load(patch_sums + r * C + c, part);
 #pragma GCC unroll 4
       for (int f = 0; f < kFrames; ++f) {
         simd::prefetch(next[f] + r * step + c);
-        const Vec<T> v = load(x[f] + r * step + c, part);
+        const auto v = load(x[f] + r * step + c, part);
         frame[f] += v, patch += v;
       }
       store(patch_sums + r * C + c, patch, part);
@@ -99,7 +103,7 @@ void pool_part(const StPoolArgs& a, int64_t b, int64_t p) {
   }
   for (int64_t row = 0; row < count; ++row) {
     T* out = a.spatial.at<T>(b, p + row);
-    each<T>(C, [&](int64_t c, auto part) {
+    each_pair<T>(C, [&](int64_t c, auto part) {
       store(out + c, load(patch_sums + row * C + c, part) * inverse<Acc<T>>(real), part);
     });
   }
@@ -116,8 +120,8 @@ void pool(const StPoolArgs& a, const Executor& executor) {
     for (int64_t i = begin; i < end; ++i) {
       const int64_t b = i / T_, t = i % T_;
       T* out = a.temporal.at<T>(b, t);
-      each<T>(C, [&](int64_t c, auto part) {
-        Vec<T> sum = {};
+      each_pair<T>(C, [&](int64_t c, auto part) {
+        Of<T, decltype(part)> sum = {};
         for (int64_t chunk = 0; chunk < chunks; ++chunk) {
           sum += load(a.frame_sums.at<const Acc<T>>(b, chunk, t) + c, part);
         }
@@ -140,9 +144,9 @@ void spread(const StPoolBackwardArgs& a, const Executor& executor) {
       for (int64_t p = 0; p < P; ++p) {
         const T* spatial = a.grad_spatial.at<const T>(b, p);
         T* out = a.grad_x.at<T>(b, t, p);
-        each<T>(C, out, stream, [&](int64_t c, auto part) {
-          const Vec<T> grad = load(spatial + c, part) * of_frames + load(temporal + c, part) * of_patches;
-          store(out + c, real ? grad : Vec<T>{}, part);
+        each_pair<T>(C, out, stream, [&](int64_t c, auto part) {
+          const auto grad = load(spatial + c, part) * of_frames + load(temporal + c, part) * of_patches;
+          store(out + c, real ? grad : Of<T, decltype(part)>{}, part);
         });
       }
     }

@@ -6,19 +6,22 @@
 #include "pyvidx/temporal_scale.h"
 
 #include "level.h"
+#include "pairs.h"
 #include "parallel.h"
-#include "simd.h"
 
 namespace pyvidx {
 namespace {
 
 using simd::Acc;
-using simd::each;
+using simd::each_pair;
 using simd::load;
+using simd::Of;
 using simd::store;
 using simd::Vec;
 
 constexpr int kTogether = 4;  // rows
+template <typename T>
+constexpr int kTogetherBack = simd::kPairs<T> ? 2 : 4;  // of pairs, two are what 16 registers hold
 
 // Rows of one frame, `step` elements apart.
 template <typename T>
@@ -46,11 +49,13 @@ template <typename T>
 Taps<T> fill_taps(const View<2>& weight, const View<1>& bias, const View<2>& taps) {
   const int64_t C = weight.size[0], K = weight.size[1];
   for (int64_t k = 0; k < K; ++k) {
-    for (int64_t c = 0; c < C; ++c) *taps.at<Acc<T>>(k, c) = simd::load(weight.at<const T>(c, k), simd::Part{1})[0];
+    for (int64_t c = 0; c < C; ++c) {
+      *taps.at<Acc<T>>(k, simd::pair_place<T>(c, C)) = simd::load(weight.at<const T>(c, k), simd::Part{1})[0];
+    }
   }
-  each<T>(C, [&](int64_t c, auto part) {
-    store(taps.at<Acc<T>>(K, c), bias ? load(bias.at<const T>(c), part) : Vec<T>{}, part);
-    store(taps.at<Acc<T>>(K + 1, c), Vec<T>{}, part);
+  each_pair<T>(C, [&](int64_t c, auto part) {
+    store(taps.at<Acc<T>>(K, c), bias ? load(bias.at<const T>(c), part) : Of<T, decltype(part)>{}, part);
+    store(taps.at<Acc<T>>(K + 1, c), Of<T, decltype(part)>{}, part);
   });
   return {taps.at<const Acc<T>>(), K, C};
 }
@@ -81,15 +86,15 @@ void scale_rows(const Taps<T>& taps, const Rows<const T>* window, Rows<const T> 
   Rows<const T> from[kTaps > 0 ? kTaps : kMaxTaps];
   for (int64_t k = 0; k < K; ++k) from[k] = window[k].from(row);
   out = out.from(row), next = next.from(row), residual = residual.from(row);
-  each<T>(taps.C, out.data, stream, [&](int64_t c, auto part) {
-    Vec<T> sum[kRows];
+  each_pair<T>(taps.C, out.data, stream, [&](int64_t c, auto part) {
+    Of<T, decltype(part)> sum[kRows];
 #pragma GCC unroll 4
     for (int r = 0; r < kRows; ++r) {
       simd::prefetch(next.data + r * next.step + c);
       sum[r] = load(taps.row(K) + c, part);
     }
     for (int64_t k = 0; k < K; ++k) {
-      const Vec<T> w = load(taps.row(k) + c, part);
+      const auto w = load(taps.row(k) + c, part);
 #pragma GCC unroll 4
       for (int r = 0; r < kRows; ++r) sum[r] += w * load(from[k].data + r * from[k].step + c, part);
     }
@@ -135,8 +140,8 @@ void backward_rows(const Taps<T>& taps, const Rows<const T>* window, Rows<const 
   Rows<const T> from[kTaps > 0 ? kTaps : kMaxTaps];
   for (int64_t k = 0; k < K; ++k) from[k] = window[k].from(row);
   x = x.from(row), next = next.from(row), next_x = next_x.from(row), grad_x = grad_x.from(row);
-  each<T>(taps.C, [&](int64_t c, auto part) {
-    Vec<T> sum[kRows] = {}, value[kRows] = {};
+  each_pair<T>(taps.C, [&](int64_t c, auto part) {
+    Of<T, decltype(part)> sum[kRows] = {}, value[kRows] = {};
 #pragma GCC unroll 4
     for (int r = 0; r < kRows; ++r) {
       simd::prefetch(next.data + r * next.step + c);
@@ -146,11 +151,11 @@ void backward_rows(const Taps<T>& taps, const Rows<const T>* window, Rows<const 
       }
     }
     for (int64_t k = 0; k < K; ++k) {
-      const Vec<T> w = load(taps.row(k) + c, part);
-      Vec<T> products = {}, plain = {};
+      const auto w = load(taps.row(k) + c, part);
+      Of<T, decltype(part)> products = {}, plain = {};
 #pragma GCC unroll 4
       for (int r = 0; r < kRows; ++r) {
-        const Vec<T> g = load(from[k].data + r * from[k].step + c, part);
+        const auto g = load(from[k].data + r * from[k].step + c, part);
         sum[r] += w * g;
         if constexpr (kSums) products += value[r] * g, plain += g;
       }
@@ -172,8 +177,8 @@ void backward_rows(const Taps<T>& taps, const Rows<const T>* window, Rows<const 
 template <typename T, bool kSums>
 void masked_rows(const Taps<T>& taps, Rows<const T> grad, Rows<T> grad_x, Acc<T>* bias, int64_t count) {
   for (int64_t row = 0; row < count; ++row) {
-    each<T>(taps.C, [&](int64_t c, auto part) {
-      store(grad_x.data + row * grad_x.step + c, Vec<T>{}, part);
+    each_pair<T>(taps.C, [&](int64_t c, auto part) {
+      store(grad_x.data + row * grad_x.step + c, Of<T, decltype(part)>{}, part);
       if constexpr (kSums) store(bias + c, load(bias + c, part) + load(grad.data + row * grad.step + c, part), part);
     });
   }
@@ -203,8 +208,8 @@ void backward_part(const TemporalScaleBackwardArgs& a, const Taps<T>& taps, int6
     const Rows<const T> x = kSums ? rows_of<const T>(a.x, b, s, n) : taps.zeros();
     const Rows<const T> next_x = kSums ? rows_of<const T>(a.x, b, s + 1 < T_ ? s + 1 : s, n) : taps.zeros();
     int64_t row = 0;
-    for (; row + kTogether <= count; row += kTogether)
-      backward_rows<T, kTaps, kSums, kTogether>(taps, window, x, next, next_x, grad_x, sums, row);
+    for (; row + kTogetherBack<T> <= count; row += kTogetherBack<T>)
+      backward_rows<T, kTaps, kSums, kTogetherBack<T>>(taps, window, x, next, next_x, grad_x, sums, row);
     for (; row < count; ++row) backward_rows<T, kTaps, kSums, 1>(taps, window, x, next, next_x, grad_x, sums, row);
   }
 }
@@ -220,11 +225,11 @@ void add_up(const TemporalScaleBackwardArgs& a, const Executor& executor, const 
       Acc<T> sum[kTile] = {};
       for (int64_t part = 0; part < parts; ++part) {
         const Acc<T>* row = a.partial.at<const Acc<T>>(part, k, first);
-        each<T>(n, [&](int64_t c, auto how) { store(sum + c, load(sum + c, how) + load(row + c, how), how); });
+        each_pair<T>(n, [&](int64_t c, auto how) { store(sum + c, load(sum + c, how) + load(row + c, how), how); });
       }
       for (int64_t c = 0; c < n; ++c) {
         T* out = k < K ? a.grad_weight.at<T>(first + c, k) : a.grad_bias.at<T>(first + c);
-        store(out, Vec<T>{} + sum[c], simd::Part{1});
+        store(out, Vec<T>{} + sum[simd::pair_place<T>(first + c, C) - first], simd::Part{1});
       }
     }
   });

@@ -187,20 +187,6 @@ __device__ __forceinline__ Acc<T> row_max(Acc<T> x) {
   return larger(x, __shfl_xor_sync(kFullWarp, x, on_quad_pairs<T>() ? 8 : 2));
 }
 
-// One instruction each for float: what is below 2^-126 becomes 0, the last bit may differ.
-__device__ __forceinline__ float power_of_two(float x) {
-#if defined(PYVIDX_EMU)
-  return exp2f(x);
-#else
-  float y;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
-#endif
-}
-__device__ __forceinline__ double power_of_two(double x) { return exp2(x); }
-__device__ __forceinline__ float reciprocal(float x) { return __fdividef(1.f, x); }
-__device__ __forceinline__ double reciprocal(double x) { return 1 / x; }
-
 constexpr double kAbsent = -3e38;              // the score of what is not there
 constexpr double kLog2e = 1.4426950408889634;  // part of `scale` here: a power of two is one instruction
 

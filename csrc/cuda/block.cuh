@@ -60,8 +60,8 @@ __device__ __forceinline__ __nv_bfloat16 from_acc<__nv_bfloat16>(float x) {
 }
 
 // 1 / x and 2^x to an ulp or two, in one instruction where the exact ones take about ten and branch. Subnormal results
-// are 0. The emulator's are as far off.
-__device__ __forceinline__ float fast_reciprocal(float x) {
+// are 0. The emulator makes them an ulp too small.
+__device__ __forceinline__ float reciprocal(float x) {
 #if defined(PYVIDX_EMU)
   return 1 / x * (1 - 1.2e-7f);
 #else
@@ -70,15 +70,25 @@ __device__ __forceinline__ float fast_reciprocal(float x) {
   return y;
 #endif
 }
-__device__ __forceinline__ float fast_exp2(float x) {
+__device__ __forceinline__ float power_of_two(float x) {
 #if defined(PYVIDX_EMU)
-  return exp2f(x) * (1 - 2.4e-7f);
+  return exp2f(x) * (1 - 1.2e-7f);
 #else
   float y;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
 #endif
 }
+
+__device__ __forceinline__ double reciprocal(double x) { return 1 / x; }
+__device__ __forceinline__ double power_of_two(double x) { return exp2(x); }
+
+// 1 / x for x from 1 on, to half an ulp or a little more: a step of Newton's behind the one instruction.
+__device__ __forceinline__ float refined_reciprocal(float x) {
+  const float y = reciprocal(x);
+  return y + y * (1 - x * y);
+}
+__device__ __forceinline__ double refined_reciprocal(double x) { return 1 / x; }
 
 // ---- 16 bytes ----
 
@@ -139,6 +149,66 @@ __device__ __forceinline__ void store_pack(T* p, const Acc<T> (&x)[kSize]) {
     *p = from_acc<T>(x[0]);
   } else {
     store_vec(p, x);
+  }
+}
+
+// kSize elements as they lie in memory: whole 16-byte accesses, or one element where rows are not aligned. Loading
+// first and unpacking later keeps many loads under way; a load that a branch unpacks at once is waited for in the
+// branch.
+template <typename T, int kSize>
+struct Packed {
+  uint4 bits[kSize / kVec<T>] = {};
+
+  __device__ __forceinline__ void load(const T* p) {
+#pragma unroll
+    for (int j = 0; j < kSize / kVec<T>; ++j) bits[j] = load16(p + j * kVec<T>);
+  }
+  // What no thread writes.
+  __device__ __forceinline__ void load_constant(const T* p) {
+#pragma unroll
+    for (int j = 0; j < kSize / kVec<T>; ++j) bits[j] = __ldg(reinterpret_cast<const uint4*>(p + j * kVec<T>));
+  }
+  __device__ __forceinline__ void unpack(Acc<T> (&x)[kSize]) const {
+#pragma unroll
+    for (int j = 0; j < kSize / kVec<T>; ++j) {
+      Acc<T> part[kVec<T>];
+      cuda::unpack<T>(bits[j], part);
+#pragma unroll
+      for (int i = 0; i < kVec<T>; ++i) x[j * kVec<T> + i] = part[i];
+    }
+  }
+};
+
+template <typename T>
+struct Packed<T, 1> {
+  T element = from_acc<T>(0);
+
+  __device__ __forceinline__ void load(const T* p) { element = *p; }
+  __device__ __forceinline__ void unpack(Acc<T> (&x)[1]) const { x[0] = to_acc(element); }
+};
+
+template <typename T, int kSize>
+__device__ __forceinline__ void load_channels(const T* p, Acc<T> (&x)[kSize]) {
+  Packed<T, kSize> packed;
+  packed.load(p);
+  packed.unpack(x);
+}
+template <typename T, int kSize>
+__device__ __forceinline__ void load_parameters(const T* p, Acc<T> (&x)[kSize]) {
+  Packed<T, kSize> packed;
+  packed.load_constant(p);
+  packed.unpack(x);
+}
+
+template <typename T, int kSize>
+__device__ __forceinline__ void store_channels(T* p, const Acc<T> (&x)[kSize]) {
+  if constexpr (kSize == 1) *p = from_acc<T>(x[0]);
+#pragma unroll
+  for (int j = 0; j + kVec<T> <= kSize; j += kVec<T>) {
+    Acc<T> part[kVec<T>];
+#pragma unroll
+    for (int i = 0; i < kVec<T>; ++i) part[i] = x[j + i];
+    store_vec<T>(p + j, part);
   }
 }
 

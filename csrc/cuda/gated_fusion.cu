@@ -94,6 +94,7 @@ __global__ __launch_bounds__(kFusionThreads<T>,
   const int64_t T_ = a.pair ? a.x.size[1] / 2 : a.x.size[1], P = a.x.size[2];
   const View<4>& rows = a.rows();
   const Chunk chunk = chunk_of(blockIdx.x - class_rows, chunk_rows, chunks, rows.size[1], rows.size[2]);
+  const Acc<T> inverse = Acc<T>(1) / Acc<T>(C);
   RowSum<kRows, Acc<T>, kFusionWarps> row_sum{shared};
   for (int64_t first = chunk.begin; first < chunk.end; first += kRows) {
     int64_t k[kRows];
@@ -121,7 +122,7 @@ __global__ __launch_bounds__(kFusionThreads<T>,
     row_sum(mean);
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
-      mean[r] /= Acc<T>(C);
+      mean[r] *= inverse;
 #pragma unroll
       for (int i = 0; i < kSize; ++i) {
         const Acc<T> d = own ? v[r][i] - mean[r] : Acc<T>(0);
@@ -131,7 +132,7 @@ __global__ __launch_bounds__(kFusionThreads<T>,
     row_sum(rstd);
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
-      rstd[r] = Acc<T>(1) / sqrt(rstd[r] / Acc<T>(C) + Acc<T>(a.eps));
+      rstd[r] = rsqrt(rstd[r] * inverse + Acc<T>(a.eps));
       if (!own || first + r >= chunk.end) continue;
 #pragma unroll
       for (int i = 0; i < kSize; ++i) v[r][i] = (v[r][i] - mean[r]) * rstd[r] * weight[i] + bias[i];
@@ -182,7 +183,7 @@ __global__ __launch_bounds__(kFusionLoopThreads,
         rstd[0] += d * d;
       }
       row_sum(rstd);
-      rstd[0] = Acc<T>(1) / sqrt(rstd[0] / Acc<T>(C) + Acc<T>(a.eps));
+      rstd[0] = rsqrt(rstd[0] / Acc<T>(C) + Acc<T>(a.eps));
       if (threadIdx.x == 0) {
         Acc<T>* stats = a.stats.at<Acc<T>>(chunk.b, chunk.s, k);
         stats[0] = mean[0], stats[1] = rstd[0];
@@ -222,7 +223,7 @@ void launch(const GatedFusionArgs& a, cudaStream_t stream) {
   const int64_t frames = shape.size[0] * shape.size[1], K = shape.size[2], C = a.x.size[3];
   const int64_t class_rows = a.out_cls ? a.out_cls.size[0] : 0;
   // Small enough that one video fills a GPU, large enough that reading w and the norm's parameters does not count.
-  const int64_t wanted = frames * K < 16384 ? 8 : 16, chunk = wanted < K || K == 0 ? wanted : K;
+  const int64_t wanted = frames * K < 4096 ? 4 : frames * K < 16384 ? 8 : 16, chunk = wanted < K || K == 0 ? wanted : K;
   const int64_t chunks = (K + chunk - 1) / chunk;
   const int64_t blocks = class_rows + frames * chunks;
   narrow(a.x.size[1] * a.x.size[2], "gated_fusion: the tokens of a clip");  // source_of divides in 32 bits

@@ -26,7 +26,8 @@ enum class Fusion { first, sum, gate };
 
 template <typename A>
 __device__ __forceinline__ A sigmoid(A x) {
-  return A(1) / (A(1) + exp(-x));
+  const A e = exp(x < 0 ? x : -x), larger = refined_reciprocal(1 + e);  // of sigmoid(|x|): no overflow, no slow path
+  return x < 0 ? e * larger : larger;
 }
 
 // w of kSize channels from c.

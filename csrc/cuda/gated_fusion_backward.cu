@@ -67,42 +67,65 @@ struct BackwardRows {
   Acc<T> change[kRows][kSize];  // x - z
 };
 
-template <typename T, int kSize, int kRows, bool kNorm, bool kGate>
-__device__ __forceinline__ void load_rows(const GatedFusionBackwardArgs& a, const Chunk& chunk,
-                                          const int64_t (&k)[kRows], const Patch (&from)[kRows], int64_t c,
-                                          const Acc<T> (&w)[kSize], BackwardRows<T, kSize, kRows>& rows) {
-  const bool again = kNorm && a.value.size[3] == 0;
-#pragma unroll
-  for (int r = 0; r < kRows; ++r) {
-    if constexpr (kNorm) {
-      load_pack<T, kSize>(a.grad_normed.at<const T>(chunk.b, chunk.s, k[r], c), rows.normed[r]);
-      if (!again) load_pack<T, kSize>(a.value.at<const T>(chunk.b, chunk.s, k[r], c), rows.value[r]);
-    }
-#pragma unroll
-    for (int i = 0; i < kSize; ++i) rows.grad[r][i] = 0;
-    if (a.grad_out) load_pack<T, kSize>(a.grad_out.at<const T>(chunk.b, chunk.s, k[r], c), rows.grad[r]);
+// The same as it lies in memory: with all loads before the first unpacking none waits for another.
+template <typename T, int kSize, bool kNorm, bool kGate>
+struct PackedRow {
+  Packed<T, kSize> grad, normed, value, x, second, z;
+
+  // Is the row before the norm computed again from x and z? And are they read, for that or for the gate?
+  static __device__ __forceinline__ bool again(const GatedFusionBackwardArgs& a) {
+    return kNorm && a.value.size[3] == 0;
   }
-  if constexpr (kNorm || kGate) {
-    if (!again && !a.grad_gate) return;
+  static __device__ __forceinline__ bool mixed(const GatedFusionBackwardArgs& a) {
+    return (kNorm || kGate) && (again(a) || a.grad_gate);
+  }
+
+  __device__ __forceinline__ void load(const GatedFusionBackwardArgs& a, const Chunk& chunk, int64_t k, Patch from,
+                                       int64_t c) {
+    if (kNorm) normed.load(a.grad_normed.at<const T>(chunk.b, chunk.s, k, c));
+    if (kNorm && !again(a)) value.load(a.value.at<const T>(chunk.b, chunk.s, k, c));
+    if (a.grad_out) grad.load(a.grad_out.at<const T>(chunk.b, chunk.s, k, c));
+    if (!mixed(a)) return;
+    x.load(a.x.at<const T>(chunk.b, a.pair ? 2 * from.t : from.t, from.p, c));
+    z.load(a.z.at<const T>(chunk.b, chunk.s, k, c));
+    if (a.pair) second.load(a.x.at<const T>(chunk.b, 2 * from.t + 1, from.p, c));
+  }
+
+  // x, of both frames of a pair, and z.
+  __device__ __forceinline__ void unpack_mixed(const GatedFusionBackwardArgs& a, Acc<T> (&from_x)[kSize],
+                                               Acc<T> (&from_z)[kSize]) const {
+    x.unpack(from_x), z.unpack(from_z);
+    if (!a.pair) return;
+    Acc<T> other[kSize];
+    second.unpack(other);
 #pragma unroll
-    for (int r = 0; r < kRows; ++r) {
-      Acc<T> x[kSize], z[kSize];
-      load_pack<T, kSize>(a.x.at<const T>(chunk.b, a.pair ? 2 * from[r].t : from[r].t, from[r].p, c), x);
-      load_pack<T, kSize>(a.z.at<const T>(chunk.b, chunk.s, k[r], c), z);
-      if (a.pair) {
-        Acc<T> second[kSize];
-        load_pack<T, kSize>(a.x.at<const T>(chunk.b, 2 * from[r].t + 1, from[r].p, c), second);
+    for (int i = 0; i < kSize; ++i) from_x[i] = (from_x[i] + other[i]) * Acc<T>(0.5);
+  }
+
+  // What the norm's sums need, and behind their barrier the rest: packed, it takes half the registers until then.
+  template <int kRows>
+  __device__ __forceinline__ void unpack_norm(const GatedFusionBackwardArgs& a, const Acc<T> (&w)[kSize], int r,
+                                              BackwardRows<T, kSize, kRows>& rows) const {
+    normed.unpack(rows.normed[r]), value.unpack(rows.value[r]);
+    if (!again(a)) return;
+    Acc<T> from_x[kSize], from_z[kSize];
+    unpack_mixed(a, from_x, from_z);
 #pragma unroll
-        for (int i = 0; i < kSize; ++i) x[i] = (x[i] + second[i]) * Acc<T>(0.5);
-      }
-#pragma unroll
-      for (int i = 0; i < kSize; ++i) {
-        if (again) rows.value[r][i] = kGate ? (1 - w[i]) * z[i] + w[i] * x[i] : z[i] + x[i];
-        rows.change[r][i] = x[i] - z[i];
-      }
+    for (int i = 0; i < kSize; ++i) {
+      rows.value[r][i] = kGate ? (1 - w[i]) * from_z[i] + w[i] * from_x[i] : from_z[i] + from_x[i];
     }
   }
-}
+  template <int kRows>
+  __device__ __forceinline__ void unpack_rest(const GatedFusionBackwardArgs& a, int r,
+                                              BackwardRows<T, kSize, kRows>& rows) const {
+    grad.unpack(rows.grad[r]);
+    if (!kGate || !a.grad_gate) return;
+    Acc<T> from_x[kSize], from_z[kSize];
+    unpack_mixed(a, from_x, from_z);
+#pragma unroll
+    for (int i = 0; i < kSize; ++i) rows.change[r][i] = from_x[i] - from_z[i];
+  }
+};
 
 // With rows.value normalized and the norm's two means known: the gradients of one row's kSize channels.
 template <typename T, int kSize, int kRows, bool kNorm, bool kGate>
@@ -163,29 +186,38 @@ __global__ __launch_bounds__(kFusionThreads<T>, kBackwardBlocks<T, kNorm && kGat
   if (blockIdx.x >= plan.class_rows + plan.parts) {
     return zero_rows<T, kSize>(a, blockIdx.x - plan.class_rows - plan.parts, C);
   }
-  Acc<T> w[kSize] = {}, weight[kSize] = {};
+  Packed<T, kSize> packed_weight;
+  Acc<T> w[kSize] = {}, weight[kSize];
   if (kGate && own) load_mix<T, kSize>(a.gate, a.scale, c, w);
   if (blockIdx.x < plan.class_rows) {
     if (own) class_row_backward<T, kSize>(a, blockIdx.x, c, w);
     return;
   }
-  if (kNorm && own) load_pack<T, kSize>(a.weight.at<const T>(c), weight);
+  if (kNorm && own) packed_weight.load_constant(a.weight.at<const T>(c));
   const unsigned part = blockIdx.x - plan.class_rows;
   const Chunk chunk = chunk_of(part, plan.chunk, plan.chunks, shape.size[1], shape.size[2]);
+  const Acc<T> inverse = Acc<T>(1) / Acc<T>(C);
   RowSum<2 * kRows, Acc<T>, kFusionWarps> row_sum{shared};
   RowSums<kSize, Acc<T>> sums;
   for (int64_t first = chunk.begin; first < chunk.end; first += kRows) {
     int64_t k[kRows];
     Patch from[kRows];
+    PackedRow<T, kSize, kNorm, kGate> packed[kRows];
     BackwardRows<T, kSize, kRows> rows;
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {  // past the end: the last row once more, and nothing is done with it
       k[r] = first + r < chunk.end ? first + r : chunk.end - 1;
       from[r] = backward_source(a, chunk, k[r]);
     }
-    if (own) load_rows<T, kSize, kRows, kNorm, kGate>(a, chunk, k, from, c, w, rows);
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) {
+      if (own) packed[r].load(a, chunk, k[r], from[r], c);
+    }
+#pragma unroll
+    for (int r = 0; kNorm && r < kRows; ++r) packed[r].unpack_norm(a, w, r, rows);
     Acc<T> mean[2 * kRows] = {}, rstd[kRows] = {};
     if constexpr (kNorm) {
+      packed_weight.unpack(weight);
 #pragma unroll
       for (int r = 0; r < kRows; ++r) {
         const Acc<T>* stats = a.stats.at<const Acc<T>>(chunk.b, chunk.s, k[r]);
@@ -200,23 +232,21 @@ __global__ __launch_bounds__(kFusionThreads<T>, kBackwardBlocks<T, kNorm && kGat
       }
       row_sum(mean);
 #pragma unroll
-      for (int i = 0; i < 2 * kRows; ++i) mean[i] /= Acc<T>(C);
+      for (int i = 0; i < 2 * kRows; ++i) mean[i] *= inverse;
     }
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
       if (!own || first + r >= chunk.end) continue;
+      packed[r].unpack_rest(a, r, rows);
       finish_row<T, kSize, kRows, kNorm, kGate>(a, chunk, k[r], from[r], c, w, weight, rstd[r], mean[2 * r],
                                                 mean[2 * r + 1], r, rows, sums);
     }
   }
   if (!own) return;
-#pragma unroll
-  for (int i = 0; i < kSize; ++i) {
-    if (kGate && a.grad_gate) *a.partial.at<Acc<T>>(0, part, c + i) = sums.gate[i];
-    if constexpr (kNorm) {
-      *a.partial.at<Acc<T>>(1, part, c + i) = sums.weight[i];
-      *a.partial.at<Acc<T>>(2, part, c + i) = sums.bias[i];
-    }
+  if (kGate && a.grad_gate) store_channels<Acc<T>, kSize>(a.partial.at<Acc<T>>(0, part, c), sums.gate);
+  if constexpr (kNorm) {
+    store_channels<Acc<T>, kSize>(a.partial.at<Acc<T>>(1, part, c), sums.weight);
+    store_channels<Acc<T>, kSize>(a.partial.at<Acc<T>>(2, part, c), sums.bias);
   }
 }
 
@@ -242,14 +272,15 @@ __global__ __launch_bounds__(kFusionLoopThreads, 2) void gated_fusion_backward_l
   const Chunk chunk = chunk_of(part, plan.chunk, plan.chunks, shape.size[1], shape.size[2]);
   RowSum<2, Acc<T>, kFusionWarps> row_sum{shared};
   for (int64_t k = chunk.begin; k < chunk.end; ++k) {
-    const int64_t at[1] = {k};
-    const Patch from[1] = {backward_source(a, chunk, k)};
+    const Patch from = backward_source(a, chunk, k);
     const Acc<T>* stats = kNorm ? a.stats.at<const Acc<T>>(chunk.b, chunk.s, k) : nullptr;
     BackwardRows<T, 1, 1> rows;
     Acc<T> mean[2] = {}, w[1], weight[1] = {};
     const auto load = [&](int64_t c) {
       mix(c, w);
-      load_rows<T, 1, 1, kNorm, kGate>(a, chunk, at, from, c, w, rows);
+      PackedRow<T, 1, kNorm, kGate> packed;
+      packed.load(a, chunk, k, from, c);
+      packed.unpack_norm(a, w, 0, rows), packed.unpack_rest(a, 0, rows);
       if constexpr (kNorm) {
         weight[0] = to_acc(*a.weight.at<const T>(c));
         rows.value[0][0] = (rows.value[0][0] - stats[0]) * stats[1];
@@ -267,8 +298,8 @@ __global__ __launch_bounds__(kFusionLoopThreads, 2) void gated_fusion_backward_l
     for (int64_t c = threadIdx.x; c < C; c += blockDim.x) {
       load(c);
       RowSums<1, Acc<T>> sums;
-      finish_row<T, 1, 1, kNorm, kGate>(a, chunk, k, from[0], c, w, weight, kNorm ? stats[1] : Acc<T>(0), mean[0],
-                                        mean[1], 0, rows, sums);
+      finish_row<T, 1, 1, kNorm, kGate>(a, chunk, k, from, c, w, weight, kNorm ? stats[1] : Acc<T>(0), mean[0], mean[1],
+                                        0, rows, sums);
       const auto add = [&](int which, Acc<T> x) {  // only this thread touches channel c of this part
         Acc<T>* sum = a.partial.at<Acc<T>>(which, part, c);
         *sum = k == chunk.begin ? x : *sum + x;

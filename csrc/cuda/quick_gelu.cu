@@ -23,15 +23,14 @@ template <typename T>
 __device__ __forceinline__ Gate<Acc<T>> gate_of(Acc<T> x) {
   Acc<T> e, larger;  // exp(-|1.702 x|), and the larger of the two, 1 / (1 + e)
   if constexpr (sizeof(T) == 2) {
-    e = fast_exp2(fabsf(x) * float(-kQuickGELU * 1.4426950408889634));
-    larger = fast_reciprocal(1 + e);
+    e = power_of_two(fabsf(x) * float(-kQuickGELU * 1.4426950408889634));
+    larger = reciprocal(1 + e);
   } else if constexpr (sizeof(T) == 4) {
     e = expf(fabsf(x) * float(-kQuickGELU));  // the power's own rounding would show
-    larger = fast_reciprocal(1 + e);
-    larger += larger * (1 - (1 + e) * larger);
+    larger = refined_reciprocal(1 + e);
   } else {
     e = exp(fabs(x) * -kQuickGELU);
-    larger = 1 / (1 + e);
+    larger = refined_reciprocal(1 + e);
   }
   return x < 0 ? Gate<Acc<T>>{e * larger, larger} : Gate<Acc<T>>{larger, e * larger};
 }

@@ -2,7 +2,8 @@
 // way at once, and no warp waits for another. Rows of more than 2048 channels, or not aligned, are read three times,
 // twice from the caches. The class rows of a video are one row, with as many copies as there are slots. Traffic: 4
 // passes.
-#include "residual_norm.cuh"
+#include "block.cuh"
+#include "pyvidx/residual_norm.h"
 
 namespace pyvidx::cuda {
 

@@ -3,8 +3,9 @@
 // in their order. The slots' class rows of a video are one row whose gradients are summed first: all that follows is
 // linear in them. Rows of more packs than threads, or not aligned, are read twice and keep their sums in the scratch
 // row. Traffic: 4 passes, 5 with grad_y.
+#include "block.cuh"
+#include "pyvidx/residual_norm.h"
 #include "pyvidx/row_parts.h"
-#include "residual_norm.cuh"
 #include "row_sums.cuh"
 
 namespace pyvidx::cuda {

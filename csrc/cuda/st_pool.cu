@@ -10,7 +10,7 @@
 
 namespace pyvidx::cuda {
 
-constexpr int kPoolThreads = 128;
+constexpr int kPoolThreads = 32;  // blocks of a warp, so that a short clip reaches all multiprocessors
 constexpr int kPoolLanes = 8, kPoolGroups = 32 / kPoolLanes, kPoolPatches = int(kPoolRows) / kPoolGroups;
 constexpr int kAddUpThreads = 128, kSpreadThreads = 256, kSpreadFrames = 8;
 
@@ -42,16 +42,22 @@ __global__ __launch_bounds__(kPoolThreads) void st_pool_kernel(StPoolArgs a, uns
   const int64_t c = (tile * kPoolLanes + lane) * kSize;
   const int64_t begin = span * a.frames, end = begin + a.frames < T_ ? begin + a.frames : T_;
   const bool own = c < C;  // the others only take part in the shuffles
+  const int64_t x_step = kPoolGroups * a.x.stride[2];
   A patch[kPoolPatches][kSize] = {};
 #pragma unroll 1
   for (int64_t t = begin; t < end; ++t) {
+    const T* const x = a.x.at<const T>(b, t, p0, c);
     A frame[kSize] = {};
     if (is_real(a.mask, b, t)) {
+      Packed<T, kSize> packed[kPoolPatches];
 #pragma unroll
       for (int r = 0; r < kPoolPatches; ++r) {
-        const int64_t p = p0 + r * kPoolGroups;
-        A x[kSize] = {};
-        if (own && p < P) load_pack<T, kSize>(a.x.at<const T>(b, t, p, c), x);
+        if (own && p0 + r * kPoolGroups < P) packed[r].load(x + r * x_step);
+      }
+#pragma unroll
+      for (int r = 0; r < kPoolPatches; ++r) {
+        A x[kSize];
+        packed[r].unpack(x);
 #pragma unroll
         for (int i = 0; i < kSize; ++i) patch[r][i] += x[i], frame[i] += x[i];
       }
@@ -61,9 +67,7 @@ __global__ __launch_bounds__(kPoolThreads) void st_pool_kernel(StPoolArgs a, uns
       for (int bit = kPoolLanes; bit < 32; bit *= 2) frame[i] += __shfl_xor_sync(kFullWarp, frame[i], bit);
     }
     if (group != 0 || !own) continue;
-    A* sums = a.frame_sums.at<A>(b, chunk, t, c);
-#pragma unroll
-    for (int i = 0; i < kSize; ++i) sums[i] = frame[i];
+    store_channels<A, kSize>(a.frame_sums.at<A>(b, chunk, t, c), frame);
   }
   const A share = spans == 1 ? inverse_count<A>(a.mask, b, T_) : A(1);
   if (!own) return;
@@ -76,9 +80,7 @@ __global__ __launch_bounds__(kPoolThreads) void st_pool_kernel(StPoolArgs a, uns
     if (spans == 1) {
       store_pack<T, kSize>(a.spatial.at<T>(b, p, c), patch[r]);
     } else {
-      A* sums = a.patch_sums.at<A>(b, span, p, c);
-#pragma unroll
-      for (int i = 0; i < kSize; ++i) sums[i] = patch[r][i];
+      store_channels<A, kSize>(a.patch_sums.at<A>(b, span, p, c), patch[r]);
     }
   }
 }

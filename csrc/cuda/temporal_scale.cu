@@ -8,6 +8,7 @@
 // by channel and tap by tap, through the caches.
 #include "block.cuh"
 #include "pyvidx/temporal_scale.h"
+#include "row_sums.cuh"
 
 namespace pyvidx::cuda {
 
@@ -19,15 +20,20 @@ template <typename T>
 constexpr int kBackwardFrames = sizeof(T) == 2 ? 2 : 4;  // at a time: 16-bit rows have twice the values in registers
 constexpr int kBackwardThreads = 128, kBackwardWarps = kBackwardThreads / 32;  // some 130 registers a thread: 3 blocks
 
-// 16 bytes of channels, 0 where the frame is not there or left out by the mask.
-template <typename T>
-__device__ __forceinline__ void load_frame(const View<4>& x, const View<2>& mask, int64_t b, int64_t t, int64_t n,
-                                           int64_t c, Acc<T> (&value)[kVec<T>]) {
-  if (t >= 0 && t < x.size[1] && (!mask || *mask.at<const int32_t>(b, t) != 0)) {
-    load_vec(x.at<const T>(b, t, n, c), value);
-  } else {
+// 16 bytes of channels in kFrames frames from t on, 0 where a frame is not there or left out by the mask.
+template <typename T, int kFrames>
+__device__ __forceinline__ void load_frames(const View<4>& x, const View<2>& mask, int64_t b, int64_t t, int64_t n,
+                                            int64_t c, Packed<T, kVec<T>> (&frames)[kFrames]) {
+  bool there[kFrames];
 #pragma unroll
-    for (int i = 0; i < kVec<T>; ++i) value[i] = 0;
+  for (int j = 0; j < kFrames; ++j) {
+    there[j] = t + j >= 0 && t + j < x.size[1];
+    if (mask && there[j]) there[j] = *mask.at<const int32_t>(b, t + j) != 0;
+  }
+  const T* const first = x.at<const T>(b, t, n, c);
+#pragma unroll
+  for (int j = 0; j < kFrames; ++j) {
+    if (there[j]) frames[j].load(first + j * x.stride[1]);
   }
 }
 
@@ -50,20 +56,22 @@ __global__ __launch_bounds__(kScaleThreads) void temporal_scale_kernel(TemporalS
   constexpr int kSize = kVec<T>, kWindow = kForwardFrames + kTaps - 1;
   const int64_t T_ = a.x.size[1], N = a.x.size[2];
   const unsigned packs = unsigned(a.x.size[3] / kSize), unit = blockIdx.x / blocks_per_span;
-  const int64_t i = int64_t(blockIdx.x % blocks_per_span) * kScaleThreads + threadIdx.x;
-  if (i >= N * packs) return;
-  const int64_t b = unit / spans, t0 = int64_t(unit % spans) * kForwardFrames;
-  const int64_t n = i / packs, c = (i - n * packs) * kSize;
+  const unsigned i = blockIdx.x % blocks_per_span * kScaleThreads + threadIdx.x, n = i / packs, b = unit / spans;
+  if (n >= N) return;
+  const int64_t t0 = int64_t(unit - b * spans) * kForwardFrames, c = int64_t(i - n * packs) * kSize;
+  Packed<T, kSize> frames[kWindow], residual[kForwardFrames];
+  load_frames<T>(a.x, a.mask, b, t0 - kTaps / 2, n, c, frames);
+  if (a.residual) load_frames<T>(a.residual, {}, b, t0, n, c, residual);
   Acc<T> w[kTaps][kSize], bias[kSize] = {}, x[kWindow][kSize];
-#pragma unroll
-  for (int j = 0; j < kWindow; ++j) load_frame<T>(a.x, a.mask, b, t0 + j - kTaps / 2, n, c, x[j]);
   load_taps<T>(a.weight, c, w);
   if (a.bias) load_vec(a.bias.at<const T>(c), bias);
 #pragma unroll
+  for (int j = 0; j < kWindow; ++j) frames[j].unpack(x[j]);
+#pragma unroll
   for (int f = 0; f < kForwardFrames; ++f) {
     if (t0 + f >= T_) return;
-    Acc<T> sum[kSize] = {};
-    if (a.residual) load_vec(a.residual.at<const T>(b, t0 + f, n, c), sum);
+    Acc<T> sum[kSize];
+    residual[f].unpack(sum);
 #pragma unroll
     for (int e = 0; e < kSize; ++e) {
       sum[e] += bias[e];
@@ -111,13 +119,14 @@ __device__ __forceinline__ void backward_step(const TemporalScaleBackwardArgs& a
                                               int64_t c, const Acc<T> (&w)[kTaps][kVec<T>],
                                               Acc<T> (&sums)[kTaps + 1][kVec<T>]) {
   constexpr int kFrames = kBackwardFrames<T>, kWindow = kFrames + kTaps - 1;
-  Acc<T> g[kWindow][kVec<T>], x[kFrames][kVec<T>] = {};
+  Packed<T, kVec<T>> grads[kWindow], rows[kFrames];
+  load_frames<T>(a.grad_out, {}, b, s - kTaps / 2, n, c, grads);
+  if constexpr (kSums) load_frames<T>(a.x, a.mask, b, s, n, c, rows);
+  Acc<T> g[kWindow][kVec<T>], x[kFrames][kVec<T>];
 #pragma unroll
-  for (int j = 0; j < kWindow; ++j) load_frame<T>(a.grad_out, {}, b, s + j - kTaps / 2, n, c, g[j]);
-  if constexpr (kSums) {
+  for (int j = 0; j < kWindow; ++j) grads[j].unpack(g[j]);
 #pragma unroll
-    for (int f = 0; f < kFrames; ++f) load_frame<T>(a.x, a.mask, b, s + f, n, c, x[f]);
-  }
+  for (int f = 0; f < kFrames; ++f) rows[f].unpack(x[f]);
 #pragma unroll
   for (int f = 0; f < kFrames; ++f) {
     if (s + f >= a.grad_out.size[1]) return;
@@ -214,24 +223,12 @@ __global__ __launch_bounds__(kAnyThreads) void temporal_scale_backward_any_kerne
   *a.partial.at<Acc<T>>(part, K, c) = sum;
 }
 
-// The second stage: 32 channels per block, a warp of channels for every eighth of the parts.
 template <typename T>
-__global__ __launch_bounds__(kScaleThreads) void temporal_scale_add_up_kernel(TemporalScaleBackwardArgs a) {
-  __shared__ Acc<T> shared[kScaleThreads / 32][33];
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  const int64_t k = blockIdx.y, c = int64_t(blockIdx.x) * 32 + lane, C = a.grad_bias.size[0];
-  Acc<T> sum = 0;
-  if (c < C) {
-    for (int64_t part = warp; part < a.partial.size[0]; part += kScaleThreads / 32) {
-      sum += *a.partial.at<Acc<T>>(part, k, c);
-    }
-  }
-  shared[warp][lane] = sum;
-  __syncthreads();
-  if (warp != 0 || c >= C) return;
-  sum = 0;
-  for (int i = 0; i < kScaleThreads / 32; ++i) sum += shared[i][lane];
-  *(k < a.weight.size[1] ? a.grad_weight.at<T>(c, k) : a.grad_bias.at<T>(c)) = from_acc<T>(sum);
+__global__ __launch_bounds__(kAddUpThreads) void temporal_scale_add_up_kernel(TemporalScaleBackwardArgs a) {
+  const int64_t k = blockIdx.y, C = a.grad_bias.size[0];
+  add_up(a.partial.at<const Acc<T>>(0, k), a.partial.stride[0], a.partial.size[0], C, [&](int64_t c, Acc<T> sum) {
+    *(k < a.weight.size[1] ? a.grad_weight.at<T>(c, k) : a.grad_bias.at<T>(c)) = from_acc<T>(sum);
+  });
 }
 
 }  // namespace pyvidx::cuda
@@ -253,7 +250,7 @@ template <typename T>
 void launch_forward(const TemporalScaleArgs& a, cudaStream_t stream) {
   const int64_t B = a.x.size[0], T_ = a.x.size[1], N = a.x.size[2], C = a.x.size[3];
   if (B * T_ * N * C == 0) return;
-  narrow(C, "temporal_scale: the channels");
+  narrow(N * C, "temporal_scale: the elements of a frame");
   if (whole_taps<T>(a.weight) && vectorizable<T>(a.x) && vectorizable<T>(a.out) && vectorizable<T>(a.bias) &&
       vectorizable<T>(a.residual)) {
     const int64_t blocks = ceil_div(N * C / kVec<T>, kScaleThreads), spans = ceil_div(T_, kForwardFrames);
@@ -288,8 +285,8 @@ void launch_backward(const TemporalScaleBackwardArgs& a, cudaStream_t stream) {
     check_launch("temporal_scale_backward_any_kernel");
   }
   if (!a.grad_bias) return;
-  const Grid grid(ceil_div(C, 32), a.weight.size[1] + 1);
-  PYVIDX_LAUNCH(temporal_scale_add_up_kernel<T>, grid, kScaleThreads, 0, stream, a);
+  const Grid grid(add_up_blocks(C), a.weight.size[1] + 1);
+  PYVIDX_LAUNCH(temporal_scale_add_up_kernel<T>, grid, kAddUpThreads, 0, stream, a);
   check_launch("temporal_scale_add_up_kernel");
 }
 

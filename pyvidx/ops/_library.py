@@ -273,7 +273,7 @@ def _said(function: str) -> str | None:
     return call().decode()
 
 
-def build() -> dict | None:
+def build() -> dict[str, Any] | None:
     """compiler, torch and cuda_archs ("80", ...) of the loaded library; None without one that says."""
     said = _said("pyvidx_build")
     return None if said is None else json.loads(said)
