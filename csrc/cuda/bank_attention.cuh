@@ -60,6 +60,8 @@ struct KeyTile {
   Shared& shared;
   int slot[kEach], size[kEach], attended[kEach];
 
+  __device__ __forceinline__ explicit KeyTile(Shared& own) : shared(own) {}
+
   // Asks for the keys from k0 on.
   __device__ __forceinline__ void ask(const BankAttentionInput& a, const BankTask& task, unsigned k0) {
 #pragma unroll
