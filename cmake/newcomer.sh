@@ -22,4 +22,4 @@ export PATH="$environment/bin:$PATH" HF_HUB_OFFLINE=1
 set -x
 [ -x "$environment/bin/pyvidx" ] || pip install -q "$wheel[video,hosts,cli]"
 pyvidx encode videos/ --out corpus
-pyvidx ask videos/left.mp4 "what is the person doing ?" --model model/ --memory merge --capacity 4 --new-tokens 5
+pyvidx ask videos/left.mp4 "what is the person doing ?" --model model/ --new-tokens 5
