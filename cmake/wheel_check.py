@@ -14,8 +14,8 @@ One environment per pair of --pythons and --torch (the lists go side by side; "n
             the tests of files, video, encoding and one host
 
 FILE.json (bench/results) is written after every step: a row for each wheel, Python and torch, in the place of an older
-one. Its table is printed, and docs/wheels.md has it. An environment of a CUDA torch takes several GB: --envs names the
-folder, and they are removed one by one but for --keep.
+one. Its table is printed, and docs/cases/wheels.md has it (python -m bench.pages). An environment of a CUDA torch takes
+several GB: --envs names the folder, and they are removed one by one but for --keep.
 """
 
 import argparse
@@ -33,6 +33,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from bench.pages.wheels import table  # noqa: E402
 from pyvidx.files import write_json  # noqa: E402
 
 TOOLS = ["pytest", "pytest-timeout", "pytest-benchmark", "hypothesis"]
@@ -111,7 +112,8 @@ class Environment:
         command = [self.python, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "not slow", *names]
         well, said = self.run(command, 1800, path)
         counts = re.findall(r"^(?:=+ )?(\d+ (?:passed|failed|error|skipped)[^\n]*?) in [\d.]+ ?s", said, re.M)
-        return well, counts[-1] if counts else said[-1500:]
+        failed = re.findall(r"^(?:FAILED|ERROR) (\S+)", said, re.M)
+        return well, "; ".join([*failed, *counts[-1:]]) or said[-1500:]
 
     def info(self, pure: bool) -> tuple[bool, str]:
         well, said = self.run([self.folder / "bin/pyvidx", "info", "--json"], 300)
@@ -162,20 +164,6 @@ def check(environment: Environment, wheel: Path, row: dict, options, floor: bool
             step("floor", partial(environment.tests, [*FLOOR, *sample]))
 
 
-def table(results: dict) -> str:
-    """The matrix as markdown: a row per wheel and environment."""
-    columns = list(dict.fromkeys(name for row in results["rows"] for name in row["steps"]))
-    lines = ["| wheel | Python | torch | " + " | ".join(columns) + " |", "| --- " * (3 + len(columns)) + "|"]
-    for row in results["rows"]:
-        cells = []
-        for name in columns:
-            done = row["steps"].get(name, {"ok": None, "said": ""})
-            said = f": {done['said'].splitlines()[-1]}" if done["said"] else ""
-            cells.append({True: "ok", False: "no", None: "-"}[done["ok"]] + said)
-        lines.append(f"| {row['kind']} | {row['python']} | {row['torch']} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
-
-
 def kind(wheel: Path) -> str:
     return "pure" if "none-any" in wheel.name else "CUDA" if "+" in wheel.name else "CPU"
 
@@ -202,7 +190,7 @@ def main() -> int:
     out = options.out or ROOT / f"bench/results/wheels-{datetime.date.today()}.json"
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, text=True, capture_output=True).stdout
     results = json.loads(out.read_text()) if out.exists() else {"rows": []}
-    results.setdefault("wheels", {}).update({w.name: w.stat().st_size for w in wheels})
+    results["sample"] = options.sample
     first = True
     for version, torch in zip(options.pythons, options.torch):
         if (python := interpreter(version)) is None:
@@ -219,7 +207,8 @@ def main() -> int:
             environment.run([environment.python, "-m", "pip", "uninstall", "-qy", *NEED_VISION], 300)
         for wheel in wheels:
             print(f"{wheel.name}, Python {version}, torch {torch}", flush=True)
-            row = {"kind": kind(wheel), "python": version, "torch": torch, "commit": commit.strip(), "steps": {}}
+            row = {"kind": kind(wheel), "python": version, "torch": torch, "wheel": wheel.name,
+                   "bytes": wheel.stat().st_size, "commit": commit.strip(), "steps": {}}  # fmt: skip
             results["rows"] = [r for r in results["rows"] if not same(r, row)] + [row]
             floor = options.floor and first and wheel == wheels[-1]
             check(environment, wheel, row, options, floor, partial(write_json, out, results, indent=1))

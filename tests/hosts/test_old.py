@@ -8,7 +8,6 @@ transformers = pytest.importorskip("transformers", reason="pip install 'pyvidx[h
 from pyvidx import hosts  # noqa: E402
 from pyvidx.hosts.language import names  # noqa: E402
 
-
 USES = {
     "compress": lambda model: hosts.compress(model, {}),
     "attached": hosts.attached,
