@@ -7,13 +7,13 @@ from bench.pages import ROOT
 
 TEXT = """# Where the wheels ran
 
-`python cmake/wheel_check.py` installs each wheel of `make wheel` into environments of their own, outside of the source tree, and runs
-there what a stranger would:
+`python cmake/wheel_check.py` installs each wheel of `make wheel` into environments of their own, outside of the source
+tree, and runs there what a stranger would:
 
 * **info**: `pyvidx info` finds a kernel for every op; in the pure wheel none, and says so.
 * **ops**: the tests of all ops. **demo**: `pyvidx demo`.
-* **hosts**: the tests of language models with that version of transformers. Versions before 5.20 take no encoded video. There the
-  towers and language models are tested, and that pyvidx refuses with the version that it needs.
+* **hosts**: the tests of language models with that version of transformers. Versions before 5.20 take no encoded video.
+  There the towers and language models are tested, and that pyvidx refuses with the version that it needs.
 * **floor**: the oldest version of every package that pyproject.toml allows.
 
 No GPU was in this machine: a wheel with CUDA kernels ran on its CPU kernels. A dash is a step that was not run.
@@ -34,9 +34,8 @@ def table(results: dict) -> str:
     def cell(step: dict | None) -> str:
         if step is None:
             return "-"
-        return (
-            (step["said"].splitlines() or ["ok"])[-1] if step["ok"] else f"**fails**: {step['said'].splitlines()[-1:]}"
-        )
+        said = (step["said"].splitlines() or ["ok"])[-1]
+        return said if step["ok"] else f"**fails**: {said}"
 
     body = [
         [row["kind"], row["python"], row["torch"], *(cell(row["steps"].get(name)) for name in names)]
@@ -46,9 +45,10 @@ def table(results: dict) -> str:
 
 
 def sizes(results: dict) -> str:
-    """File, size and commit of each wheel."""
-    files = sorted({(row["bytes"], row["wheel"], row["commit"]) for row in results["rows"]})
-    return rows([["file", "MiB", "commit"], *((f"`{n}`", f"{b / 2**20:.1f}", f"`{c}`") for b, n, c in files)])
+    """File, size and commit of each wheel, the smallest first."""
+    files = {row["wheel"]: (row["bytes"], row["commit"]) for row in results["rows"]}
+    lines = ((f"`{n}`", f"{b / 2**20:.1f}", f"`{c}`") for n, (b, c) in sorted(files.items(), key=lambda f: f[1]))
+    return rows([["file", "MiB", "commit"], *lines])
 
 
 def pages() -> dict[str, str]:
