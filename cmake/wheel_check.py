@@ -199,7 +199,8 @@ def main() -> int:
         environment = Environment(options.envs.resolve() / f"py{version}-torch{torch}", python)
         wanted = "torch" if torch == "newest" else f"torch=={torch}"
         vision = extras(["video", "hosts", "cli"])
-        well, said = environment.pip(wanted, *(r for r in vision if not r.startswith("torch")), "torchvision", *TOOLS)
+        packages = [r for r in vision if not r.startswith("torch")]
+        well, said = environment.pip("-U", wanted, *packages, "torchvision", *TOOLS)
         if not well:
             print(f"Python {version}, torch {torch}: {said[-2000:]}", file=sys.stderr)
             continue
