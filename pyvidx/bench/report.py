@@ -31,14 +31,17 @@ def load(path: Path) -> list[dict]:
     return cases
 
 
+def named(case: dict) -> tuple[str, str, str]:
+    """Op, shape and dtype of a case."""
+    shape = " ".join(v if isinstance(v, str) else f"{k}{v}" for k, v in case["shape"].items())
+    return case["op"], shape, case["dtype"]
+
+
 def row(case: dict, graph: bool = False) -> tuple[str, ...]:
     """The cells of one case; graph: with those of its CUDA graph."""
-    shape = " ".join(v if isinstance(v, str) else f"{k}{v}" for k, v in case["shape"].items())
     over_compile, replayed = case.get("vs_compile"), case.get("graph_ms")
     cells = (
-        case["op"],
-        shape,
-        case["dtype"],
+        *named(case),
         f"{case['ms']:.3f}",
         f"{case['spread']:.0%}",
         f"{case['gbps']:.1f}",
