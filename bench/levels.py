@@ -21,6 +21,8 @@ KEPT = ("ms", "copy_ms", "floor_share", "vs_eager")
 # One value of each parameter of a bench, but for T and what makes another op of it.
 WANTED = {"model": ("l14",), "B": (1,), "T": (8, 64), "M": (20,), "masked": (False,), "name": ("360p",), "n": (32,),
           "rows": (8,), "with_bias": (False,), "dtype": (torch.float32, torch.bfloat16)}  # fmt: skip
+# Whether a call's output is of new pages, one fault per 4 KiB, depends on its size alone, not on what ran before it.
+MALLOC = {"MALLOC_MMAP_THRESHOLD_": str(32 << 20), "MALLOC_TRIM_THRESHOLD_": str(1 << 30)}
 
 
 class Walk:
@@ -79,7 +81,9 @@ def measured(columns: dict[str, tuple[Path, str]], ops: Sequence[str], seconds: 
     """
     from bench.op_checks import Worker
 
-    workers = {name: Worker(__file__, where, ops, PYVIDX_ISA=level) for name, (where, level) in columns.items()}
+    workers = {
+        name: Worker(__file__, where, ops, PYVIDX_ISA=level, **MALLOC) for name, (where, level) in columns.items()
+    }
     try:
         while True:
             found = {}
