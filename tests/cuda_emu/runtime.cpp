@@ -29,19 +29,23 @@ cudaError_t last_error = cudaSuccess;
 std::string unchecked;  // the kernel launched since the last cudaGetLastError
 std::map<const void*, size_t> opted_in;
 
-// The pretended device: sm_70 unless PYVIDX_EMU_SMEM says how many bytes.
-size_t device_shared_bytes() {
-  const char* value = std::getenv("PYVIDX_EMU_SMEM");
-  return value != nullptr ? std::stoul(value) : 96 * 1024;
+// A number that describes the pretended device; by default it is a small one of sm_70.
+size_t described(const char* variable, size_t otherwise) {
+  const char* value = std::getenv(variable);
+  return value != nullptr ? std::stoul(value) : otherwise;
 }
+
+size_t device_shared_bytes() { return described("PYVIDX_EMU_SMEM", 96 * 1024); }
 
 void log_launch(const cuemu::Kernel& kernel, dim3 grid, dim3 block, size_t shared_bytes) {
   const char* path = std::getenv("PYVIDX_EMU_LOG");
   if (path == nullptr) return;
   FILE* file = std::fopen(path, "a");
   if (file == nullptr) throw std::runtime_error(std::string("PYVIDX_EMU_LOG: cannot write ") + path);
-  std::fprintf(file, "%s\tgrid %u %u %u\tblock %u %u %u\tshared %zu\n", kernel.name, grid.x, grid.y, grid.z, block.x,
-               block.y, block.z, shared_bytes);
+  std::fprintf(file, "%s\tgrid %u %u %u\tblock %u %u %u\tshared %zu\t%s\t", kernel.name, grid.x, grid.y, grid.z,
+               block.x, block.y, block.z, shared_bytes, cuemu::symbol_of(kernel.function).c_str());
+  for (const unsigned char byte : kernel.parameters) std::fprintf(file, "%02x", byte);
+  std::fprintf(file, "\n");
   std::fclose(file);
 }
 
@@ -111,16 +115,16 @@ cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
       *value = int(kNoOptIn);
       return cudaSuccess;
     case cudaDevAttrMultiProcessorCount:
-      *value = 2;  // small, so that grid-stride loops do loop
+      *value = int(described("PYVIDX_EMU_SMS", 2));  // small, so that grid-stride loops do loop
       return cudaSuccess;
     case cudaDevAttrMaxThreadsPerBlock:
       *value = 1024;
       return cudaSuccess;
     case cudaDevAttrComputeCapabilityMajor:
-      *value = 7;
+      *value = int(described("PYVIDX_EMU_CAPABILITY", 70) / 10);
       return cudaSuccess;
     case cudaDevAttrComputeCapabilityMinor:
-      *value = 0;
+      *value = int(described("PYVIDX_EMU_CAPABILITY", 70) % 10);
       return cudaSuccess;
     default:
       return cudaErrorInvalidValue;
