@@ -107,7 +107,7 @@ class Memory:
         except OSError:
             data = b""
         if len(data) < size:
-            raise RuntimeError(f"predict: {size} bytes at {start:#x} are read, where there is no memory")
+            raise LookupError(f"{size} bytes at {start:#x} are read, where there is no memory")
         return np.frombuffer(data, np.uint8)
 
 
@@ -267,7 +267,11 @@ class Warp:
                     time = self._variable(instruction)
                 elif kind in ("LOAD", "STORE", "LDGSTS"):
                     if active.any():
-                        time = self._memory(kind, act, active)
+                        try:
+                            time = self._memory(kind, act, active)
+                        except LookupError as error:
+                            where = f"{instruction.address:#x} {instruction.opcode} {', '.join(instruction.operands)}"
+                            raise RuntimeError(f"predict: {self.block.program.kernel.name} at {where}: {error}") from None
                 elif kind not in ("NOP",):
                     result = self._control(kind, act, mask, active, pc, instruction)
                 self._busy(instruction, time)

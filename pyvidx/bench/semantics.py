@@ -701,18 +701,28 @@ def _shfl(more, o):
     return shuffle
 
 
+def _byte(more) -> int:
+    """Where the byte of P2R.B1 and the like begins."""
+    return next((8 * int(x[1]) for x in more if re.fullmatch("B[0-3]", x)), 0)
+
+
 def _p2r(more, o):
-    write = writer(o[0])
-    return lambda w, m: write(w, m, sum(w.file["P"][i].astype(U32) << U32(i) for i in range(7)))
+    write, before, mask, shift = writer(o[0]), integer(o[2]), int(o[3], 16), _byte(more)
+
+    def pack(w, m):
+        bits = sum((w.file["P"][i] & bool(mask >> i & 1)).astype(U32) << U32(i + shift) for i in range(7))
+        write(w, m, (before(w) & ~U32(mask << shift)) | bits)
+
+    return pack
 
 
 def _r2p(more, o):
-    read, mask = integer(o[1]), int(o[2], 16)
+    read, mask, shift = integer(o[1].split(".B")[0]), int(o[2], 16), _byte(o[1].split(".")[1:])
 
     def unpack(w, m):
         for i in range(7):
             if mask >> i & 1:
-                np.copyto(w.file["P"][i], (read(w) >> U32(i) & U32(1)).astype(bool), where=m)
+                np.copyto(w.file["P"][i], (read(w) >> U32(i + shift) & U32(1)).astype(bool), where=m)
 
     return unpack
 
