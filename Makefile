@@ -1,9 +1,13 @@
 # make demo [VIDEO=clip.mp4]   set up, build, encode a video, show what came out
 # make test                    set up, build, run all tests (and make check)
 # make env                     the set-up alone: leaves a ready .venv
-# make check                   ruff and clang-format
+# make check                   ruff, mypy and clang-format
 # make docs                    docs/ and the docstrings as a site in build/docs; a link that leads nowhere fails
 # make hosts-test              the tests of hosts with the oldest transformers that they are for
+# make coverage                the tests again, and which lines of pyvidx/ they ran: build/coverage.json
+# make wheel                   dist/: a wheel with the CPU kernels and one without, audited; CUDA=1: one with CUDA kernels, too
+# make wheel-check             the wheels of dist/ in fresh environments (several GB each)
+# make hf-kernel               dist/hf-kernel: the ops for the `kernels` package of Hugging Face
 # make bench                   every bench at the papers' sizes, with a table and a plot
 # make cuda-check              compile the CUDA kernels for every architecture: registers, spills, shared memory
 # make emu-test                run the CUDA kernels on the CPU: the op tests under every schedule and sanitizer
@@ -15,7 +19,7 @@ OLDEST = build/transformers-5.20.2
 # Every test runs on one thread. loadgroup keeps the tests together that build in one folder (tests/conftest.py).
 PARALLEL = -n auto --maxprocesses 8 --dist loadgroup
 
-.PHONY: env demo test check docs isa-test hosts-test bench cuda-check emu-test gpu-check clean
+.PHONY: env demo test check docs isa-test hosts-test coverage wheel wheel-check hf-kernel bench cuda-check emu-test gpu-check clean
 
 env:
 	bash cmake/env.sh
@@ -32,6 +36,7 @@ test: env check docs
 check:
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check -q .
+	$(PY) -m mypy --cache-dir build/mypy
 	.venv/bin/clang-format --dry-run -Werror $(CXX_FILES)
 
 docs:
@@ -39,14 +44,26 @@ docs:
 
 # The op tests at every instruction-set level this CPU has (the best one has run already).
 isa-test:
-	@best=$$($(PY) -c 'from pyvidx import _C; print(_C.isa())'); for level in $(ISA_LEVELS); do \
+	@best=$$($(PY) -c 'from pyvidx.ops import _library; print(_library.isa())'); for level in $(ISA_LEVELS); do \
 	  [ $$level = $$best ] && break; echo "tests/ops at level $$level"; \
 	  PYVIDX_ISA=$$level $(PY) -m pytest tests/ops -q $(PARALLEL) || exit 1; done
 
 # The tests of hosts with the oldest transformers that they are for; all tests have run with the newest.
 hosts-test:
-	[ -d $(OLDEST) ] || $(PY) -m pip install -q --no-deps --target $(OLDEST) transformers==5.20.2
+	[ -d $(OLDEST) ] || $(PY) -m pip install -q --no-deps --target $(OLDEST) transformers==5.20.2 kernels==0.17.2 tomlkit
 	PYTHONPATH=$(OLDEST) $(PY) -m pytest tests/hosts -q $(PARALLEL)
+
+coverage:
+	$(PY) -m pytest tests -q -m "not slow" $(PARALLEL) --cov --cov-report=term:skip-covered --cov-report=json:build/coverage.json
+
+wheel:
+	$(PY) cmake/make_wheel.py cpu pure $(if $(CUDA),cuda)
+
+wheel-check:
+	$(PY) cmake/wheel_check.py --transformers 5.17.0 5.20.2 newest --floor
+
+hf-kernel:
+	$(PY) cmake/hf_kernel.py
 
 bench: env
 	mkdir -p bench/out
@@ -63,4 +80,4 @@ gpu-check:
 	python3 bench/gpu_check.py
 
 clean:
-	rm -rf build bench/out pyvidx/*.so *.egg-info
+	rm -rf build dist bench/out pyvidx/*.so *.egg-info

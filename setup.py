@@ -2,9 +2,11 @@
 
 PYVIDX_CUDA=0|1            leave the CUDA kernels out, or insist on them (default: if torch has CUDA and there is nvcc)
 PYVIDX_CUDA_ARCHS="80 90"  only these architectures (default: those of the GPUs here, or all where there is none)
+PYVIDX_PURE=1              nothing compiled: a wheel for any platform, whose ops run their references
 MAX_JOBS                   parallel compilations
 """
 
+import os
 import sys
 import sysconfig
 from pathlib import Path
@@ -16,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).parent / "cmake"))
 
 
 class NinjaBuild(build_ext):
-    """Both libraries in one incremental ninja build, in place or into the wheel."""
+    """The library of ops, in one incremental ninja build, in place or into the wheel; in place also pyvidx._C."""
 
     def finalize_options(self):
         self.build_temp = self.build_temp or "build/native"
@@ -36,11 +38,14 @@ class NinjaBuild(build_ext):
         package.mkdir(parents=True, exist_ok=True)
         nvcc = native.find_nvcc()
         archs = native.cuda_archs(nvcc) if nvcc else []
-        kernels, info = (native.Build(Path(self.build_temp) / room) for room in ("kernels", "info"))
+        kernels = native.Build(Path(self.build_temp) / "kernels")
         native.ops_library(kernels, package.resolve() / "_ops.abi3.so", nvcc, archs)
         kernels.run()
-        native.info_module(info, package.resolve() / f"_C{sysconfig.get_config_var('EXT_SUFFIX')}", kernels, archs)
-        info.run()
+        if self.inplace:
+            info = native.Build(Path(self.build_temp) / "info")
+            out = package.resolve() / f"_C{sysconfig.get_config_var('EXT_SUFFIX')}"
+            native.info_module(info, out, kernels, archs)
+            info.run()
 
     def get_outputs(self):
         return [str(p) for p in (Path(self.build_lib) / "pyvidx").glob("*.so")]
@@ -57,6 +62,8 @@ setup(
             "train/cards.json",
         ]
     },
-    ext_modules=[Extension("pyvidx._ops", []), Extension("pyvidx._C", [])],  # so that setuptools knows of native code
+    # So that setuptools knows of native code. It has nothing of Python in it: one wheel serves all from 3.10 on.
+    ext_modules=[] if os.environ.get("PYVIDX_PURE") == "1" else [Extension("pyvidx._ops", [], py_limited_api=True)],
+    options={"bdist_wheel": {"py_limited_api": "cp310"}},
     cmdclass={"build_ext": NinjaBuild},
 )

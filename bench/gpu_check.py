@@ -58,7 +58,7 @@ CASES = {
         *("gate[plain-l14-1-8-float32]", "first[norm-l14-float16]", "backward[l14-whole-float16]"),
     ],
     "residual_norm": ["residual_norm[forward-space-l14-float16]", "residual_norm[backward-space-l14-float16]"],
-    "quick_gelu": ["quick_gelu[forward-l14-bias-float16]", "quick_gelu[backward-l14-bias-float16]"],
+    "quick_gelu": ["quick_gelu[forward-l14-float16]", "quick_gelu[backward-l14-float16]"],
     "token_gather": [f"token_gather[l14-{size}-float16]" for size in ("1-8", "8-8")],
     "st_pool": ["st_pool[l14-1-8-float16]", "st_pool[l14-1-100-float16]"],
     "resize_normalize": [f"resize_normalize[{size}-8-bfloat16]" for size in ("360p", "1080p")],

@@ -142,13 +142,14 @@ def torch_link_flags() -> list[str]:
     return [f"-L{p}" for p in cpp_extension.library_paths()] + ["-Wl,--no-as-needed", "-ltorch", "-ltorch_cpu", "-lc10"]
 
 
-def kernel_objects(build: Build) -> list[Path]:
-    """The CPU kernels of every level, and what they share."""
+def kernel_objects(build: Build, ops: list[str] | None = None) -> list[Path]:
+    """The CPU kernels of every level (of all ops, or of some), and what they share."""
     flags = CONFIG["cxx_flags"] + INCLUDE
     objects = [build.compile(s, flags) for s in sources("common")]
     for level, level_flags in isa_levels().items():
         define = [f"-DPYVIDX_LEVEL={level}"]
-        objects += [build.compile(s, flags + level_flags + define, tag=level) for s in sources("cpu")]
+        objects += [build.compile(s, flags + level_flags + define, tag=level) for s in sources("cpu")
+                    if ops is None or s.stem.removesuffix("_backward") in ops]  # fmt: skip
     return objects
 
 
@@ -171,11 +172,37 @@ def cuda_link_flags(nvcc: str) -> list[str]:
     return [*(f"-L{folder}" for folder in folders), "-lcudart_static", "-ldl", "-lrt", "-lpthread"]
 
 
-def ops_library(build: Build, out: Path, nvcc: str | None, archs: list[str]) -> Path:
-    """pyvidx/_ops: kernels and their torch bindings."""
-    flags = CONFIG["cxx_flags"] + INCLUDE + torch_flags() + (["-DPYVIDX_CUDA"] if nvcc else [])
-    objects = kernel_objects(build) + [build.compile(s, flags) for s in sources("torch")]
-    link = torch_link_flags()
+def _written(build: Build, name: str, define: str, value) -> list[str]:
+    """A header in the build's folder that defines `define` as JSON text; the flags to find it."""
+    header, file = f'#define {define} R"json({json.dumps(value)})json"\n', build.folder / name
+    if not file.exists() or file.read_text() != header:
+        file.write_text(header)
+    return [f"-I{build.folder}"]
+
+
+def ops_library(
+    build: Build, out: Path, nvcc: str | None, archs: list[str], ops: list[str] | None = None, namespace: str = ""
+) -> Path:
+    """pyvidx/_ops: kernels, their torch bindings, and what was built.
+
+    ops: the ones to build; None: all. namespace: of the ops in torch; "": pyvidx.
+    """
+    import torch
+
+    flags = CONFIG["cxx_flags"] + INCLUDE
+    compiler = subprocess.check_output([os.environ.get("CXX", "g++"), "--version"], text=True).splitlines()[0]
+    built = {"compiler": compiler, "torch": torch.__version__, "cuda_archs": archs}
+    objects = kernel_objects(build, ops)
+    objects += [build.compile(s, flags + _written(build, "build_info.h", "PYVIDX_BUILD", built))
+                for s in sources("library")]  # fmt: skip
+    flags = flags + torch_flags() + (["-DPYVIDX_CUDA"] if nvcc else [])
+    for s in sources("torch"):
+        registers = "PYVIDX_REGISTER" in s.read_text()
+        if registers and namespace and (ops is None or s.stem in ops):
+            objects.append(build.compile(s, [*flags, f"-DPYVIDX_NAMESPACE={namespace}"], tag="other"))
+        elif not registers or ops is None or s.stem in ops:
+            objects.append(build.compile(s, flags))
+    link = torch_link_flags() + CONFIG["link_flags"].get(platform.machine(), [])
     if nvcc:
         objects += cuda_objects(build, nvcc, archs)
         link += cuda_link_flags(nvcc)
@@ -183,19 +210,11 @@ def ops_library(build: Build, out: Path, nvcc: str | None, archs: list[str]) -> 
 
 
 def info_module(build: Build, out: Path, kernels: Build, archs: list[str]) -> Path:
-    """pyvidx/_C: a pybind11 module for what is not a tensor operation. `kernels` has been run: its logs are read."""
+    """pyvidx/_C: a pybind11 module with the compiler's report. `kernels` has been run: its logs are read."""
     import ptxas
     import pybind11
-    import torch
 
     logs = sorted((kernels.folder / "obj").glob("cuda.*.log")) if archs else []
-    header = f'#define PYVIDX_KERNEL_RESOURCES R"json({json.dumps(ptxas.of_logs(logs))})json"\n'
-    resources = build.folder / "kernel_resources.h"
-    if not resources.exists() or resources.read_text() != header:
-        resources.write_text(header)
-
-    flags = CONFIG["cxx_flags"] + INCLUDE + [f"-isystem {pybind11.get_include()}"]
-    flags += [f"-isystem {sysconfig.get_paths()['include']}", f"-I{build.folder}"]
-    flags += [f"-DPYVIDX_BUILD_TORCH='\"{torch.__version__}\"'", f"-DPYVIDX_BUILD_ARCHS='\"{' '.join(archs)}\"'"]
-    objects = [build.compile(s, flags, tag="info") for s in sources("common") + sources("python")]
-    return build.link(out, objects, [])
+    flags = CONFIG["cxx_flags"] + [f"-isystem {pybind11.get_include()}", f"-isystem {sysconfig.get_paths()['include']}"]
+    flags += _written(build, "kernel_resources.h", "PYVIDX_KERNEL_RESOURCES", ptxas.of_logs(logs))
+    return build.link(out, [build.compile(s, flags) for s in sources("python")], [])

@@ -1,6 +1,7 @@
 """Fast video encoders for language models. Names are imported when first used; importing pyvidx does no work."""
 
 import importlib
+from typing import Any
 
 _HOME = {
     "BTAdapter": "pyvidx.models",
@@ -16,7 +17,7 @@ _HOME = {
 __all__ = list(_HOME)
 
 
-def __getattr__(name: str):
+def __getattr__(name: str) -> Any:
     if name in _HOME:
         return getattr(importlib.import_module(_HOME[name]), name)
     raise AttributeError(f"module 'pyvidx' has no attribute {name!r}")

@@ -8,7 +8,7 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # a command takes Ctrl-C from its first moment on, and torch's import lasts seconds
     from torch import Tensor
@@ -50,7 +50,7 @@ def write_text(path: str | os.PathLike[str], text: str) -> Path:
     return Path(path)
 
 
-def write_json(path: str | os.PathLike[str], value, **options) -> Path:
+def write_json(path: str | os.PathLike[str], value: Any, **options: Any) -> Path:
     """Write JSON text, whole or not at all. options: of json.dumps."""
     return write_text(path, json.dumps(value, **options) + "\n")
 

@@ -47,7 +47,7 @@ def why_plain(example: Any) -> str | None:
     return None if len(devices) == 1 and devices[0].startswith("cuda") else f"the tensors are on {', '.join(devices)}"
 
 
-def _on(example: Any) -> AbstractContextManager:
+def _on(example: Any) -> AbstractContextManager[Any]:
     """On the GPU of the tensors, which need not be the current one."""
     device = next(x.device for x in pytree.tree_leaves(example) if isinstance(x, Tensor))
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
@@ -77,7 +77,7 @@ def record(run: Callable[[], Any]) -> tuple[Any, Callable[[], None]]:
     return out, graph.replay
 
 
-def capture(function: Callable, *example, **options) -> "Step | PushStep":
+def capture(function: Callable[..., Any], *example: Any, **options: Any) -> "Step | PushStep":
     """Record a function of tensors of fixed shapes.
 
     Args:
@@ -104,7 +104,7 @@ class Step:
         why: why not.
     """
 
-    def __init__(self, function: Callable, example: tuple, options: dict):
+    def __init__(self, function: Callable[..., Any], example: tuple[Any, ...], options: dict[str, Any]):
         self._call = torch.no_grad()(lambda *args: function(*args, **options))
         self.why = why_plain(example)
         if self.captured:
@@ -119,7 +119,7 @@ class Step:
     def captured(self) -> bool:
         return self.why is None
 
-    def __call__(self, *args):
+    def __call__(self, *args: Any) -> Any:
         """As the function, without its options.
 
         Raises:
@@ -222,7 +222,7 @@ class Clips:
         graphs: number of frames and shape of the batch -> Step.
     """
 
-    def __init__(self, model: VideoEncoder, lengths: Sequence[int], **options):
+    def __init__(self, model: VideoEncoder, lengths: Sequence[int], **options: Any):
         check_counts("graphs.Clips", **{f"lengths[{i}]": n for i, n in enumerate(lengths)})
         if list(lengths) != sorted(set(lengths)) or not lengths:
             raise ValueError(f"graphs.Clips: lengths must be ascending numbers of frames, got {list(lengths)}")

@@ -124,7 +124,7 @@ def as_preset(preset: str | Preset) -> Preset:
 
 
 # uint8 [..., H, W, 3], or a list of pictures of one size: PIL images, arrays or tensors [H, W, 3].
-Frames = Tensor | np.ndarray | list | tuple | Any
+Frames = Tensor | np.ndarray | list[Any] | tuple[Any, ...] | Any
 
 
 def clip_preprocess(

@@ -4,11 +4,12 @@ import dataclasses
 import math
 import typing
 from collections.abc import Sequence
+from typing import Any
 
 LARGEST = 2**31 - 1
 
 
-def check(config, zero: Sequence[str] = ()) -> None:
+def check(config: Any, zero: Sequence[str] = ()) -> None:
     """Refuse a dataclass whose fields are not of their declared types; int, float, str, bool and None are looked at.
 
     Args:
@@ -46,6 +47,6 @@ def check_counts(op: str, least: int = 1, **counts: int) -> None:
             raise ValueError(f"{op}: {name} must be a whole number in [{least}, {LARGEST}], got {value!r:.100}")
 
 
-def _is(value, wanted: type) -> bool:
+def _is(value: Any, wanted: type) -> bool:
     numbers = (int, float) if wanted is float else wanted
     return isinstance(value, numbers) and (wanted is bool or not isinstance(value, bool))

@@ -1,9 +1,10 @@
 """What names something with options in one word: NAME, or NAME:OPTION=VALUE,... as in stan:depth=2,per_frame=True."""
 
 import ast
+from typing import Any
 
 
-def parse(text: str) -> tuple[str, dict]:
+def parse(text: str) -> tuple[str, dict[str, Any]]:
     """The name, and the options with their values: of Python's literals (2, 0.5, True, None, (3, 1, 1)), else words.
 
     Raises:

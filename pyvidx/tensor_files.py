@@ -4,6 +4,7 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
@@ -43,7 +44,7 @@ def _is_utf8(path: Path) -> bool:
     return True
 
 
-def note(file: safe_open, path: str | Path, key: str) -> dict | None:
+def note(file: safe_open, path: str | Path, key: str) -> dict[str, Any] | None:
     """The JSON object under `key` of the header; None: there is none.
 
     Raises:

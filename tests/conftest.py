@@ -8,14 +8,22 @@ def pytest_addoption(parser):
     parser.addoption("--sample", type=int, metavar="N", help="at most N cases of every parametrized test")
 
 
-# These build in a folder of the project, so that only one process at a time may run a file of them.
-BUILDERS = {"test_cmake.py", "test_cuda_check.py", "test_cuda_emu.py", "test_cuda_link.py", "test_no_sync.py"}
+# These build in a folder of the project, so that only one process at a time may run what builds in one folder.
+BUILDERS = {
+    "test_cmake.py": "cmake",
+    "test_cuda_check.py": "cuda_check",
+    "test_cuda_emu.py": "emu",
+    "test_cuda_link.py": "cuda-link",
+    "test_hf_kernel.py": "native",
+    "test_no_sync.py": "no_gpu",
+    "test_wheel.py": "native",
+}
 
 
 def pytest_collection_modifyitems(config, items):
     for item in items:
         if item.path.name in BUILDERS:
-            item.add_marker(pytest.mark.xdist_group(item.path.name))
+            item.add_marker(pytest.mark.xdist_group(BUILDERS[item.path.name]))
     if config.getoption("--sample") is not None:
         _sample(items, config.getoption("--sample"))
 

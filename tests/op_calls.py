@@ -52,10 +52,10 @@ def op_calls(device: str, dtype: torch.dtype = torch.float32) -> dict[str, OpCal
             [x(B, T, C), x(B, C), x(C), *norm],
             lambda a, cls, gate, *norm: ops.output_gate(a, cls, gate, norm=norm),
         ),
-        "quick_gelu": ([x(B, T, C), x(C)], ops.quick_gelu),
+        "quick_gelu": ([x(B, T, C)], ops.quick_gelu),
         "residual_norm": (
-            [x(B, T, P, C), x(B, T, P, C), x(C), x(B, C), *norm],
-            lambda a, y, bias, cls, *norm: ops.residual_norm(a, y, norm, bias=bias, cls=cls),
+            [x(B, T, P, C), x(B, T, P, C), x(B, C), *norm],
+            lambda a, y, cls, *norm: ops.residual_norm(a, y, norm, cls=cls),
         ),
         "st_pool": ([x(B, T, P, C)], lambda a: ops.st_pool(a, mask=real)),
         "temporal_scale": ([x(B, T, P, C), x(C, 3), x(C)], lambda *a: ops.temporal_scale(*a, mask=real)),

@@ -91,7 +91,7 @@ def test_cpu_kernels_leave_nothing_to_share():
 
 # Rooms of pyvidx, from the ground up: a room imports from those before it only. A __main__ starts all, in any folder.
 ROOMS = (
-    ("files", "sizes", "device", "spec"), ("tensor_files",), ("ops",), ("layers", "video", "preprocess"),
+    ("files", "sizes", "device", "spec"), ("tensor_files", "pictures"), ("ops",), ("layers", "video", "preprocess"),
     ("backbones",),
     ("temporal", "memory"), ("models",), ("graphs",), ("reference", "weights", "data"), ("hosts",), ("corpus",),
     ("train",), ("eval",), ("bench",), ("cli",), ("__main__",),

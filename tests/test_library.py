@@ -32,9 +32,51 @@ def test_every_op_has_a_cpu_kernel():
     assert not missing, f"these run their reference on the CPU: {missing}"
 
 
-def test_without_the_library_references_run():
-    run = python(USE, PYVIDX_OPS_LIBRARY="/nowhere/_ops.so")
+def test_without_the_library_references_run_and_say_so_once():
+    run = python(USE + "import pyvidx.models", PYVIDX_OPS_LIBRARY="/nowhere/_ops.so")
     assert run.returncode == 0 and run.stdout.strip() == "3.0", run.stderr
+    assert run.stderr.count("RuntimeWarning: pyvidx has no compiled kernels here") == 1, run.stderr
+
+
+def test_info_without_the_library():
+    run = python("from pyvidx.cli.info import main; main([])", PYVIDX_OPS_LIBRARY="/nowhere/_ops.so")
+    assert "NO COMPILED KERNELS, every op runs its reference: /nowhere/_ops.so does not exist" in run.stdout
+    assert "built with: nothing compiled" in run.stdout and "level unknown" in run.stdout, run.stdout + run.stderr
+
+
+@pytest.mark.parametrize(
+    "built_for, pinned, why",
+    [
+        ("+cu130", "{torch}", "is a build for CUDA 13.0, and torch {torch}"),
+        ("+cpu", "2.0.0", "needs torch 2.0.0, and this is {torch}"),
+        ("+cpu", "{torch}", None),
+    ],
+)
+def test_a_torchvision_that_does_not_fit_is_named(built_for, pinned, why, monkeypatch, tmp_path):
+    from pyvidx.hosts import importing
+
+    if torch.version.cuda is not None:
+        pytest.skip("written for a torch without CUDA")
+    release = torch.__version__.split("+")[0]
+    (tmp_path / "torchvision").mkdir()
+    (tmp_path / "torchvision/__init__.py").touch()
+    (tmp_path / "torchvision/version.py").write_text(f"__version__ = '0.99.0{built_for}'\n")
+    metadata = tmp_path / "torchvision-0.99.0.dist-info"
+    metadata.mkdir()
+    metadata.joinpath("METADATA").write_text(
+        f"Metadata-Version: 2.1\nName: torchvision\nVersion: 0.99.0\n"
+        f"Requires-Dist: torch (=={pinned.format(torch=release)})\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "torchvision", raising=False)
+    said = importing.torchvision_misfit()
+    if why is None:
+        assert said is None
+    else:
+        assert said.startswith("torchvision 0.99.0 " + why.format(torch=release)) and "--index-url" in said
+    with pytest.raises(RuntimeError, match=r"test: host cannot be imported: torchvision 0\.99\.0"):
+        with importing.importing("test", "host"):
+            raise RuntimeError("operator torchvision::nms does not exist")
 
 
 def test_strict_refuses_references():
@@ -52,7 +94,9 @@ def test_forced_instruction_set(level, message):
     run = python(USE, PYVIDX_ISA=level)
     if message is None:
         assert run.stdout.strip() == "3.0", run.stderr
-        assert python("from pyvidx import _C; print(_C.isa())", PYVIDX_ISA=level).stdout.strip() == level
+        assert (
+            python("from pyvidx.ops import _library; print(_library.isa())", PYVIDX_ISA=level).stdout.strip() == level
+        )
     else:
         assert run.returncode != 0 and message in run.stderr
 

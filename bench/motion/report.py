@@ -6,7 +6,8 @@ from pathlib import Path
 import torch
 
 from bench.motion.rows import TABLES
-from pyvidx.files import whole, write_json, write_text
+from pyvidx.files import write_json, write_text
+from pyvidx.pictures import drawn
 
 HEAD = """| | appearance R@1 | time R@1 | time, right of two | trained parameters | seconds |
 | --- | --- | --- | --- | --- | --- |
@@ -52,24 +53,18 @@ def spread(values: list[float]) -> str:
 
 def draw(path: Path, runs: list[dict]) -> None:
     """Right of two by kind of event, one line per row."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise RuntimeError("motion_study: the picture needs matplotlib: pip install 'pyvidx[cli]'") from error
     names = list(dict.fromkeys(r["row"]["name"] for r in runs))
     kinds = list(runs[0]["test"]["kinds"])
     values = [
         [statistics.mean(r["test"]["kinds"][k] for r in runs if r["row"]["name"] == name) for k in kinds]
         for name in names
     ]
-    figure = Figure(figsize=(1.5 + len(kinds), 1.5 + 0.32 * len(names)), layout="constrained")
-    axes = figure.subplots()
-    axes.imshow(values, vmin=50, vmax=100, cmap="viridis", aspect="auto")
-    for y, row in enumerate(values):
-        for x, value in enumerate(row):
-            axes.text(x, y, f"{value:.0f}", ha="center", va="center", color="white" if value < 80 else "black")
-    axes.set_xticks(range(len(kinds)), kinds)
-    axes.set_yticks(range(len(names)), names)
-    axes.set_title("a clip's own caption beats its opposite's, percent (chance 50)")
-    with whole(path) as part:
-        figure.savefig(part, dpi=110)
+    with drawn(path, 1.5 + len(kinds), 1.5 + 0.32 * len(names), "motion_study") as figure:
+        axes = figure.subplots()
+        axes.imshow(values, vmin=50, vmax=100, aspect="auto")
+        for y, row in enumerate(values):
+            for x, value in enumerate(row):
+                axes.text(x, y, f"{value:.0f}", ha="center", va="center", color="white" if value < 80 else "black")
+        axes.set_xticks(range(len(kinds)), kinds)
+        axes.set_yticks(range(len(names)), names)
+        axes.set_title("a clip's own caption beats its opposite's, percent (chance 50)")

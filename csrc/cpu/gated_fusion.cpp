@@ -9,17 +9,17 @@
 #include "pyvidx/gated_fusion.h"
 
 #include "level.h"
+#include "pairs.h"
 #include "parallel.h"
-#include "simd.h"
 
 namespace pyvidx {
 namespace {
 
 using simd::Acc;
-using simd::each;
+using simd::each_pair;
 using simd::load;
+using simd::Of;
 using simd::store;
-using simd::Vec;
 
 enum class Form { first, sum, gate };
 
@@ -34,13 +34,13 @@ struct Sources {
 };
 
 template <typename T, Form kForm, bool kPair, typename Part>
-PYVIDX_SIMD Vec<T> fused(const Sources<T>& r, const Acc<T>* mix, int64_t c, Part part) {
-  Vec<T> x = load(r.x + c, part);
+PYVIDX_SIMD Of<T, Part> fused(const Sources<T>& r, const Acc<T>* mix, int64_t c, Part part) {
+  Of<T, Part> x = load(r.x + c, part);
   if constexpr (kPair) x = (x + load(r.x_pair + c, part)) * Acc<T>(0.5);
   if constexpr (kForm == Form::first) return x + load(r.position + c, part) + load(r.time + c, part);
-  const Vec<T> z = load(r.z + c, part);
+  const auto z = load(r.z + c, part);
   if constexpr (kForm == Form::sum) return z + x;
-  const Vec<T> w = load(mix + c, part);
+  const auto w = load(mix + c, part);
   return (1 - w) * z + w * x;  // exact where w is 0 or 1, as w tends to be
 }
 
@@ -53,7 +53,7 @@ PYVIDX_SIMD void prefetch(const Sources<T>& next, int64_t c) {
 
 template <typename T, Form kForm, bool kPair>
 void fuse_row(const Sources<T>& row, const Sources<T>& next, const Acc<T>* mix, T* out, int64_t C, bool stream) {
-  each<T>(C, out, stream, [&](int64_t c, auto part) {
+  each_pair<T>(C, out, stream, [&](int64_t c, auto part) {
     prefetch<T, kForm, kPair>(next, c);
     store(out + c, fused<T, kForm, kPair>(row, mix, c, part), part);
   });
@@ -64,9 +64,9 @@ void fuse_and_norm_row(const Sources<T>& row, const Sources<T>& next, const Acc<
                        double eps, T* out, T* normed, Acc<T>* stats, int64_t C, bool stream) {
   alignas(64) Acc<T> room[kBuffer];
   Acc<T>* const buffer = C <= kBuffer ? room : nullptr;
-  const Acc<T> total = simd::sum_of<T>(C, [&](int64_t c, auto part) {
+  const Acc<T> total = simd::sum_of_pairs<T>(C, [&](int64_t c, auto part) {
     prefetch<T, kForm, kPair>(next, c);
-    const Vec<T> v = fused<T, kForm, kPair>(row, mix, c, part);
+    const auto v = fused<T, kForm, kPair>(row, mix, c, part);
     if (buffer != nullptr) store(buffer + c, v, part);
     return v;
   });
@@ -74,15 +74,19 @@ void fuse_and_norm_row(const Sources<T>& row, const Sources<T>& next, const Acc<
     return buffer != nullptr ? load(buffer + c, part) : fused<T, kForm, kPair>(row, mix, c, part);
   };
   const Acc<T> mean = total / Acc<T>(C);
-  const Acc<T> squares = simd::sum_of<T>(C, [&](int64_t c, auto part) {
-    const Vec<T> d = simd::only(value(c, part) - mean, part);
+  const Acc<T> squares = simd::sum_of_pairs<T>(C, [&](int64_t c, auto part) {
+    const auto d = simd::only(value(c, part) - mean, part);
     return d * d;
   });
   const Acc<T> rstd = 1 / __builtin_sqrt(squares / Acc<T>(C) + eps);
   stats[0] = mean, stats[1] = rstd;
+  if (sizeof(T) == 2 && out != nullptr && buffer != nullptr) {  // apart: in turn, both leave half-filled lines
+    each_pair<T>(C, out, stream, [&](int64_t c, auto part) { store(out + c, load(buffer + c, part), part); });
+    out = nullptr;
+  }
   stream = stream && (out == nullptr || reinterpret_cast<uintptr_t>(out) % simd::kBytes == 0);
-  each<T>(C, normed, stream, [&](int64_t c, auto part) {
-    const Vec<T> v = value(c, part);
+  each_pair<T>(C, normed, stream, [&](int64_t c, auto part) {
+    const auto v = value(c, part);
     if (out != nullptr) store(out + c, v, part);
     store(normed + c, (v - mean) * rstd * load(weight + c, part) + load(bias + c, part), part);
   });
@@ -93,17 +97,17 @@ void class_row(const GatedFusionArgs& a, const Acc<T>* mix, int64_t b) {
   const int64_t T_ = a.x_cls.size[1], C = a.x_cls.size[2];
   const T *cls = a.cls.at<const T>(b), *x = a.x_cls.at<const T>(b);
   T* out = a.out_cls.at<T>(b);
-  each<T>(C, [&](int64_t c, auto part) {
-    Vec<T> mean = {};
+  each_pair<T>(C, [&](int64_t c, auto part) {
+    Of<T, decltype(part)> mean = {};
     for (int64_t t = 0; t < T_; ++t) mean += load(x + t * a.x_cls.stride[1] + c, part);
     mean = mean * (1 / Acc<T>(T_));
-    const Vec<T> z = load(cls + c, part);
+    const auto z = load(cls + c, part);
     if constexpr (kForm == Form::first) {
       store(out + c, (mean + z + load(a.position.at<const T>(0) + c, part)) * Acc<T>(0.5), part);
     } else if constexpr (kForm == Form::sum) {
       store(out + c, z + mean, part);
     } else {
-      const Vec<T> w = load(mix + c, part);
+      const auto w = load(mix + c, part);
       store(out + c, (1 - w) * z + w * mean, part);
     }
   });
@@ -118,7 +122,7 @@ void fuse(const GatedFusionArgs& a, const Executor& executor) {
   const bool stream = rows * C * int64_t(sizeof(T)) > simd::kStreamBytes;
   Acc<T>* mix = a.mix.at<Acc<T>>();
   if constexpr (kForm == Form::gate) {
-    each<T>(C, [&](int64_t c, auto part) {
+    each_pair<T>(C, [&](int64_t c, auto part) {
       store(mix + c, simd::sigmoid(load(a.gate.at<const T>() + c, part) * Acc<T>(a.scale)), part);
     });
   }

@@ -9,7 +9,6 @@
 #include "level.h"
 #include "memory_step.h"
 #include "parallel.h"
-#include "simd.h"
 
 namespace pyvidx {
 namespace {
@@ -30,7 +29,7 @@ void attached_rows(const MemoryAttached& a, const Plan& p, const MemoryAttached*
       prefetch(ahead.keep, begin, begin + count), prefetch(ahead.gone, begin, begin + count);
       if (ahead.frame) prefetch(ahead.frame, begin, begin + count);
     }
-    each<T>(count, [&](int64_t i, auto part) {
+    each_pair<T>(count, [&](int64_t i, auto part) {
       const int64_t c = begin + i;
       if (p.k >= 0) store(r.keep + c, mean(load(r.keep + c, part), load(r.gone + c, part)), part);
       if (r.frame) store_raw(r.target + c, load_raw(r.frame + c, part), part);
@@ -107,7 +106,7 @@ PYVIDX_INLINE Weights weights(const View<3>& sizes, int64_t b, int64_t k, int64_
 
 template <typename T>
 void copy_row(const T* from, T* to, int64_t C, bool stream) {
-  each<T>(C, to, stream, [&](int64_t c, auto part) { store(to + c, load(from + c, part), part); });
+  each_pair<T>(C, to, stream, [&](int64_t c, auto part) { store_raw(to + c, load_raw(from + c, part), part); });
 }
 
 template <typename T>
@@ -118,15 +117,15 @@ int64_t most_similar(const View<4>& bank, int64_t b, int64_t n) {
   Acc<T> best = 0, norm = 0;  // of the row before, squared
   for (int64_t t = 0; t + 1 < bank.size[1]; ++t) {
     const T *x = bank.at<const T>(b, t, n), *y = bank.at<const T>(b, t + 1, n);
-    Vec<T> dot{}, xx{}, yy{};
+    simd::Chains<T> dot, xx, yy;
     const T* next_row = bank.at<const T>(b, t + 2 < bank.size[1] ? t + 2 : 0, t + 2 < bank.size[1] ? n : next_n);
-    each<T>(C, [&](int64_t c, auto part) {
+    each_pair<T>(C, [&](int64_t c, auto part) {
       __builtin_prefetch(next_row + c);  // rows of a position are far apart
-      const Vec<T> u = load(x + c, part), v = load(y + c, part);
+      const auto u = load(x + c, part), v = load(y + c, part);
       dot += u * v, yy += v * v;
       if (t == 0) xx += u * u;
     });
-    const Acc<T> next = sum(yy), value = cosine(sum(dot), t == 0 ? sum(xx) : norm, next);
+    const Acc<T> next = yy.total(), value = cosine(dot.total(), t == 0 ? xx.total() : norm, next);
     if (t == 0 || better(value, best)) best = value, k = t;
     norm = next;
   }
@@ -153,7 +152,7 @@ void merge(const MemoryMergeArgs& a, const Executor& executor) {
         const Weights w = weights(a.sizes, b, k, n, a.weighted);
         const Acc<T> first = Acc<T>(w.first), second = Acc<T>(w.second), total = first + second;
         const T* y = a.bank.at<const T>(b, k + 1, n);
-        each<T>(C, out, stream, [&](int64_t c, auto part) {
+        each_pair<T>(C, out, stream, [&](int64_t c, auto part) {
           store(out + c, (load(x + c, part) * first + load(y + c, part) * second) / total, part);
         });
       }
@@ -178,7 +177,7 @@ void merge_backward(const MemoryMergeBackwardArgs& a, const Executor& executor) 
       }
       const Weights w = weights(a.sizes, b, k, n, a.weighted);
       const Acc<T> share = Acc<T>((t == k ? w.first : w.second) / (w.first + w.second));
-      each<T>(C, out, stream, [&](int64_t c, auto part) { store(out + c, load(grad + c, part) * share, part); });
+      each_pair<T>(C, out, stream, [&](int64_t c, auto part) { store(out + c, load(grad + c, part) * share, part); });
     }
     simd::fence();
   });

@@ -10,7 +10,6 @@
 #include "level.h"
 #include "memory_step.h"
 #include "parallel.h"
-#include "simd.h"
 
 namespace pyvidx {
 namespace {
@@ -93,9 +92,10 @@ void replay(const MemoryReplayArgs& a, const Executor& executor) {
             const float* x = reinterpret_cast<const float*>(from);
             float* y = reinterpret_cast<float*>(to);
             const int64_t words = width * sizeof(T) / sizeof(float);
-            return each<float>(words, y, true, [&](int64_t i, auto part) { store(y + i, load(x + i, part), part); });
+            return each_pair<float>(words, y, true,
+                                    [&](int64_t i, auto part) { store(y + i, load(x + i, part), part); });
           }
-          each<T>(width, [&](int64_t i, auto part) { store_raw(to + i, load_raw(from + i, part), part); });
+          each_pair<T>(width, [&](int64_t i, auto part) { store_raw(to + i, load_raw(from + i, part), part); });
         };
         for (int64_t j = 0; j < slots; ++j) {
           const int64_t next = j + 1 < slots ? j + 1 : j;
@@ -108,14 +108,14 @@ void replay(const MemoryReplayArgs& a, const Executor& executor) {
           T* const to = out(slots + t + s);
           const int32_t* sources = a.sources.at<const int32_t>(b, s, n);
           if (sources[0] < 0) {
-            each<T>(width, [&](int64_t i, auto part) { store(to + i, Vec<T>{}, part); });
+            each_pair<T>(width, [&](int64_t i, auto part) { store(to + i, Of<T, decltype(part)>{}, part); });
             continue;
           }
           const int32_t* counts = a.counts.at<const int32_t>(b, s, n);
           const Mean<T> mean(a.weighted ? counts[0] : 1, a.weighted ? counts[1] : 1);
           const T *x = source(sources[0]), *y = source(sources[1]);
-          each<T>(width,
-                  [&](int64_t i, auto part) { store(to + i, mean(load(x + i, part), load(y + i, part)), part); });
+          each_pair<T>(width,
+                       [&](int64_t i, auto part) { store(to + i, mean(load(x + i, part), load(y + i, part)), part); });
         }
         for (int64_t j = 0; j < slots; ++j) {  // a row from before this clip lies where it lay
           const int32_t id = *a.table.at<const int32_t>(b, t - 1, n, j);

@@ -2,16 +2,20 @@
 // streaming step (memory_merge) and the walk over a clip (memory_scan), which so give the same bits.
 #pragma once
 #include "level.h"
+#include "pairs.h"
 #include "pyvidx/memory_merge.h"
-#include "simd.h"
 
 namespace pyvidx {
 namespace {
 
 using simd::Acc;
-using simd::each;
+using simd::add_product;
+using simd::each_pair;
 using simd::load;
+using simd::load_raw;
+using simd::Of;
 using simd::store;
+using simd::store_raw;
 using simd::sum;
 using simd::Vec;
 
@@ -46,28 +50,6 @@ PYVIDX_INLINE A cosine(A dot, A xx, A yy) {
 template <typename A>
 PYVIDX_INLINE bool better(A x, A best) {
   return x > best || (x != x && best == best);
-}
-
-// Vectors as they are stored: what is only moved needs no conversion, what is written and used is converted once.
-template <typename T>
-using Raw = typename simd::Lane<T>::Raw;
-template <typename T>
-PYVIDX_INLINE Raw<T> load_raw(const T* p, simd::Full) {
-  return simd::read<Raw<T>>(p);
-}
-template <typename T>
-PYVIDX_INLINE Raw<T> load_raw(const T* p, simd::Part part) {
-  Raw<T> raw = {};
-  __builtin_memcpy(&raw, p, part.n * sizeof(T));
-  return raw;
-}
-template <typename T>
-PYVIDX_INLINE void store_raw(T* p, Raw<T> raw, simd::Full) {
-  simd::write(p, raw);
-}
-template <typename T>
-PYVIDX_INLINE void store_raw(T* p, Raw<T> raw, simd::Part part) {
-  __builtin_memcpy(p, &raw, part.n * sizeof(T));
 }
 
 // Choose, and bring order, sizes and the cached similarities up to date, but for those that need the rows.
@@ -145,11 +127,12 @@ struct Mean {
   Mean(int32_t x, int32_t y)
       : s0(x), s1(y), total(s0 + s1), inverse(1 / total), first(s0 / total), second(s1 / total) {}
 
-  PYVIDX_INLINE Vec<T> operator()(Vec<T> x, Vec<T> y) const {
+  template <typename V>
+  PYVIDX_INLINE V operator()(V x, V y) const {
     if constexpr (sizeof(T) == 2) return x * first + y * second;  // rounded to 16 bits below
-    const Vec<T> dividend = x * s0 + y * s1;
+    const V dividend = x * s0 + y * s1;
 #if defined(__FMA__)  // a vector division takes as long as all the rest: one Newton step on the product rounds as well
-    const Vec<T> quotient = dividend * inverse;
+    const V quotient = dividend * inverse;
     return (dividend - quotient * total) * inverse + quotient;
 #else
     return dividend / total;
@@ -172,23 +155,24 @@ void bank_rows(const MemoryStepArgs& a, const Plan& p, const Rows<T>* ahead) {
       prefetch(ahead->left, begin, end), prefetch(ahead->right, begin, end);
       if (kAppend) prefetch(ahead->last, begin, end), prefetch(ahead->frame, begin, end);
     }
-    each<T>(end - begin, [&](int64_t i, auto part) {
+    each_pair<T>(end - begin, [&](int64_t i, auto part) {
       const int64_t c = begin + i;
-      using L = simd::Lane<T>;
-      Raw<T> raw_keep, raw_frame;
-      Vec<T> keep{};
+      using L = simd::LaneOf<T, decltype(part)>;
+      typename L::Raw raw_keep, raw_frame;
+      Of<T, decltype(part)> keep{};
       if constexpr (kMerge) {
         raw_keep = L::down(mean(load(r.keep + c, part), load(r.gone + c, part)));
         keep = L::up(raw_keep);
-        const Vec<T> left = load(r.left + c, part), right = load(r.right + c, part);
-        keep2 += keep * keep, left2 += left * left, right2 += right * right;
-        left_keep += left * keep, keep_right += keep * right;
+        const auto left = load(r.left + c, part), right = load(r.right + c, part);
+        add_product(keep2, keep, keep), add_product(left2, left, left), add_product(right2, right, right);
+        add_product(left_keep, left, keep), add_product(keep_right, keep, right);
       }
       if constexpr (kAppend) {
-        const Vec<T> last = load(r.last + c, part);
+        const auto last = load(r.last + c, part);
         raw_frame = load_raw(r.frame + c, part);
-        const Vec<T> frame = L::up(raw_frame);
-        frame2 += frame * frame, last2 += last * last, last_frame += last * frame, keep_frame += keep * frame;
+        const auto frame = L::up(raw_frame);
+        add_product(frame2, frame, frame), add_product(last2, last, last);
+        add_product(last_frame, last, frame), add_product(keep_frame, keep, frame);
       }
       if constexpr (kMerge) store_raw(r.keep + c, raw_keep, part);
       if constexpr (kAppend) store_raw(r.target + c, raw_frame, part);

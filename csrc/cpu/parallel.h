@@ -1,4 +1,4 @@
-// parallel_for: spread [0, n) over an Executor's threads.
+// parallel_for: spread [0, n) over an Executor's threads. Place: the indices of one of them.
 #pragma once
 #include <type_traits>
 
@@ -19,5 +19,19 @@ PYVIDX_INLINE void parallel_for(const Executor& executor, int64_t n, int64_t gra
   };
   executor.run(n, grain, body, &f);
 }
+
+// Row `row` of [B, S, K], and the one after it without the divisions: they cost a quarter of a row of 1024 in 16 bits.
+struct Place {
+  int64_t b, s, k;
+
+  PYVIDX_INLINE Place(int64_t row, int64_t S, int64_t K) : b(row / K / S), s(row / K % S), k(row % K) {}
+  PYVIDX_INLINE Place after(int64_t S, int64_t K) const {
+    Place next = *this;
+    if (++next.k < K) return next;
+    next.k = 0;
+    if (++next.s == S) next.s = 0, ++next.b;
+    return next;
+  }
+};
 
 }  // namespace pyvidx

@@ -64,15 +64,13 @@ PYVIDX_SIMD void norm_row(const ResidualNormArgs& a, const Outputs<X, Y>& to, bo
 template <typename X, typename Y>
 void class_row(const ResidualNormArgs& a, int64_t b) {
   const int64_t S = a.x.size[1];
-  const X *cls = a.cls.at<const X>(b), *bias = a.bias.at<const X>();
+  const X* cls = a.cls.at<const X>(b);
   const Outputs<X, Y> to{a.out_cls.at<X>(b),  a.normed_cls.at<Y>(b),  a.stats_cls.at<Acc<X>>(b), S,
                          a.out_cls.stride[1], a.normed_cls.stride[1], a.stats_cls.stride[1]};
   norm_row<X, Y>(a, to, false, [&](int64_t c, auto part) {
     Vec<X> v = load(cls + c, part);
     for (int64_t s = 0; a.y_cls && s < S; ++s) {
-      Vec<X> y = load(a.y_cls.at<const Y>(b, s) + c, part);
-      if (bias != nullptr) y += load(bias + c, part);
-      v += y * *a.share.at<const Acc<X>>(b, s);
+      v += load(a.y_cls.at<const Y>(b, s) + c, part) * *a.share.at<const Acc<X>>(b, s);
     }
     return v;
   });
@@ -83,22 +81,18 @@ void forward_of(const ResidualNormArgs& a, const Executor& executor) {
   const int64_t B = a.x.size[0], S = a.x.size[1], K = a.x.size[2], C = a.x.size[3];
   const int64_t class_rows = a.cls ? B : 0, rows = B * S * K;
   const bool stream = rows * C * int64_t(sizeof(X)) > simd::kStreamBytes;
-  const X *bias = a.bias.at<const X>(), *constant = a.constant.at<const X>();
   parallel_for(executor, class_rows + rows, kGrainElements / (C + 1) + 1, [&](int64_t begin, int64_t end) {
     for (; begin < end && begin < class_rows; ++begin) class_row<X, Y>(a, begin);
     for (int64_t i = begin - class_rows; i < end - class_rows; ++i) {
       const int64_t b = i / (S * K), s = i / K % S, k = i % K, next = i + 1 < end - class_rows ? i + 1 : i;
       const X *x = a.x.at<const X>(b, s, k), *next_x = a.x.at<const X>(next / (S * K), next / K % S, next % K);
       const Y *y = a.y.at<const Y>(b, s, k), *next_y = a.y.at<const Y>(next / (S * K), next / K % S, next % K);
-      const Acc<X> factor = a.factor ? *a.factor.at<const Acc<X>>(b, s, k) : Acc<X>(1);
+      const Acc<X> factor = a.factor ? *a.factor.at<const Acc<X>>(b, s) : Acc<X>(1);
       const Outputs<X, Y> to{a.out.at<X>(b, s, k), a.normed.at<Y>(b, s, k), a.stats.at<Acc<X>>(b, s, k), 1, 0, 0, 0};
       norm_row<X, Y>(a, to, stream, [&](int64_t c, auto part) {
         simd::prefetch(next_x + c);
         simd::prefetch(next_y + c);
-        Vec<X> v = load(y + c, part);
-        if (bias != nullptr) v += load(bias + c, part);
-        v = load(x + c, part) + v * factor;
-        return constant != nullptr ? v + load(constant + c, part) : v;
+        return load(x + c, part) + load(y + c, part) * factor;
       });
     }
     simd::fence();

@@ -26,17 +26,17 @@ struct Row {
 
 template <typename A>
 struct Sums {
-  A *bias, *constant, *weight, *shift;  // the first two may be absent
+  A *weight, *shift;
 };
 
 // Channels whose gradients are collected before they are stored: stores past the caches that take turns with those of
 // the sums leave half-filled lines (half the speed).
 constexpr int64_t kBlock = 256;
 
-// put(c, n, g): stores what follows from n channels of the row's whole gradient. to_bias: how much goes to the bias.
+// put(c, n, g): stores what follows from n channels of the row's whole gradient.
 template <typename X, typename G, typename N, typename Put>
 PYVIDX_SIMD void backward_row(const ResidualNormBackwardArgs& a, const Row<X, G, N>& r, const Row<X, G, N>& next,
-                              const Sums<Acc<X>>& sums, Acc<X> to_bias, Put&& put) {
+                              const Sums<Acc<X>>& sums, Put&& put) {
   alignas(64) Acc<X> whole[kBlock];
   const int64_t C = a.value.size[3];
   const X* weight = a.weight.at<const X>();
@@ -59,14 +59,9 @@ PYVIDX_SIMD void backward_row(const ResidualNormBackwardArgs& a, const Row<X, G,
       const Vec<X> through = (grad * load(weight + c, part) - mean_g - normal * mean_gx) * rstd;
       const Vec<X> g = load(r.grad_out + c, part) + through;
       const Vec<X> shift = load(sums.shift + c, part) + grad, scale = load(sums.weight + c, part) + grad * normal;
-      Vec<X> bias = {}, constant = {};
-      if (sums.bias != nullptr) bias = load(sums.bias + c, part) + g * to_bias;
-      if (sums.constant != nullptr) constant = load(sums.constant + c, part) + g;
       store(whole + i, g, part);
       store(sums.shift + c, shift, part);
       store(sums.weight + c, scale, part);
-      if (sums.bias != nullptr) store(sums.bias + c, bias, part);
-      if (sums.constant != nullptr) store(sums.constant + c, constant, part);
     });
     put(first, n, whole);
   }
@@ -80,19 +75,17 @@ PYVIDX_SIMD void put_scaled(T* out, int64_t n, const A* g, A scale, bool stream)
 
 template <typename X>
 Sums<Acc<X>> zeroed_sums(const ResidualNormBackwardArgs& a, int64_t part) {
-  Acc<X>* at[4];
-  for (int i = 0; i < 4; ++i) {
-    at[i] = a.partial.at<Acc<X>>(i, part);
-    __builtin_memset(at[i], 0, a.partial.size[2] * sizeof(Acc<X>));
-  }
-  return {a.grad_bias ? at[0] : nullptr, a.grad_constant ? at[1] : nullptr, at[2], at[3]};
+  const Sums<Acc<X>> sums{a.partial.at<Acc<X>>(0, part), a.partial.at<Acc<X>>(1, part)};
+  __builtin_memset(sums.weight, 0, a.partial.size[2] * sizeof(Acc<X>));
+  __builtin_memset(sums.shift, 0, a.partial.size[2] * sizeof(Acc<X>));
+  return sums;
 }
 
 template <typename X, typename Y>
 void class_part(const ResidualNormBackwardArgs& a, int64_t b, int64_t part_of_sums) {
   using A = Acc<X>;
   const int64_t S = a.value.size[1], C = a.value.size[3];
-  A *grad_out = a.class_sums.at<A>(b, 0), *grad_normed = a.class_sums.at<A>(b, 1), shares = 0;
+  A *grad_out = a.class_sums.at<A>(b, 0), *grad_normed = a.class_sums.at<A>(b, 1);
   each<X>(C, [&](int64_t c, auto part) {
     Vec<X> out = {}, normed = {};
     for (int64_t s = 0; s < S; ++s) {
@@ -102,12 +95,8 @@ void class_part(const ResidualNormBackwardArgs& a, int64_t b, int64_t part_of_su
     store(grad_out + c, out, part);
     store(grad_normed + c, normed, part);
   });
-  for (int64_t s = 0; a.share && s < S; ++s) shares += *a.share.at<const A>(b, s);
   const Row<X, A, A> row{grad_out, grad_normed, a.value_cls.at<const X>(b), a.stats_cls.at<const A>(b)};
-  Sums<A> sums = zeroed_sums<X>(a, part_of_sums);
-  sums.constant = nullptr;
-  if (!a.share) sums.bias = nullptr;  // there is no y: not even 0 of a NaN
-  backward_row<X>(a, row, row, sums, shares, [&](int64_t c, int64_t n, const A* g) {
+  backward_row<X>(a, row, row, zeroed_sums<X>(a, part_of_sums), [&](int64_t c, int64_t n, const A* g) {
     put_scaled(a.grad_cls.at<X>(b, 0, c), n, g, A(1), false);
     for (int64_t i = 1; i < a.grad_cls.size[1]; ++i) __builtin_memset(a.grad_cls.at<X>(b, i, c), 0, n * sizeof(X));
     for (int64_t s = 0; a.grad_y_cls && s < S; ++s) {
@@ -133,10 +122,10 @@ void backward_of(const ResidualNormBackwardArgs& a, const Executor& executor) {
                             a.value.at<const X>(b, s, k), a.stats.at<const A>(b, s, k)};
       };
       const Sums<A> sums = zeroed_sums<X>(a, part);
+      const A factor = a.factor ? *a.factor.at<const A>(b, s) : A(1);
       for (int64_t k = first; k < last; ++k) {
         const Row<X, X, Y> next = row_at(k + 1 < last ? k + 1 : k);
-        const A factor = a.factor ? *a.factor.at<const A>(b, s, k) : A(1);
-        backward_row<X>(a, row_at(k), next, sums, factor, [&](int64_t c, int64_t n, const A* g) {
+        backward_row<X>(a, row_at(k), next, sums, [&](int64_t c, int64_t n, const A* g) {
           put_scaled(a.grad_x.at<X>(b, s, k, c), n, g, A(1), stream);
           if (a.grad_y) put_scaled(a.grad_y.at<Y>(b, s, k, c), n, g, factor, stream);
         });
@@ -144,10 +133,9 @@ void backward_of(const ResidualNormBackwardArgs& a, const Executor& executor) {
     }
     simd::fence();
   });
-  const View<1>* outputs[] = {&a.grad_bias, &a.grad_constant, &a.grad_weight, &a.grad_shift};
-  for (int i = 0; i < 4; ++i) {
-    X* out = outputs[i]->template at<X>();
-    if (out == nullptr) continue;
+  X* const outputs[] = {a.grad_weight.at<X>(), a.grad_shift.at<X>()};
+  for (int i = 0; i < 2; ++i) {
+    X* out = outputs[i];
     add_up<X>(a.partial.at<const A>(i), C, parts + class_rows, C, executor,
               [&](int64_t c, Vec<X> sum, auto part) { store(out + c, sum, part); });
   }

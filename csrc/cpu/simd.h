@@ -224,9 +224,8 @@ PYVIDX_SIMD void store(T* p, Vec<T> v, Part part) {
   __builtin_memcpy(p, &raw, part.n * sizeof(T));
 #endif
 }
-template <typename T>
-PYVIDX_SIMD void store(T* p, Vec<T> v, Stream) {
-  const auto raw = Lane<T>::down(v);
+template <typename Raw>
+PYVIDX_SIMD void stream(void* p, Raw raw) {
 #if defined(__AVX512F__)
   if constexpr (sizeof raw == 64) return _mm512_stream_si512((__m512i*)p, read<__m512i>(&raw));
 #endif
@@ -238,6 +237,10 @@ PYVIDX_SIMD void store(T* p, Vec<T> v, Stream) {
   if constexpr (sizeof raw == 8) return _mm_stream_si64((long long*)p, read<long long>(&raw));
 #endif
   write(p, raw);
+}
+template <typename T>
+PYVIDX_SIMD void store(T* p, Vec<T> v, Stream) {
+  stream(p, Lane<T>::down(v));
 }
 
 // v where there are elements, 0 in the lanes beyond a part: for sums of what is not 0 where the inputs are.

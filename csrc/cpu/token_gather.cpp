@@ -3,19 +3,22 @@
 #include "pyvidx/token_gather.h"
 
 #include "level.h"
+#include "pairs.h"
 #include "parallel.h"
-#include "simd.h"
 
 namespace pyvidx {
 namespace {
 
-using simd::each;
+using simd::each_pair;
 using simd::load;
+using simd::load_raw;
+using simd::Of;
 using simd::store;
+using simd::store_raw;
 
 template <typename T, bool kPosition, bool kTime>
 void gather_row(const T* x, const T* position, const T* time, const T* next, T* out, int64_t C, bool stream) {
-  each<T>(C, out, stream, [&](int64_t c, auto part) {
+  each_pair<T>(C, out, stream, [&](int64_t c, auto part) {
     __builtin_prefetch(next + c);  // hardware prefetchers stop at each page, and gathered rows are short
     auto v = load(x + c, part);
     if constexpr (kPosition) v += load(position + c, part);
@@ -23,6 +26,10 @@ void gather_row(const T* x, const T* position, const T* time, const T* next, T* 
     store(out + c, v, part);
   });
 }
+
+struct Token {
+  int64_t t, p;
+};
 
 template <typename T>
 void gather(const TokenGatherArgs& a, const Executor& executor) {
@@ -32,22 +39,21 @@ void gather(const TokenGatherArgs& a, const Executor& executor) {
   const bool stream = rows * C * int64_t(sizeof(T)) > simd::kStreamBytes;
   const auto row_kernel = a.position ? (a.time ? &gather_row<T, true, true> : &gather_row<T, true, false>)
                                      : (a.time ? &gather_row<T, false, true> : &gather_row<T, false, false>);
-  struct Place {
-    int64_t b, s, k, t, p;
-  };
-  const auto locate = [&](int64_t row) {
-    const int64_t b = row / (S * K), s = row / K % S, k = row % K;
-    const int64_t index = *a.keep.at<const int64_t>(b, a.tube ? 0 : s, k);
+  const auto source = [&](const Place& at) {
+    const int64_t index = *a.keep.at<const int64_t>(at.b, a.tube ? 0 : at.s, at.k);
     if (index < 0 || index >= limit) throw_index("token_gather: keep must be", index, limit);
-    return a.tube ? Place{b, s, k, s, index} : Place{b, s, k, index / P, index % P};
+    return a.tube ? Token{at.s, index} : Token{index / P, index % P};
   };
   parallel_for(executor, rows, kGrainElements / (C + 1) + 1, [&](int64_t begin, int64_t end) {
+    Place at(begin, S, K);
+    Token from = source(at);
     for (int64_t row = begin; row < end; ++row) {
-      const auto [b, s, k, t, p] = locate(row);
-      const Place next = locate(row + 1 < end ? row + 1 : row);
-      row_kernel(a.x.at<const T>(b, t, p), a.position ? a.position.at<const T>(p) : nullptr,
-                 a.time ? a.time.at<const T>(t) : nullptr, a.x.at<const T>(next.b, next.t, next.p),
-                 a.out.at<T>(b, s, k), C, stream);
+      const Place after = row + 1 < end ? at.after(S, K) : at;
+      const Token next = source(after);
+      row_kernel(a.x.at<const T>(at.b, from.t, from.p), a.position ? a.position.at<const T>(from.p) : nullptr,
+                 a.time ? a.time.at<const T>(from.t) : nullptr, a.x.at<const T>(after.b, next.t, next.p),
+                 a.out.at<T>(at.b, at.s, at.k), C, stream);
+      at = after, from = next;
     }
     simd::fence();
   });
@@ -60,16 +66,17 @@ void scatter(const TokenGatherBackwardArgs& a, const Executor& executor) {
   const int64_t rows = a.grad_x.size[0] * T_ * P;
   const bool stream = rows * C * int64_t(sizeof(T)) > simd::kStreamBytes;
   parallel_for(executor, rows, kGrainElements / (C + 1) + 1, [&](int64_t begin, int64_t end) {
-    for (int64_t row = begin; row < end; ++row) {
-      const int64_t b = row / (T_ * P), t = row / P % T_, p = row % P;
+    Place at(begin, T_, P);
+    for (int64_t row = begin; row < end; ++row, at = at.after(T_, P)) {
+      const auto [b, t, p] = at;
       const int64_t source = *a.source.at<const int64_t>(b, t, p);
       if (source >= limit) throw_index("token_gather_backward: source must be", source, limit, true);
       T* out = a.grad_x.at<T>(b, t, p);
       if (source < 0) {
-        each<T>(C, out, stream, [&](int64_t c, auto part) { store(out + c, simd::Vec<T>{}, part); });
+        each_pair<T>(C, out, stream, [&](int64_t c, auto part) { store(out + c, Of<T, decltype(part)>{}, part); });
       } else {
         const T* grad = a.grad_out.at<const T>(b, source / K, source % K);
-        gather_row<T, false, false>(grad, nullptr, nullptr, grad, out, C, stream);
+        each_pair<T>(C, out, stream, [&](int64_t c, auto part) { store_raw(out + c, load_raw(grad + c, part), part); });
       }
     }
     simd::fence();

@@ -12,21 +12,15 @@ constexpr int kNormRows = 4;  // per block, one after another
 template <typename X, typename Y, int kSize>
 __device__ __forceinline__ void take_in(const ResidualNormArgs& a, bool is_class, int64_t b, int64_t s, int64_t k,
                                         int64_t c, Acc<X> factor, Acc<X> (&v)[kSize]) {
-  Acc<X> y[kSize], bias[kSize] = {};
+  Acc<X> y[kSize];
   load_channels<X, kSize>(is_class ? a.cls.at<const X>(b, c) : a.x.at<const X>(b, s, k, c), v);
-  if (a.bias) load_channels<X, kSize>(a.bias.at<const X>(c), bias);
   const int64_t slots = !is_class ? 1 : a.y_cls ? a.y_cls.size[1] : 0;
 #pragma unroll 1
   for (int64_t slot = 0; slot < slots; ++slot) {
     load_channels<Y, kSize>(is_class ? a.y_cls.at<const Y>(b, slot, c) : a.y.at<const Y>(b, s, k, c), y);
     const Acc<X> part = is_class ? *a.share.at<const Acc<X>>(b, slot) : factor;
 #pragma unroll
-    for (int i = 0; i < kSize; ++i) v[i] += part * (y[i] + bias[i]);
-  }
-  if (a.constant && !is_class) {
-    load_channels<X, kSize>(a.constant.at<const X>(c), y);
-#pragma unroll
-    for (int i = 0; i < kSize; ++i) v[i] += y[i];
+    for (int i = 0; i < kSize; ++i) v[i] += part * y[i];
   }
 }
 
@@ -43,7 +37,7 @@ __global__ __launch_bounds__(kNormThreads, 1) void residual_norm_kernel(Residual
 #pragma unroll 1
   for (int64_t row = first; row < last; ++row) {
     const int64_t b = is_class ? blockIdx.x : row / (S * K), s = is_class ? 0 : row / K % S, k = is_class ? 0 : row % K;
-    const A factor = a.factor && !is_class ? *a.factor.at<const A>(b, s, k) : A(1);
+    const A factor = a.factor && !is_class ? *a.factor.at<const A>(b, s) : A(1);
     A kept[kSize];
     A mean[1] = {}, rstd[1] = {};
 #pragma unroll 1
@@ -98,10 +92,9 @@ namespace {
 
 template <typename X, typename Y>
 bool aligned(const ResidualNormArgs& a) {
-  return vectorizable<X>(a.x) && vectorizable<Y>(a.y) && vectorizable<X>(a.bias) && vectorizable<X>(a.constant) &&
-         vectorizable<X>(a.cls) && vectorizable<Y>(a.y_cls) && vectorizable<X>(a.weight) && vectorizable<X>(a.shift) &&
-         vectorizable<X>(a.out) && vectorizable<Y>(a.normed) && vectorizable<X>(a.out_cls) &&
-         vectorizable<Y>(a.normed_cls);
+  return vectorizable<X>(a.x) && vectorizable<Y>(a.y) && vectorizable<X>(a.cls) && vectorizable<Y>(a.y_cls) &&
+         vectorizable<X>(a.weight) && vectorizable<X>(a.shift) && vectorizable<X>(a.out) && vectorizable<Y>(a.normed) &&
+         vectorizable<X>(a.out_cls) && vectorizable<Y>(a.normed_cls);
 }
 
 template <typename X, typename Y, int kSize, bool kOnce>

@@ -1,5 +1,5 @@
 // A block takes a part: a chunk of rows of one frame. A thread owns the same pack of channels in all of them and keeps
-// their four sums in registers; it writes them once, and a second kernel adds the parts up in their order. The slots'
+// their two sums in registers; it writes them once, and a second kernel adds the parts up in their order. The slots'
 // class rows of a video are one row whose gradients are summed first: all that follows is linear in them. Rows of more
 // packs than threads, or not aligned, keep their sums in the scratch row. Traffic: 4 passes, 5 with grad_y.
 #include "pyvidx/row_parts.h"
@@ -76,17 +76,12 @@ __global__ __launch_bounds__(kNormThreads, 1) void residual_norm_backward_kernel
   const int64_t frame = part / plan.chunks, b = is_class ? blockIdx.x : frame / S, s = is_class ? 0 : frame % S;
   const int64_t first = is_class ? 0 : int64_t(part % plan.chunks) * plan.chunk;
   const int64_t last = is_class ? 1 : (first + plan.chunk < K ? first + plan.chunk : K);
-  A factor = 1;
-  if (is_class) {  // of what goes to the bias: every slot has its share
-    factor = 0;
-    for (int64_t slot = 0; a.share && slot < S; ++slot) factor += *a.share.at<const A>(b, slot);
-  }
-  A to_bias[kSize] = {}, to_constant[kSize] = {}, to_weight[kSize] = {}, to_shift[kSize] = {};
+  const A factor = a.factor && !is_class ? *a.factor.at<const A>(b, s) : A(1);
+  A to_weight[kSize] = {}, to_shift[kSize] = {};
   A grad[kSize], normed[kSize], value[kSize], weight[kSize];
 #pragma unroll 1
   for (int64_t k = first; k < last; ++k) {
     const A* stats = is_class ? a.stats_cls.at<const A>(b, 0) : a.stats.at<const A>(b, s, k);
-    if (a.factor && !is_class) factor = *a.factor.at<const A>(b, s, k);
     A mean[2] = {};
 #pragma unroll 1
     for (int64_t c = own; c < C; c += step) {
@@ -108,13 +103,9 @@ __global__ __launch_bounds__(kNormThreads, 1) void residual_norm_backward_kernel
       for (int i = 0; i < kSize; ++i) {
         g[i] = grad[i] + (normed[i] * weight[i] - mean[0] - value[i] * mean[1]) * stats[1];
         if constexpr (kOnce) {
-          to_bias[i] += factor * g[i], to_weight[i] += normed[i] * value[i], to_shift[i] += normed[i];
-          if (!is_class) to_constant[i] += g[i];
+          to_weight[i] += normed[i] * value[i], to_shift[i] += normed[i];
         } else {  // only this thread touches channel c of this part
-          A *bias = a.partial.at<A>(0, part, c + i), *constant = a.partial.at<A>(1, part, c + i);
-          A *scale = a.partial.at<A>(2, part, c + i), *shift = a.partial.at<A>(3, part, c + i);
-          *bias = (k == first ? A(0) : *bias) + factor * g[i];
-          *constant = (k == first ? A(0) : *constant) + (is_class ? A(0) : g[i]);
+          A *scale = a.partial.at<A>(0, part, c + i), *shift = a.partial.at<A>(1, part, c + i);
           *scale = (k == first ? A(0) : *scale) + normed[i] * value[i];
           *shift = (k == first ? A(0) : *shift) + normed[i];
         }
@@ -126,10 +117,8 @@ __global__ __launch_bounds__(kNormThreads, 1) void residual_norm_backward_kernel
   if (kOnce && own < C) {
 #pragma unroll
     for (int i = 0; i < kSize; ++i) {
-      *a.partial.at<A>(0, part, own + i) = to_bias[i];
-      *a.partial.at<A>(1, part, own + i) = to_constant[i];
-      *a.partial.at<A>(2, part, own + i) = to_weight[i];
-      *a.partial.at<A>(3, part, own + i) = to_shift[i];
+      *a.partial.at<A>(0, part, own + i) = to_weight[i];
+      *a.partial.at<A>(1, part, own + i) = to_shift[i];
     }
   }
 }
@@ -137,11 +126,7 @@ __global__ __launch_bounds__(kNormThreads, 1) void residual_norm_backward_kernel
 template <typename X>
 __global__ __launch_bounds__(kAddUpThreads) void residual_norm_add_up_kernel(ResidualNormBackwardArgs a,
                                                                              unsigned count) {
-  const View<1>& out = blockIdx.y == 0   ? a.grad_bias
-                       : blockIdx.y == 1 ? a.grad_constant
-                       : blockIdx.y == 2 ? a.grad_weight
-                                         : a.grad_shift;
-  if (!out) return;
+  const View<1>& out = blockIdx.y == 0 ? a.grad_weight : a.grad_shift;
   const int64_t C = a.partial.size[2];
   add_up(a.partial.at<const Acc<X>>(int64_t(blockIdx.y)), C, count, C,
          [&](int64_t c, Acc<X> sum) { *out.at<X>(c) = from_acc<X>(sum); });
@@ -180,7 +165,7 @@ void launch(const ResidualNormBackwardArgs& a, cudaStream_t stream) {
                   plan);
     check_launch("residual_norm_backward_kernel");
   }
-  PYVIDX_LAUNCH(residual_norm_add_up_kernel<X>, Grid(add_up_blocks(C), 4), kAddUpThreads, 0, stream, a,
+  PYVIDX_LAUNCH(residual_norm_add_up_kernel<X>, Grid(add_up_blocks(C), 2), kAddUpThreads, 0, stream, a,
                 unsigned(blocks));
   check_launch("residual_norm_add_up_kernel");
 }

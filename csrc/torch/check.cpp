@@ -179,11 +179,6 @@ void Check::keep(const Tensor& x, int64_t B) const {
   of(ScalarType::Long, "keep [B or 1, K]", x, {videos, kAny});
 }
 
-void Check::factor(const char* what, const OptionalTensor& x, int64_t B, int64_t S, int64_t K) const {
-  if (x && x->dim() == 3) return wide(what, *x, {B, S, K});
-  wide(what, x, {B, S});
-}
-
 Written::Written(const Check& check, const char* what, const Elements& to, bool rows)
     : op_(check.op()), what_(what), to_(to) {
   if (has_none(to)) return;

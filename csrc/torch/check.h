@@ -46,8 +46,6 @@ class Check {
   }
   // keep, int64 [B or 1, K] (a tube) or [B or 1, S, K].
   void keep(const Tensor& x, int64_t B) const;
-  // [B, S] or, unless `slots_only`, [B, S, K].
-  void factor(const char* what, const OptionalTensor& x, int64_t B, int64_t S, int64_t K) const;
 
   const char* op() const { return op_; }
 

@@ -123,14 +123,20 @@ void run(const Tensor& on, const Args& args, typename Entry<Args>::Cpu cpu, type
 
 }  // namespace pyvidx
 
+// The ops' namespace in torch. A library that is loaded beside others of pyvidx needs one of its own
+// (cmake/hf_kernel.py).
+#if !defined(PYVIDX_NAMESPACE)
+#define PYVIDX_NAMESPACE pyvidx
+#endif
+
 // PYVIDX_REGISTER(kernels): calls kernels(library) for every device that this build has kernels for.
 #if defined(PYVIDX_CUDA)
-#define PYVIDX_REGISTER(kernels)                                        \
-  STABLE_TORCH_LIBRARY_IMPL(pyvidx, CPU, library) { kernels(library); } \
-  STABLE_TORCH_LIBRARY_IMPL(pyvidx, CUDA, library) { kernels(library); }
+#define PYVIDX_REGISTER(kernels)                                                  \
+  STABLE_TORCH_LIBRARY_IMPL(PYVIDX_NAMESPACE, CPU, library) { kernels(library); } \
+  STABLE_TORCH_LIBRARY_IMPL(PYVIDX_NAMESPACE, CUDA, library) { kernels(library); }
 #else
 #define PYVIDX_REGISTER(kernels) \
-  STABLE_TORCH_LIBRARY_IMPL(pyvidx, CPU, library) { kernels(library); }
+  STABLE_TORCH_LIBRARY_IMPL(PYVIDX_NAMESPACE, CPU, library) { kernels(library); }
 #endif
 
 // PYVIDX_RUN(op, on, args): call op_cpu or op_cuda, by the device of the tensor `on`.

@@ -38,7 +38,7 @@ class TextConfig:
     pool: str = "end"
     projection_bias: bool = False
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check(self)
         if self.width % self.heads:
             raise ValueError(f"TextConfig: width must be a multiple of heads, got {self.width} and {self.heads}")

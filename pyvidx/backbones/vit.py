@@ -60,7 +60,7 @@ class ViTConfig:
     patch_bias: bool = False
     projection_bias: bool = False
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check(self, zero=("layers",))
         if self.width % self.heads:
             raise ValueError(f"ViTConfig: width must be a multiple of heads, got {self.width} and {self.heads}")

@@ -3,9 +3,10 @@
 from pathlib import Path
 
 from pyvidx.data.tables import read_json
-from pyvidx.files import whole
+from pyvidx.pictures import drawn
 
 COLUMNS = ("op", "shape", "dtype", "ms", "spread", "GB/s", "copy GB/s", "floor", "vs eager", "vs compile")
+NOTE = "ms: median; spread: quartiles apart / median; floor: copy of the same bytes / ours, in the same rounds"
 
 
 def load(path: Path) -> list[dict]:
@@ -48,7 +49,7 @@ def row(case: dict) -> tuple[str, ...]:
 
 def table(cases: list[dict]) -> str:
     """One aligned line per case, under one line that says where it ran."""
-    where = sorted({f"{c['device']}, {c['threads']} threads, torch {c['torch']}" for c in cases})
+    where = sorted(set(map(_where, cases)))
     rows = [COLUMNS, *(row(c) for c in cases)]
     widths = [max(len(r[i]) for r in rows) for i in range(len(COLUMNS))]
     left = {0, 1, 2}
@@ -56,32 +57,50 @@ def table(cases: list[dict]) -> str:
         "  ".join(cell.ljust(w) if i in left else cell.rjust(w) for i, (cell, w) in enumerate(zip(r, widths))).rstrip()
         for r in rows
     ]
-    note = "ms: median; spread: quartiles apart / median; floor: copy of the same bytes / ours, in the same rounds"
-    return "\n".join([*where, *lines, note])
+    return "\n".join([*where, *lines, NOTE])
+
+
+def markdown(cases: list[dict]) -> str:
+    """A table of Markdown under each line that says where its cases ran."""
+    blocks = []
+    for where in dict.fromkeys(map(_where, cases)):
+        rows = [COLUMNS, ("---",) * 3 + ("---:",) * (len(COLUMNS) - 3), *(row(c) for c in cases if _where(c) == where)]
+        blocks.append("\n".join([f"{where}:", "", *("| " + " | ".join(cells) + " |" for cells in rows)]))
+    return "\n\n".join([*blocks, f"{NOTE}."])
+
+
+def _where(case: dict) -> str:
+    threads = "1 thread" if case["threads"] == 1 else f"{case['threads']} threads"
+    return f"{case['device']}, {threads}, torch {case['torch']}"
 
 
 def plot(cases: list[dict], path: Path) -> None:
-    """Bars of floor share per case, with the ratio to eager written beside each."""
-    try:
-        import matplotlib
-    except ImportError as error:
-        raise RuntimeError("report: the plot needs matplotlib: pip install 'pyvidx[cli]'") from error
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    """The roofline: each case's share of the floor, and how many times eager it is, over the bytes that it must move.
 
-    labels = [" ".join(row(c)[:3]) for c in cases]
-    shares = [c["floor_share"] for c in cases]
-    colors = {op: f"C{i}" for i, op in enumerate(dict.fromkeys(c["op"] for c in cases))}
-    figure, axis = plt.subplots(figsize=(11, 1 + 0.26 * len(cases)))
-    axis.barh(range(len(cases)), shares, color=[colors[c["op"]] for c in cases])
-    for i, c in enumerate(cases):
-        axis.text(shares[i], i, f" {c['vs_eager']:.1f}x eager", va="center", fontsize=7)
-    axis.axvline(1, color="black", linewidth=0.8)
-    axis.set_yticks(range(len(cases)), labels, fontsize=7)
-    axis.invert_yaxis()
-    axis.set_xlabel("share of the floor: a copy of the same bytes = 1")
-    axis.set_title(f"pyvidx {cases[0]['device']}, {cases[0]['threads']} threads", fontsize=9)
-    figure.tight_layout()
-    with whole(path) as part:
-        figure.savefig(part, dpi=120)
-    plt.close(figure)
+    Raises:
+        RuntimeError: matplotlib is not installed.
+    """
+    ops = list(dict.fromkeys(c["op"] for c in cases))
+    fills = {"float32": "full", "bfloat16": "none", "float16": "left"}
+    with drawn(path, 11, 4.5, "report") as figure:
+        from matplotlib.ticker import LogFormatter
+
+        axes = figure.subplots(1, 2)
+        for i, c in enumerate(cases):
+            style = {
+                "color": f"C{ops.index(c['op']) % 10}", "marker": "os^Dv"[ops.index(c["op"]) // 10 % 5], "ls": "",
+                "fillstyle": fills.get(c["dtype"], "full"),
+            }  # fmt: skip
+            first = not any(c["op"] == other["op"] for other in cases[:i])
+            for axis, key in zip(axes, ("floor_share", "vs_eager")):
+                axis.plot(c["bytes"] / 2**20, c[key], **style, label=c["op"] if first else None)
+        for axis, label in zip(axes, ("share of a copy's speed", "times the speed of eager torch")):
+            axis.axhline(1, color="black", linewidth=0.8)
+            axis.set(xscale="log", yscale="log", xlabel="MiB that must be moved", ylabel=label)
+            axis.grid(True)
+            for one in (axis.xaxis, axis.yaxis):
+                one.set_major_formatter("{x:g}")
+                one.set_minor_formatter(LogFormatter(minor_thresholds=(1, 0.5)))
+        figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right upper")
+        axes[0].set_title("\n".join(dict.fromkeys(map(_where, cases))), loc="left")
+        axes[1].set_title("full: float32, hollow: bfloat16, half: float16", loc="left")

@@ -17,8 +17,10 @@ def parser() -> Parser:
         help="print a table and draw a plot",
         example="pyvidx bench report bench.json --plot bench.png",
     )
-    r.add_argument("file", type=existing, help="what pytest bench --benchmark-json wrote, or one of bench/results")
-    r.add_argument("--plot", type=picture, help="where the picture goes (default: beside the file, .png)")
+    r.add_argument("files", nargs="+", metavar="file", type=existing,
+                   help="what pytest bench --benchmark-json wrote, or of bench/results")  # fmt: skip
+    r.add_argument("--plot", type=picture, help="where the picture goes (default: beside the first file, .png)")
+    r.add_argument("--markdown", action="store_true", help="print Markdown, and plot with --plot alone")
     add_overwrite(r)
     add_predict(commands)
     return p
@@ -50,15 +52,17 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def run_report(p: Parser, options) -> None:
-    drawn = options.plot or options.file.with_suffix(".png")
+    drawn = options.plot or (None if options.markdown else options.files[0].with_suffix(".png"))
     try:
-        cases = report.load(options.file)
+        cases = [case for file in options.files for case in report.load(file)]
     except (OSError, ValueError) as error:
         p.error(str(error))
-    check_outputs(p, options.overwrite, drawn, inputs=[options.file])
-    print(report.table(cases))
-    report.plot(cases, drawn)
-    print(f"plot: {drawn}")
+    check_outputs(p, options.overwrite, drawn, inputs=options.files)
+    print(report.markdown(cases) if options.markdown else report.table(cases))
+    if drawn is not None:
+        report.plot(cases, drawn)
+    if not options.markdown:
+        print(f"plot: {drawn}")
 
 
 def run_predict(p: Parser, options) -> None:

@@ -17,8 +17,9 @@ from pyvidx.cli.encode import folded
 from pyvidx.cli.models import load
 from pyvidx.corpus.encode import Timing, encode_videos
 from pyvidx.data import motion
-from pyvidx.files import printable, whole
+from pyvidx.files import printable
 from pyvidx.models import BTAdapter, BTAdapterConfig, TextVideo
+from pyvidx.pictures import drawn
 from pyvidx.preprocess import clip_preprocess
 from pyvidx.reference.bt_adapter import ReferenceBTAdapter
 from pyvidx.video import Clip, read
@@ -127,32 +128,22 @@ def frame_similarity(model: BTAdapter, clip: Clip) -> Tensor:
 
 def plot(clip: Clip, similarity: Tensor, path: Path) -> None:
     """The frames in a row, and how alike each two of them are to the model."""
-    try:
-        import matplotlib
-    except ImportError as error:
-        raise RuntimeError("demo: the plot needs matplotlib: pip install 'pyvidx[cli]'") from error
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
     T = len(clip)
-    figure = plt.figure(figsize=(10, 7.2))
-    grid = figure.add_gridspec(2, T, height_ratios=[1, 6])
-    for t in range(T):
-        axis = figure.add_subplot(grid[0, t])
-        axis.imshow(clip.frames[t].numpy())
-        axis.set_title(f"{clip.seconds[t]:.1f} s", fontsize=6)
-        axis.axis("off")
-    axis = figure.add_subplot(grid[1, :])
-    image = axis.imshow(similarity.numpy(), vmin=-1, vmax=1, cmap="RdBu_r")
-    labels = [f"{s:.1f}" for s in clip.seconds]
-    axis.set_xticks(range(T), labels, fontsize=7)
-    axis.set_yticks(range(T), labels, fontsize=7)
-    axis.set_xlabel("seconds")
-    axis.set_title("similarity of the frames' vectors, mean removed")
-    figure.colorbar(image, ax=axis, label="cosine")
-    with whole(path) as part:
-        figure.savefig(part, dpi=110, bbox_inches="tight")
-    plt.close(figure)
+    with drawn(path, 7, 6.5, "demo") as figure:
+        grid = figure.add_gridspec(2, T, height_ratios=[1, 6])
+        for t in range(T):
+            axis = figure.add_subplot(grid[0, t])
+            axis.imshow(clip.frames[t].numpy())
+            axis.set_title(f"{clip.seconds[t]:.1f} s", fontsize=7)
+            axis.axis("off")
+        axis = figure.add_subplot(grid[1, :])
+        image = axis.imshow(similarity.numpy(), vmin=-1, vmax=1, cmap="RdBu_r")
+        labels = [f"{s:.1f}" for s in clip.seconds]
+        axis.set_xticks(range(T), labels)
+        axis.set_yticks(range(T), labels)
+        axis.set_xlabel("seconds")
+        axis.set_title("similarity of the frames' vectors, mean removed")
+        figure.colorbar(image, ax=axis, label="cosine")
 
 
 @torch.inference_mode()

@@ -15,10 +15,11 @@ import torch
 
 import pyvidx.ops  # noqa: F401  (defines the ops)
 from pyvidx.cli.arguments import Parser
+from pyvidx.hosts.importing import torchvision_misfit
 from pyvidx.layers import products
 from pyvidx.ops import _library
 
-PACKAGES = ("transformers", "open_clip_torch", "decord", "av", "torchcodec", "numpy", "safetensors")
+PACKAGES = ("transformers", "torchvision", "open_clip_torch", "decord", "av", "torchcodec", "numpy", "safetensors")
 
 
 def collect() -> dict:
@@ -30,6 +31,7 @@ def collect() -> dict:
         "torch": torch.__version__,
         "torch_cuda": torch.version.cuda,
         "packages": {name: _version(name) for name in PACKAGES},
+        "torchvision_misfit": torchvision_misfit(),
         "cpu": {"threads": torch.get_num_threads(), "isa": _isa(), "products": products.LIBRARY},
         "gpus": _gpus(),
         "build": _build(),
@@ -45,21 +47,8 @@ def _version(package: str) -> str | None:
         return None
 
 
-def _native():
-    try:
-        from pyvidx import _C
-    except ImportError:
-        return None
-    return _C
-
-
 def _isa() -> str:
-    if (native := _native()) is None:
-        return "unknown: pyvidx._C is not built"
-    try:
-        return native.isa()
-    except RuntimeError as error:
-        return str(error)
+    return _library.isa() or "unknown, as no compiled library says"
 
 
 def _gpus() -> list[dict]:
@@ -72,16 +61,18 @@ def _gpus() -> list[dict]:
     return found
 
 
-def _build() -> dict | None:
-    if (native := _native()) is None:
-        return None
-    return {
-        "compiler": native.compiler,
-        "torch": native.built_with_torch,
-        "cuda_archs": native.cuda_archs.split(),
-        "library_error": _library.LOAD_ERROR,
-        "kernel_resources": json.loads(native.kernel_resources),
-    }
+def _build() -> dict:
+    built = _library.build() or {"compiler": None, "torch": None, "cuda_archs": []}
+    return built | {"library_error": _library.LOAD_ERROR, "kernel_resources": _kernel_resources()}
+
+
+def _kernel_resources() -> dict:
+    """What the CUDA compiler said of each kernel: known in builds in the source tree alone."""
+    try:
+        from pyvidx import _C
+    except ImportError:
+        return {}
+    return json.loads(_C.kernel_resources)
 
 
 def _implementation(name: str, device: str) -> dict:
@@ -97,8 +88,7 @@ def _implementation(name: str, device: str) -> dict:
 
 def _uncovered_gpus() -> str:
     """GPUs that are older than every architecture built for, or between them without binary code."""
-    native = _native()
-    archs = [int(a) for a in native.cuda_archs.split()] if native else []
+    archs = [int(a) for a in (_library.build() or {}).get("cuda_archs", [])]
     if not archs:
         return ""
     sms = [int(gpu["sm"]) for gpu in _gpus()]
@@ -109,25 +99,27 @@ def _uncovered_gpus() -> str:
 
 def as_text(info: dict, kernels: bool = False) -> str:
     """The report for people; kernels: with what the CUDA compiler says of each."""
-    build, cpu = info["build"] or {}, info["cpu"]
+    build, cpu = info["build"], info["cpu"]
     lines = [
         f"pyvidx {info['pyvidx']} | python {info['python']} | torch {info['torch']} (cuda {info['torch_cuda']})",
         f"cpu: {cpu['threads']} threads, kernels at level {cpu['isa']}, float32 products by {cpu['products']}",
         "gpu: " + (", ".join(f"{g['name']} (sm_{g['sm']}, {g['memory_gib']} GiB)" for g in info["gpus"]) or "none"),
-        "built with: " + (f"{build['compiler']}, torch {build['torch']}" if build else "not built"),
-        "cuda code for: " + (" ".join(f"sm_{a}" for a in build.get("cuda_archs", [])) or "none"),
+        "built with: " + (f"{build['compiler']}, torch {build['torch']}" if build["compiler"] else "nothing compiled"),
+        "cuda code for: " + (" ".join(f"sm_{a}" for a in build["cuda_archs"]) or "none"),
         "packages: " + ", ".join(f"{k} {v or '-'}" for k, v in info["packages"].items()),
     ]
     if info["environment"]:
         lines.append("environment: " + " ".join(f"{k}={v}" for k, v in info["environment"].items()))
-    if build.get("library_error"):
-        lines.append(f"LIBRARY NOT LOADED: {build['library_error']}")
+    if info["torchvision_misfit"]:
+        lines.append(f"TORCHVISION DOES NOT FIT: {info['torchvision_misfit']}")
+    if build["library_error"]:
+        lines.append(f"NO COMPILED KERNELS, every op runs its reference: {build['library_error']}")
     width = max(len(name) for name in info["ops"])
     lines.append(f"{'op':{width}}  {'cpu':9}  {'cuda':9}  why")
     for name, on in info["ops"].items():
         whys = dict.fromkeys(o["why"] for o in on.values())
         lines.append(f"{name:{width}}  {on['cpu']['runs']:9}  {on['cuda']['runs']:9}  {'; '.join(whys)}")
-    if kernels and build.get("kernel_resources"):
+    if kernels and build["kernel_resources"]:
         lines.append("kernel (registers / static shared bytes / spilled bytes)")
         for kernel, archs in build["kernel_resources"].items():
             used = "  ".join(f"sm_{a}: {r['registers']}/{r['shared']}/{r['spills']}" for a, r in archs.items())
@@ -138,7 +130,11 @@ def as_text(info: dict, kernels: bool = False) -> str:
 def parser() -> Parser:
     p = Parser(prog="pyvidx info", description=__doc__, example="pyvidx info --json")
     p.add_argument("--json", action="store_true", help="print JSON")
-    p.add_argument("--kernels", action="store_true", help="also print registers and shared memory per CUDA kernel")
+    p.add_argument(
+        "--kernels",
+        action="store_true",
+        help="also print registers and shared memory per CUDA kernel (of a build in the source tree)",
+    )
     return p
 
 

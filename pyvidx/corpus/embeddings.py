@@ -4,7 +4,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -28,7 +28,7 @@ def check_format(path: str | os.PathLike[str]) -> None:
     stores.of_suffix(Path(path))
 
 
-def save(path: str | os.PathLike[str], results: Sequence[Encoded], about: dict) -> None:
+def save(path: str | os.PathLike[str], results: Sequence[Encoded], about: dict[str, Any]) -> None:
     """Write what was encoded, whole or not at all; files that failed are named with their error.
 
     Names come back from `load` as they were, also those that are not UTF-8 (os.fsencode gives their bytes), and as
@@ -53,7 +53,7 @@ def save(path: str | os.PathLike[str], results: Sequence[Encoded], about: dict) 
     store.write(path, results, layout, about)
 
 
-def load(path: str | os.PathLike[str], outputs: Iterable[str] = NAMES) -> tuple[list[Encoded], dict]:
+def load(path: str | os.PathLike[str], outputs: Iterable[str] = NAMES) -> tuple[list[Encoded], dict[str, Any]]:
     """What `save` wrote, or a folder of `pyvidx encode`, all of it in memory: the results and `about`.
 
     Args:
@@ -111,7 +111,7 @@ class Embeddings(NamedTuple):
     tokens: Tensor | list[Tensor] | None
     seconds: list[Tensor]
     errors: dict[str, str]
-    about: dict
+    about: dict[str, Any]
 
 
 def read(path: str | os.PathLike[str], outputs: Iterable[str] = NAMES) -> Embeddings:
@@ -161,7 +161,9 @@ def _stacked(found: list[Tensor]) -> Tensor | list[Tensor] | None:
     return torch.stack(found) if len({x.shape for x in found}) == 1 else found
 
 
-def _checked(path: Path, reader: Callable[[Path], tuple[list[Encoded], dict]]) -> tuple[list[Encoded], dict]:
+def _checked(
+    path: Path, reader: Callable[[Path], tuple[list[Encoded], dict[str, Any]]]
+) -> tuple[list[Encoded], dict[str, Any]]:
     try:
         rows, about = reader(path)
         require(isinstance(about, dict), f"about {about!r}")

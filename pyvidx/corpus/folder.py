@@ -16,6 +16,7 @@ import time
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -266,11 +267,11 @@ class Corpus:
             (self.folder / MANIFEST).unlink()
 
 
-def _all(made: Manifest) -> dict:
+def _all(made: Manifest) -> dict[str, Any]:
     return {"store": made.kind, "widths": made.widths, "dtype_out": made.dtype, **made.options}
 
 
-def _compare(folder: Path, have: dict, want: dict) -> None:
+def _compare(folder: Path, have: dict[str, Any], want: dict[str, Any]) -> None:
     differing = [name for name in want if have.get(name) != want[name]]
     if differing:
         said = ", ".join(f"{name} = {have.get(name)}, not {want[name]}" for name in differing)

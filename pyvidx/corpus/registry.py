@@ -1,7 +1,10 @@
 """By name: what a folder of the corpus room holds one class each of."""
 
+from collections.abc import Callable
+from typing import Any
 
-class Registry(dict):
+
+class Registry(dict[str, Any]):
     """An instance of every registered class by its name. Their `check()` raises RuntimeError if a package is missing.
 
     Args:
@@ -12,7 +15,7 @@ class Registry(dict):
         super().__init__()
         self.what = what
 
-    def register(self, name: str):
+    def register(self, name: str) -> Callable[[type], type]:
         """Decorator: make a class known under a name."""
 
         def known(kind: type) -> type:
@@ -21,7 +24,7 @@ class Registry(dict):
 
         return known
 
-    def named(self, name: str):
+    def named(self, name: str) -> Any:
         """The one of this name, whose packages are here.
 
         Raises:

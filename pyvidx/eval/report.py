@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from pyvidx import files
+from pyvidx.pictures import drawn
 
 Table = Mapping[str, Mapping[str, float]]
 
@@ -31,19 +32,14 @@ def plot(path: Path, result: Table, title: str = "") -> None:
     Raises:
         RuntimeError: matplotlib is not installed.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise RuntimeError("a plot needs matplotlib: pip install 'pyvidx[cli]'") from error
     names = list(dict.fromkeys(name for row in result.values() for name in row))
-    figure = Figure(figsize=(1.2 + 1.6 * len(names), 2.6 + 0.12 * max(map(len, result))), layout="constrained")
-    for name, axes in zip(names, figure.subplots(1, len(names), squeeze=False)[0]):
-        rows = [row for row in result if name in result[row]]
-        bars = axes.bar(rows, [result[row][name] for row in rows], color=[f"C{list(result).index(r)}" for r in rows])
-        axes.bar_label(bars, fmt="%.1f")
-        axes.set_title(name)
-        axes.margins(y=0.15)
-        axes.tick_params(axis="x", rotation=90)
-    figure.suptitle(title)
-    with files.whole(path) as part:
-        figure.savefig(part)
+    with drawn(path, 1.2 + 1.6 * len(names), 2.6 + 0.12 * max(map(len, result)), "eval") as figure:
+        for name, axes in zip(names, figure.subplots(1, len(names), squeeze=False)[0]):
+            rows = [row for row in result if name in result[row]]
+            colors = [f"C{list(result).index(row)}" for row in rows]
+            bars = axes.bar(rows, [result[row][name] for row in rows], color=colors)
+            axes.bar_label(bars, fmt="%.1f")
+            axes.set_title(name)
+            axes.margins(y=0.15)
+            axes.tick_params(axis="x", rotation=90)
+        figure.suptitle(title)

@@ -6,19 +6,19 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from pyvidx.ops._library import require
 
 
-def option(model, given: Mapping[str, Any], name: str):
+def option(model: nn.Module, given: Mapping[str, Any], name: str) -> Any:
     """What generate would take for an option: of its call, of a generation_config there, or of the model's; or None."""
     configs = (given.get("generation_config"), getattr(model, "generation_config", None))
     found = (given.get(name), *(getattr(config, name, None) for config in configs))
     return next((x for x in found if x is not None), None)
 
 
-def check_one(op: str, model, given: Mapping[str, Any]) -> None:
+def check_one(op: str, model: nn.Module, given: Mapping[str, Any]) -> None:
     """Raise ValueError, before the model runs, where generate would return several sequences."""
     several = option(model, given, "num_return_sequences") or 1
     require(several == 1, f"{op}: generate must return one sequence, got num_return_sequences={several}")

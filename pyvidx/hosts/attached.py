@@ -8,6 +8,8 @@ import logging
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from torch import nn
+
 from pyvidx.hosts.answers import option, readdressed
 from pyvidx.hosts.compress import CHUNK, compress
 from pyvidx.hosts.language import host_of
@@ -46,13 +48,13 @@ class attached:  # noqa: N801  (used as a statement: with attached(...))
 
     def __init__(
         self,
-        model,
+        model: nn.Module,
         policy: str | Policy = "merge",
         *,
         capacity: int | None = None,
-        processor=None,
+        processor: Any = None,
         chunk: int = CHUNK,
-        **options,
+        **options: Any,
     ):
         check_counts("attached", chunk=chunk)
         self._host = host_of(model, processor)
@@ -75,7 +77,7 @@ class attached:  # noqa: N801  (used as a statement: with attached(...))
         log.info("%r", self)
         return self
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, *_: object) -> None:
         were, self._were = self._were, None
         for name in _CALLS:
             if name in were:
@@ -89,18 +91,18 @@ class attached:  # noqa: N801  (used as a statement: with attached(...))
         count = f"{self.calls} calls, {self.tokens_in} tokens became {self.tokens_out}"
         return f"attached({type(self._host.model).__name__}, {self._said}), {state}: {count}"
 
-    def _forward(self, forward: Callable) -> Callable:
+    def _forward(self, forward: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(forward)
-        def call(*args, **kwargs):
+        def call(*args: Any, **kwargs: Any) -> Any:
             inputs = _named(forward, args, kwargs)
             return forward(**self._compressed(inputs)) if self._sees(inputs) else forward(*args, **kwargs)
 
         call._attached = True
         return call
 
-    def _generate(self, generate: Callable) -> Callable:
+    def _generate(self, generate: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(generate)
-        def call(*args, **kwargs):
+        def call(*args: Any, **kwargs: Any) -> Any:
             inputs = _named(generate, args, kwargs)
             if inputs.get("input_ids") is None and "inputs" in inputs:
                 inputs["input_ids"] = inputs.pop("inputs")
@@ -134,7 +136,7 @@ class attached:  # noqa: N801  (used as a statement: with attached(...))
         return small
 
 
-def _named(call: Callable, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
+def _named(call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
     """Arguments by name."""
     signature = inspect.signature(call)
     found = dict(signature.bind_partial(*args, **kwargs).arguments)

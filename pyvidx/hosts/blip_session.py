@@ -2,10 +2,10 @@
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from pyvidx import memory
 from pyvidx.hosts.frames import times_after
@@ -13,7 +13,7 @@ from pyvidx.hosts.language.kept import Stream, slots_of
 from pyvidx.hosts.session import spans
 from pyvidx.memory import Policy
 from pyvidx.memory.sources import Memories
-from pyvidx.preprocess import preprocess
+from pyvidx.preprocess import Frames, preprocess
 from pyvidx.sizes import check_counts
 
 
@@ -38,7 +38,9 @@ class BlipSession:
         held: what the entries of MA-LMM's visual bank hold, or None: no frame yet, or no such bank.
     """
 
-    def __init__(self, host, questions, capacity: int, visual: bool, query: bool, policy: Policy | None):
+    def __init__(
+        self, host: nn.Module, questions: Any, capacity: int, visual: bool, query: bool, policy: Policy | None
+    ):
         model, language = host.model, host.language
         self.host, self.frames, self.held = host, 0, None
         self._last = -math.inf  # seconds of the newest frame
@@ -65,7 +67,7 @@ class BlipSession:
     @torch.no_grad()
     def push(
         self,
-        frames,
+        frames: Frames,
         seconds: Tensor | Sequence[float] | None = None,
         *,
         positions: Tensor | None = None,
@@ -90,7 +92,7 @@ class BlipSession:
             at = None if positions is None else positions[part]
             self.take(self.encode(pixels[part]), times[part], positions=at)
 
-    def prepare(self, frames) -> Tensor:
+    def prepare(self, frames: Frames) -> Tensor:
         """Normalized pixels [T, 3, h, w] of frames."""
         pixels = preprocess(frames, self.host.preset)
         return pixels[None] if pixels.dim() == 3 else pixels
@@ -126,7 +128,7 @@ class BlipSession:
         self._last = float(times[-1]) if T else self._last
 
     @torch.no_grad()
-    def ask(self, question: str | None = None, **options) -> str:
+    def ask(self, question: str | None = None, **options: Any) -> str:
         """The answer at the newest frame; the stream stays as it is.
 
         Args:
@@ -168,7 +170,7 @@ class BlipSession:
             return []
         return list(zip(*(x.median(0).values.tolist() for x in (self.held.first, self.held.last))))
 
-    def _times(self, seconds, T: int) -> Tensor:
+    def _times(self, seconds: Tensor | Sequence[float] | None, T: int) -> Tensor:
         """float64 [T]"""
         seconds = range(self.frames, self.frames + T) if seconds is None else seconds
         times = times_after(self._last, seconds)

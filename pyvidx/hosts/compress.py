@@ -15,7 +15,7 @@ from collections.abc import Mapping, MutableMapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from pyvidx.hosts.language import Host, Place, Prompt, Slots, host_of
 from pyvidx.hosts.language.kept import Clip, Stream, method
@@ -28,15 +28,15 @@ CHUNK = 32
 
 
 def compress(
-    model,
+    model: nn.Module,
     inputs: Mapping[str, Any],
     policy: str | Policy = "merge",
     *,
     capacity: int | None = None,
-    processor=None,
+    processor: Any = None,
     seconds: Sequence[Sequence[float] | Tensor] | None = None,
     chunk: int = CHUNK,
-    **options,
+    **options: Any,
 ) -> Mapping[str, Any]:
     """What a host's processor made of videos, with what a memory keeps of them in the place of their pixels.
 
@@ -109,7 +109,9 @@ def placed(host: Host, inputs: Mapping[str, Any], prompt: Prompt) -> list[Place]
     return places
 
 
-def times_of(host: Host, inputs: Mapping[str, Any], places: Sequence[Place], seconds) -> list[Tensor]:
+def times_of(
+    host: Host, inputs: Mapping[str, Any], places: Sequence[Place], seconds: Sequence[Sequence[float] | Tensor] | None
+) -> list[Tensor]:
     """The time of every step of every video, float64 [T] each on the CPU. Frames of one step have their mean.
 
     Args:
@@ -141,7 +143,7 @@ def times_of(host: Host, inputs: Mapping[str, Any], places: Sequence[Place], sec
     return found
 
 
-def _as_times(given, number: int) -> Tensor:
+def _as_times(given: Any, number: int) -> Tensor:
     try:
         return torch.as_tensor(given, dtype=torch.float64).cpu()
     except (TypeError, ValueError, RuntimeError) as error:

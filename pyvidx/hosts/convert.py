@@ -8,6 +8,7 @@ converted.save("chat.safetensors")
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -59,7 +60,7 @@ class Converted:
         return Path(path)
 
 
-def to_pyvidx(sources: Sequence[str], module: str | None = None, **options) -> Converted:
+def to_pyvidx(sources: Sequence[str], module: str | None = None, **options: Any) -> Converted:
     """A model of pyvidx from published weights, or from its own file another module or compat.
 
     Args:

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from pyvidx.ops._library import require
+from pyvidx.preprocess import Frames
 
 
-def stacked(frames) -> Tensor:
+def stacked(frames: Frames) -> Tensor:
     """Frames as one tensor [n, C, H, W].
 
     Args:
@@ -37,7 +39,7 @@ def stacked(frames) -> Tensor:
     return frames if frames.shape[1] in (1, 3) else frames.permute(0, 3, 1, 2)
 
 
-def times_after(last: float, seconds) -> list[float]:
+def times_after(last: float, seconds: float | Sequence[float] | Tensor) -> list[float]:
     """Seconds of frames as a list, a number alone being one.
 
     Raises:

@@ -1,7 +1,9 @@
 """CLIP, SigLIP and the BLIP-2 family of transformers into pyvidx. Works on the model object; transformers itself is
 needed only to load by name."""
 
+from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import nn
@@ -19,7 +21,7 @@ from pyvidx.weights.place import place
 EVA_TYPES = ("blip_2_vision_model", "instructblip_vision_model", "instructblipvideo_vision_model")
 
 
-def vision_tower(model: nn.Module | str, **kwargs) -> ViT:
+def vision_tower(model: nn.Module | str, **kwargs: Any) -> ViT:
     """A ViT with the weights of a CLIP, a SigLIP (SigLIP 2 of a fixed resolution too) or the tower of a BLIP-2 or
     InstructBLIP, whole or its vision model.
 
@@ -38,7 +40,7 @@ def vision_tower(model: nn.Module | str, **kwargs) -> ViT:
     return towers.vision_tower(_loaded(model, kwargs))
 
 
-def text_tower(model: nn.Module | str, **kwargs) -> TextTower:
+def text_tower(model: nn.Module | str, **kwargs: Any) -> TextTower:
     """A TextTower with the weights of a CLIP or SigLIP, whole or its text model (of CLIP with its projection).
 
     Arguments, result and errors as of vision_tower; the tower is frozen.
@@ -46,7 +48,7 @@ def text_tower(model: nn.Module | str, **kwargs) -> TextTower:
     return text_towers.text_tower(_loaded(model, kwargs))
 
 
-def _loaded(model: nn.Module | str, kwargs: dict) -> nn.Module:
+def _loaded(model: nn.Module | str, kwargs: dict[str, Any]) -> nn.Module:
     if isinstance(model, str):
         with importing("huggingface: loading by name", "transformers"):
             from transformers import AutoModel
@@ -121,7 +123,7 @@ def _eva_config(vision: nn.Module) -> ViTConfig:
     )
 
 
-def _empty(build, config, like: nn.Module):
+def _empty(build: Callable[[Any], nn.Module], config: Any, like: nn.Module) -> Any:
     """A module without its random start, on the device and with the dtype of another."""
     with torch.device("meta"):
         module = build(config)

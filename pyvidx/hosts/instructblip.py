@@ -24,6 +24,7 @@ own `generate` penalizes the question's words, too; `inputs` is for that one.
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -35,7 +36,7 @@ from pyvidx.hosts.settings import SQUASHED, model_type, preset_of
 from pyvidx.memory import Policy
 from pyvidx.models.language import IGNORED, Language
 from pyvidx.models.malmm import MALMM
-from pyvidx.preprocess import Preset, as_frames, as_preset
+from pyvidx.preprocess import Frames, Preset, as_frames, as_preset
 
 MODELS = {
     "blip-2": "Blip2ForConditionalGeneration",
@@ -82,12 +83,12 @@ class InstructBLIP:
     def of(
         cls,
         host: nn.Module,
-        tokenizer,
-        text_tokenizer=None,
+        tokenizer: Any,
+        text_tokenizer: Any = None,
         *,
         preset: str | Preset = SQUASHED,
         compat: str = "official",
-        **options,
+        **options: Any,
     ) -> "InstructBLIP":
         """From a transformers model, whose encoder, Q-Former and projector are copied and whose language model is kept.
 
@@ -115,7 +116,12 @@ class InstructBLIP:
 
     @classmethod
     def from_pretrained(
-        cls, folder: str | Path, *, device: str | torch.device = "cpu", dtype: torch.dtype | str = "auto", **options
+        cls,
+        folder: str | Path,
+        *,
+        device: str | torch.device = "cpu",
+        dtype: torch.dtype | str = "auto",
+        **options: Any,
     ) -> "InstructBLIP":
         """From a folder that transformers' save_pretrained of model and processor wrote; nothing is downloaded.
 
@@ -174,14 +180,14 @@ class InstructBLIP:
 
     def answer(
         self,
-        frames,
+        frames: Frames,
         question: str,
         *,
         capacity: int = 20,
         visual: bool = True,
         query: bool = True,
         policy: Policy | None = None,
-        **options,
+        **options: Any,
     ) -> str:
         """A question about a clip of any number of frames, answered in words.
 
@@ -205,7 +211,9 @@ class InstructBLIP:
         return session.ask(question, **options)
 
     @torch.no_grad()
-    def inputs(self, inputs: Mapping, *, capacity: int = 20, visual: bool = True, query: bool = True) -> dict:
+    def inputs(
+        self, inputs: Mapping[str, Any], *, capacity: int = 20, visual: bool = True, query: bool = True
+    ) -> dict[str, Any]:
         """What the host's own processor made, with the video as MA-LMM's tokens, for the host's own model.
 
             inputs = processor(images=frames, text=question, return_tensors="pt")

@@ -13,6 +13,7 @@ of it is a reading.
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -52,7 +53,7 @@ class Chat:
         self,
         model: MiniGPT4,
         causal_lm: nn.Module,
-        tokenizer,
+        tokenizer: Any,
         conversation: str = "minigpt4_vicuna0",
         *,
         num_frames: int = 64,
@@ -110,7 +111,7 @@ class Chat:
         history: Sequence[tuple[str, str]] = (),
         *,
         sample: bool = True,
-        **options,
+        **options: Any,
     ) -> str:
         """The answer in words.
 
@@ -135,7 +136,7 @@ class Chat:
             text = text.partition(stop)[0]
         return text.strip()
 
-    def _stopped(self, ids: Tensor, scores, **options) -> Tensor:
+    def _stopped(self, ids: Tensor, scores: Any, **options: Any) -> Tensor:
         """Whether the text of the newest tokens holds what an answer ends in; a tokenizer has several ways to it."""
         ends = self.tokenizer.batch_decode(ids[:, -8:])
         found = [any(stop in text for stop in self.template.stop) for text in ends]
@@ -159,7 +160,7 @@ def load(
     num_frames: int = 64,
     dtype: torch.dtype | None = None,
     device: str | torch.device = "cpu",
-    **sizes,
+    **sizes: Any,
 ) -> tuple[Chat, Report]:
     """A chat from published files.
 

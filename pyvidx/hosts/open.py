@@ -12,7 +12,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -67,7 +67,7 @@ def open_model(
     module: str | None = None,
     *,
     compat: str | None = None,
-    **options,
+    **options: Any,
 ) -> tuple[VideoEncoder, Loaded]:
     """The encoder that a source and a module's name mean, in eval mode, and what was loaded.
 
@@ -117,7 +117,7 @@ class Opened(NamedTuple):
     bilinear: bool = False
 
 
-def open_text(source: Source, **options) -> TextTower:
+def open_text(source: Source, **options: Any) -> TextTower:
     """The text tower that lies with a model, frozen and in eval mode.
 
     Args:
@@ -160,7 +160,7 @@ def is_published(source: Source) -> bool:
     return not os.fspath(source).startswith(open_clip.SCHEME) and not files.is_ours(source)
 
 
-def parse_module(text: str) -> tuple[str, dict]:
+def parse_module(text: str) -> tuple[str, dict[str, Any]]:
     """A temporal module and its options: "stan" or "stan:depth=2,per_frame=True".
 
     Raises:
@@ -197,7 +197,7 @@ def check_source(source: str) -> None:
     raise FileNotFoundError(f"there is no {source or repr(source)}{hint}")
 
 
-def opened(sources: Sequence[Source], compat: str | None = None, **options) -> Opened:
+def opened(sources: Sequence[Source], compat: str | None = None, **options: Any) -> Opened:
     """What sources hold: a whole encoder, or a tower alone. Arguments and errors as of open_model."""
     sources = [os.fspath(source) for source in sources]
     given = {} if compat is None else {"compat": compat}
@@ -218,7 +218,7 @@ def opened(sources: Sequence[Source], compat: str | None = None, **options) -> O
         return _published(sources, given, options)
 
 
-def _saved(source: str, given: dict, options: dict) -> Opened:
+def _saved(source: str, given: dict[str, Any], options: dict[str, Any]) -> Opened:
     kind = files.kind(source)
     if kind == "malmm":
         raise ValueError(
@@ -232,7 +232,7 @@ def _saved(source: str, given: dict, options: dict) -> Opened:
     return Opened(encoder, f"of {source}", random=encoder.is_random)
 
 
-def _published(sources: list[str], given: dict, options: dict) -> Opened:
+def _published(sources: list[str], given: dict[str, Any], options: dict[str, Any]) -> Opened:
     states, said = [state_of(source) for source in sources], f"of {', '.join(sources)}"
     if any(map(is_official, states)):
         _only(OFFICIAL, options, said)
@@ -259,7 +259,7 @@ def _bilinear(folder: Path) -> bool:
     return False
 
 
-def _joined(found: Opened, tower: ViT, name: str, sizes: dict) -> tuple[VideoEncoder, Loaded]:
+def _joined(found: Opened, tower: ViT, name: str, sizes: dict[str, Any]) -> tuple[VideoEncoder, Loaded]:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)  # the same in every process
         encoder = with_module(tower, name, sizes).eval()
@@ -269,7 +269,7 @@ def _joined(found: Opened, tower: ViT, name: str, sizes: dict) -> tuple[VideoEnc
     return encoder, _told(found, tower, f"{_named({'name': name, **sizes})}, {what}")
 
 
-def with_module(tower: ViT, name: str, options: dict) -> VideoEncoder:
+def with_module(tower: ViT, name: str, options: dict[str, Any]) -> VideoEncoder:
     """The tower and a new temporal module, which takes over from it what its training starts from; BT-Adapter is the
     class of its own, which knows the official names and numbers."""
     if name == "bt_adapter":
@@ -284,13 +284,13 @@ def with_module(tower: ViT, name: str, options: dict) -> VideoEncoder:
     return model.to(weight.device, weight.dtype)
 
 
-def _options(name: str) -> dict:
+def _options(name: str) -> dict[str, Any]:
     """The options of a module, and their defaults."""
     parameters = list(inspect.signature(temporal.MODULES[name]).parameters.values())[1:]
     return {p.name: p.default for p in parameters}
 
 
-def _own_module(encoder: VideoEncoder) -> dict:
+def _own_module(encoder: VideoEncoder) -> dict[str, Any]:
     if not isinstance(encoder, BTAdapter):
         return encoder.temporal.spec
     c = encoder.config
@@ -298,7 +298,7 @@ def _own_module(encoder: VideoEncoder) -> dict:
     return {"name": "bt_adapter", **sizes, "eps": c.branch_eps}
 
 
-def _named(spec: dict, name: str | None = None) -> str:
+def _named(spec: dict[str, Any], name: str | None = None) -> str:
     options = ", ".join(f"{k}={v}" for k, v in spec.items() if k != "name")
     return (name or spec["name"]) + (f" ({options})" if options else "")
 
@@ -310,6 +310,6 @@ def _told(found: Opened, tower: ViT, module: str) -> Loaded:
     return Loaded(f"{sizes}, {found.said}", module, preset, found.report)
 
 
-def _only(allowed: Sequence[str], options: dict, what: str) -> None:
+def _only(allowed: Sequence[str], options: dict[str, Any], what: str) -> None:
     if wrong := [name for name in options if name not in allowed]:
         raise ValueError(f"open_model: {', '.join(wrong)} must not be given for {what}")

@@ -24,12 +24,12 @@ of a request and takes their rows was run; its models need a GPU, and were not.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from pyvidx.hosts.language.tokens import Prompt
 from pyvidx.ops._library import require
@@ -73,7 +73,7 @@ class Request:
         return found + self.ids[at:]
 
 
-def vllm(model, inputs: Mapping[str, Any], processor=None) -> list[dict[str, Any]]:
+def vllm(model: nn.Module, inputs: Mapping[str, Any], processor: Any = None) -> list[dict[str, Any]]:
     """Prompts for vllm.LLM(..., enable_mm_embeds=True).generate, one for each row of the inputs.
 
     Args:
@@ -108,7 +108,7 @@ def vllm(model, inputs: Mapping[str, Any], processor=None) -> list[dict[str, Any
     return found
 
 
-def sglang(model, inputs: Mapping[str, Any], processor=None) -> list[dict[str, Any]]:
+def sglang(model: nn.Module, inputs: Mapping[str, Any], processor: Any = None) -> list[dict[str, Any]]:
     """Arguments of sglang.Engine.generate, one set for each row of the inputs.
 
     Args: as of `vllm`.
@@ -146,7 +146,7 @@ def _grids(name: str, items: Sequence[Item]) -> dict[str, Tensor]:
     return found
 
 
-def _requests(model, inputs: Mapping[str, Any], processor) -> list[Request]:
+def _requests(model: nn.Module, inputs: Mapping[str, Any], processor: Any) -> list[Request]:
     config = model.config
     kinds = (*GRIDS, *FRAMES)
     text = f"serving: the model's config.model_type must be one of {', '.join(kinds)}, got {config.model_type!r}"
@@ -176,7 +176,9 @@ def _requests(model, inputs: Mapping[str, Any], processor) -> list[Request]:
     return found
 
 
-def _items(name, config, inputs, outputs, prompt: Prompt, processor) -> list[tuple[int, Item]]:
+def _items(
+    name: str, config: Any, inputs: Mapping[str, Any], outputs: Mapping[str, Any], prompt: Prompt, processor: Any
+) -> list[tuple[int, Item]]:
     """The row and the item of every video or image of a host with grids."""
     token, grid = getattr(config, f"{name}_token_id"), inputs.get(f"{name}_grid_thw")
     if outputs.get(name) is None:
@@ -203,7 +205,7 @@ def _items(name, config, inputs, outputs, prompt: Prompt, processor) -> list[tup
     ]
 
 
-def _features(name: str, outputs, tokens: int) -> Tensor:
+def _features(name: str, outputs: Mapping[str, Any], tokens: int) -> Tensor:
     """[tokens, C] of all videos or images, the levels side by side."""
     found = outputs[name]
     levels = [found.pooler_output, *(getattr(found, "deepstack_features", None) or [])]
@@ -216,7 +218,9 @@ def _features(name: str, outputs, tokens: int) -> Tensor:
     return rows
 
 
-def _timed(config, prompt: Prompt, grid: Tensor, counts: list[int], processor):
+def _timed(
+    config: Any, prompt: Prompt, grid: Tensor, counts: list[int], processor: Any
+) -> Iterator[tuple[int, int, int, list[float]]]:
     """Row, start, stop and times of each video whose steps stand behind their seconds."""
     steps = [count // T for count, T in zip(counts, grid[:, 0].tolist()) for _ in range(T)]
     blocks = iter(prompt.blocks(config.video_token_id, steps))
@@ -233,7 +237,7 @@ def _timed(config, prompt: Prompt, grid: Tensor, counts: list[int], processor):
         yield mine[0][0], begins[0], mine[-1][2] + 1, times
 
 
-def _said(ids: list[int], stop: int, tokenizer) -> tuple[float, int]:
+def _said(ids: list[int], stop: int, tokenizer: Any) -> tuple[float, int]:
     """The seconds that the tokens before a place say, and where these begin."""
     for n in range(1, min(LONGEST, stop) + 1):
         if match := SECONDS.fullmatch(tokenizer.decode(ids[stop - n : stop])):
@@ -241,7 +245,7 @@ def _said(ids: list[int], stop: int, tokenizer) -> tuple[float, int]:
     raise ValueError("serving: the prompt must say the seconds of each step before it, as in '<1.5 seconds>'")
 
 
-def _frames(config, outputs, prompt: Prompt, processor) -> list[tuple[int, Item]]:
+def _frames(config: Any, outputs: Mapping[str, Any], prompt: Prompt, processor: Any) -> list[tuple[int, Item]]:
     """The row and the item of every image of a host to whom frames are images, with the tokens around it."""
     begin, end = (
         processor.tokenizer.convert_tokens_to_ids(token)

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from pyvidx import memory
 from pyvidx.hosts.answers import answers, check_one
@@ -29,6 +29,7 @@ from pyvidx.hosts.language import Place, Prompt, Slots, host_of
 from pyvidx.hosts.language.kept import Stream, method, slots_of
 from pyvidx.memory import Bank, Policy
 from pyvidx.ops._library import FLOATING, require
+from pyvidx.preprocess import Frames
 from pyvidx.sizes import check_counts
 
 STEPS = 8  # of one call of the encoder
@@ -70,15 +71,15 @@ class Session:
 
     def __init__(
         self,
-        model,
-        processor,
+        model: nn.Module,
+        processor: Any,
         policy: str | Policy = "merge",
         *,
         capacity: int | None = None,
         chunk: int = STEPS,
         clip: int | None = None,
         processing: Mapping[str, Any] | None = None,
-        **options,
+        **options: Any,
     ):
         check_counts("Session", chunk=chunk, **({} if clip is None else {"clip": clip}))
         self.host = host_of(model, processor)
@@ -127,7 +128,7 @@ class Session:
         return f"Session({type(self.host.model).__name__}, {spec['name']!r}{options}): {seen}"
 
     @torch.no_grad()
-    def push(self, frames, seconds: float | Sequence[float] | Tensor) -> Session:
+    def push(self, frames: Frames, seconds: float | Sequence[float] | Tensor) -> Session:
         """Show the next frames to the memory, through the host's own processor, encoder and projector.
 
         A model that takes two frames at a time (Qwen) gets pairs. An odd frame waits for the next push; an ask
@@ -164,7 +165,7 @@ class Session:
         self._waits(new[whole:], times[whole:], before + len(new), times[-1])
         return self
 
-    def ask(self, question: str | list[dict], **options) -> Answer:
+    def ask(self, question: str | list[dict[str, Any]], **options: Any) -> Answer:
         """The model's answer about what it has seen so far. Nothing changes: ask as often as you like.
 
         Args:
@@ -184,7 +185,7 @@ class Session:
         tokens = answers(found, inputs["input_ids"])[0].cpu()
         return Answer(self.host.processor.decode(tokens, skip_special_tokens=True), tokens, spans(slots))
 
-    def inputs(self, question: str | list[dict]) -> Mapping[str, Any]:
+    def inputs(self, question: str | list[dict[str, Any]]) -> Mapping[str, Any]:
         """What `ask` gives to the model, as of compress: for model(**inputs), and for other ways to generate."""
         return self._inputs(question, self._slots())
 
@@ -217,7 +218,7 @@ class Session:
         return memory.save(path, self.policy, bank, tensors=tensors, notes=notes)
 
     @classmethod
-    def resume(cls, path: str | Path, model, processor, *, chunk: int = STEPS) -> Session:
+    def resume(cls, path: str | Path, model: nn.Module, processor: Any, *, chunk: int = STEPS) -> Session:
         """The session that `save` wrote, with the policy and the options it had.
 
         Raises:
@@ -267,7 +268,7 @@ class Session:
             self._how.check(self.host, [place])
             self._place = place
 
-    def _processed(self, prompt: str, frames: Tensor, **about) -> tuple[Mapping[str, Any], Prompt, Place]:
+    def _processed(self, prompt: str, frames: Tensor, **about: Any) -> tuple[Mapping[str, Any], Prompt, Place]:
         """What the host's processor makes of frames [n, C, H, W]. about: what video_metadata says of them."""
         n, per_step = len(frames), 1 if self._place is None else self._place.frames_per_step
         clip = self._clip or per_step * (self.policy.capacity or CHUNK)
@@ -309,7 +310,7 @@ class Session:
         return slots_of(self._ended(), self._dtype)[0]
 
     @torch.no_grad()
-    def _inputs(self, question: str | list[dict], slots: Slots) -> Mapping[str, Any]:
+    def _inputs(self, question: str | list[dict[str, Any]], slots: Slots) -> Mapping[str, Any]:
         blank = self._held.new_zeros((max(2, self._place.frames_per_step), *self._held.shape[1:]))
         span = self._last - self._first
         rate = (self._frames - 1) / span if span > 0 else 1.0
@@ -320,7 +321,7 @@ class Session:
         found.update({name: x.to(device) for name, x in found.items() if isinstance(x, Tensor)})
         return found
 
-    def _prompt(self, question: str | list[dict]) -> str:
+    def _prompt(self, question: str | list[dict[str, Any]]) -> str:
         token = getattr(self.host.processor, "video_token", None)
         if isinstance(question, str):
             if token is not None and str(token) in question:
@@ -350,7 +351,7 @@ def spans(slots: Slots) -> list[tuple[float, float]]:
     return [found[i] for i in sorted(found)]
 
 
-def fingerprint(model) -> str:
+def fingerprint(model: nn.Module) -> str:
     """Of a model's weights: a few numbers of each, so that other weights are noticed without reading all."""
     digest = hashlib.sha256()
     for name, x in model.named_parameters():

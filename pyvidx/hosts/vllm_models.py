@@ -7,6 +7,9 @@ positions all are. It was not run on a GPU; the code of vLLM 0.33 is the same he
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from torch import Tensor
 from vllm.model_executor.models.qwen2_5_vl import (
@@ -24,7 +27,7 @@ from pyvidx.memory import PRUNERS, compute_retained_tokens_count, compute_retent
 class PrunedProcessor(Qwen2_5_VLMultiModalProcessor):
     """As many placeholders for a video as the pruner keeps of it."""
 
-    def _get_prompt_updates(self, mm_items, hf_processor_mm_kwargs, out_mm_kwargs):
+    def _get_prompt_updates(self, mm_items: Any, hf_processor_mm_kwargs: Any, out_mm_kwargs: Any) -> Any:
         updates = super()._get_prompt_updates(mm_items, hf_processor_mm_kwargs, out_mm_kwargs)
         pruning = self.info.ctx.get_mm_config().get_video_pruning_spec()
         if pruning is None:
@@ -53,7 +56,7 @@ class PyvidxQwen2_5_VLForConditionalGeneration(Qwen2_5_VLForConditionalGeneratio
 
     supported_video_pruning_methods = tuple(PRUNERS)
 
-    def get_mrope_input_positions(self, input_tokens, mm_features) -> tuple[Tensor, int]:
+    def get_mrope_input_positions(self, input_tokens: list[int], mm_features: Any) -> tuple[Tensor, int]:
         """Where videos are pruned, positions up to the first one: recompute_mrope_positions makes all behind it anew.
 
         vLLM's own counts the tokens before pruning here. So it fails where another video or image follows, and places
@@ -63,7 +66,9 @@ class PyvidxQwen2_5_VLForConditionalGeneration(Qwen2_5_VLForConditionalGeneratio
             return super().get_mrope_input_positions(input_tokens, mm_features)
         return torch.arange(len(input_tokens)).repeat(3, 1), 0
 
-    def _postprocess_video_embeds_evs(self, video_embeds_split, video_input) -> tuple[Tensor, ...]:
+    def _postprocess_video_embeds_evs(
+        self, video_embeds_split: Sequence[Tensor], video_input: Any
+    ) -> tuple[Tensor, ...]:
         """vLLM's hook, for any method: the kept rows, with positions [t, h, w, columns] behind the channels."""
         method, q = self.multimodal_config.get_video_pruning_spec()
         vision = self.config.vision_config

@@ -10,6 +10,7 @@ with. Attention, norms, activations and sums stay in float32.
 import math
 import re
 from collections.abc import Collection
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -65,12 +66,12 @@ class Int8Linear(nn.Module):
         y = OP(q, step, zero, self._pack(start, stop), scale, zeros, bias, 1.0, 0, torch.float32, "none", [], "")
         return y.view(shape)
 
-    def _pack(self, start, stop):
+    def _pack(self, start: int, stop: int) -> Tensor:
         if (start, stop) not in self._packed:
             self._packed[start, stop] = torch.ops.onednn.qlinear_prepack(self.weight[start:stop], None)
         return self._packed[start, stop]
 
-    def __getstate__(self):
+    def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_packed": {}}  # which cannot be copied
 
     def extra_repr(self) -> str:

@@ -5,6 +5,8 @@ module it is. Biases and residuals once had products and gradients of their own 
 them together saved 1 to 4 % of a training step or an encoder (bench/results/linear-2026-11-28.json).
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
@@ -43,13 +45,13 @@ class _Linear(torch.autograd.Function):
     """oneDNN's op knows no gradients."""
 
     @staticmethod
-    def forward(ctx, x, weight, bias):
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(x, weight)
         return products.forward(x, weight, bias)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad):
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         (x, weight), need = ctx.saved_tensors, ctx.needs_input_grad
         rows = grad.reshape(-1, grad.shape[-1])
         return (

@@ -80,5 +80,5 @@ def weight_gradient(grad: Tensor, x: Tensor) -> Tensor:
     return _onednn(x.t(), grad.t()).t() if other else _onednn(grad.t(), x.t())
 
 
-def _onednn(x, weight, bias=None):
+def _onednn(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return OP(x, weight, bias, "none", [], "")

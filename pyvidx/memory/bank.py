@@ -105,13 +105,13 @@ class Bank:
         L = S if by_slot else self.bound
         slot = None if by_slot else self.order[..., :L].long()  # [B, G, L]
 
-        def rows_of(x):  # [B, S, G, W] -> [B, L, N, C]
+        def rows_of(x: Tensor) -> Tensor:  # [B, S, G, W] -> [B, L, N, C]
             if slot is not None:
                 batch = torch.arange(B, device=x.device)[:, None, None]
                 x = x[batch, slot.transpose(1, 2), torch.arange(x.shape[2], device=x.device)]
             return x.reshape(B, L, N, x.shape[2] * x.shape[3] // N)
 
-        def per_entry(x):  # [B, G, S] -> [B, L, N]
+        def per_entry(x: Tensor) -> Tensor:  # [B, G, S] -> [B, L, N]
             return (x if slot is None else x.gather(2, slot)).transpose(1, 2).expand(B, L, N)
 
         sizes = per_entry(self.sizes)

@@ -46,7 +46,15 @@ class Dtd(Concat):
         super().__post_init__()
         _check_rule("dtd", self.threshold, self.ratio)
 
-    def _advance_(self, bank: Bank, frame, attached, when, active, size) -> Bank:
+    def _advance_(
+        self,
+        bank: Bank,
+        frame: Tensor,
+        attached: Sequence[Tensor],
+        when: Tensor | None,
+        active: Tensor | None,
+        size: Tensor | int,
+    ) -> Bank:
         before = rows_at(bank.rows, _newest(bank))
         first = bank.length == 0
         if bank.head is not None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -80,7 +81,7 @@ def load(path: str | Path, device: torch.device | str = "cpu") -> tuple[Policy, 
     return policy, bank._map(lambda x: x.to(device))
 
 
-def beside(path: str | Path, key: str) -> tuple[dict | None, dict[str, Tensor]]:
+def beside(path: str | Path, key: str) -> tuple[dict[str, Any] | None, dict[str, Tensor]]:
     """What a program kept beside the bank: the JSON object of the note `key` (None: there is none), and the tensors.
 
     Raises:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -55,7 +56,15 @@ class FlashVStream(Policy):
         time = bank.extra["time"]
         require(bool(time.isfinite().all()), "flash_vstream: times must be finite", time)
 
-    def _advance_(self, bank: Bank, frame, attached, when, active, size) -> Bank:
+    def _advance_(
+        self,
+        bank: Bank,
+        frame: Tensor,
+        attached: Sequence[Tensor],
+        when: Tensor | None,
+        active: Tensor | None,
+        size: Tensor | int,
+    ) -> Bank:
         if self._due(bank):
             bank = self._compress(bank, active)
         slot, time = slot_of(bank, bank.length[:, None].long()), bank.extra["time"]

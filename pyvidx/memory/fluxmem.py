@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -65,7 +67,7 @@ class FluxMem(Concat):
             fits = len(self.grid) == 2 and all(isinstance(n, int) and n >= 1 for n in self.grid)
             require(fits, f"fluxmem: grid must be (h, w), got {self.grid}")
 
-    def new(self, B: int, N: int, C: int, *args, **options) -> Bank:
+    def new(self, B: int, N: int, C: int, *args: Any, **options: Any) -> Bank:
         self._grid(N)
         return super().new(B, N, C, *args, **options)
 
@@ -76,7 +78,15 @@ class FluxMem(Concat):
         require(h * w == N, f"fluxmem: grid must be (h, w) with h * w = N = {N}, got {self.grid}")
         return h, w
 
-    def _advance_(self, bank: Bank, frame, attached, when, active, size) -> Bank:
+    def _advance_(
+        self,
+        bank: Bank,
+        frame: Tensor,
+        attached: Sequence[Tensor],
+        when: Tensor | None,
+        active: Tensor | None,
+        size: Tensor | int,
+    ) -> Bank:
         bank = super()._advance_(bank, frame, attached, when, active, size)
         for level, age in ((self._thin_, self.short), (self._join_, self.short + self.medium)):
             entry = bank.length[:, None].long() - 1 - age

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from pyvidx.memory.bank import Bank
 from pyvidx.ops._library import require
@@ -29,7 +31,7 @@ def new_bank(
     """An empty bank of S slots; for policies."""
     G = 1 if whole_frame else N
 
-    def zeros(*shape, dtype):
+    def zeros(*shape: int, dtype: torch.dtype) -> Tensor:
         return torch.zeros(*shape, dtype=dtype, device=device)
 
     return Bank(
@@ -63,7 +65,7 @@ def batched(banks: Sequence[Bank]) -> Bank:
     banks = [bank if bank.rows.shape[1] == slots else grown(bank, slots) for bank in banks]
     tensors = [bank.tensors() for bank in banks]
 
-    def layout(bank, named):
+    def layout(bank: Bank, named: dict[str, Tensor]) -> tuple[Any, ...]:
         return bank.positions, bank.head is None, {n: (x.shape[1:], x.dtype, x.device) for n, x in named.items()}
 
     wanted = layout(banks[0], tensors[0])
@@ -88,7 +90,7 @@ def grown(bank: Bank, slots: int) -> Bank:
     """The bank with more slots, as new tensors (the head and what is extra stay)."""
     B, S, G = bank.rows.shape[:3]
 
-    def longer(x, dim):
+    def longer(x: Tensor, dim: int) -> Tensor:
         shape = list(x.shape)
         shape[dim] = slots - S
         return torch.cat([x, x.new_zeros(shape)], dim)

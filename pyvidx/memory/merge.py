@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from pyvidx.memory.bank import Bank, Entries
-from pyvidx.memory.neighbors import mean_cosine, merge_once_, put_alike_, shrunk, whole_cosine
+from pyvidx.memory.neighbors import Likeness, mean_cosine, merge_once_, put_alike_, shrunk, whole_cosine
 from pyvidx.memory.policy import Policy, plain
 from pyvidx.memory.registry import register
 from pyvidx.memory.slots import full, slot_of, span_, stamp_
@@ -73,7 +74,7 @@ class Merge(Policy):
         return shrunk(name, frames, seconds, lengths, self.capacity, likeness, self._how, whole, self.anchors)
 
     @property
-    def _likeness(self):
+    def _likeness(self) -> Likeness:
         return mean_cosine if self.unit == "synchronized" else whole_cosine
 
     @property
@@ -91,7 +92,15 @@ class Merge(Policy):
         else:
             merge_once_(bank, self._likeness, self._how, full(bank, active))
 
-    def _advance_(self, bank: Bank, frame, attached, when, active, size) -> Bank:
+    def _advance_(
+        self,
+        bank: Bank,
+        frame: Tensor,
+        attached: Sequence[Tensor],
+        when: Tensor | None,
+        active: Tensor | None,
+        size: Tensor | int,
+    ) -> Bank:
         if not self._by_op:
             if self._due(bank):
                 bank = self._compress(bank, active)
@@ -102,7 +111,7 @@ class Merge(Policy):
         stamp_(bank, slot_of(bank, last), when, active)
         return bank
 
-    def _step_(self, bank: Bank, frame, attached, active) -> None:
+    def _step_(self, bank: Bank, frame: Tensor | None, attached: Sequence[Tensor], active: Tensor | None) -> None:
         order = bank.order.clone() if bank.first is not None and bank.bound > self.room else None
         step = (bank.rows, bank.sizes, bank.order, bank.similarity, bank.length)
         index = memory_merge_(*step, frame, bank.attached, attached, weighted=self.weighted, active=active)
@@ -111,7 +120,9 @@ class Merge(Policy):
             keep, gone = (order.gather(2, (k + i)[..., None]).squeeze(2).long() for i in (0, 1))
             span_(bank, keep, gone, index >= 0)
 
-    def _extend(self, bank, frames, seconds, active, attached) -> Bank:
+    def _extend(
+        self, bank: Bank, frames: Tensor, seconds: Tensor | None, active: Tensor | None, attached: Sequence[Tensor]
+    ) -> Bank:
         alone = 0 if bank.head is None else min(self.anchors - bank.head.bound, frames.shape[1])  # for the anchors
         if not self._by_op or active is not None or (bank.head is not None and bank.ragged):
             alone = frames.shape[1]
@@ -124,7 +135,7 @@ class Merge(Policy):
             bank = super()._extend(bank, new, when, on, kept) if end == alone else self._scan(bank, new, when, kept)
         return bank
 
-    def _scan(self, bank: Bank, frames, seconds, attached) -> Bank:
+    def _scan(self, bank: Bank, frames: Tensor, seconds: Tensor | None, attached: Sequence[Tensor]) -> Bank:
         """Push T frames [B, T, N, C] to all videos by memory_scan_: each position walks them alone, in one launch."""
         self._check_frame(
             bank, frames[:, 0], None if seconds is None else seconds[:, 0], None, [x[:, 0] for x in attached]

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,7 +20,7 @@ from pyvidx.ops._library import require
 
 
 @register("moviechat")
-def moviechat(form: str = "fragments", **options) -> Policy:
+def moviechat(form: str = "fragments", **options: Any) -> Policy:
     """MovieChat; form: "fragments" (MovieChat, the model's own) or "onevision" (MovieChatOneVision, its LLaVA-OneVision
     evaluation), with the options of that class."""
     require(form in ("fragments", "onevision"), f"moviechat: form must be 'fragments' or 'onevision', got {form!r}")
@@ -110,7 +112,15 @@ class MovieChat(Policy):
     def _due(self, bank: Bank) -> bool:
         return bank.counts[1] >= self.fragment
 
-    def _advance_(self, bank: Bank, frame, attached, when, active, size) -> Bank:
+    def _advance_(
+        self,
+        bank: Bank,
+        frame: Tensor,
+        attached: Sequence[Tensor],
+        when: Tensor | None,
+        active: Tensor | None,
+        size: Tensor | int,
+    ) -> Bank:
         if self._due(bank):
             bank = self._compress(bank, active)
         if bank.bound >= bank.rows.shape[1]:

@@ -7,7 +7,7 @@ values between neighbors are kept in Bank.similarity, so a merge costs two of th
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -40,7 +40,15 @@ def mean_product(x: Tensor, y: Tensor, N: int) -> Tensor:
     return (x * y).sum(-1)
 
 
-def put_alike_(bank: Bank, likeness: Likeness, frame, attached, seconds, on: Tensor | None, size=1) -> None:
+def put_alike_(
+    bank: Bank,
+    likeness: Likeness,
+    frame: Tensor,
+    attached: Sequence[Tensor],
+    seconds: Tensor | None,
+    on: Tensor | None,
+    size: Tensor | int = 1,
+) -> None:
     """slots.put_, and how like the new entry is to the one before."""
     put_(bank, frame, attached, seconds, on, size)
     relate_(bank, bank.length[:, None].long() - 2, likeness, on)

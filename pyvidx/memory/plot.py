@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
-from pyvidx.files import whole
 from pyvidx.memory.bank import Bank
 from pyvidx.ops._library import require
+from pyvidx.pictures import drawn
 
 
 class History:
@@ -85,13 +86,6 @@ def plot(
         ValueError: there is nothing to draw.
         RuntimeError: matplotlib is not installed.
     """
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.cm import ScalarMappable
-        from matplotlib.colors import LogNorm
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise RuntimeError("memory.plot: the picture needs matplotlib: pip install 'pyvidx[cli]'") from error
     history = source if isinstance(source, History) else None
     require(history is None or history.records, "memory.plot: the history must hold a record, got none")
     bank, video = (source, video) if history is None else (history.state, history.video)
@@ -102,36 +96,38 @@ def plot(
     if history is not None:
         begin = min(begin, min(r[:, 0].min() for r in history.records if len(r)))
     step = (end - begin) / max(frames - 1, 1) or 1.0  # how long a frame lasts
-    norm = LogNorm(1, max(2.0, np.nanmax(now[..., 2])))
-
     heights = [1.1] * bool(thumbnails) + [5] * (history is not None) + [2.6 if now.shape[1] > 1 else 0.8]
-    figure = Figure(figsize=(11, 1 + sum(heights)), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = list(figure.subplots(len(heights), 1, height_ratios=heights, squeeze=False)[:, 0])
-    figure.suptitle(title or f"{frames} frames in {now.shape[0]} slots")
-    if thumbnails:
-        _thumbnails(axes.pop(0), thumbnails, begin, end + step)
-    if history is not None:
-        axis = axes.pop(0)
-        seen = np.array([r[:, 1].max() if len(r) else begin for r in history.records])
-        edges = np.append(seen, seen[-1] + (np.diff(seen).mean() if len(seen) > 1 else step))
-        _boxes(axis, [(r, low, high) for r, low, high in zip(history.records, edges[:-1], edges[1:])], step, norm)
-        axis.set(ylabel=f"when the video had reached (s)\nposition {history.position}", ylim=(edges[-1], edges[0]))
-        axis.set_xlim(begin, end + step)
-        axis.sharex(axes[0])
-    _boxes(axes[0], [(now[:, n], n, n + 1) for n in range(now.shape[1])], step, norm)
-    axes[0].set(xlabel="source time (s)", ylabel="position", xlim=(begin, end + step), ylim=(now.shape[1], 0))
-    places = range(0, now.shape[1], -(-now.shape[1] // 16))
-    axes[0].set_yticks([n + 0.5 for n in places], map(str, places))
-    figure.colorbar(
-        ScalarMappable(norm, "viridis_r"), ax=figure.axes[bool(thumbnails) :], label="frames in the slot", format="%d"
-    )
-    with whole(path) as part:
-        figure.savefig(part, dpi=110)
+    with drawn(path, 11, 1 + sum(heights), "memory.plot") as figure:
+        from matplotlib.cm import ScalarMappable
+        from matplotlib.colors import LogNorm
+
+        norm = LogNorm(1, max(2.0, np.nanmax(now[..., 2])))
+        axes = list(figure.subplots(len(heights), 1, height_ratios=heights, squeeze=False)[:, 0])
+        figure.suptitle(title or f"{frames} frames in {now.shape[0]} slots")
+        if thumbnails:
+            _thumbnails(axes.pop(0), thumbnails, begin, end + step)
+        if history is not None:
+            axis = axes.pop(0)
+            seen = np.array([r[:, 1].max() if len(r) else begin for r in history.records])
+            edges = np.append(seen, seen[-1] + (np.diff(seen).mean() if len(seen) > 1 else step))
+            _boxes(axis, [(r, low, high) for r, low, high in zip(history.records, edges[:-1], edges[1:])], step, norm)
+            axis.set(ylabel=f"when the video had reached (s)\nposition {history.position}", ylim=(edges[-1], edges[0]))
+            axis.set_xlim(begin, end + step)
+            axis.sharex(axes[0])
+        _boxes(axes[0], [(now[:, n], n, n + 1) for n in range(now.shape[1])], step, norm)
+        axes[0].set(xlabel="source time (s)", ylabel="position", xlim=(begin, end + step), ylim=(now.shape[1], 0))
+        places = range(0, now.shape[1], -(-now.shape[1] // 16))
+        axes[0].set_yticks([n + 0.5 for n in places], map(str, places))
+        figure.colorbar(
+            ScalarMappable(norm, "viridis_r"),
+            ax=figure.axes[bool(thumbnails) :],
+            label="frames in the slot",
+            format="%d",
+        )
     return Path(path)
 
 
-def _boxes(axis, rows: Sequence[tuple[np.ndarray, float, float]], step: float, norm) -> None:
+def _boxes(axis: Any, rows: Sequence[tuple[np.ndarray, float, float]], step: float, norm: Any) -> None:
     """rows: (spans [L, 3], low, high); long ones first, so that overlapping short ones stay visible."""
     from matplotlib.collections import LineCollection, PolyCollection
 
@@ -147,7 +143,7 @@ def _boxes(axis, rows: Sequence[tuple[np.ndarray, float, float]], step: float, n
     axis.add_collection(LineCollection([(c[0], c[3]) for c in corners], colors="white", linewidths=0.5))
 
 
-def _thumbnails(axis, thumbnails: Sequence[tuple[float, np.ndarray]], begin: float, end: float) -> None:
+def _thumbnails(axis: Any, thumbnails: Sequence[tuple[float, np.ndarray]], begin: float, end: float) -> None:
     axis.axis("off")
     width = 1 / max(len(thumbnails), 1)
     for i, (seconds, picture) in enumerate(thumbnails):

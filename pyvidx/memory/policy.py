@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -54,7 +54,7 @@ class Policy:
         """Entries kept beside the anchors."""
         return None if self.capacity is None else self.capacity - self.anchors
 
-    def spec(self) -> dict:
+    def spec(self) -> dict[str, Any]:
         """Name and options, as `create(**spec)` takes them."""
         options = (f.name for f in dataclasses.fields(self) if f.init or f.name in self.chosen)
         return {"name": self.name, **{name: getattr(self, name) for name in options}}
@@ -174,7 +174,9 @@ class Policy:
             require(fits, f"{self.name}.extend: attached[{i}] must be [B, T, N, Ci]", *([x] if fits else []), frames)
         return self._extend(bank, frames, seconds, active, attached)
 
-    def _extend(self, bank, frames, seconds, active, attached) -> Bank:
+    def _extend(
+        self, bank: Bank, frames: Tensor, seconds: Tensor | None, active: Tensor | None, attached: Sequence[Tensor]
+    ) -> Bank:
         for t in range(frames.shape[1]):
             at = [None if x is None else x[:, t] for x in (seconds, active)]
             bank = self.push(bank, frames[:, t], *at, [x[:, t] for x in attached])
@@ -249,7 +251,15 @@ class Policy:
         self._shrink_(bank, active)
         return bank if active is not None else dataclasses.replace(bank, bound=self.room)
 
-    def _advance_(self, bank: Bank, frame, attached, when, active, size) -> Bank:
+    def _advance_(
+        self,
+        bank: Bank,
+        frame: Tensor,
+        attached: Sequence[Tensor],
+        when: Tensor | None,
+        active: Tensor | None,
+        size: Tensor | int,
+    ) -> Bank:
         """Compress where due, and append, in place or, without a capacity, in a bank of twice the slots where all are
         used. What this leaves in `bound` is one less than the bound afterwards."""
         if self._due(bank):
@@ -261,7 +271,15 @@ class Policy:
 
     # The rest.
 
-    def _append(self, bank: Bank, frame, attached, when, active, size) -> Bank:
+    def _append(
+        self,
+        bank: Bank,
+        frame: Tensor,
+        attached: Sequence[Tensor],
+        when: Tensor | None,
+        active: Tensor | None,
+        size: Tensor | int,
+    ) -> Bank:
         ragged = bank.ragged or active is not None
         head, on = bank.head, active
         if head is not None and head.bound < self.anchors:  # no video has filled its anchors yet
@@ -279,7 +297,9 @@ class Policy:
         slots = bank.rows.shape[1]
         return dataclasses.replace(bank, bound=min(bank.bound + 1, slots), ragged=ragged, head=head)
 
-    def _check_frame(self, bank, frame, seconds, active, attached) -> None:
+    def _check_frame(
+        self, bank: Bank, frame: Tensor, seconds: Tensor | None, active: Tensor | None, attached: Sequence[Tensor]
+    ) -> None:
         name = f"{self.name}.append"
         require_tensors(name, frame=frame, seconds=seconds, **{f"attached[{i}]": x for i, x in enumerate(attached)})
         B, (G, W) = len(bank), bank.rows.shape[2:]

@@ -46,7 +46,7 @@ class QFormerConfig:
     eps: float = 1e-12
     dropout: float = 0.1
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check(self)
         if self.width % self.heads:
             raise ValueError(f"QFormerConfig: width must be a multiple of heads, got {self.width} and {self.heads}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 from pyvidx.memory.policy import Policy
 from pyvidx.ops._library import require
@@ -11,10 +12,10 @@ from pyvidx.sizes import check
 POLICIES: dict[str, Callable[..., Policy]] = {}
 
 
-def register(name: str) -> Callable:
+def register(name: str) -> Callable[..., Any]:
     """Decorator: make a policy known to `create` under a name."""
 
-    def known(policy):
+    def known(policy: Any) -> Any:
         POLICIES[name] = policy
         return policy
 
@@ -26,7 +27,7 @@ def names() -> list[str]:
     return list(POLICIES)
 
 
-def create(name: str, **options) -> Policy:
+def create(name: str, **options: Any) -> Policy:
     """A policy by name, one of `names()`. Its options are the fields of its class.
 
     Raises:

@@ -48,7 +48,7 @@ class Memories(NamedTuple):
     def clone(self) -> "Memories":
         """A copy that shares no memory with this one: two continuations of one stream."""
 
-        def copy(m):
+        def copy(m: MemoryState | None) -> MemoryState | None:
             return m and MemoryState(*(x.clone() for x in m[:5]), tuple(x.clone() for x in m.attached))
 
         return self._replace(visual=copy(self.visual), query=tuple(copy(m) for m in self.query))

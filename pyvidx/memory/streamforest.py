@@ -6,7 +6,7 @@ import dataclasses
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -70,7 +70,7 @@ class StreamForest(Policy):
         require(fits, f"streamforest: weights must be three numbers, got {self.weights}")
         check_compat(self.name, self.compat)
 
-    def new(self, B: int, N: int, C: int, *args, attached: Sequence[int] = (), **options) -> Bank:
+    def new(self, B: int, N: int, C: int, *args: Any, attached: Sequence[int] = (), **options: Any) -> Bank:
         require(N >= self.now, f"streamforest: frames must have at least now = {self.now} tokens, got {N}")
         require(C % self.heads == 0, f"streamforest: heads must divide C = {C}, got {self.heads}")
         require(
@@ -79,7 +79,7 @@ class StreamForest(Policy):
         bank = super().new(B, 1, C, *args, **options)
         room = self._room
 
-        def zeros(*shape, dtype=torch.int64):
+        def zeros(*shape: int, dtype: torch.dtype = torch.int64) -> Tensor:
             return torch.zeros(B, *shape, dtype=dtype, device=bank.rows.device)
 
         extra = {
@@ -142,12 +142,20 @@ class StreamForest(Policy):
         floats = all(bool(e[name].isfinite().all()) for name in ("last", "cosines", "time", "likeness"))
         require(floats and bank.counts[0] >= 0, "streamforest: cosines, times and likenesses must be finite")
 
-    def _check_frame(self, bank: Bank, frame: Tensor, *options) -> None:
+    def _check_frame(self, bank: Bank, frame: Tensor, *options: Any) -> None:
         super()._check_frame(bank, frame, *options)
         N = self._given_positions(bank)
         require(frame.shape[1] == N, f"{self.name}.append: frame must be [B, N, C] with N = {N}", frame)
 
-    def _append(self, bank: Bank, frame, attached, when, active, size) -> Bank:
+    def _append(
+        self,
+        bank: Bank,
+        frame: Tensor,
+        attached: Sequence[Tensor],
+        when: Tensor | None,
+        active: Tensor | None,
+        size: Tensor | int,
+    ) -> Bank:
         on = torch.ones_like(bank.seen, dtype=torch.bool) if active is None else active
         B, S, e = len(bank), bank.rows.shape[1], bank.extra
         past = on & (bank.seen > 0)
@@ -270,7 +278,14 @@ class StreamForest(Policy):
         ends = (0, S - self.now - (self.window + self.split) * self.short, S - self.now, S)
         return tuple(_Tokens(*whole).part(*pair) for pair in zip(ends, ends[1:]))
 
-    def _tome(self, tokens: _Tokens, count, target, width: int | None = None, ratio: float | None = None) -> _Tokens:
+    def _tome(
+        self,
+        tokens: _Tokens,
+        count: Tensor | int,
+        target: Tensor | int,
+        width: int | None = None,
+        ratio: float | None = None,
+    ) -> _Tokens:
         """Merged; what is left reaches over the times of all. count, target: one for all videos, or int64 [B]."""
         width, ratio = width or target, ratio or count / target
         B, device = len(tokens.rows), tokens.rows.device

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -85,7 +86,7 @@ def reduce_tokens(x: Tensor, tokens: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 @register("tome")
-def tome(axis: str = "time", **options) -> Policy:
+def tome(axis: str = "time", **options: Any) -> Policy:
     """Token merging; axis: "time" (ToMeTime) or "space" (ToMeSpace), with the options of that class."""
     require(axis in ("time", "space"), f"tome: axis must be 'time' or 'space', got {axis!r}")
     return (ToMeTime if axis == "time" else ToMeSpace)(**options)
@@ -132,7 +133,7 @@ class ToMeSpace(Policy):
         super().__post_init__()
         require(self.tokens >= 1, f"tome: tokens must be at least 1, got {self.tokens}")
 
-    def new(self, *sizes, attached: Sequence[int] = (), **options) -> Bank:
+    def new(self, *sizes: int, attached: Sequence[int] = (), **options: Any) -> Bank:
         require(not attached, f"tome: attached rows go with axis='time', got widths {list(attached)} with axis='space'")
         return super().new(*sizes, **options)
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -39,7 +40,7 @@ class OfficialBranch(BTAdapterModule):
             self.branch.spatial = self.branch.spatial[: config.branch_layers]
             self.outputs, self.output_gate = ("tokens",), None
 
-    def grouping(self, T: int, P: int, **options) -> Grouping:
+    def grouping(self, T: int, P: int, **options: Any) -> Grouping:
         modes = {"compat": self.compat, "variant": self.variant, "time_length": self.time_length}
         return grouping(T, P, **modes, **options)
 
@@ -79,7 +80,7 @@ class BTAdapter(VideoEncoder):
     def variant(self) -> str:
         return self.temporal.variant
 
-    def forward(self, pixels: Tensor, *, outputs: Sequence[str] | None = None, **options) -> Encoding:
+    def forward(self, pixels: Tensor, *, outputs: Sequence[str] | None = None, **options: Any) -> Encoding:
         """As VideoEncoder; config.part "features" takes stored backbone tokens in place of pixels, see `from_features`.
 
         Raises:
@@ -114,11 +115,11 @@ class BTAdapter(VideoEncoder):
                 features = features[None]
         return super().read_features(features)
 
-    def header(self) -> dict:
+    def header(self) -> dict[str, Any]:
         return {"config": self.config.to_dict(), "compat": self.compat, "variant": self.variant}
 
     @classmethod
-    def built(cls, header: dict) -> "BTAdapter":
+    def built(cls, header: dict[str, Any]) -> "BTAdapter":
         modes = {name: header[name] for name in ("compat", "variant")}
         return cls(BTAdapterConfig.from_dict(header["config"]), **modes)
 
@@ -135,7 +136,7 @@ class BTAdapter(VideoEncoder):
         return cls._loaded(path, {name: value for name, value in given.items() if value is not None})
 
     @classmethod
-    def default(cls, size: str = "tiny", *, compat: str = "paper", variant: str = "mma", **changes) -> "BTAdapter":
+    def default(cls, size: str = "tiny", *, compat: str = "paper", variant: str = "mma", **changes: Any) -> "BTAdapter":
         """A model with random weights, always the same ones, to try things out; changes: of the configuration."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)

@@ -4,6 +4,7 @@ import dataclasses
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from pyvidx.backbones.vit import ViTConfig
 from pyvidx.sizes import check
@@ -37,7 +38,7 @@ class BTAdapterConfig:
     branch_eps: float = 1e-5
     part: str = "full"
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check(self)
         if self.part not in PARTS:
             raise ValueError(f"BTAdapterConfig: part must be one of {', '.join(PARTS)}, got {self.part!r}")
@@ -61,18 +62,18 @@ class BTAdapterConfig:
         """Number of branch layers this part has."""
         return self.depth - (self.part != "full")
 
-    def to_dict(self) -> dict:
+    def to_dict(self) -> dict[str, Any]:
         """What json takes; from_dict goes back."""
         return dataclasses.asdict(self)
 
     @classmethod
-    def from_dict(cls, values: dict) -> "BTAdapterConfig":
+    def from_dict(cls, values: dict[str, Any]) -> "BTAdapterConfig":
         values = dict(values)
         vision = ViTConfig(**known(ViTConfig, values.pop("vision")))
         return cls(vision=vision, **known(cls, values))
 
     @classmethod
-    def named(cls, name: str, **changes) -> "BTAdapterConfig":
+    def named(cls, name: str, **changes: Any) -> "BTAdapterConfig":
         """A shipped size, e.g. named("clip-l-14", part="tokens")."""
         path = CONFIGS / f"{name}.json"
         if not path.exists():
@@ -84,7 +85,7 @@ class BTAdapterConfig:
         return sorted(p.stem for p in CONFIGS.glob("*.json"))
 
 
-def known(cls, values: dict) -> dict:
+def known(cls: type, values: dict[str, Any]) -> dict[str, Any]:
     """values, if all of them are fields of this dataclass."""
     unknown = values.keys() - {f.name for f in dataclasses.fields(cls)}
     if unknown:

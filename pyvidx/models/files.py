@@ -4,6 +4,7 @@ import hashlib
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -29,7 +30,7 @@ COUNTS = ("layers", "depth")  # sizes that are numbers of modules
 HARMLESS, FEW = 4096, 256
 
 
-def write(path: str | Path, kind: str, model: nn.Module | Mapping[str, Tensor], header: dict) -> Path:
+def write(path: str | Path, kind: str, model: nn.Module | Mapping[str, Tensor], header: dict[str, Any]) -> Path:
     """Write the parameters and {"model": kind, **header}, whole or not at all.
 
     A path without .safetensors is a folder, made if need be.
@@ -44,7 +45,7 @@ def write(path: str | Path, kind: str, model: nn.Module | Mapping[str, Tensor], 
     return write_tensors(path, weights, {"pyvidx": json.dumps({"model": kind, **header})})
 
 
-def load(path: str | Path, kind: str, build: Callable[[dict], nn.Module]) -> tuple[nn.Module, dict]:
+def load(path: str | Path, kind: str, build: Callable[[dict[str, Any]], nn.Module]) -> tuple[nn.Module, dict[str, Any]]:
     """The model of a file that `write` wrote, in eval mode and with the dtypes of the file, and its header.
 
     Nothing is allocated before the header's sizes are those of the tensors in the file.
@@ -90,7 +91,7 @@ def load(path: str | Path, kind: str, build: Callable[[dict], nn.Module]) -> tup
     return model.eval(), header
 
 
-def read(path: str | Path, kind: str) -> tuple[dict, dict[str, Tensor]]:
+def read(path: str | Path, kind: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Header and parameters that `write` wrote, for a model that exists already.
 
     Raises:
@@ -157,7 +158,7 @@ def _door(kind: str) -> str:
     return f"published weights are read by {DOORS.get(kind, 'pyvidx.weights')}"
 
 
-def _header(file: safe_open, path: Path, kind: str) -> dict:
+def _header(file: safe_open, path: Path, kind: str) -> dict[str, Any]:
     header = note(file, path, "pyvidx") or {}
     if header.get("model") != kind:
         held = f"a model {header['model']!r:.100}" if "model" in header else "weights that pyvidx did not write"
@@ -167,7 +168,7 @@ def _header(file: safe_open, path: Path, kind: str) -> dict:
     return header
 
 
-def _bound(header, values: int, tensors: int, name: str = "") -> None:
+def _bound(header: Any, values: int, tensors: int, name: str = "") -> None:
     """No size of a header is larger than the number of values in its file, no number of layers than its tensors."""
     if isinstance(header, dict):
         for key in header.keys() - {*NOTES}:

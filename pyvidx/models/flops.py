@@ -11,6 +11,7 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -23,10 +24,10 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, 
 
 from pyvidx import temporal
 from pyvidx.backbones.vit import ViT, ViTConfig
-from pyvidx.files import whole
 from pyvidx.layers import int8, products
 from pyvidx.models.video_encoder import VideoEncoder
 from pyvidx.ops._library import FLOPS
+from pyvidx.pictures import drawn
 
 # label, name, options: the modules, and the steps of BT-Adapter's table 6 (arXiv:2309.15785)
 FAMILY = (
@@ -66,25 +67,25 @@ def count(run: Callable[[], object]) -> int:
     return counter.get_total_flops()
 
 
-class _OneModule(nullcontext):
+class _OneModule(nullcontext[None]):
     """Of which all operations are."""
 
     parents = {"Global"}
 
 
-def _with_out_shape(formula):
+def _with_out_shape(formula: Callable[..., int]) -> Callable[..., int]:
     return lambda *args, out_shape=None, **kwargs: formula(*args, **kwargs)
 
 
-def _cpu_attention(q, k, v, *args, out_shape=None, **kwargs):
+def _cpu_attention(q: Any, k: Any, v: Any, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
     return sdpa_flop_count(q, k, v)
 
 
-def _cpu_attention_backward(grad, q, k, v, *args, out_shape=None, **kwargs):
+def _cpu_attention_backward(grad: Any, q: Any, k: Any, v: Any, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
     return sdpa_backward_flop_count(grad, q, k, v)
 
 
-def _onednn_product(x, *args, out_shape=None, **kwargs):
+def _onednn_product(x: Any, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
     return 2 * math.prod(out_shape) * x[-1]
 
 
@@ -98,7 +99,7 @@ def peak_bytes(run: Callable[[], object]) -> int:
 
 
 class _Fused(TorchFunctionMode):
-    def __torch_function__(self, func, types, args=(), kwargs=None):
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is F.scaled_dot_product_attention:
             query, _, value = args[:3]
             return query.new_empty(*query.shape[:-1], value.shape[-1])
@@ -108,11 +109,11 @@ class _Fused(TorchFunctionMode):
 class _Live(TorchDispatchMode):
     """Storages made while it is on, and the most bytes of them at once."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__()
         self.peak, self._sizes, self._outside = 0, {}, {}
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         for t in tree_leaves((args, kwargs)):
             if isinstance(t, torch.Tensor) and (key := t.untyped_storage()._cdata) not in self._sizes:
                 self._outside[key] = StorageWeakRef(t.untyped_storage())
@@ -180,7 +181,9 @@ def family(vision: ViTConfig, frames: list[int], dtype: torch.dtype = torch.floa
     return costs
 
 
-def meta_encoder(vision: ViTConfig, name: str, options: dict, dtype: torch.dtype = torch.float32) -> nn.Module:
+def meta_encoder(
+    vision: ViTConfig, name: str, options: dict[str, Any], dtype: torch.dtype = torch.float32
+) -> nn.Module:
     """A VideoEncoder without values, on the device "meta"."""
     with torch.device("meta"):
         return VideoEncoder(ViT(vision), temporal.create(name, vision, **options)).to(dtype).eval()
@@ -208,26 +211,19 @@ def plot(costs: list[Cost], path: str | Path, title: str = "") -> Path:
     Raises:
         RuntimeError: matplotlib is not installed.
     """
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise RuntimeError("flops: the picture needs matplotlib: pip install 'pyvidx[cli]'") from error
-    figure = Figure(figsize=(11, 5), layout="constrained")
-    FigureCanvasAgg(figure)
-    left, right = figure.subplots(1, 2)
-    for i, label in enumerate(dict.fromkeys(c.module for c in costs)):
-        own = [c for c in costs if c.module == label]
-        frames, style = [c.frames for c in own], "o-" if i < 10 else "s--"
-        left.plot(frames, [c.ratio for c in own], style, label=label)
-        right.plot(frames, [c.activation_bytes / 2**20 for c in own], style)
-    left.set(xlabel="frames", ylabel="FLOPs, times those of single frames")
-    right.set(xlabel="frames", ylabel="most alive at once (MiB)", yscale="log")
-    for axis in (left, right):
-        axis.set_xscale("log", base=2)
-        axis.set_xticks(sorted({c.frames for c in costs}), sorted({c.frames for c in costs}))
-    figure.legend(loc="outside right upper", fontsize=8)
-    figure.suptitle(title)
-    with whole(path) as part:
-        figure.savefig(part, dpi=110)
+    with drawn(path, 11, 5, "flops") as figure:
+        left, right = figure.subplots(1, 2)
+        for i, label in enumerate(dict.fromkeys(c.module for c in costs)):
+            own = [c for c in costs if c.module == label]
+            frames, style = [c.frames for c in own], "o-" if i < 10 else "s--"
+            left.plot(frames, [c.ratio for c in own], style, label=label)
+            right.plot(frames, [c.activation_bytes / 2**20 for c in own], style)
+        left.set(xlabel="frames", ylabel="FLOPs, times those of single frames")
+        right.set(xlabel="frames", ylabel="most alive at once (MiB)", yscale="log")
+        for axis in (left, right):
+            axis.set_xscale("log", base=2)
+            axis.set_xticks(sorted({c.frames for c in costs}), sorted({c.frames for c in costs}))
+            axis.grid(True)
+        figure.legend(loc="outside right upper")
+        figure.suptitle(title)
     return Path(path)

@@ -11,9 +11,10 @@ With precision="int8" the linear layers are then put into 8 bits, see pyvidx.lay
 
 import copy
 from collections.abc import Iterator
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from pyvidx.backbones.vit import AttentionPool, ViT
 from pyvidx.layers.int8 import quantize
@@ -44,7 +45,7 @@ class Foldable(nn.Module):
             raise RuntimeError(f"{type(self).__name__}: a folded copy is for inference; train the model itself")
         return super().train(mode)
 
-    def load_state_dict(self, *args, **kwargs):
+    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
         if self.folded:
             raise RuntimeError(
                 f"{type(self).__name__}: a folded copy does not take weights; load the model and fold again"
@@ -135,7 +136,7 @@ def _check_own(name: str, module: nn.Module) -> None:
         )
 
 
-def _set(linear: nn.Linear, weight, bias) -> None:
+def _set(linear: nn.Linear, weight: Tensor, bias: Tensor | None) -> None:
     dtype = linear.weight.dtype
     linear.weight = nn.Parameter(weight.detach().to(dtype), requires_grad=False)
     linear.bias = nn.Parameter(bias.detach().to(dtype), requires_grad=False)

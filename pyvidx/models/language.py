@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -40,8 +41,8 @@ class Language(nn.Module):
     def __init__(
         self,
         causal_lm: nn.Module,
-        tokenizer,
-        text_tokenizer=None,
+        tokenizer: Any,
+        text_tokenizer: Any = None,
         *,
         max_text: int = 128,
         max_answer: int = 255,
@@ -87,7 +88,7 @@ class Language(nn.Module):
         return (ids, mask) if groups is None else (ids.unflatten(0, (-1, groups)), mask.unflatten(0, (-1, groups)))
 
     @torch.no_grad()
-    def generate(self, tokens: Tensor, prompts: Sequence, **options) -> list:
+    def generate(self, tokens: Tensor, prompts: Sequence[Any], **options: Any) -> list[Any]:
         """Answers in words.
 
         Args:
@@ -124,7 +125,7 @@ class Language(nn.Module):
         answers = answers if beams == 1 else _chunks(answers, beams)
         return answers if groups is None else _chunks(answers, groups)
 
-    def loss(self, tokens: Tensor, prompts: Sequence, answers: Sequence) -> Tensor:
+    def loss(self, tokens: Tensor, prompts: Sequence[Any], answers: Sequence[Any]) -> Tensor:
         """Mean cross-entropy of the answers' tokens and of the eos after each, over all of them; a scalar.
 
         Args:
@@ -185,7 +186,7 @@ class Language(nn.Module):
         return tokens.flatten(0, -3).to(weight.device, weight.dtype)
 
 
-def _flatten(texts: Sequence) -> tuple[list[str], int | None]:
+def _flatten(texts: Sequence[Any]) -> tuple[list[str], int | None]:
     """Texts in one list, and how many there are per video; None where they have no axis for it."""
     if isinstance(texts, str) or not texts:
         raise ValueError(f"Language: texts must be a list, one per video, got {texts!r}")
@@ -196,5 +197,5 @@ def _flatten(texts: Sequence) -> tuple[list[str], int | None]:
     return [text for row in texts for text in row], len(texts[0])
 
 
-def _chunks(items: list, size: int) -> list[list]:
+def _chunks(items: list[Any], size: int) -> list[list[Any]]:
     return [items[i : i + size] for i in range(0, len(items), size)]

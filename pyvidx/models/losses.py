@@ -9,7 +9,8 @@ The loss of UMT (arXiv:2303.16058) is `alignment` as well.
 Half precision is computed in float32, also under autocast: a float16 logit near 30 has steps of 0.02.
 """
 
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -67,7 +68,7 @@ class _Alignment(torch.autograd.Function):
     """Neither unit vectors nor their gradients are written: that of a token is a sum of the two with scalar weights."""
 
     @staticmethod
-    def forward(ctx, student, teacher):
+    def forward(ctx: Any, student: Tensor, teacher: Tensor) -> Tensor:
         per_student, per_teacher = (
             torch.linalg.vector_norm(x, dim=-1, keepdim=True).clamp_min(EPS).reciprocal() for x in (student, teacher)
         )
@@ -77,7 +78,7 @@ class _Alignment(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad):
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         student, teacher, cos, per_student, per_teacher = ctx.saved_tensors
         along = -2 * grad / cos.numel() * per_student
         back = cos * per_student * (per_student < 1 / EPS)  # a shorter one is only divided by EPS
@@ -110,14 +111,14 @@ def gather(x: Tensor, *, gradient: str = "global", group: dist.ProcessGroup | No
 
 class _Gather(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, gradient, group):
+    def forward(ctx: Any, x: Tensor, gradient: str, group: dist.ProcessGroup | None) -> Tensor:
         ctx.gradient, ctx.group, ctx.rows = gradient, group, len(x)
         parts = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(dist.get_world_size(group))]
         dist.all_gather(parts, x.contiguous(), group=group)
         return torch.cat(parts)
 
     @staticmethod
-    def backward(ctx, grad):
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         if ctx.gradient == "global":
             grad = grad.clone(memory_format=torch.contiguous_format)
             dist.all_reduce(grad, group=ctx.group)  # gloo has no reduce_scatter; these rows are few
@@ -125,7 +126,7 @@ class _Gather(torch.autograd.Function):
         return grad[start : start + ctx.rows], None, None
 
 
-def _no_autocast(x: Tensor):
+def _no_autocast(x: Tensor) -> AbstractContextManager[Any]:
     kind = x.device.type  # meta tensors, of which operations are counted, know no autocast
     return torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext()
 

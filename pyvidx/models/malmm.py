@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -102,7 +103,16 @@ class MALMM(Foldable):
             parts = (self.features(pixels),)
         return self.project(self._encode(parts, prompt, length, visual, query, chunk=32))
 
-    def _ragged(self, pixels, frames, text_ids, text_mask, length: int, visual: bool, query: bool) -> Tensor:
+    def _ragged(
+        self,
+        pixels: Tensor,
+        frames: Tensor | Sequence[int],
+        text_ids: Tensor | None,
+        text_mask: Tensor | None,
+        length: int,
+        visual: bool,
+        query: bool,
+    ) -> Tensor:
         """Videos of one length at a time: each at full speed, and nothing of the padding is worked on."""
         counts = torch.as_tensor(frames)
         whole = not counts.is_floating_point() and counts.dtype != torch.bool
@@ -127,8 +137,14 @@ class MALMM(Foldable):
         return torch.stack(out)
 
     def generate(
-        self, pixels: Tensor, prompts: Sequence, language: Language, *, memory: dict | None = None, **options
-    ) -> list:
+        self,
+        pixels: Tensor,
+        prompts: Sequence[Any],
+        language: Language,
+        *,
+        memory: dict[str, Any] | None = None,
+        **options: Any,
+    ) -> list[Any]:
         """Questions about videos, answered in words.
 
         Args:
@@ -146,7 +162,13 @@ class MALMM(Foldable):
         return language.generate(tokens, prompts, **options)
 
     def loss(
-        self, pixels: Tensor, prompts: Sequence, answers: Sequence, language: Language, *, memory: dict | None = None
+        self,
+        pixels: Tensor,
+        prompts: Sequence[Any],
+        answers: Sequence[Any],
+        language: Language,
+        *,
+        memory: dict[str, Any] | None = None,
     ) -> Tensor:
         """The training loss: mean cross-entropy of the answers' tokens, see Language.loss; arguments as in generate.
 
@@ -293,7 +315,9 @@ class MALMM(Foldable):
         prompt = self.prompt(batch=features.shape[0]) if prompt is None else prompt
         return self._encode((features,), prompt, length, visual, query, chunk)
 
-    def _encode(self, parts, prompt: Prompt, length: int, visual: bool, query: bool, chunk: int) -> Tensor:
+    def _encode(
+        self, parts: Sequence[Tensor], prompt: Prompt, length: int, visual: bool, query: bool, chunk: int
+    ) -> Tensor:
         """parts: features of consecutive frames; of them only the last frame has gradients."""
         T = sum(part.shape[1] for part in parts)
         for part in parts:

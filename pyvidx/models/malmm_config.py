@@ -2,6 +2,7 @@
 
 import dataclasses
 from dataclasses import dataclass, field
+from typing import Any
 
 from pyvidx.backbones.vit import EVA_G, ViTConfig
 from pyvidx.memory.qformer import QFormerConfig
@@ -26,7 +27,7 @@ class MALMMConfig:
     llm_width: int | None = 4096
     time_length: int = 120
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check(self, zero=("time_length",))
         if self.vision.width != self.qformer.encoder_width:
             raise ValueError(
@@ -34,19 +35,19 @@ class MALMMConfig:
                 f"got {self.qformer.encoder_width} and {self.vision.width}"
             )
 
-    def to_dict(self) -> dict:
+    def to_dict(self) -> dict[str, Any]:
         """What json takes; from_dict goes back."""
         return dataclasses.asdict(self)
 
     @classmethod
-    def from_dict(cls, values: dict) -> "MALMMConfig":
+    def from_dict(cls, values: dict[str, Any]) -> "MALMMConfig":
         values = dict(values)
         vision = ViTConfig(**known(ViTConfig, values.pop("vision")))
         qformer = QFormerConfig(**known(QFormerConfig, values.pop("qformer")))
         return cls(vision=vision, qformer=qformer, **known(cls, values))
 
     @classmethod
-    def tiny(cls, **changes) -> "MALMMConfig":
+    def tiny(cls, **changes: Any) -> "MALMMConfig":
         """A model to try things out with: 9 patches, four layers, every part there is."""
         config = cls(
             vision=dataclasses.replace(EVA_G, image_size=42, width=48, heads=4, layers=2, mlp_width=96),

@@ -3,6 +3,7 @@
 import dataclasses
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -39,7 +40,7 @@ class MiniGPT4Config:
     llm_width: int = 4096
     norm_eps: float = 1e-5
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check(self)
         width = self.encoder.vision.width
         if self.encoder.part != "tokens" or self.qformer.encoder_width != width or self.qformer.vocab is not None:
@@ -48,12 +49,12 @@ class MiniGPT4Config:
                 f"{width}, got {self.encoder.part!r}, vocab {self.qformer.vocab} and {self.qformer.encoder_width}"
             )
 
-    def to_dict(self) -> dict:
+    def to_dict(self) -> dict[str, Any]:
         """What json takes; from_dict goes back."""
         return dataclasses.asdict(self)
 
     @classmethod
-    def from_dict(cls, values: dict) -> "MiniGPT4Config":
+    def from_dict(cls, values: dict[str, Any]) -> "MiniGPT4Config":
         values = dict(values)
         encoder = BTAdapterConfig.from_dict(values.pop("encoder"))
         return cls(encoder, QFormerConfig(**known(QFormerConfig, values.pop("qformer"))), **known(cls, values))

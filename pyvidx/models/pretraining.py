@@ -5,7 +5,7 @@ import math
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -227,7 +227,9 @@ class Pretraining(nn.Module):
         token = sum(len(video) / B * loss for video, loss in zip(videos, tokens))  # a mean over equally many of each
         return self._compared(text, torch.cat(videos), torch.cat(branches), token)
 
-    def _compared(self, text: Tensor, video: Tensor, branch: Tensor | None = None, token: Tensor | None = None):
+    def _compared(
+        self, text: Tensor, video: Tensor, branch: Tensor | None = None, token: Tensor | None = None
+    ) -> Losses:
         """The losses of the embeddings [B, E] of all processes."""
         vtc, mbca, mbta = self.weights
         video, text = (gather(e, gradient=self.gradient) for e in (video, text))
@@ -245,7 +247,7 @@ class Pretraining(nn.Module):
         # The projection is linear: the mean of the tokens' projections is the projection of their mean.
         return video, tower.project(mean), alignment(norm(dense(z, first)), self.teacher(xs[-1], group))
 
-    def _in_parts(self, embed: Callable[[slice], tuple], B: int) -> list[tuple]:
+    def _in_parts(self, embed: Callable[[slice], tuple[Any, ...]], B: int) -> list[tuple[Any, ...]]:
         """embed of micro_batch videos at a time."""
         if self.micro_batch is None or self.micro_batch >= B:
             return [embed(slice(None))]

@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -37,7 +38,7 @@ class TextVideo:
     model: VideoEncoder
     text: TextTower
     words: Words
-    about: dict
+    about: dict[str, Any]
 
     @torch.inference_mode()
     def similarity(self, pooled: Tensor, captions: Sequence[str]) -> Tensor:
@@ -89,7 +90,7 @@ class TextVideo:
         """
         changes = {name: value for name, value in {"compat": compat, "variant": variant}.items() if value is not None}
 
-        def build(header: dict) -> nn.ModuleDict:
+        def build(header: dict[str, Any]) -> nn.ModuleDict:
             words, about, encoder = header["vocabulary"], header["about"], header["encoder"]
             if not all(isinstance(word, str) for word in words) or not isinstance(about, dict):
                 raise TypeError("vocabulary must be words, and about an object")

@@ -52,7 +52,7 @@ class UMTConfig:
     mlp_width: int
     eps: float = 1e-6
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check(self)
         if self.width % self.heads:
             raise ValueError(f"UMTConfig: width must be a multiple of heads, got {self.width} and {self.heads}")

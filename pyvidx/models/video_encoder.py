@@ -4,6 +4,7 @@ import dataclasses
 import functools
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -226,7 +227,7 @@ class VideoEncoder(Foldable):
         real: Tensor | None,
         wanted: Sequence[str],
         mask: Tensor | None,
-        grid: dict,
+        grid: dict[str, Any],
         times: Tensor | None,
     ) -> Encoding:
         options = grid if mask is None else {**grid, "mask": mask}
@@ -245,7 +246,9 @@ class VideoEncoder(Foldable):
         run = functools.partial(self.tower, layers=reads, interpolate=interpolate, class_row=class_row)
         return on_real_frames(run, pixels, real)
 
-    def _run_inside(self, pixels: Tensor, real: Tensor | None, wanted: Sequence[str], grid: dict) -> tuple[Tensor, ...]:
+    def _run_inside(
+        self, pixels: Tensor, real: Tensor | None, wanted: Sequence[str], grid: dict[str, Any]
+    ) -> tuple[Tensor, ...]:
         found, reads, tokens = [], self._reads(wanted), self.tower.tokens(pixels, interpolate=bool(grid))
         x = self.tower.norm_pre(self.temporal.embed(tokens, self.tower, real, **grid))
         for i in range(reads.stop):
@@ -310,12 +313,12 @@ class VideoEncoder(Foldable):
             raise ValueError(f"{self._name}: tokens need all patches; with a mask ask for outputs=('pooled',)")
         return wanted
 
-    def header(self) -> dict:
+    def header(self) -> dict[str, Any]:
         """What `built` makes it of, as data."""
         return {"vision": dataclasses.asdict(self.tower.config), "temporal": self.temporal.spec}
 
     @classmethod
-    def built(cls, header: dict) -> "VideoEncoder":
+    def built(cls, header: dict[str, Any]) -> "VideoEncoder":
         """A model with random weights, of the sizes that `header` gave.
 
         Raises:
@@ -339,7 +342,7 @@ class VideoEncoder(Foldable):
         return cls._loaded(path, {})
 
     @classmethod
-    def _loaded(cls, path: str | Path, changes: dict) -> "VideoEncoder":
+    def _loaded(cls, path: str | Path, changes: dict[str, Any]) -> "VideoEncoder":
         """changes: entries of the header, in place of those saved."""
         model, header = files.load(path, cls.kind, lambda header: cls.built(header | changes))
         model.tower.requires_grad_(False)
@@ -347,7 +350,7 @@ class VideoEncoder(Foldable):
         return model
 
     @classmethod
-    def default(cls, name: str = "bt_adapter", size: str = "tiny", **options) -> "VideoEncoder":
+    def default(cls, name: str = "bt_adapter", size: str = "tiny", **options: Any) -> "VideoEncoder":
         """A model with random weights, always the same ones, to try things out. `is_random` is True."""
         vision = BTAdapterConfig.named(size).vision
         with torch.random.fork_rng(devices=[]):
@@ -355,6 +358,6 @@ class VideoEncoder(Foldable):
             return cls(ViT(vision), temporal.create(name, vision, **options)).eval()
 
 
-def _grid_option(grid: tuple[int, int], interpolate: bool | tuple[int, int]) -> dict:
+def _grid_option(grid: tuple[int, int], interpolate: bool | tuple[int, int]) -> dict[str, Any]:
     """What a temporal module is told of the grid: nothing where it must be the tower's own."""
     return {"grid": grid} if interpolate else {}

@@ -4,28 +4,34 @@ The reference is registered for every backend; a compiled CPU or CUDA kernel tak
 op runs on any device of any machine, and `python -m pyvidx info` says whether a kernel or the reference will run.
 """
 
+import ctypes
+import functools
+import json
 import os
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
-_lib = torch.library.Library("pyvidx", "DEF")
-REFERENCES: dict[str, Callable] = {}  # op name -> reference, in order of definition
-FLOPS: dict[str, Callable] = {}  # op name -> its matrix products, for pyvidx.models.flops
+NAMESPACE = "pyvidx"  # of the ops in torch; cmake/hf_kernel.py writes another
+_lib = torch.library.Library(NAMESPACE, "DEF")
+REFERENCES: dict[str, Callable[..., Any]] = {}  # op name -> reference, in order of definition
+FLOPS: dict[str, Callable[..., Any]] = {}  # op name -> its matrix products, for pyvidx.models.flops
 
 
 def define(
     schema: str,
     *,
-    reference: Callable,
-    fake: Callable,
-    backward: Callable | None = None,
-    setup_context: Callable | None = None,
+    reference: Callable[..., Any],
+    fake: Callable[..., Any],
+    backward: Callable[..., Any] | None = None,
+    setup_context: Callable[..., Any] | None = None,
     autocast: str | None = None,
-    flops: Callable | None = None,
-) -> Callable:
+    flops: Callable[..., Any] | None = None,
+) -> Callable[..., Any]:
     """Register torch.ops.pyvidx.<name> and return it; where it writes into its arguments, a shorter way to it.
 
     Args:
@@ -34,8 +40,7 @@ def define(
         fake: shapes and dtypes of the outputs, for torch.compile and export.
         backward, setup_context: as in torch.library.register_autograd.
         autocast: under torch.autocast, "low" casts floating inputs to the autocast dtype (as for a matmul), "widest"
-            to the widest dtype among them (as for a sum), "first" to that of the first one (parameters to that of the
-            activations). None: inputs are taken as they are.
+            to the widest dtype among them (as for a sum). None: inputs are taken as they are.
         flops: operations in matrix products, 2 per multiply-add, as a function of the arguments with shapes in place
             of tensors. None: it has none.
     """
@@ -43,19 +48,19 @@ def define(
 
     def run_reference(*args, **kwargs):
         if os.environ.get("PYVIDX_STRICT") == "1":
-            raise RuntimeError(f"pyvidx::{name}: PYVIDX_STRICT=1 and {why_reference(_device(args))}")
+            raise RuntimeError(f"{NAMESPACE}::{name}: PYVIDX_STRICT=1 and {why_reference(_device(args))}")
         return reference(*args, **kwargs)
 
     _lib.define(schema)
     _lib.impl(name, run_reference, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"pyvidx::{name}", _on_one_device(name, fake), lib=_lib)
-    op = getattr(torch.ops.pyvidx, name).default
+    torch.library.register_fake(f"{NAMESPACE}::{name}", _on_one_device(name, fake), lib=_lib)
+    op = getattr(getattr(torch.ops, NAMESPACE), name).default
     call = op
     if op._schema.is_mutable:
         kernel, call = _counting_versions(op)
         _lib.impl(name, kernel, "ADInplaceOrView", with_keyset=True)
     if backward is not None:
-        torch.library.register_autograd(f"pyvidx::{name}", backward, setup_context=setup_context, lib=_lib)
+        torch.library.register_autograd(f"{NAMESPACE}::{name}", backward, setup_context=setup_context, lib=_lib)
     if autocast is not None:
         for device in ("cpu", "cuda"):
             _lib.impl(name, _autocast_rule(op, device, autocast), f"Autocast{device.upper()}")
@@ -65,24 +70,22 @@ def define(
     return call
 
 
-def _autocast_rule(op, device: str, rule: str) -> Callable:
+def _autocast_rule(op, device: str, rule: str) -> Callable[..., Any]:
     keys = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU) | torch._C.DispatchKeySet(
         torch._C.DispatchKey.AutocastCUDA
     )
 
     def call(*args):
         floating = [a.dtype for a in args if isinstance(a, Tensor) and a.is_floating_point()]
-        dtype = torch.get_autocast_dtype(device) if rule == "low" else floating[0]
-        if rule == "widest":
-            for other in floating[1:]:
-                dtype = torch.promote_types(dtype, other)
+        low = rule == "low"
+        dtype = torch.get_autocast_dtype(device) if low else functools.reduce(torch.promote_types, floating)
         with torch._C._ExcludeDispatchKeyGuard(keys):
             return op(*(a.to(dtype) if isinstance(a, Tensor) and a.is_floating_point() else a for a in args))
 
     return call
 
 
-def _counting_versions(op) -> tuple[Callable, Callable]:
+def _counting_versions(op) -> tuple[Callable[..., Any], Callable[..., Any]]:
     """Counts up the versions of what the op writes, as torch's own in-place ops do: so autograd notices where a tensor
     it has saved is no longer what it was.
 
@@ -117,7 +120,7 @@ def _counting_versions(op) -> tuple[Callable, Callable]:
     return kernel, call
 
 
-def _on_one_device(name: str, fake: Callable) -> Callable:
+def _on_one_device(name: str, fake: Callable[..., Any]) -> Callable[..., Any]:
     """A fake runs where any argument is on the meta device, but knows only where some of them are."""
 
     def call(*args):
@@ -130,7 +133,7 @@ def _on_one_device(name: str, fake: Callable) -> Callable:
     return call
 
 
-def _tensors(args: Iterable) -> list[Tensor]:
+def _tensors(args: Iterable[Any]) -> list[Tensor]:
     """The tensors among arguments and in lists of them."""
     found = []
     for a in args:
@@ -141,7 +144,7 @@ def _tensors(args: Iterable) -> list[Tensor]:
     return found
 
 
-def _device(args: Sequence) -> str:
+def _device(args: Sequence[Any]) -> str:
     return next((t.device.type for t in _tensors(args)), "cpu")
 
 
@@ -228,7 +231,7 @@ def require_out(op: str, out: Tensor, shape: Sequence[int], like: Tensor, *input
 
 def has_kernel(name: str, device_type: str) -> bool:
     """Is there a compiled kernel, or would the reference run?"""
-    return torch._C._dispatch_has_kernel_for_dispatch_key(f"pyvidx::{name}", device_type.upper())
+    return torch._C._dispatch_has_kernel_for_dispatch_key(f"{NAMESPACE}::{name}", device_type.upper())
 
 
 def why_reference(device_type: str) -> str:
@@ -238,12 +241,19 @@ def why_reference(device_type: str) -> str:
     return f"no {device_type} kernel in this build, so the reference runs"
 
 
+def _path() -> Path:
+    """The compiled library. PYVIDX_OPS_LIBRARY names another build of pyvidx's own namespace (tests)."""
+    other = os.environ.get("PYVIDX_OPS_LIBRARY") if NAMESPACE == "pyvidx" else None
+    return Path(other or Path(__file__).parents[1] / "_ops.abi3.so")
+
+
 def _load() -> str | None:
-    """Load the kernels; None, or why they could not be loaded. PYVIDX_OPS_LIBRARY names another build (tests)."""
-    default = Path(__file__).parents[1] / "_ops.abi3.so"
-    path = os.environ.get("PYVIDX_OPS_LIBRARY") or default
-    if not Path(path).exists():
-        return f"{path} does not exist: build it with `pip install --no-build-isolation -e .`"
+    """Load the kernels; None, or why they could not be loaded."""
+    path = _path()
+    if not path.exists():
+        return (
+            f"{path} does not exist: a wheel for this platform has it, `pip install --no-build-isolation .` builds it"
+        )
     try:
         torch.ops.load_library(path)
     except OSError as error:
@@ -251,4 +261,34 @@ def _load() -> str | None:
     return None
 
 
+def _said(function: str) -> str | None:
+    """What the loaded library says of itself; None without one, and of the tests' emulator, which says nothing."""
+    if LOAD_ERROR is not None:
+        return None
+    library = ctypes.CDLL(str(_path()))  # loaded already: the same one
+    if not hasattr(library, function):
+        return None
+    call = getattr(library, function)
+    call.restype = ctypes.c_char_p
+    return call().decode()
+
+
+def build() -> dict | None:
+    """compiler, torch and cuda_archs ("80", ...) of the loaded library; None without one that says."""
+    said = _said("pyvidx_build")
+    return None if said is None else json.loads(said)
+
+
+def isa() -> str | None:
+    """The instruction-set level the CPU kernels run at, or why they cannot run; None without a library that says."""
+    return _said("pyvidx_isa")
+
+
 LOAD_ERROR = _load()
+if LOAD_ERROR is not None:
+    warnings.warn(
+        f"pyvidx has no compiled kernels here: every op runs its PyTorch reference, which is slower. {LOAD_ERROR}. "
+        "`pyvidx info` says more; PYVIDX_STRICT=1 makes this an error.",
+        RuntimeWarning,
+        stacklevel=2,
+    )

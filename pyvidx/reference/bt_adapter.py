@@ -6,6 +6,8 @@ behavior is kept where it is odd: a clip whose axis 1 is 3 is read channel-first
 for every T; the mask, drawn frame-major, is applied to patch-major tokens.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -48,7 +50,9 @@ class ReferenceBTAdapter(nn.Module):
         self.btadapter_T_layers = nn.ModuleList(TemporalLayer(v.width, v.heads, eps) for _ in range(depth))
         self.btadapter_time_embed = nn.Embedding(config.time_length, C)
 
-    def forward(self, x: Tensor, mask: Tensor | None = None, trace: dict | None = None, drops: Drops | None = None):
+    def forward(
+        self, x: Tensor, mask: Tensor | None = None, trace: dict[str, Any] | None = None, drops: Drops | None = None
+    ) -> Tensor:
         """
         Args:
             x: pixels [B, T, 3, h, w], or [B, 3, T, h, w]; mma and stan also [B, 3, h, w] (images); llava also
@@ -122,7 +126,9 @@ class ReferenceBTAdapter(nn.Module):
         cls = self.class_embedding.expand(x.shape[0], 1, -1)
         return torch.cat([cls, patches], dim=1) + self.position_embedding.weight
 
-    def _branch_layer(self, j: int, x: Tensor, z: Tensor | None, B: int, T: int, mask, trace: dict, drop) -> Tensor:
+    def _branch_layer(
+        self, j: int, x: Tensor, z: Tensor | None, B: int, T: int, mask: Tensor | None, trace: dict[str, Any], drop: Any
+    ) -> Tensor:
         x = x.view(B, T, *x.shape[1:])  # [B, T, 1+P, C]
         t = T
         if self.tower == "llava":

@@ -28,7 +28,7 @@ class Attention(nn.Module):
         rows, tokens, C = x.shape
         D = C // self.heads
 
-        def split(y):  # [rows * H, tokens, D]
+        def split(y: Tensor) -> Tensor:  # [rows * H, tokens, D]
             return y.view(rows, tokens, self.heads, D).transpose(1, 2).contiguous().view(rows * self.heads, tokens, D)
 
         q, k, v = split(self.q_proj(x) * D**-0.5), split(self.k_proj(x)), split(self.v_proj(x))

@@ -6,7 +6,7 @@ in the public code they hang on the modules, and what is odd about that (banks t
 clip is not as long as the model was told) is not reproduced.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -31,7 +31,7 @@ class ReferenceState(NamedTuple):
 class EVAVisionReference(nn.Module):
     """EVA-ViT: patch embedding with bias, class token, position table, pre-norm blocks, no norm at the end."""
 
-    def __init__(self, config):
+    def __init__(self, config: Any):
         super().__init__()
         C, P = config.width, config.patches
         self.cls_token = nn.Parameter(torch.randn(1, 1, C))
@@ -42,7 +42,7 @@ class EVAVisionReference(nn.Module):
             EVABlock(C, config.heads, config.mlp_width, config.eps) for _ in range(config.layers)
         )
 
-    def forward(self, x: Tensor, trace: dict | None = None) -> Tensor:  # [B, 3, h, w] -> [B, 1+P, C]
+    def forward(self, x: Tensor, trace: dict[str, Any] | None = None) -> Tensor:  # [B, 3, h, w] -> [B, 1+P, C]
         trace = {} if trace is None else trace
         trace["patch_embed"] = x = self.patch_embed.proj(x).flatten(2).transpose(1, 2)
         x = torch.cat([self.cls_token.expand(x.shape[0], -1, -1), x], dim=1) + self.pos_embed
@@ -132,7 +132,7 @@ class ReferenceMALMM(nn.Module):
             outputs.append(x[:, :Q])
         return self.llm_proj(outputs[-1] if length else torch.cat(outputs, dim=1))
 
-    def _embed(self, text_ids, text_mask, B: int) -> tuple[Tensor, Tensor | None]:
+    def _embed(self, text_ids: Tensor | None, text_mask: Tensor | None, B: int) -> tuple[Tensor, Tensor | None]:
         """Rows [B, N, D] of queries and text, and what is added to the scores, [B, 1, 1, N]."""
         e = self.Qformer.bert.embeddings
         x, mask = self.query_tokens.expand(B, -1, -1), None

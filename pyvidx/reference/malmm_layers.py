@@ -4,6 +4,8 @@ Slow on purpose and kept simple: this is what the fast path is compared with, in
 the official names, so that an official state dict loads as it is.
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -67,7 +69,7 @@ class BertAttentionWeights(nn.Module):
     def forward(self, x: Tensor, source: Tensor, mask: Tensor | None = None) -> Tensor:
         """x [B, N, D] attends to source [B, S, Ds]; mask [B, 1, 1, S] is added to the scores."""
 
-        def split(y):  # [B, H, tokens, D / H]
+        def split(y: Tensor) -> Tensor:  # [B, H, tokens, D / H]
             return y.view(*y.shape[:2], self.heads, -1).permute(0, 2, 1, 3)
 
         q, k, v = split(self.query(x)), split(self.key(source)), split(self.value(source))
@@ -108,7 +110,7 @@ class BertAttention(nn.Module):
 class QFormerLayer(nn.Module):
     """Self-attention of all rows, cross-attention of the query rows (where there is one), two feed-forward paths."""
 
-    def __init__(self, config, cross: bool):
+    def __init__(self, config: Any, cross: bool):
         super().__init__()
         D, H, F_, eps = config.width, config.heads, config.mlp_width, config.eps
         self.attention = BertAttention(D, H, D, eps)

@@ -1,5 +1,7 @@
 """The official pretraining step, written plainly in eager torch on the official tower: one process, official order."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -17,7 +19,7 @@ class ReferencePretraining(nn.Module):
         self.head = nn.Sequential(nn.Linear(C, E), nn.LayerNorm(E))
 
     def forward(
-        self, pixels: Tensor, ids: Tensor, mask: Tensor, drops: Drops | None = None, trace: dict | None = None
+        self, pixels: Tensor, ids: Tensor, mask: Tensor, drops: Drops | None = None, trace: dict[str, Any] | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Weighted losses: video-text, branch-text, branch-token.
 

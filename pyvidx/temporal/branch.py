@@ -1,6 +1,7 @@
 """Branches beside the tower: BT-Adapter, and the steps that led to it (arXiv:2309.15785, table 6)."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -84,7 +85,7 @@ class Branch(TemporalModule):
     def check(self, T: int, P: int, frame_mask: Tensor | None = None, mask: Tensor | None = None) -> None:
         self.grouping(T, P, mask=mask, frame_mask=frame_mask)
 
-    def grouping(self, T: int, P: int, **options) -> Grouping:
+    def grouping(self, T: int, P: int, **options: Any) -> Grouping:
         """The arrangement of the tokens of T frames of P patches; options of pyvidx.temporal.grouping.grouping."""
         return grouping(T, P, time_length=self.time_length, **options)
 

@@ -11,7 +11,7 @@ patches; see pyvidx.temporal.grouping) and one class token [B, C] per video; not
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -48,7 +48,7 @@ class Mixed(NamedTuple):
         return _residual_norm(self.z, self.added, norm, cls=self.cls)
 
 
-def _residual_norm(x: Tensor, y: Tensor, norm: nn.Module, **options) -> tuple[Tensor, Tensor]:
+def _residual_norm(x: Tensor, y: Tensor, norm: nn.Module, **options: Any) -> tuple[Tensor, Tensor]:
     """residual_norm with a LayerNorm that may have to be called."""
     known = foldable(norm, x)
     if known is not None:
@@ -148,7 +148,7 @@ def split_rows(x: Tensor, *, mean: bool = False) -> tuple[Tensor, ...]:
     return _slices(x, mean) if torch.compiler.is_compiling() else _Split.apply(x, mean)
 
 
-def _slices(x, mean):
+def _slices(x: Tensor, mean: bool) -> tuple[Tensor, ...]:
     z, cls = x[:, :, 1:], x[:, 0, 0]
     return (z, cls, z.mean(dim=2).mean(dim=1)) if mean else (z, cls)  # torch is slow at one mean over both
 
@@ -157,13 +157,13 @@ class _Split(torch.autograd.Function):
     """The gradient is written once; those of two slices would each fill a whole tensor, to be added up."""
 
     @staticmethod
-    def forward(ctx, x, mean):
+    def forward(ctx: Any, x: Tensor, mean: bool) -> tuple[Tensor, ...]:
         ctx.shape = x.shape
         ctx.set_materialize_grads(False)
         return _slices(x, mean)
 
     @staticmethod
-    def backward(ctx, grad_z, grad_cls, grad_mean=None):
+    def backward(ctx: Any, grad_z: Tensor, grad_cls: Tensor, grad_mean: Tensor | None = None) -> tuple[Tensor, None]:
         _, S, N, _ = ctx.shape
         given = [g for g in (grad_z, grad_cls, grad_mean) if g is not None]
         if not given:
@@ -288,7 +288,7 @@ class BTAdapterBranch(nn.Module):
         normed = normed[0] if normed else layer.norm(z)
         return Mixed(z, cls, self._run(layer, normed, drop, real))
 
-    def _run(self, layer: nn.Module, *inputs: Mixed | Tensor | None):
+    def _run(self, layer: nn.Module, *inputs: Mixed | Tensor | None) -> Any:
         if self.checkpointing and torch.is_grad_enabled():
             # Nothing is drawn inside: the drops come in.
             return checkpoint(layer, *inputs, use_reentrant=False, preserve_rng_state=False)

@@ -2,13 +2,14 @@
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
+from typing import Any
 
 import torch.utils._pytree as pytree
 from torch import Tensor
 
 
 @dataclass(frozen=True, eq=False)
-class Encoding(Mapping):
+class Encoding(Mapping[str, Any]):
     """A batch of encoded videos. What was not asked for is None.
 
     Also a mapping of what is there by name, which is how torch's `default_collate` and accelerate go through outputs,

@@ -95,7 +95,18 @@ def grouping(
     return replace(group, frame_mask=frame_mask)
 
 
-def _grouping(T, P, *, compat, variant, time_length, mask, mask_order, kept, device) -> Grouping:
+def _grouping(
+    T: int,
+    P: int,
+    *,
+    compat: str,
+    variant: str,
+    time_length: int,
+    mask: Tensor | None,
+    mask_order: str,
+    kept: int | None,
+    device: torch.device | str | None,
+) -> Grouping:
     if compat not in COMPATS or variant not in VARIANTS:
         raise ValueError(
             f"BT-Adapter: compat must be one of {COMPATS} and variant of {VARIANTS}, got {compat!r}, {variant!r}"
@@ -125,7 +136,9 @@ def _grouping(T, P, *, compat, variant, time_length, mask, mask_order, kept, dev
     return Grouping(T, P, pair, None if pair else _halved(T, P, device))
 
 
-def _kept_table(mask, T, P, order, kept, device):
+def _kept_table(
+    mask: Tensor | None, T: int, P: int, order: str, kept: int | None, device: torch.device | str | None
+) -> Tensor | None:
     """A tube [P] or [B, P] -> [1 or B, K]; [B, T*P] -> [B, S = T, K]."""
     if mask is None:
         return None
@@ -144,7 +157,7 @@ def _kept_table(mask, T, P, order, kept, device):
     return _source(index.view(mask.shape[0], -1, T).transpose(1, 2), T, P)
 
 
-def _halved(T, P, device):  # -> [1, S = T // 2, K = P * T / S]
+def _halved(T: int, P: int, device: torch.device | str | None) -> Tensor:  # -> [1, S = T // 2, K = P * T / S]
     S = T // 2
     if P * T % S:
         raise ValueError(f"BT-Adapter (official llava tower): T // 2 must divide T times the {P} patches, got T = {T}")

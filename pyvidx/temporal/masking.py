@@ -63,23 +63,25 @@ def drop_path_draws(
     """
     _check_rate("drop_path_draws", rate)
 
-    def factors(keep, n):
+    def factors(keep: float, n: int) -> Tensor:
         return (_uniform(B, n, device, generator) < keep).float() / keep
 
     rates = [rate * layer / max(depth - 1, 1) for layer in range(depth)]
     return [None if r == 0 else (factors(1 - r, K), factors(1 - r, S)) for r in rates]
 
 
-def _removed(B, n, rate, device, generator):  # -> bool [B, n], int(rate * n) True in each row
+def _removed(
+    B: int, n: int, rate: float, device: torch.device | str | None, generator: torch.Generator | None
+) -> Tensor:  # -> bool [B, n], int(rate * n) True in each row
     _check_rate("mask", rate)
     return (_uniform(B, n, device, generator).argsort(dim=1) < int(rate * n)).to(device)
 
 
-def _uniform(B, n, device, generator):
+def _uniform(B: int, n: int, device: torch.device | str | None, generator: torch.Generator | None) -> Tensor:
     where = device if generator is None else generator.device
     return torch.rand(B, n, generator=generator, device=where).to(device)
 
 
-def _check_rate(name, rate):
+def _check_rate(name: str, rate: float) -> None:
     if not 0 <= rate < 1:
         raise ValueError(f"{name}: rate must be in [0, 1), got {rate}")

@@ -12,6 +12,7 @@ a class row in any case, [B, T, 1+P, C]: what stands for a class token is said i
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -51,7 +52,7 @@ class TemporalModule(nn.Module):
     class_row = False
     masks = False
     sees_parts = True
-    spec: dict
+    spec: dict[str, Any]
 
     def __init__(self, vision: ViTConfig):
         super().__init__()

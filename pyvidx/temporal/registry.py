@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 from pyvidx.backbones.vit import ViTConfig
 from pyvidx.ops._library import require
@@ -11,10 +12,10 @@ from pyvidx.temporal.module import TemporalModule
 MODULES: dict[str, type[TemporalModule]] = {}
 
 
-def register(name: str) -> Callable:
+def register(name: str) -> Callable[..., Any]:
     """Decorator: make a module known to `create` under a name."""
 
-    def known(module):
+    def known(module: Any) -> Any:
         MODULES[name], module.name = module, name
         return module
 
@@ -26,7 +27,7 @@ def names() -> list[str]:
     return list(MODULES)
 
 
-def create(name: str, vision: ViTConfig, **options) -> TemporalModule:
+def create(name: str, vision: ViTConfig, **options: Any) -> TemporalModule:
     """A temporal module by name, for a tower of these sizes. Its options are the keyword arguments of its class.
 
     Raises:

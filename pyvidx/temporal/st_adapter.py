@@ -89,7 +89,7 @@ class STAdapter(TemporalModule):
             raise ValueError(f"STAdapter: places must be one of {PLACES}, got {places!r}")
         self.first, self.sees_parts = vision.layers - layers, kernel[1:] == (1, 1)
 
-        def adapters(place):
+        def adapters(place: str) -> nn.ModuleList | None:
             if places not in ("both", place):
                 return None
             return nn.ModuleList(Adapter(vision.width, width, kernel, self.before) for _ in range(layers))

@@ -1,5 +1,6 @@
 """What a run shows: one JSON line per step, a picture of the loss, TensorBoard, and a progress bar."""
 
+import importlib.util
 import json
 import math
 import sys
@@ -7,6 +8,7 @@ import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
+from pyvidx.pictures import drawn
 from pyvidx.train.outputs import written
 
 
@@ -44,27 +46,23 @@ class Curve:
 
     def draw(self) -> None:
         """Loss and its parts over steps, held-out losses as dots, and the learning rate."""
-        try:
-            from matplotlib.figure import Figure
-        except ImportError:
+        if importlib.util.find_spec("matplotlib") is None:
             warnings.warn("no picture of the loss: pip install 'pyvidx[cli]'", stacklevel=2)
             return
         rows = self.rows()
         steps, held = [r for r in rows if "loss" in r], [r for r in rows if r.get("held_out") is not None]
-        figure = Figure(figsize=(8, 4), layout="constrained")
-        axes = figure.subplots()
-        axes.plot([r["step"] for r in steps], [r["loss"] for r in steps], label="training")
-        for name in steps[0]["parts"] if steps else ():
-            axes.plot([r["step"] for r in steps], [r["parts"].get(name) for r in steps], lw=0.8, label=name)
-        if held:
-            axes.plot([r["step"] for r in held], [r["held_out"] for r in held], "o", label="held out")
-        axes.set(xlabel="step", ylabel="loss")
-        axes.legend()
-        right = axes.twinx()
-        right.plot([r["step"] for r in steps], [r["rate"] for r in steps], color="0.7")
-        right.set_ylabel("learning rate (gray)")
-        with written(self.picture) as part:
-            figure.savefig(part)
+        with written(self.picture) as part, drawn(part, 8, 4, "train") as figure:
+            axes = figure.subplots()
+            axes.plot([r["step"] for r in steps], [r["loss"] for r in steps], label="training")
+            for name in steps[0]["parts"] if steps else ():
+                axes.plot([r["step"] for r in steps], [r["parts"].get(name) for r in steps], lw=0.8, label=name)
+            if held:
+                axes.plot([r["step"] for r in held], [r["held_out"] for r in held], "o", label="held out")
+            axes.set(xlabel="step", ylabel="loss")
+            axes.legend()
+            right = axes.twinx()
+            right.plot([r["step"] for r in steps], [r["rate"] for r in steps], color="0.7")
+            right.set_ylabel("learning rate (gray)")
 
 
 class Board:

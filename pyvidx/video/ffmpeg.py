@@ -10,7 +10,7 @@ from typing import Any
 
 _lock = threading.Lock()
 _listeners = 0
-_before: tuple = (None, True)
+_before: tuple[Any, ...] = (None, True)
 
 
 def _forget() -> None:

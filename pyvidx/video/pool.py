@@ -160,10 +160,10 @@ class Decoders:
     def _map(
         self, sources: Iterable[Source], options: bytes, workers: int, ahead: int, ordered: bool
     ) -> Iterator[Decoded]:
-        jobs: SimpleQueue[tuple[Source, Future] | None] = SimpleQueue()
-        done: SimpleQueue[tuple[Source, Future]] = SimpleQueue()
+        jobs: SimpleQueue[tuple[Source, Future[Any]] | None] = SimpleQueue()
+        done: SimpleQueue[tuple[Source, Future[Any]]] = SimpleQueue()
         busy: set[Worker] = set()
-        order: deque[tuple[Source, Future]] = deque()
+        order: deque[tuple[Source, Future[Any]]] = deque()
 
         def serve() -> None:
             while (job := jobs.get()) is not None:
@@ -311,7 +311,7 @@ def _clip(reply: Reply, pixels: Tensor | None) -> Clip:
     return Clip(**reply.clip | arrays | {"frames": pixels})
 
 
-def _decoded(source: Source, future: Future) -> Decoded:
+def _decoded(source: Source, future: Future[Any]) -> Decoded:
     seconds = 0.0
     try:
         reply, pixels = future.result()

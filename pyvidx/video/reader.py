@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import BinaryIO
 
@@ -212,7 +212,9 @@ def _chunks(
         raise RuntimeError(f"video: {video.name} holds no frame that can be decoded")
 
 
-def _iterate(video: Source | FrameFolder, reader: str, keep) -> Iterator[tuple[pyav_reader.Item | None, Damage]]:
+def _iterate(
+    video: Source | FrameFolder, reader: str, keep: Callable[[int, float], bool]
+) -> Iterator[tuple[pyav_reader.Item | None, Damage]]:
     if isinstance(video, FrameFolder):
         return folder.iterate(video, keep)
     if isinstance(video, followed.Followed):

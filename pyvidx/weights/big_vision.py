@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 from torch import Tensor
 
@@ -38,7 +39,7 @@ POOL = "MAPHead_0/MultiHeadDotProductAttention_0/"
 LEAVES = {"kernel": "weight", "scale": "weight", "bias": "bias"}
 
 
-def is_big_vision(keys: Mapping) -> bool:
+def is_big_vision(keys: Mapping[str, Any]) -> bool:
     """Whether they are of such a file."""
     return any(isinstance(key, str) and KEY.fullmatch(key) for key in keys)
 

@@ -19,6 +19,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -46,7 +47,7 @@ def load_official(
     allow_missing: Sequence[str] = (),
     compat: str = "official",
     variant: str | None = None,
-    **sizes,
+    **sizes: Any,
 ) -> tuple[BTAdapter, Report]:
     """A BTAdapter with the sizes of the given weights.
 

@@ -5,6 +5,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -103,7 +104,7 @@ class Renamed:
     origin: dict[str, list[str]] = field(default_factory=dict)
     left_out: list[str] = field(default_factory=list)
     unexpected: list[str] = field(default_factory=list)
-    reshaped: list[tuple[str, tuple, tuple]] = field(default_factory=list)
+    reshaped: list[tuple[str, tuple[Any, ...], tuple[Any, ...]]] = field(default_factory=list)
 
     @property
     def keys(self) -> list[str]:

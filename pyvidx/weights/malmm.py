@@ -9,8 +9,9 @@ same works with the files of transformers' InstructBLIP and BLIP-2.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -33,7 +34,7 @@ AXES = {
 
 
 def load_malmm(
-    *sources: Source, allow_missing: Sequence[str] = (), compat: str = "official", **sizes
+    *sources: Source, allow_missing: Sequence[str] = (), compat: str = "official", **sizes: Any
 ) -> tuple[MALMM, Report]:
     """A model with the sizes of the given weights.
 
@@ -199,6 +200,6 @@ def _resized(table: Renamed, model: MALMM) -> Renamed:
     return replace(table, weights=weights, reshaped=[*table.reshaped, shapes])
 
 
-def _indices(names, prefix: str, suffix: str = "") -> list[int]:
+def _indices(names: Iterable[str], prefix: str, suffix: str = "") -> list[int]:
     inner = [name.removeprefix(prefix) for name in names if name.startswith(prefix) and name.endswith(suffix)]
     return sorted({int(name.split(".")[0]) for name in inner})

@@ -1,7 +1,7 @@
 """Names of MA-LMM's weights: of LAVIS (InstructBLIP, BLIP-2, MA-LMM, eva_vit_g), of transformers, and pyvidx's own."""
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -14,7 +14,7 @@ _LAYER = ("qformer.layers.{i}.", "Qformer.bert.encoder.layer.{i}.", "qformer.enc
 _EMBED = ("qformer.", "Qformer.bert.embeddings.", "qformer.embeddings.")
 
 
-def _under(prefixes, *rows):
+def _under(prefixes: Sequence[str], *rows: Sequence[str | None]) -> tuple[tuple[str | None, ...], ...]:
     """Rows with the prefix of each naming; None where a naming has no such tensor."""
     return tuple(tuple(name and p + name for p, name in zip(prefixes, row)) for row in rows)
 
@@ -166,7 +166,7 @@ def _rows() -> Iterator[tuple[str | None, ...]]:
     yield from TENSORS
 
 
-def _patterns() -> list[tuple[re.Pattern, str]]:
+def _patterns() -> list[tuple[re.Pattern[str], str]]:
     found = []
     for ours, *published in _rows():
         for name in {*published} - {None}:

@@ -8,8 +8,9 @@ Of the tower the first 39 blocks are taken, of the branch the layers that read t
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,7 +27,7 @@ TEMPORAL = {"norm1": "norm", "temporal_fc": "fc"}
 LEFT_OUT = re.compile(r"(text_backbone|extra_proj|loss|llama_model|t5_proj|opt_proj)\.|.*rope\.|logit_scale$")
 
 
-def load_minigpt4(*sources: Source, allow_missing: Sequence[str] = (), **sizes) -> tuple[MiniGPT4, Report]:
+def load_minigpt4(*sources: Source, allow_missing: Sequence[str] = (), **sizes: Any) -> tuple[MiniGPT4, Report]:
     """A model with the sizes of the given weights.
 
     Args:
@@ -92,7 +93,7 @@ def _is_known(name: str) -> bool:
     return bool(LAYER.fullmatch(name) or name.startswith(("btadapter_", "llama_proj.", "query_tokens", "cls_token")))
 
 
-def _take(result: Renamed, named: Mapping[str, tuple[str, Tensor]], place) -> None:
+def _take(result: Renamed, named: Mapping[str, tuple[str, Tensor]], place: Callable[[str], str]) -> None:
     """Rename as MA-LMM's weights are, then by `place`; keys of the report are those of the file."""
     if not named:
         return

@@ -3,6 +3,7 @@
 import fnmatch
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -36,7 +37,7 @@ class Report:
     left_out: list[str] = field(default_factory=list)
     unused: list[str] = field(default_factory=list)
     unexpected: list[str] = field(default_factory=list)
-    reshaped: list[tuple[str, tuple, tuple]] = field(default_factory=list)
+    reshaped: list[tuple[str, tuple[Any, ...], tuple[Any, ...]]] = field(default_factory=list)
     replaced: list[str] = field(default_factory=list)
     assumed: dict[str, str] = field(default_factory=dict)
     origin: dict[str, list[str]] = field(default_factory=dict)

@@ -9,6 +9,7 @@ import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -80,7 +81,7 @@ def state_of(source: Source, *, entry: str | None = None) -> dict[str, Tensor]:
 
 
 @contextmanager
-def naming(sources: Sequence) -> Iterator[None]:
+def naming(sources: Sequence[Any]) -> Iterator[None]:
     """A ValueError names the files it is about: those of sources, if it does not already name one."""
     try:
         yield
@@ -92,7 +93,7 @@ def naming(sources: Sequence) -> Iterator[None]:
         raise kind(f"{error}\nread from {', '.join(paths)}") from error
 
 
-def _content(path: Path):
+def _content(path: Path) -> Any:
     try:
         with path.open("rb") as file:
             first = file.read(32)
@@ -212,7 +213,7 @@ def _read_shards(folder: Path, names: list[str], entry: str | None, *, whole: bo
     return found
 
 
-def _unwrapped(content, where: str | Path, entry: str | None = None) -> dict[str, Tensor]:
+def _unwrapped(content: Any, where: str | Path, entry: str | None = None) -> dict[str, Tensor]:
     """The innermost name -> tensor of what was saved; JAX's layout becomes transformers'."""
     if entry is not None:
         if not isinstance(content, Mapping) or entry not in content:
@@ -241,13 +242,13 @@ def _unwrapped(content, where: str | Path, entry: str | None = None) -> dict[str
     raise ValueError(f"checkpoint: {where} must hold a state dict (name -> tensor), it holds {_entries(content)}")
 
 
-def _has_tensors(value, depth: int = 3) -> bool:
+def _has_tensors(value: Any, depth: int = 3) -> bool:
     if not isinstance(value, Mapping) or not depth:
         return False
     return any(isinstance(v, Tensor) or _has_tensors(v, depth - 1) for v in value.values())
 
 
-def _entries(content) -> str:
+def _entries(content: Any) -> str:
     if not isinstance(content, Mapping):
         return f"a {type(content).__name__}"
     names = [f"{name!r:.60}" for name in list(content)[:8]]

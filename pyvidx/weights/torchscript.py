@@ -8,6 +8,7 @@ import pickle
 import zipfile
 from collections import OrderedDict
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,10 +23,10 @@ STORAGES = {
 class _Inert:
     """Stands for an object of any class: takes whatever it is given, keeps its attributes, does nothing."""
 
-    def __init__(self, *args, **kwargs):
+    def __init__(self, *args: Any, **kwargs: Any):
         self.state = {}
 
-    def __setstate__(self, state) -> None:
+    def __setstate__(self, state: Any) -> None:
         self.state = state if isinstance(state, dict) else {}
 
 
@@ -34,7 +35,7 @@ class _Reader(pickle._Unpickler):  # the one in Python: its memo takes no memory
         super().__init__(archive.open(root + "data.pkl"))
         self.archive, self.root, self.storages = archive, root, {}
 
-    def find_class(self, module: str, name: str):
+    def find_class(self, module: str, name: str) -> Any:
         if module == "torch" and name in STORAGES:
             return STORAGES[name]
         if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
@@ -43,7 +44,7 @@ class _Reader(pickle._Unpickler):  # the one in Python: its memo takes no memory
             return lambda value, *_: value
         return OrderedDict if (module, name) == ("collections", "OrderedDict") else type(name, (_Inert,), {})
 
-    def persistent_load(self, found) -> Tensor:
+    def persistent_load(self, found: Any) -> Tensor:
         kind, dtype, key, _, count = found
         if kind != "storage" or not isinstance(dtype, torch.dtype):
             raise ValueError(f"a storage of kind {found!r:.100}")
@@ -80,7 +81,7 @@ def read_torchscript(archive: zipfile.ZipFile, path: str | Path) -> dict[str, Te
     return found
 
 
-def _collect(module, prefix: str, found: dict[str, Tensor], above: set[int]) -> None:
+def _collect(module: Any, prefix: str, found: dict[str, Tensor], above: set[int]) -> None:
     if not isinstance(module, _Inert) or id(module) in above:
         return
     for name, value in module.state.items():
@@ -90,7 +91,7 @@ def _collect(module, prefix: str, found: dict[str, Tensor], above: set[int]) -> 
             _collect(value, f"{prefix}{name}.", found, above | {id(module)})
 
 
-def _tensor(storage: Tensor, offset: int, size: tuple, stride: tuple) -> Tensor:
+def _tensor(storage: Tensor, offset: int, size: tuple[Any, ...], stride: tuple[Any, ...]) -> Tensor:
     numbers = (offset, *size, *stride)
     if len(size) != len(stride) or not all(type(n) is int and n >= 0 for n in numbers):
         raise ValueError(f"a tensor of size {size!r:.100}, stride {stride!r:.100}")

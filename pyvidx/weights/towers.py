@@ -14,7 +14,7 @@ import warnings
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -76,7 +76,7 @@ def told_by(folder: str | Path, part: str = "vision") -> Told | None:
     return None
 
 
-def told_by_config(values: Mapping, part: str = "vision") -> Told:
+def told_by_config(values: Mapping[str, Any], part: str = "vision") -> Told:
     """What a configuration of transformers tells, whole or of a tower.
 
     Raises:
@@ -98,7 +98,7 @@ def told_by_config(values: Mapping, part: str = "vision") -> Told:
     )
 
 
-def _of_open_clip(values: dict, part: str) -> Told:
+def _of_open_clip(values: dict[str, Any], part: str) -> Told:
     inner = values[f"{part}_cfg"]
     act = "quick_gelu" if values.get("quick_gelu") else "gelu"
     if part == "text":
@@ -110,7 +110,7 @@ def _of_open_clip(values: dict, part: str) -> Told:
     return Told(inner["width"] // inner.get("head_width", 64), act, 1e-5, _side(inner.get("image_size")))
 
 
-def _side(size: int | list | None) -> int | None:
+def _side(size: int | list[Any] | None) -> int | None:
     """Pixels of an image, which some configurations write as height and width."""
     if not isinstance(size, list | tuple):
         return size

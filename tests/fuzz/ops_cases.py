@@ -135,17 +135,12 @@ def temporal_scale_backward(d):
 
 @raw
 def quick_gelu(d):
-    return {"x": d.floats(3, 5, d.C), "bias": d.maybe(lambda: d.floats(d.C))}
-
-
-@raw
-def quick_gelu_out(d):
-    return quick_gelu(d) | {"out": d.floats(3, 5, d.C)}
+    return {"x": d.floats(3, 5, d.C)}
 
 
 @raw
 def quick_gelu_backward(d):
-    return {"grad_out": d.floats(3, 5, d.C)} | quick_gelu(d) | {"need_x": d.flag(), "need_bias": d.flag()}
+    return {"grad_out": d.floats(3, 5, d.C)} | quick_gelu(d)
 
 
 # --- resize_normalize
@@ -182,9 +177,7 @@ def residual_norm(d):
         "x": d.floats(2, 3, 4, d.C),
         "y": d.floats(2, 3, 4, d.C, dtype=torch.bfloat16 if low else None),
         "cls": d.floats(2, d.C) if form == "cls" else None,
-        "bias": d.maybe(lambda: d.floats(d.C)),
-        "constant": None if form == "share" else d.maybe(lambda: d.floats(d.C)),
-        "factor": d.maybe(lambda: d.floats(2, 3, *([4] if form != "share" and d.flag() else []), dtype=d.wide)),
+        "factor": d.maybe(lambda: d.floats(2, 3, dtype=d.wide)),
         "share": d.floats(2, 3, dtype=d.wide) if form == "share" else None,
         "weight": d.floats(d.C),
         "shift": d.floats(d.C),
@@ -218,8 +211,6 @@ def residual_norm_backward(d):
         "share": args["share"],
         "weight": args["weight"],
         "cls": cls,
-        "need_bias": d.flag(),
-        "need_constant": args["share"] is None and d.flag(),
         "need_y": d.flag(),
     }
 

@@ -204,7 +204,6 @@ def writing_calls():
         "temporal_attention": (lambda: ops.temporal_attention(qkv, out=qkv_out), [qkv_out := torch.zeros(1, 2, 3, 16)]),
         "temporal_scale": (lambda: ops.temporal_scale(x, torch.ones(8, 3), out=scaled), [scaled := like(x)]),
         "resize_normalize": (lambda: ops.resize_normalize(frames, (4, 5), out=pixels), [pixels]),
-        "quick_gelu": (lambda: ops.quick_gelu(activated, out=activated), [activated := randn(3, 8, sliced=False)]),
         "residual_norm": (
             lambda: ops.residual_norm(x, x, (weight, gate), out=(summed, normed)),
             [summed := like(x), normed := like(x)],
@@ -246,9 +245,9 @@ def test_versions_count_up(name, mode):
 
 @pytest.mark.parametrize("compiled", [False, True])
 def test_autograd_notices(compiled):
-    weight, x = torch.ones(8, requires_grad=True), randn(3, 8, sliced=False)
-    loss = (weight * x).sum()  # keeps x
-    call = lambda: ops.quick_gelu(x, out=x)  # noqa: E731
+    weight, x = torch.ones(8, requires_grad=True), randn(1, 2, 3, 8, sliced=False)
+    loss, normed, norm = (weight * x).sum(), torch.zeros_like(x), (torch.ones(8), torch.zeros(8))  # the loss keeps x
+    call = lambda: ops.residual_norm(x, x, norm, out=(x, normed))  # noqa: E731
     with torch.no_grad():
         (torch.compile(call, backend="aot_eager") if compiled else call)()
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
@@ -268,8 +267,8 @@ def test_state_is_not_saved_and_changed(name):
 
 def test_out_of_an_inference_tensor():
     with torch.inference_mode():
-        x = randn(3, 8, sliced=False)
-        assert ops.quick_gelu(x, out=x) is x
+        x, y = randn(1, 2, 3, 8, sliced=False), torch.zeros(1, 2, 3, 8)
+        assert ops.residual_norm(x, x, (torch.ones(8), torch.zeros(8)), out=(x, y))[0] is x
 
 
 def test_out_must_not_share_memory():
@@ -286,7 +285,8 @@ def test_out_must_not_share_memory():
         ops.residual_norm(x, x.clone(), (torch.ones(8), torch.zeros(8)), out=(room[1:2], room[1:2]))
     with pytest.raises(ValueError, match="unless it is the same tensor"):
         flat = torch.randn(100)
-        ops.quick_gelu(flat[:90].view(9, 10), out=flat[10:].view(9, 10))
+        x, ahead, normed = flat[:90].view(1, 1, 9, 10), flat[10:].view(1, 1, 9, 10), torch.zeros(1, 1, 9, 10)
+        ops.residual_norm(x, torch.zeros_like(x), (torch.ones(10), torch.zeros(10)), out=(ahead, normed))
     state = new_state(1, 3, 5, 8)
     with pytest.raises(ValueError, match="must not share memory with frame"):
         ops.memory_merge_(*state[:5], state.bank[:, 0])

@@ -6,32 +6,21 @@ from tests.harness import DEVICES, DTYPES, assert_close_to_reference, assert_gra
 
 # B, S, K, C: one row, odd, several parts, a long row, a whole number of vectors
 SIZES = [(1, 1, 1, 8), (2, 3, 5, 17), (2, 2, 37, 64), (1, 2, 3, 2051), (1, 2, 4, 1024)]
-FORMS = ["plain", "cls", "share", "per_row"]  # per_row: cls, a factor for every row and a constant
+FORMS = ["plain", "cls", "share"]
 
 
-def inputs(size, form, dtype=torch.float32, *, y_dtype=None, bias=True, factor=True, device="cpu"):
+def inputs(size, form, dtype=torch.float32, *, y_dtype=None, factor=True, device="cpu"):
     """Arguments of the reference."""
     B, S, K, C = size
     own = {"dtype": dtype, "device": device}
     x, y = randn(B, S, K + 1, C, **own), randn(B, S, K + 1, C, dtype=y_dtype or dtype, device=device, seed=1)
-    drop = torch.tensor(
-        [0, 1.25] * B * S * (K + 1), device=device, dtype=torch.float64 if dtype == torch.float64 else None
-    )
-    if form == "per_row":
-        drop = drop[: B * (K + 1)].view(B, 1, K + 1).expand(B, S, K + 1)  # as a group's draw holds in all its slots
-    else:
-        drop = drop[: B * S].view(B, S)
-    drop = drop if factor else None
-    share = None
-    if form == "share":
-        share = (torch.ones_like(drop) if factor else torch.ones(B, S, device=device, dtype=x.dtype).float()) / S
-        share = share.to(torch.float64 if dtype == torch.float64 else torch.float32)
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    drop = torch.tensor([0, 1.25] * B * S, device=device, dtype=wide)[: B * S].view(B, S) if factor else None
+    share = torch.ones(B, S, device=device, dtype=wide) / S if form == "share" else None
     return [
         x,
         y,
-        randn(B, C, seed=2, **own) if form in ("cls", "per_row") else None,
-        randn(C, seed=3, **own, sliced=False) if bias else None,
-        randn(C, seed=8, **own, sliced=False) if form == "per_row" else None,
+        randn(B, C, seed=2, **own) if form == "cls" else None,
         drop,
         share,
         1 + randn(C, seed=4, **own, sliced=False) / 4,
@@ -40,9 +29,8 @@ def inputs(size, form, dtype=torch.float32, *, y_dtype=None, bias=True, factor=T
     ]
 
 
-def run(x, y, cls, bias, constant, factor, share, weight, shift, eps):
-    options = {"bias": bias, "constant": constant, "factor": factor, "cls": cls, "share": share}
-    return residual_norm(x, y, (weight, shift, eps), **options)
+def run(x, y, cls, factor, share, weight, shift, eps):
+    return residual_norm(x, y, (weight, shift, eps), factor=factor, cls=cls, share=share)
 
 
 def plain(*args):
@@ -50,17 +38,16 @@ def plain(*args):
 
 
 def wanting_grad(args):
-    return [a.requires_grad_() if torch.is_tensor(a) and i not in (5, 6) else a for i, a in enumerate(args)]
+    return [a.requires_grad_() if torch.is_tensor(a) and i not in (3, 4) else a for i, a in enumerate(args)]
 
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("options", [(True, True), (False, True), (True, False), (False, False)], ids=str)
+@pytest.mark.parametrize("factor", [False, True], ids=["whole", "factor"])
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("size", SIZES, ids=str)
-def test_values_and_gradients(size, form, options, dtype, device):
-    bias, factor = options
-    args = inputs(size, form, dtype, bias=bias, factor=factor, device=device)
+def test_values_and_gradients(size, form, factor, dtype, device):
+    args = inputs(size, form, dtype, factor=factor, device=device)
     assert_close_to_reference(run, plain, args)
     assert_gradients_close(run, plain, wanting_grad(args))
 
@@ -90,14 +77,14 @@ def test_a_narrower_layer_beside_a_float32_stream(form, y_dtype, device):
 @pytest.mark.parametrize("form", FORMS)
 def test_one_output_alone_has_gradients(form, which, device):
     args = wanting_grad(inputs((2, 2, 5, 17), form, device=device))
-    args[7:9] = [a.requires_grad_(which == 1) for a in args[7:9]]  # the norm's own
+    args[5:7] = [a.requires_grad_(which == 1) for a in args[5:7]]  # the norm's own
     assert_gradients_close(lambda *a: run(*a)[which], lambda *a: plain(*a)[which], args)
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("wanted", [0, 1, 2, 3, 4, 7, 8])
+@pytest.mark.parametrize("wanted", [0, 1, 2, 5, 6])
 def test_gradients_of_one_input_alone(wanted, device):
-    args = inputs((2, 2, 5, 17), "per_row", device=device)
+    args = inputs((2, 2, 5, 17), "cls", device=device)
     args[wanted].requires_grad_()
     assert_gradients_close(run, plain, args)
 
@@ -107,8 +94,8 @@ def test_out(device):
     for form in FORMS:
         args = inputs((2, 2, 5, 17), form, device=device)
         want = run(*args)
-        x, y, cls, bias, constant, factor, share, weight, shift, eps = args
-        options = {"bias": bias, "constant": constant, "factor": factor, "cls": cls, "share": share}
+        x, y, cls, factor, share, weight, shift, eps = args
+        options = {"factor": factor, "cls": cls, "share": share}
         for own in (poisoned(want[0].shape, x), *([] if cls is not None else [y.clone()])):
             given = y if cls is not None or own.isnan().any() else own
             out = own, poisoned(want[1].shape, y)
@@ -171,12 +158,9 @@ def test_rejects():
     x, norm = torch.ones(2, 3, 4, 8), (torch.ones(8), torch.zeros(8))
     for change, message in (
         ({"y": x[:, :2]}, "y must have"), ({"y": x.double()}, "y must have"), ({"x": x[0]}, "x must be floating"),
-        ({"bias": torch.ones(7)}, r"bias must be \(8,\)"), ({"cls": torch.ones(3, 8)}, r"cls must be \(2, 8\)"),
-        ({"factor": torch.ones(2, 4)}, r"factor must be floating \(2, 3\) or \(2, 3, 4\)"),
-        ({"constant": torch.ones(7)}, r"constant must be \(8,\)"),
+        ({"cls": torch.ones(3, 8)}, r"cls must be \(2, 8\)"),
+        ({"factor": torch.ones(2, 4)}, r"factor must be floating \(2, 3\)"),
         ({"share": torch.ones(2, 3), "cls": torch.ones(2, 8)}, "share excludes cls"),
-        ({"share": torch.ones(2, 3), "constant": torch.ones(8)}, "share excludes cls, constant"),
-        ({"share": torch.ones(2, 3), "factor": torch.ones(2, 3, 4)}, "and a factor per row"),
         ({"norm": (torch.ones(7), torch.zeros(8))}, "weight and bias of norm"),
     ):  # fmt: skip
         with pytest.raises(ValueError, match=message):

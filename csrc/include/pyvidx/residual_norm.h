@@ -1,9 +1,9 @@
 // residual_norm: a residual stream takes in what a layer adds to it, and the LayerNorm that follows, in one pass.
 //
-//   out[b, s, k] = x[b, s, k] + factor[b, s, k] (y[b, s, k] + bias) + constant     normed = LayerNorm(out)
+//   out[b, s, k] = x[b, s, k] + factor[b, s] y[b, s, k]     normed = LayerNorm(out)
 //
 // With class rows (in front of every slot s of a video, and the same in all of them):
-//   out_cls[b, s] = cls[b] + sum_s' share[b, s'] (y_cls[b, s'] + bias)  the sum only where there is a share
+//   out_cls[b, s] = cls[b] + sum_s' share[b, s'] y_cls[b, s']  the sum only where there is a share
 #pragma once
 #include "pyvidx/executor.h"
 #include "pyvidx/view.h"
@@ -18,9 +18,7 @@ namespace pyvidx {
 struct ResidualNormArgs {
   View<4> x;           // [B, S, K, C]  in
   View<4> y;           // [B, S, K, C]  in, what the layer's last product gave
-  View<1> bias;        // [C]           in, optional: the bias of that product
-  View<1> constant;    // [C]           in, optional
-  View<3> factor;      // [B, S, K]     in, wide, optional: DropPath
+  View<2> factor;      // [B, S]        in, wide, optional: DropPath
   View<2> cls;         // [B, C]        in, optional: there are class rows
   View<3> y_cls;       // [B, S, C]     in, optional, with cls
   View<2> share;       // [B, S]        in, wide, with y_cls
@@ -50,18 +48,16 @@ struct ResidualNormBackwardArgs {
   View<3> grad_normed_cls;  // [B, S, C]     in, with them; and so on
   View<3> value_cls;        // [B, S, C]     in
   View<3> stats_cls;        // [B, S, 2]     in, wide
-  View<3> factor;           // [B, S, K]     in, wide, optional
+  View<2> factor;           // [B, S]        in, wide, optional
   View<2> share;            // [B, S]        in, wide, optional, with class rows
   View<1> weight;           // [C]           in
   View<4> grad_x;           // [B, S, K, C]  out: g
   View<4> grad_y;           // [B, S, K, C]  out, optional: factor * g
   View<3> grad_cls;         // [B, R, C]     out, with class rows: their g in row 0, zeros in the others
   View<3> grad_y_cls;       // [B, S, C]     out, with share
-  View<1> grad_bias;        // [C]           out, optional: the sum of factor * g and share * g
-  View<1> grad_constant;    // [C]           out, optional: the sum of g, class rows left out
   View<1> grad_weight;      // [C]           out
   View<1> grad_shift;       // [C]           out
-  View<3> partial;          // [4, row_parts(B * S, K) + B, C]  scratch, wide, contiguous
+  View<3> partial;          // [2, row_parts(B * S, K) + B, C]  scratch, wide, contiguous
   View<3> class_sums;       // [B, 2, C]     scratch of the CPU, wide, contiguous, with class rows
 };
 

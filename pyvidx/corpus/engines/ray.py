@@ -13,6 +13,7 @@ import os
 import pickle
 import time
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -81,7 +82,7 @@ class Ray:
             raise RuntimeError(f"corpus: Ray ended with {type(error).__name__}: {last}") from error
 
 
-def _decode(row: dict, job: Job, folder: str) -> dict:
+def _decode(row: dict[str, Any], job: Job, folder: str) -> dict[str, Any]:
     """A video's frames in place of its path, or its error. As bytes: rows of one column differ in shape.
 
     folder: that a relative path starts from; a worker of Ray may be in another.
@@ -95,14 +96,14 @@ def _decode(row: dict, job: Job, folder: str) -> dict:
     return {"frames": frames, "rest": pickle.dumps(rest)}
 
 
-def _without_frames(clip: Clip) -> tuple:
+def _without_frames(clip: Clip) -> tuple[Any, ...]:
     return tuple(clip.frames.shape), {n: getattr(clip, n) for n in ("seconds", "indices", "fps", "path", "damaged")}
 
 
 class _Encoder:
     """An actor: the model, loaded once."""
 
-    def __init__(self, model, job: Job):
+    def __init__(self, model: Any, job: Job):
         import ray
 
         self.model = ray.get(model).to("cuda" if torch.cuda.is_available() else "cpu")

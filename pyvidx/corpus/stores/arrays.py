@@ -8,6 +8,7 @@
 import os
 from collections.abc import Sequence
 from dataclasses import asdict
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,7 +21,9 @@ from pyvidx.video import Damage
 ARRAYS = (*NAMES, "tokens_rows", "seconds")
 
 
-def to_arrays(rows: Sequence[Encoded], layout: Layout, about: dict) -> tuple[dict[str, Tensor], dict]:
+def to_arrays(
+    rows: Sequence[Encoded], layout: Layout, about: dict[str, Any]
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The arrays and the note."""
     done, failed = [r for r in rows if r.error is None], [r for r in rows if r.error is not None]
     arrays, there = {}, layout.widths if done else {}
@@ -46,7 +49,7 @@ def to_arrays(rows: Sequence[Encoded], layout: Layout, about: dict) -> tuple[dic
     return arrays | {"seconds": seconds}, note
 
 
-def from_arrays(arrays: dict[str, Tensor], note: dict) -> tuple[list[Encoded], dict]:
+def from_arrays(arrays: dict[str, Tensor], note: dict[str, Any]) -> tuple[list[Encoded], dict[str, Any]]:
     """The rows, those that failed last, and `about`."""
     names, seconds, counts = note["paths"], arrays["seconds"], arrays.pop("tokens_rows", None)
     if counts is not None:
@@ -68,9 +71,9 @@ def from_arrays(arrays: dict[str, Tensor], note: dict) -> tuple[list[Encoded], d
     return done + failed, note["about"]
 
 
-def names_of(note: dict) -> list[tuple[str, bool]]:
+def names_of(note: dict[str, Any]) -> list[tuple[str, bool]]:
     return [(name_of(n), False) for n in note["paths"]] + [(name_of(n), True) for n in _failed(note)]
 
 
-def _failed(note: dict) -> list:
+def _failed(note: dict[str, Any]) -> list[Any]:
     return note.get("failed", note["errors"])

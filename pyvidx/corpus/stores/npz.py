@@ -3,6 +3,7 @@
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,12 +22,12 @@ class Npz:
     def check(self) -> None:
         pass
 
-    def write(self, path: Path, rows: Sequence[Encoded], layout: Layout, about: dict) -> None:
+    def write(self, path: Path, rows: Sequence[Encoded], layout: Layout, about: dict[str, Any]) -> None:
         arrays, note = to_arrays(rows, layout, about)
         with whole(path) as part:
             np.savez(part, paths=note["paths"], about=json.dumps(note), **{k: v.numpy() for k, v in arrays.items()})
 
-    def read(self, path: Path) -> tuple[list[Encoded], dict]:
+    def read(self, path: Path) -> tuple[list[Encoded], dict[str, Any]]:
         with np.load(path, allow_pickle=False) as file:
             note = _note(file, path)
             return from_arrays({k: torch.from_numpy(file[k]) for k in ARRAYS if k in file}, note)
@@ -36,7 +37,7 @@ class Npz:
             return names_of(_note(file, path))
 
 
-def _note(file, path: Path) -> dict:
+def _note(file: Any, path: Path) -> dict[str, Any]:
     # `write` does not compress, so what claims to be larger than its file is no file of it.
     packed = [i for i in file.zip.infolist() if i.compress_type or i.file_size > path.stat().st_size]
     require(not packed, "a compressed file")

@@ -10,6 +10,7 @@ import os
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -33,7 +34,7 @@ class Parquet:
     def check(self) -> None:
         _pyarrow()
 
-    def write(self, path: Path, rows: Sequence[Encoded], layout: Layout, about: dict) -> None:
+    def write(self, path: Path, rows: Sequence[Encoded], layout: Layout, about: dict[str, Any]) -> None:
         pa, parquet = _pyarrow()
         names = [os.fsdecode(r.path) for r in rows]
         shown = [_utf8(name) for name in names]
@@ -55,7 +56,7 @@ class Parquet:
         with whole(path) as part, part.open("wb") as file:  # pyarrow takes no name that is not UTF-8
             parquet.write_table(table, file, row_group_size=group, use_dictionary=False)
 
-    def read(self, path: Path) -> tuple[list[Encoded], dict]:
+    def read(self, path: Path) -> tuple[list[Encoded], dict[str, Any]]:
         with path.open("rb") as file:
             table = _pyarrow()[1].read_table(file)
         about = _about(table)
@@ -81,19 +82,19 @@ def _utf8(text: str) -> str:
     return text.encode("utf-8", "backslashreplace").decode()
 
 
-def _about(table) -> dict:
+def _about(table: Any) -> dict[str, Any]:
     head = table.schema.metadata or {}
     require(b"pyvidx" in head, ", ".join(table.column_names))
     return json.loads(head[b"pyvidx"])
 
 
-def _rows(table) -> Iterator[tuple[str, str | None]]:
+def _rows(table: Any) -> Iterator[tuple[str, str | None]]:
     names = json.loads(table.schema.metadata.get(b"pyvidx_paths", b"{}"))
     for i, (shown, error) in enumerate(zip(table["path"].to_pylist(), table["error"].to_pylist())):
         yield name_of(names.get(str(i), shown)), error
 
 
-def _fixed(pa, values: Sequence[Tensor | None], dtype: torch.dtype, width: int):
+def _fixed(pa: Any, values: Sequence[Tensor | None], dtype: torch.dtype, width: int) -> Any:
     """fixed_size_list[width]: a row per value, of which each is [width] or None."""
     rows = torch.zeros(len(values), width, dtype=dtype)
     for row, x in zip(rows, values):
@@ -102,7 +103,7 @@ def _fixed(pa, values: Sequence[Tensor | None], dtype: torch.dtype, width: int):
     return pa.FixedSizeListArray.from_arrays(pa.array(rows.view(-1).numpy()), width, mask=_null(pa, values))
 
 
-def _lists(pa, values: Sequence[Tensor | None], dtype: torch.dtype, width: int | None = None):
+def _lists(pa: Any, values: Sequence[Tensor | None], dtype: torch.dtype, width: int | None = None) -> Any:
     """Lists of numbers, of values [n] or None; with a width, of fixed_size_list[width], of values [n, width]."""
     there = [x.to(dtype) for x in values if x is not None]
     flat = pa.array((torch.cat(there).flatten() if there else torch.empty(0, dtype=dtype)).numpy())
@@ -111,11 +112,11 @@ def _lists(pa, values: Sequence[Tensor | None], dtype: torch.dtype, width: int |
     return pa.ListArray.from_arrays(pa.array(ends, pa.int32()), flat, mask=_null(pa, values))
 
 
-def _null(pa, values: Sequence[Tensor | None]):
+def _null(pa: Any, values: Sequence[Tensor | None]) -> Any:
     return pa.array([x is None for x in values], pa.bool_())
 
 
-def _values(table, name: str) -> list[Tensor | None]:
+def _values(table: Any, name: str) -> list[Tensor | None]:
     """A column's rows as tensors: [E], [N, C] or [T]."""
     if name not in table.column_names:
         return [None] * len(table)
@@ -134,10 +135,10 @@ def _values(table, name: str) -> list[Tensor | None]:
     return [next(found) if x else None for x in there]
 
 
-def _pyarrow():
+def _pyarrow() -> Any:
     try:
         import pyarrow
         import pyarrow.parquet
     except ImportError as error:
-        raise RuntimeError("embeddings: .parquet needs pyarrow: pip install 'pyvidx[cli]'") from error
+        raise RuntimeError("embeddings: .parquet needs pyarrow: pip install 'pyvidx[corpus]'") from error
     return pyarrow, pyarrow.parquet

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
@@ -65,10 +65,10 @@ class Store(Protocol):
     def check(self) -> None:
         """Raise RuntimeError if a package is missing."""
 
-    def write(self, path: Path, rows: Sequence[Encoded], layout: Layout, about: dict) -> None:
+    def write(self, path: Path, rows: Sequence[Encoded], layout: Layout, about: dict[str, Any]) -> None:
         """Write a file, whole or not at all: rows of this layout, those that failed, and JSON values."""
 
-    def read(self, path: Path) -> tuple[list[Encoded], dict]:
+    def read(self, path: Path) -> tuple[list[Encoded], dict[str, Any]]:
         """What `write` wrote, in any order; any exception where it did not write it."""
 
     def names(self, path: Path) -> list[tuple[str, bool]]:
@@ -107,6 +107,6 @@ def require(holds: bool, got: str) -> None:
         raise NotOurs(got)
 
 
-def name_of(value) -> str:
+def name_of(value: Any) -> str:
     require(isinstance(value, str), f"a path {value!r}")
     return value

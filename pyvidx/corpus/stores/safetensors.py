@@ -3,6 +3,7 @@
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -22,11 +23,11 @@ class Safetensors:
     def check(self) -> None:
         pass
 
-    def write(self, path: Path, rows: Sequence[Encoded], layout: Layout, about: dict) -> None:
+    def write(self, path: Path, rows: Sequence[Encoded], layout: Layout, about: dict[str, Any]) -> None:
         arrays, note = to_arrays(rows, layout, about)
         write_tensors(path, arrays, {"pyvidx": json.dumps(note)})
 
-    def read(self, path: Path) -> tuple[list[Encoded], dict]:
+    def read(self, path: Path) -> tuple[list[Encoded], dict[str, Any]]:
         with opened(path, "embeddings") as file:
             note = _note(file, path)
             return from_arrays({k: file.get_tensor(k) for k in file.keys() if k in ARRAYS}, note)
@@ -36,7 +37,7 @@ class Safetensors:
             return names_of(_note(file, path))
 
 
-def _note(file, path: Path) -> dict:
+def _note(file: Any, path: Path) -> dict[str, Any]:
     note = header(file, path, "pyvidx") or {}
     require("paths" in note, ", ".join(file.keys()))
     return note

@@ -83,7 +83,7 @@ class Frames(Host):
     def token(self) -> int:
         return self.config.image_token_id
 
-    def videos(self, inputs, prompt: Prompt) -> list[Framed]:
+    def videos(self, inputs: Mapping[str, Any], prompt: Prompt) -> list[Framed]:
         done = (inputs.get("mm_encoder_outputs") or {}).get("image") is not None
         require(not done, "compress: inputs hold encoded frames already (mm_encoder_outputs); give the processor's")
         pixels, runs = inputs.get("pixel_values"), _runs(prompt.ids, self.token)
@@ -122,7 +122,7 @@ class Frames(Host):
             for i, clip in enumerate(clips)
         ]
 
-    def encode(self, inputs, place: Framed, start: int, stop: int) -> list[Tensor]:
+    def encode(self, inputs: Mapping[str, Any], place: Framed, start: int, stop: int) -> list[Tensor]:
         return [self.look(inputs, place.index[start:stop])]
 
     def block(self, place: Framed, slots: Slots) -> list[int]:
@@ -138,7 +138,7 @@ class Frames(Host):
             found += [*(known[text] if text in known else self.write(text)), *[self.token] * n]
         return found
 
-    def encoded(self, inputs, places: Sequence[Framed], slots: Sequence[Slots]) -> dict[str, Any]:
+    def encoded(self, inputs: Mapping[str, Any], places: Sequence[Framed], slots: Sequence[Slots]) -> dict[str, Any]:
         """All images in the order of the prompts, as the model takes either pixels or encoded images."""
         found, others = {place.index[0]: s.levels[0] for place, s in zip(places, slots)}, places[0].others
         found |= zip(others, self.look(inputs, others).split(1)) if others else {}

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from pyvidx.hosts.language.tokens import Prompt
@@ -89,7 +89,7 @@ class Host:
     embedded: ClassVar[bool] = False
     reads_prompt: ClassVar[bool] = False
 
-    def __init__(self, model, processor=None):
+    def __init__(self, model: nn.Module, processor: Any = None):
         self.model = model
         self.processor = processor
         self.config = model.config
@@ -121,7 +121,7 @@ class Host:
         known = self.metadata_seconds(inputs, place)
         return torch.arange(place.steps, dtype=torch.float64) if known is None else known
 
-    def features(self, slots: Sequence[Slots]):
+    def features(self, slots: Sequence[Slots]) -> Any:
         """What the model takes as mm_encoder_outputs["video"], for all videos in order. generate with several beams
         counts the tokens of every item of pooler_output, so an item is a video, or one token."""
         return self.output([s.rows[0] for s in slots])
@@ -134,7 +134,7 @@ class Host:
             found["image"] = self.images(inputs)
         return found
 
-    def images(self, inputs: Mapping[str, Any]):
+    def images(self, inputs: Mapping[str, Any]) -> Any:
         """mm_encoder_outputs["image"], of the model's own encoder."""
         crops = {name: inputs[name] for name in self.pictures if isinstance(inputs.get(name), list)}
         # Of unequal numbers of crops: zeros fill up the rest, as processors do it.
@@ -169,7 +169,7 @@ class Host:
         """C of the language model."""
         return self.model.get_input_embeddings().weight.shape[-1]
 
-    def own(self, method: str, inputs: Mapping[str, Any], **given):
+    def own(self, method: str, inputs: Mapping[str, Any], **given: Any) -> Any:
         """Call a method of the base model with what it takes of the inputs, and with what is given, on its device."""
         call = getattr(self.model.base_model, method)  # as generate does; not every class around it has them
         known = inspect.signature(call).parameters
@@ -197,7 +197,7 @@ class Host:
             text = f"compress: fps and frames_indices of video_metadata must be numbers, for video {place.number}"
             raise ValueError(f"{text}: {error}") from None
 
-    def clips(self, inputs: Mapping[str, Any], vision=None) -> Sequence[Tensor]:
+    def clips(self, inputs: Mapping[str, Any], vision: Any = None) -> Sequence[Tensor]:
         """The pixels of all videos, [T, channels, h, w] each: of one tensor, or of a list where lengths differ.
 
         Args:
@@ -218,11 +218,11 @@ class Host:
                 require(fits, text, clips[i], i=i)
         return clips
 
-    def one_by_one(self, rows: Sequence[Tensor]):
+    def one_by_one(self, rows: Sequence[Tensor]) -> Any:
         """The tokens of rows [n, C] as items, for models that take one tensor: videos of unequal lengths are none."""
         return self.output(torch.cat(rows)[:, None])
 
-    def output(self, pooled, kind: str = "BaseModelOutputWithPooling", **more):
+    def output(self, pooled: Any, kind: str = "BaseModelOutputWithPooling", **more: Any) -> Any:
         """One of transformers' outputs, by name."""
         from transformers import modeling_outputs
 

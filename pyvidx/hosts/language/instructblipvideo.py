@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -10,6 +10,7 @@ from torch import Tensor
 
 from pyvidx.hosts.language.host import Host, Place, Slots
 from pyvidx.hosts.language.registry import register
+from pyvidx.hosts.language.tokens import Prompt
 from pyvidx.ops._library import require
 
 WRITTEN = 4  # frames that the processor writes placeholders for, whatever it is given
@@ -30,7 +31,7 @@ class InstructBlipVideo(Host):
     embedded = True
     reads_prompt = True
 
-    def videos(self, inputs, prompt) -> list[Place]:
+    def videos(self, inputs: Mapping[str, Any], prompt: Prompt) -> list[Place]:
         clips, Q = self.clips(inputs), self.config.num_query_tokens
         counts = (prompt.ids == self.token).sum(1).tolist()
         if not len(clips):
@@ -49,13 +50,15 @@ class InstructBlipVideo(Host):
         blocks = prompt.blocks(self.token, counts)
         return [Place(i, *block, len(clip), Q) for i, (block, clip) in enumerate(zip(blocks, clips))]
 
-    def encode(self, inputs, place: Place, start: int, stop: int) -> list[Tensor]:
+    def encode(self, inputs: Mapping[str, Any], place: Place, start: int, stop: int) -> list[Tensor]:
         pixels = self.clips(inputs)[place.number][start:stop]
         mine = {name: inputs[name][place.row, None] for name in self.passed if inputs.get(name) is not None}
         found = self.own("get_video_features", inputs, pixel_values=pixels[None], **mine).pooler_output
         return [found[0].unflatten(0, (stop - start, -1))]
 
-    def handed(self, inputs, new, places: Sequence[Place], slots: Sequence[Slots]) -> dict[str, Any]:
+    def handed(
+        self, inputs: Mapping[str, Any], new: dict[str, Tensor], places: Sequence[Place], slots: Sequence[Slots]
+    ) -> dict[str, Any]:
         device, patch = self.model.device, self.config.vision_config.patch_size
         ids = new["input_ids"].to(device)
         video = ids == self.token

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from torch import Tensor
 
@@ -17,7 +18,7 @@ class InternVL(Frames):
 
     words = ("start_image_token", "end_image_token")
 
-    def shown(self, inputs) -> Sequence[int]:
+    def shown(self, inputs: Mapping[str, Any]) -> Sequence[int]:
         pixels = inputs["pixel_values"]
         fits = isinstance(pixels, Tensor) and pixels.dim() == 4
         require(fits, "compress: pixel_values must be [images, channels, h, w]", pixels)
@@ -27,7 +28,7 @@ class InternVL(Frames):
         ratio, (p, q) = self.config.downsample_ratio, self.config.vision_config.patch_size
         return int(height // p * ratio), int(width // q * ratio)
 
-    def look(self, inputs, index: Sequence[int]) -> Tensor:
+    def look(self, inputs: Mapping[str, Any], index: Sequence[int]) -> Tensor:
         return self.own("get_image_features", inputs, pixel_values=taken(inputs["pixel_values"], index)).pooler_output
 
     def begins(self, ids: list[int]) -> int | None:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -45,7 +46,9 @@ class Stream:
                 found[place.number] = slots
         return [found[place.number] for place in places]
 
-    def _together(self, places, seconds, encode, chunk):
+    def _together(
+        self, places: Sequence[Place], seconds: Sequence[Tensor], encode: Encode, chunk: int
+    ) -> Iterator[tuple[Place, Slots]]:
         by_length = sorted(range(len(places)), key=lambda i: places[i].steps)
         places, seconds = [places[i] for i in by_length], [seconds[i] for i in by_length]
         policy, bank, begin = self.policy_of(places[0]), None, 0
@@ -113,7 +116,7 @@ class Clip:
     """
 
     name: str
-    options: dict
+    options: dict[str, Any]
 
     def __post_init__(self) -> None:
         takes = CLIPS[self.name]
@@ -142,7 +145,7 @@ class Clip:
             found.append((self._keyframes if self.name == "keyframes" else self._pruned)(levels, when))
         return found
 
-    def _call(self, frames: Tensor):
+    def _call(self, frames: Tensor) -> Any:
         if self.name == "keyframes":
             return memory.keyframes(frames, self.options["capacity"], self.options["unit"])
         return getattr(memory, self.name)(frames, **self.options)
@@ -164,7 +167,7 @@ class Clip:
         return Slots([x[entry, position] for x in levels], times, times, times, entry, position)
 
 
-def method(policy: str | Policy, capacity: int | None, options: dict) -> Stream | Clip:
+def method(policy: str | Policy, capacity: int | None, options: dict[str, Any]) -> Stream | Clip:
     """What a policy's name and options, or a policy, mean to compress.
 
     Raises:

@@ -64,11 +64,13 @@ class Patches(Host):
         levels = [found.pooler_output, *(getattr(found, "deepstack_features", None) or [])]
         return [x[0].unflatten(0, (stop - start, -1)) for x in levels]
 
-    def video_features(self, place: PatchPlace, pixels: Tensor, grid: Tensor):
+    def video_features(self, place: PatchPlace, pixels: Tensor, grid: Tensor) -> Any:
         """The model's own get_video_features, of some steps of one video."""
         return self.own("get_video_features", {}, pixel_values_videos=pixels, video_grid_thw=grid)
 
-    def values(self, inputs, places: Sequence[Place], slots: Sequence[Slots]) -> dict[str, Tensor | None]:
+    def values(
+        self, inputs: Mapping[str, Any], places: Sequence[Place], slots: Sequence[Slots]
+    ) -> dict[str, Tensor | None]:
         grid = inputs["video_grid_thw"].clone()
         for place, s in zip(places, slots):
             grid[place.number, 0] = len(s)

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from torch import Tensor
 
 from pyvidx.hosts.language.host import Host, Place, Slots
 from pyvidx.hosts.language.registry import register
+from pyvidx.hosts.language.tokens import Prompt
 
 
 @register("perception_lm")
 class PerceptionLM(Host):
     ragged = True
 
-    def videos(self, inputs, prompt) -> list[Place]:
+    def videos(self, inputs: Mapping[str, Any], prompt: Prompt) -> list[Place]:
         clips = self.clips(inputs)
         patch = self.model.base_model.vision_tower.timm_model.patch_embed.patch_size
         pool = self.config.projector_pooling_ratio
@@ -25,9 +27,9 @@ class PerceptionLM(Host):
             for i, (block, clip, (h, w)) in enumerate(zip(blocks, clips, grids))
         ]
 
-    def encode(self, inputs, place: Place, start: int, stop: int) -> list[Tensor]:
+    def encode(self, inputs: Mapping[str, Any], place: Place, start: int, stop: int) -> list[Tensor]:
         pixels = self.clips(inputs)[place.number][start:stop]
         return [self.own("get_image_features", inputs, pixel_values=pixels[None]).pooler_output]
 
-    def features(self, slots: Sequence[Slots]):
+    def features(self, slots: Sequence[Slots]) -> Any:
         return self.one_by_one([s.rows[0] for s in slots])

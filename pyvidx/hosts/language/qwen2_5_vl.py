@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -25,19 +25,25 @@ class Qwen2VL(Patches):
     typed = True
     ragged = in_place = True
 
-    def videos(self, inputs, prompt: Prompt) -> list[Place]:
+    def videos(self, inputs: Mapping[str, Any], prompt: Prompt) -> list[Place]:
         looks = self.looks(inputs, prompt)
         blocks = prompt.blocks(self.token, [look["steps"] * look["positions"] for look in looks])
         return [PatchPlace(row=row, start=a, stop=b, **look) for look, (row, a, b) in zip(looks, blocks)]
 
-    def values(self, inputs, places: Sequence[Place], slots: Sequence[Slots]) -> dict[str, Tensor | None]:
+    def values(
+        self, inputs: Mapping[str, Any], places: Sequence[Place], slots: Sequence[Slots]
+    ) -> dict[str, Tensor | None]:
         return {} if slots[0].ragged else super().values(inputs, places, slots)
 
-    def handed(self, inputs, new, places: Sequence[Place], slots: Sequence[Slots]) -> dict[str, Any]:
+    def handed(
+        self, inputs: Mapping[str, Any], new: dict[str, Tensor], places: Sequence[Place], slots: Sequence[Slots]
+    ) -> dict[str, Any]:
         found = super().handed(inputs, new, places, slots)
         return found | ({"position_ids": self._in_place(inputs, new, places, slots)} if slots[0].ragged else {})
 
-    def _in_place(self, inputs, new, places: Sequence[Place], slots: Sequence[Slots]) -> Tensor:
+    def _in_place(
+        self, inputs: Mapping[str, Any], new: dict[str, Tensor], places: Sequence[Place], slots: Sequence[Slots]
+    ) -> Tensor:
         given = {name: x for name in (*_ALONG, "second_per_grid_ts") if (x := inputs.get(name)) is not None}
         was, _ = self.model.base_model.get_rope_index(**given)
         was = was.to(slots[0].seconds.device, non_blocking=was.is_cpu)
@@ -60,7 +66,7 @@ class Qwen2_5_VL(Qwen2VL):
     is the mean space between the middles of slots: in their order, but off by up to the time from first to last.
     """
 
-    def videos(self, inputs, prompt: Prompt) -> list[Place]:
+    def videos(self, inputs: Mapping[str, Any], prompt: Prompt) -> list[Place]:
         found = super().videos(inputs, prompt)
         if found:
             apart = self._apart(inputs)
@@ -68,11 +74,13 @@ class Qwen2_5_VL(Qwen2VL):
             require(fits, f"compress: second_per_grid_ts must be positive, one for each of {len(found)} videos", apart)
         return found
 
-    def seconds(self, inputs, place: Place) -> Tensor:
+    def seconds(self, inputs: Mapping[str, Any], place: Place) -> Tensor:
         """As the model has them: second_per_grid_ts apart, or 1 without it."""
         return torch.arange(place.steps, dtype=torch.float64) * self._apart(inputs)[place.number].double().cpu()
 
-    def values(self, inputs, places: Sequence[Place], slots: Sequence[Slots]) -> dict[str, Tensor | None]:
+    def values(
+        self, inputs: Mapping[str, Any], places: Sequence[Place], slots: Sequence[Slots]
+    ) -> dict[str, Tensor | None]:
         if slots[0].ragged:
             return super().values(inputs, places, slots)
         apart = [
@@ -82,7 +90,9 @@ class Qwen2_5_VL(Qwen2VL):
         apart = [x.to(slots[0].seconds.device, torch.float32, non_blocking=x.is_cpu) for x in apart]
         return super().values(inputs, places, slots) | {"second_per_grid_ts": torch.stack(apart)}
 
-    def handed(self, inputs, new, places: Sequence[Place], slots: Sequence[Slots]) -> dict[str, Any]:
+    def handed(
+        self, inputs: Mapping[str, Any], new: dict[str, Tensor], places: Sequence[Place], slots: Sequence[Slots]
+    ) -> dict[str, Any]:
         if slots[0].ragged:
             return super().handed(inputs, new, places, slots)
         given = {name: x for name in _ALONG if (x := new.get(name, inputs.get(name))) is not None}
@@ -97,7 +107,7 @@ class Qwen2_5_VL(Qwen2VL):
             found[0, row, start:stop] = found[1, row, start] + when.repeat_interleave(place.positions)
         return super().handed(inputs, new, places, slots) | {"position_ids": found}
 
-    def _apart(self, inputs) -> Tensor:
+    def _apart(self, inputs: Mapping[str, Any]) -> Tensor:
         """Seconds between the steps of each video, float32 [videos]."""
         given = inputs.get("second_per_grid_ts")
         return torch.ones(len(inputs["video_grid_thw"])) if given is None else torch.as_tensor(given).float()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -34,13 +34,13 @@ class Qwen3VL(Timed):
         grid = torch.tensor([[len(seconds), h * n, w * n]])
         return self.processor.replace_video_token({"video_grid_thw": grid, "video_metadata": [about]}, video_idx=0)
 
-    def features(self, slots: Sequence[Slots]):
+    def features(self, slots: Sequence[Slots]) -> Any:
         pooled, *deep = zip(*(s.rows for s in slots))
         found = self.output(pooled)
         if deep:
             found["deepstack_features"] = [list(x) for x in deep]
         return found
 
-    def sized(self, options, frames: int, clip: int) -> dict[str, Any]:
+    def sized(self, options: Mapping[str, Any], frames: int, clip: int) -> dict[str, Any]:
         size = options.get("size") or self.processor.video_processor.size  # pixels of a clip, in all
         return {"size": {name: round(size[name] * frames / clip) for name in ("shortest_edge", "longest_edge")}}

@@ -5,7 +5,9 @@ from __future__ import annotations
 import importlib
 import pkgutil
 from collections.abc import Callable
+from typing import Any
 
+from torch import nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from pyvidx.hosts.language.host import Host
@@ -33,7 +35,7 @@ def names() -> list[str]:
     return sorted(HOSTS)
 
 
-def host_of(model, processor=None) -> Host:
+def host_of(model: nn.Module, processor: Any = None) -> Host:
     """The host of a model of transformers, also where PEFT, torch.compile or a wrapper for parallel training holds it.
 
     Raises:
@@ -57,7 +59,7 @@ def host_of(model, processor=None) -> Host:
     return HOSTS[kind](model, processor)
 
 
-def _bare(model):
+def _bare(model: nn.Module) -> nn.Module:
     if hasattr(model, "get_base_model"):  # PEFT
         return _bare(model.get_base_model())
     wrapped = isinstance(model, (DataParallel, DistributedDataParallel))

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from pyvidx.hosts.language.frames import Framed, Frames, taken
+from pyvidx.hosts.language.host import Place, Slots
 from pyvidx.hosts.language.registry import register
 from pyvidx.ops._library import require
 
@@ -23,7 +25,7 @@ class SmolVLM(Frames):
     pixels = ("pixel_values", "pixel_attention_mask")
     words = ("fake_image_token", "global_image_token")
 
-    def shown(self, inputs) -> Sequence[int]:
+    def shown(self, inputs: Mapping[str, Any]) -> Sequence[int]:
         pixels = inputs["pixel_values"]
         rows = list(pixels) if isinstance(pixels, Tensor | list | tuple) else []
         fits = rows and all(isinstance(x, Tensor) and x.dim() == 4 and x.shape[1:] == rows[0].shape[1:] for x in rows)
@@ -35,13 +37,13 @@ class SmolVLM(Frames):
         side = self.config.vision_config.patch_size * self.config.scale_factor
         return height // side, width // side
 
-    def look(self, inputs, index: Sequence[int]) -> Tensor:
+    def look(self, inputs: Mapping[str, Any], index: Sequence[int]) -> Tensor:
         given = {name: inputs[name] for name in self.pixels if inputs.get(name) is not None}
         given = {name: x.flatten(0, 1) if isinstance(x, Tensor) else x for name, x in given.items()}
         given = {name: taken(x, index)[None] for name, x in given.items()}
         return self.own("get_image_features", inputs, **given).pooler_output[0].unflatten(0, (len(index), -1))
 
-    def seconds(self, inputs, place: Framed) -> Tensor:
+    def seconds(self, inputs: Mapping[str, Any], place: Framed) -> Tensor:
         known = self.metadata_seconds(inputs, place)
         if known is not None:
             return known
@@ -74,7 +76,7 @@ class SmolVLM(Frames):
         first = re.sub(TIME, times[0], first)
         return [first, *(self.processor.fake_image_token + time + self._after for time in times[1:])]
 
-    def encoded(self, inputs, places, slots):
+    def encoded(self, inputs: Mapping[str, Any], places: Sequence[Place], slots: Sequence[Slots]) -> dict[str, Any]:
         if self._grouped:
             group, counts = self.config.vision_config.patch_size, (inputs["input_ids"] == self.token).sum(1).tolist()
             for place, s in zip(places, slots):

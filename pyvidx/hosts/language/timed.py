@@ -34,7 +34,7 @@ class Timed(Patches):
         links: how many tokens stand between a step and the next one's text; the first that fits the prompt.
     """
 
-    said: ClassVar[re.Pattern]
+    said: ClassVar[re.Pattern[str]]
     links: ClassVar[tuple[int, ...]] = (0,)
 
     def counts(self, inputs: Mapping[str, Any], look: dict[str, Any]) -> list[int]:

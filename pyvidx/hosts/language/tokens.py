@@ -160,7 +160,7 @@ def _fresh(ids: Tensor, e: Edit) -> tuple[Tensor, Tensor, Tensor]:
     return new, like, torch.ones_like(new, dtype=torch.bool)
 
 
-def padded(x: Tensor, length: int, fill, right: bool) -> Tensor:
+def padded(x: Tensor, length: int, fill: float | bool, right: bool) -> Tensor:
     """x [..., n] with more at the end, or before, to [..., length]."""
     more = x.new_full((*x.shape[:-1], length - x.shape[-1]), fill)
     return torch.cat([x, more] if right else [more, x], -1)

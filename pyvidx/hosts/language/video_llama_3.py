@@ -13,6 +13,7 @@ from torch import Tensor
 from pyvidx.hosts.language.host import Place, Slots
 from pyvidx.hosts.language.registry import register
 from pyvidx.hosts.language.timed import Timed, TimedPlace
+from pyvidx.hosts.language.tokens import Prompt
 from pyvidx.ops._library import require
 
 
@@ -40,11 +41,11 @@ class VideoLlama3(Timed):
         require(bool(found.all()), text.format(found.tolist(), look["number"]))
         return found.tolist()
 
-    def videos(self, inputs, prompt) -> list[Place]:
+    def videos(self, inputs: Mapping[str, Any], prompt: Prompt) -> list[Place]:
         found = super().videos(inputs, prompt)
         return [replace(p, shown=self._shown(inputs, p.number).view(p.steps, p.positions)) for p in found]
 
-    def video_features(self, place: TimedPlace, pixels: Tensor, grid: Tensor):
+    def video_features(self, place: TimedPlace, pixels: Tensor, grid: Tensor) -> Any:
         given = dict(video_grid_thw=grid, video_merge_sizes=torch.tensor([place.shape[0] // place.grid[0]]))
         return self.own("get_video_features", {}, pixel_values_videos=pixels, **given)
 
@@ -70,15 +71,17 @@ class VideoLlama3(Timed):
         }
         return self.processor.replace_video_token(made, video_idx=0)
 
-    def values(self, inputs, places: Sequence[Place], slots: Sequence[Slots]) -> dict[str, Tensor | None]:
+    def values(
+        self, inputs: Mapping[str, Any], places: Sequence[Place], slots: Sequence[Slots]
+    ) -> dict[str, Tensor | None]:
         if any(s.ragged for s in slots):
             return {"video_grid_thw": None, "video_merge_sizes": None}
         return super().values(inputs, places, slots)
 
-    def encoded(self, inputs, places: Sequence[Place], slots: Sequence[Slots]) -> dict[str, Any]:
+    def encoded(self, inputs: Mapping[str, Any], places: Sequence[Place], slots: Sequence[Slots]) -> dict[str, Any]:
         return super().encoded(inputs, places, [self._as_shown(p, s) for p, s in zip(places, slots)])
 
-    def sized(self, options, frames: int, clip: int) -> dict[str, Any]:
+    def sized(self, options: Mapping[str, Any], frames: int, clip: int) -> dict[str, Any]:
         size = options.get("size") or self.processor.video_processor.size
         longest = size["longest_edge"] // clip * frames  # pixels of a clip, in all; shortest_edge is of a frame
         return {"size": {"shortest_edge": size["shortest_edge"], "longest_edge": longest}}

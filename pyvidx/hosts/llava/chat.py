@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,7 +29,7 @@ class Chat:
 
     def inputs(
         self, frames: Frames, question: str, history: Sequence[tuple[str, str]] = (), *, sample: bool = True
-    ) -> dict:
+    ) -> dict[str, Any]:
         """What the model takes, on its device: input_ids, attention_mask, pixel_values.
 
         Args:
@@ -63,7 +64,7 @@ class Chat:
         history: Sequence[tuple[str, str]] = (),
         *,
         sample: bool = True,
-        **options,
+        **options: Any,
     ) -> str:
         """The answer in words.
 
@@ -97,7 +98,7 @@ def open(
     *,
     dtype: torch.dtype | None = None,
     device: str | torch.device | None = None,
-    device_map=None,
+    device_map: Any = None,
 ) -> Chat:
     """What `load` made and save_pretrained wrote, model and processor in one folder.
 

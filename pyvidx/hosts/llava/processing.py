@@ -1,5 +1,8 @@
 """Videos and texts to what LLaVA with BT-Adapter in its tower takes."""
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 from transformers import BaseVideoProcessor, BatchFeature, ProcessorMixin
@@ -31,7 +34,9 @@ class BTAdapterVideoProcessor(BaseVideoProcessor):
     num_frames = 100
     model_input_names = ["pixel_values"]
 
-    def sample_frames(self, metadata, num_frames=None, fps=None, **kwargs):
+    def sample_frames(
+        self, metadata: VideoMetadata, num_frames: int | None = None, fps: float | None = None, **kwargs: Any
+    ) -> Tensor:
         if fps is not None:
             raise ValueError("BTAdapterVideoProcessor: the tower takes a number of frames, give num_frames, not fps")
         num_frames = self.num_frames if num_frames is None else num_frames
@@ -39,13 +44,13 @@ class BTAdapterVideoProcessor(BaseVideoProcessor):
             raise ValueError(f"BTAdapterVideoProcessor: num_frames must be 2 or more, got {num_frames}")
         return even_midpoints(metadata.total_num_frames, num_frames)
 
-    def fetch_videos(self, video_url_or_urls, sample_indices_fn=None):
+    def fetch_videos(self, video_url_or_urls: Any, sample_indices_fn: Callable[..., Any] | None = None) -> Any:
         if isinstance(video_url_or_urls, list):
             found = [self.fetch_videos(path, sample_indices_fn) for path in video_url_or_urls]
             return [frames for frames, _ in found], [metadata for _, metadata in found]
         return _read(video_url_or_urls, sample_indices_fn)
 
-    def _preprocess(self, videos, size, image_mean, image_std, **kwargs) -> BatchFeature:
+    def _preprocess(self, videos: Any, size: Any, image_mean: Any, image_std: Any, **kwargs: Any) -> BatchFeature:
         """pixel_values [B, T, 3, h, w], or a list of [T, 3, h, w] where the T differ.
 
         By pyvidx.preprocess: transformers' nearest takes other pixels than the public code's.
@@ -68,11 +73,11 @@ def even_midpoints(num_frames: int, wanted: int) -> Tensor:
     return video.sampling.sample("midpoint", num_frames, count) if count else torch.zeros(2, dtype=torch.int64)
 
 
-def _read(path: str, sample_indices_fn) -> tuple[Tensor, VideoMetadata]:
+def _read(path: str, sample_indices_fn: Callable[..., Any] | None) -> tuple[Tensor, VideoMetadata]:
     """The frames of a file that sample_indices_fn wants, uint8 [T, 3, H, W]; None: all."""
     found = []
 
-    def rule(num_frames: int, wanted: int, fps: float, generator) -> Tensor:
+    def rule(num_frames: int, wanted: int, fps: float, generator: torch.Generator | None) -> Tensor:
         found.append(VideoMetadata(total_num_frames=num_frames, fps=fps, video_backend="pyvidx"))
         return torch.arange(num_frames) if sample_indices_fn is None else sample_indices_fn(metadata=found[-1])
 
@@ -96,7 +101,14 @@ class BTAdapterLlavaProcessor(ProcessorMixin):
 
     skip_tensor_conversion = ["video_metadata", "text_replacement_offsets", "pixel_values"]
 
-    def __init__(self, video_processor=None, tokenizer=None, chat_template=None, patch_size=14, **kwargs):
+    def __init__(
+        self,
+        video_processor: Any = None,
+        tokenizer: Any = None,
+        chat_template: str | None = None,
+        patch_size: int = 14,
+        **kwargs: Any,
+    ):
         self.video_token, self.patch_size = VIDEO, patch_size
         super().__init__(video_processor, tokenizer, chat_template=chat_template)
         if absent := [token for token in (PATCH, START, END) if token not in tokenizer.get_vocab()]:
@@ -105,7 +117,9 @@ class BTAdapterLlavaProcessor(ProcessorMixin):
                 "pyvidx.hosts.llava.load"
             )
 
-    def validate_inputs(self, images=None, text=None, videos=None, audio=None, **kwargs) -> None:
+    def validate_inputs(
+        self, images: Any = None, text: Any = None, videos: Any = None, audio: Any = None, **kwargs: Any
+    ) -> None:
         """Also in versions of transformers that do not count, and would leave out what nobody here takes."""
         if given := [name for name, x in (("images", images), ("audio", audio)) if x is not None]:
             raise ValueError(
@@ -121,6 +135,6 @@ class BTAdapterLlavaProcessor(ProcessorMixin):
                 f"BTAdapterLlavaProcessor: texts must hold {VIDEO} once per video, got {places} of {given}"
             )
 
-    def replace_video_token(self, video_inputs: dict, video_idx: int, **kwargs) -> str:
+    def replace_video_token(self, video_inputs: dict[str, Any], video_idx: int, **kwargs: Any) -> str:
         height, width = video_inputs["pixel_values"][video_idx].shape[-2:]
         return START + PATCH * ((height // self.patch_size) * (width // self.patch_size) + 1) + END

@@ -4,6 +4,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -85,8 +86,8 @@ def load(
     num_frames: int = 100,
     compat: str = "official",
     dtype: torch.dtype | None = None,
-    device_map=None,
-    **sizes,
+    device_map: Any = None,
+    **sizes: Any,
 ) -> tuple[LlavaForConditionalGeneration, BTAdapterLlavaProcessor, LlavaReport]:
     """A chat model from published files. Nothing is downloaded, and nothing stays random.
 
@@ -215,7 +216,7 @@ def _projector(state: dict[str, Tensor], source: Source, report: LlavaReport) ->
     return rows
 
 
-def _add_tokens(state: dict[str, Tensor], tokenizer, rows: Tensor | None, report: LlavaReport) -> None:
+def _add_tokens(state: dict[str, Tensor], tokenizer: Any, rows: Tensor | None, report: LlavaReport) -> None:
     """Give the tokenizer the three tokens of a video, and the tables their rows.
 
     rows: [2, C] of start and end token, or the whole table, as in the published files.
@@ -276,7 +277,7 @@ def _check(config: LlavaConfig, state: dict[str, Tensor], report: LlavaReport) -
     report.loaded = sorted(name for name in state if not name.startswith("model.vision_tower."))
 
 
-def _generation(tokenizer) -> GenerationConfig:
+def _generation(tokenizer: Any) -> GenerationConfig:
     ids = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
     ids["pad_token_id"] = ids["eos_token_id"] if ids["pad_token_id"] is None else ids["pad_token_id"]
     return GenerationConfig(**GENERATION, **ids)

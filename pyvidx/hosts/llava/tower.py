@@ -1,6 +1,7 @@
 """BT-Adapter on CLIP as a vision tower of transformers: what LLaVA's projector reads is a video's tokens."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from huggingface_hub.dataclasses import strict
@@ -146,8 +147,8 @@ class BTAdapterVisionModel(PreTrainedModel):
         interpolate_pos_encoding: bool = False,
         output_hidden_states: bool | int | list[int] | None = None,
         return_dict: bool | None = None,
-        **kwargs,
-    ) -> BaseModelOutputWithPooling | tuple:
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPooling | tuple[Any, ...]:
         """Tokens of videos.
 
         Args:
@@ -173,7 +174,7 @@ class BTAdapterVisionModel(PreTrainedModel):
         found = BaseModelOutputWithPooling(last_hidden_state=states[-2], hidden_states=hidden)
         return found.to_tuple() if return_dict is False else found
 
-    def _ragged(self, clips: Sequence[Tensor], wanted, interpolate: bool) -> tuple[Tensor | None, ...]:
+    def _ragged(self, clips: Sequence[Tensor], wanted: Any, interpolate: bool) -> tuple[Tensor | None, ...]:
         """Clips of one length at a time. States of frames are those of clip after clip."""
         shapes = [tuple(clip.shape) for clip in clips]
         found: list[tuple[Tensor | None, ...]] = [()] * len(clips)
@@ -184,7 +185,7 @@ class BTAdapterVisionModel(PreTrainedModel):
                 found[i] = tuple(x if x is None else x.view(len(rows), -1, *x.shape[1:])[k] for x in states)
         return tuple(None if parts[0] is None else torch.cat(parts) for parts in zip(*found))
 
-    def _states(self, pixels: Tensor, wanted, interpolate: bool) -> tuple[Tensor | None, ...]:
+    def _states(self, pixels: Tensor, wanted: Any, interpolate: bool) -> tuple[Tensor | None, ...]:
         layers = self.config.num_hidden_layers
         if not isinstance(pixels, Tensor) or pixels.dim() != 5 or pixels.shape[2] != 3:
             shape = tuple(pixels.shape) if isinstance(pixels, Tensor) else type(pixels).__name__
