@@ -38,6 +38,7 @@ class NinjaBuild(build_ext):
         package.mkdir(parents=True, exist_ok=True)
         nvcc = native.find_nvcc()
         archs = native.cuda_archs(nvcc) if nvcc else []
+        nvcc = nvcc if archs else None
         kernels = native.Build(Path(self.build_temp) / "kernels")
         native.ops_library(kernels, package.resolve() / "_ops.abi3.so", nvcc, archs)
         kernels.run()

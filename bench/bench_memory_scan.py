@@ -18,26 +18,26 @@ T, N, C, KV = 16, 257, 1408, 1536
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
-def inputs(M, width, dtype, device):
+def inputs(M, width, dtype, device, bank=torch.float32):
     """A full memory with one attached tensor, a clip, and the clip's rows for it."""
-    state = new_state(1, M, N, C, torch.float32, device, [width], dtype)
-    clip = torch.randn(1, T, N, C, device=device)
+    state = new_state(1, M, N, C, bank, device, [width], dtype)
+    clip = torch.randn(1, T, N, C, device=device).to(bank)
     rows = torch.randn(1, T, N, width, device=device).to(dtype)
     for i in range(M + 1):
         memory_merge_(*state[:5], clip[:, i % T], state.attached, [rows[:, i % T]])
     return state, clip, rows
 
 
-def scan_case(M, device):
-    state, clip, _ = inputs(M, 1, torch.float32, device)
-    other, _, _ = inputs(M, 1, torch.float32, device)
+def scan_case(M, device, dtype=torch.float32):
+    state, clip, _ = inputs(M, 1, dtype, device, dtype)
+    other, _, _ = inputs(M, 1, dtype, device, dtype)
 
     def eager():
         for s in range(T):
             memory_merge_(*other[:5], clip[:, s])
 
     plan = memory_scan_(*state[:5], clip)
-    return Case("memory_scan_", {"B": 1, "T": T, "M": M, "N": N, "C": C}, torch.float32,
+    return Case("memory_scan_", {"B": 1, "T": T, "M": M, "N": N, "C": C}, dtype,
                 lambda: memory_scan_(*state[:5], clip), eager, compiled=False,
                 bytes=nbytes(clip, *plan) + nbytes(clip[:, : M + 1]))  # fmt: skip
 
@@ -82,9 +82,10 @@ def test_memory_extend(n, width, device, measure):
     measure(extend_case(n, width, device))
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
 @pytest.mark.parametrize("M", [10, 20, 40])
-def test_memory_scan_(M, device, measure):
-    measure(scan_case(M, device))
+def test_memory_scan_(M, dtype, device, measure):
+    measure(scan_case(M, device, dtype))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))

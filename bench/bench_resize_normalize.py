@@ -12,7 +12,7 @@ from pyvidx.ops.resize_normalize import resize_normalize
 from pyvidx.preprocess import CLIP_MEAN, CLIP_STD
 
 SIZES = {"360p": (360, 640), "480p": (480, 854), "720p": (720, 1280), "1080p": (1080, 1920)}
-DTYPES = [torch.float32, torch.bfloat16]
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
 def case(name, T, dtype, device):

@@ -23,7 +23,6 @@ def pytest_addoption(parser):
         "--smallest", action="store_true", help="only the first case of every bench, once: does it still run?"
     )
     group.addoption("--no-compile", action="store_true", help="leave torch.compile out")
-    group.addoption("--graphs", action="store_true", help="on a GPU also time a replayed CUDA graph of each case")
     group.addoption("--lines", type=Path, metavar="FILE", help="append each case to this JSON-lines file once measured")
 
 
@@ -54,7 +53,6 @@ def measure(request, benchmark, device):
                 device,
                 0.0 if smallest else option("--seconds"),
                 with_compile=not (smallest or option("--no-compile")),
-                with_graph=option("--graphs") and device == "cuda",
             )
             if option("--lines") is not None:
                 with option("--lines").open("a") as file:

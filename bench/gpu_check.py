@@ -2,21 +2,18 @@
 
     python3 bench/gpu_check.py [--minutes 9] [--out FOLDER] [--seconds 0.3] [--emulate]
 
-In this order: build for the GPU that is here, the op tests on it, some 35 benches against plain torch, the same against
-torch.compile and as CUDA graphs, our kernels under compute-sanitizer's memcheck and racecheck. Whatever has not ended
-when the time is up is killed with all it started. FOLDER (bench/results) gets <gpu>-<date>.json, written anew after
-every step, and <gpu>-<date>.jsonl, one line for each case as soon as it is measured. The exit status is 0 if all steps
-passed, 1 if one did not, 2 without a GPU.
+In this order: build for the GPU that is here, the op tests on it, some 35 benches, launched and as CUDA graphs, against
+plain torch, the same against torch.compile, our kernels under compute-sanitizer's memcheck and racecheck. Whatever has
+not ended when the time is up is killed with all it started. FOLDER (bench/results) gets <gpu>-<date>.json, written anew
+after every step, and <gpu>-<date>.jsonl, one line for each case as soon as it is measured. The exit status is 0 if all
+steps passed, 1 if one did not, 2 where nothing can run. A slower machine takes more minutes: steps get their share.
 
 Needs Python 3.10 or newer, torch 2.10 or newer with CUDA, nvcc of the same major version (CUDA_HOME, /usr/local/cuda or
 PATH), and from PyPI: numpy, safetensors, setuptools, ninja, pybind11, pytest, pytest-benchmark, pytest-timeout,
 hypothesis; with pytest-xdist the tests run side by side. git is not needed. Where compute-sanitizer is missing, its
 steps fail and say so.
 
-On a V100 (sm_70): CUDA 13 no longer compiles for it, and torch's CUDA 13 builds have no code for it. Take
-
-    pip install "torch==2.10.0"                    built with CUDA 12.8, has sm_70; so have cu126 builds of 2.11 to 2.14
-    CUDA_HOME=/usr/local/cuda-12.8 make gpu-check  any nvcc from 12.4 to 12.9
+On a V100 (sm_70), which CUDA 13 no longer knows: docs/contributing.md, "gpu-check on a V100".
 
 --emulate: no GPU; every step's code, in a small size. The kernels run in the emulator of tests/cuda_emu, its sanitizers
 stand in for compute-sanitizer, and the benches run on the CPU.
@@ -39,9 +36,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "cmake")]
+
+import native_build  # noqa: E402
 
 from pyvidx.files import write_json  # noqa: E402
+
+MINUTES = 9
 
 # What launches kernels, without torch's own tools around it.
 SANITIZED = "(forward or backward or merge or steps) and not compiled and not registration and not gradcheck"
@@ -61,10 +62,10 @@ CASES = {
     "quick_gelu": ["quick_gelu[forward-l14-float16]", "quick_gelu[backward-l14-float16]"],
     "token_gather": [f"token_gather[l14-{size}-float16]" for size in ("1-8", "8-8")],
     "st_pool": ["st_pool[l14-1-8-float16]", "st_pool[l14-1-100-float16]"],
-    "resize_normalize": [f"resize_normalize[{size}-8-bfloat16]" for size in ("360p", "1080p")],
+    "resize_normalize": [f"resize_normalize[{size}-8-float16]" for size in ("360p", "1080p")],
     "temporal_scale": [f"temporal_scale{pass_}[l14-8-8-float16]" for pass_ in ("", "_backward")],
     "memory_merge": ["memory_merge_[6-20-float32]", "memory_merge_[6-20-float16]", "memory_merge[float16]"],
-    "memory_scan": ["memory_scan_[20]", "memory_replay_[20-float16]"],
+    "memory_scan": ["memory_scan_[20-float32]", "memory_scan_[20-float16]", "memory_replay_[20-float16]"],
     "bank_attention": [
         *(f"bank_attention[{path}-20-float16]" for path in ("slots", "table")),
         *("bank_attention[slots-20-float32]", "bank_attention_backward[table-20-float16]"),
@@ -82,7 +83,8 @@ def case_names() -> list[str]:
 
 @dataclass
 class Step:
-    """One command. limit: its share of the time, in seconds; what earlier steps left over does not add to it."""
+    """One command. limit: its share of the nine minutes, in seconds, and in proportion of more; what earlier steps left
+    over does not add to it."""
 
     name: str
     command: list[str]
@@ -143,7 +145,7 @@ def gpu_steps(lines: Path, seconds: float) -> list[Step]:
         Step("info", [sys.executable, "-m", "pyvidx", "info", "--json"], 40),
         Step("tests", [*pytest, *tests, "-k", "cuda", "-m", "not slow", *side_by_side], 180),
         Step("bench", [*bench, "--no-compile"], 120),
-        Step("bench against torch.compile, graphs", [*bench, "--graphs"], 150),
+        Step("bench against torch.compile", bench, 150),
         Step("memcheck", [*checks, "memcheck", *sample], 90),
         Step("racecheck", [*checks, "racecheck", *sample], 90),
     ]  # fmt: skip
@@ -169,7 +171,7 @@ def emulated_steps(lines: Path, seconds: float) -> list[Step]:
         Step("info", [sys.executable, "-m", "pyvidx", "info", "--json"], 60),
         Step("tests", [*emulator, "tests/ops"], 120),
         Step("bench", [*bench, *few, "--no-compile"], 60),
-        Step("bench against torch.compile, graphs", [*bench, few[0], "--graphs"], 200),
+        Step("bench against torch.compile", [*bench, few[0]], 200),
         Step("memcheck", [*emulator, "--variant", "asan", "tests/ops/test_st_pool.py"], 200),
         Step("racecheck", [*emulator, "--variant", "tsan", "tests/ops/test_st_pool.py"], 200),
     ]
@@ -187,7 +189,7 @@ def run_all(steps: list[Step], minutes: float, file: Path, lines: Path, head: di
             done.append(skipped(step, "out of time"))
         else:
             try:
-                done.append(run(step, min(step.limit, left)))
+                done.append(run(step, min(step.limit * max(1, minutes / MINUTES), left)))
             except OSError as error:
                 done.append(skipped(step, str(error)))
         write_json(file, {**head, "steps": done, "cases": cases_of(lines)}, indent=1)
@@ -213,6 +215,36 @@ def cases_of(lines: Path) -> list[dict]:
     return cases
 
 
+def why_not() -> str | None:
+    """Why no kernel can run here; None: it can."""
+    import torch
+
+    if torch.version.cuda is None or tuple(map(int, torch.__version__.split(".")[:2])) < (2, 10):
+        return f"needs torch 2.10 or newer with CUDA, got {torch.__version__}"
+    if not torch.cuda.is_available():
+        return "needs an NVIDIA GPU that torch can use, got none (does nvidia-smi see one?)"
+    major, minor = torch.cuda.get_device_capability()
+    arch, archs = f"{major}{minor}", torch.cuda.get_arch_list()
+    v100 = ": see docs/contributing.md, gpu-check on a V100" if arch == "70" else ""
+    if not any(runs_on(code, major, minor) for code in archs):
+        return f"torch {torch.__version__} has code for {' '.join(archs)}, none for this GPU, sm_{arch}{v100}"
+    nvcc = native_build.installed_nvcc()
+    if nvcc is None:
+        return "needs nvcc in CUDA_HOME, /usr/local/cuda or PATH, got none"
+    if arch not in native_build.known_archs(nvcc):
+        return f"{nvcc} cannot compile for this GPU, sm_{arch}; set CUDA_HOME to a CUDA that can{v100}"
+    return None
+
+
+def runs_on(code: str, major: int, minor: int) -> bool:
+    """sm_86, compute_90: machine code runs on later GPUs of the same generation, PTX on all later ones."""
+    found = re.fullmatch(r"(sm|compute)_(\d+)(\d)", code)
+    if found is None:  # sm_90a: on that GPU alone
+        return code.startswith(f"sm_{major}{minor}")
+    of = int(found[2]), int(found[3])
+    return of <= (major, minor) and (found[1] == "compute" or of[0] == major)
+
+
 def cuda_home() -> Path:
     return Path(os.environ.get("CUDA_HOME", "/usr/local/cuda"))
 
@@ -227,18 +259,19 @@ def commit() -> str | None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--minutes", type=float, default=9.0, help="for everything together")
+    parser.add_argument("--minutes", type=float, default=MINUTES, help="for everything together")
     parser.add_argument("--out", type=Path, default=ROOT / "bench/results", metavar="FOLDER")
     parser.add_argument("--seconds", type=float, default=0.3, help="time per bench case, all contenders together")
     parser.add_argument("--emulate", action="store_true", help="without a GPU, in a small size")
     options = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the running step is killed too
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    refused = None if options.emulate else why_not()
+    if refused is not None:
+        print(f"gpu-check: {refused} (--emulate does without a GPU)", file=sys.stderr)
+        return 2
     import torch
 
-    if not options.emulate and not torch.cuda.is_available():
-        print("gpu-check: needs an NVIDIA GPU that torch can use, got none (--emulate does without)", file=sys.stderr)
-        return 2
     gpu = "emulated" if options.emulate else torch.cuda.get_device_name()
     head = {"gpu": gpu, "date": datetime.date.today().isoformat(), "torch": torch.__version__,
             "cuda": torch.version.cuda, "python": sys.version.split()[0], "commit": commit()}  # fmt: skip

@@ -7,10 +7,13 @@ floor is a plain copy that moves as many bytes as the case must (half read, half
 import itertools
 import statistics
 import time
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
+
+from pyvidx.graphs import record
 
 
 @dataclass
@@ -21,7 +24,7 @@ class Case:
         is given, unless `compiled` is False (an op that plain torch cannot be compiled for says why in its bench).
     bytes: what must cross memory: each input read once, each output written once.
     flops: operations, where those may bind instead; 0 if they never do.
-    graph: one run can be captured in a CUDA graph: its shapes are fixed, and nothing it needs comes from the host.
+    graph: one run can be recorded as a CUDA graph: its shapes are fixed, and nothing it needs comes from the host.
     eager_calls: calls of eager that do the work of one run; its time is given times this.
     footprint: bytes that successive calls go through, where each call touches another part of a larger state. The copy
         then goes through as much: one that stays in the cache is no floor for what cannot.
@@ -96,24 +99,27 @@ def copy_of(bytes_moved: int, device: str, footprint: int = 0) -> Callable[[], o
     return copy
 
 
-def graph_of(function: Callable[[], object]) -> Callable[[], object]:
-    """A call that replays what one call launched, without the launching."""
-    function()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        function()
-    return graph.replay
+def compare(case: Case, device: str, seconds: float, *, with_compile: bool = False) -> dict:
+    """The extra_info of a case: medians, bandwidths and ratios, all from the same rounds.
 
-
-def compare(case: Case, device: str, seconds: float, *, with_compile: bool = False, with_graph: bool = False) -> dict:
-    """The extra_info of a case: medians, bandwidths and ratios, all from the same rounds. with_graph: CUDA only."""
+    On a GPU also those of a CUDA graph of the call: what the op takes where nothing waits for its launches. Where the
+    graph or torch.compile fails, as Triton may on old GPUs, the case has its error in graph_error or compile_error.
+    """
     contenders = {"pyvidx": case.run, "copy": copy_of(case.bytes, device, case.footprint), "eager": case.eager}
+    others, errors = {}, {}
+    if device == "cuda" and case.graph:
+        others["graph"] = lambda: record(case.run)[1]
     if with_compile and case.compiled:
         torch._dynamo.reset()
-        contenders["compile"] = torch.compile(case.eager, dynamic=False)
-    if with_graph and case.graph:
-        contenders["graph"] = graph_of(case.run)
+        others["compile"] = lambda: torch.compile(case.eager, dynamic=False)
+    for name, make in others.items():
+        try:
+            contender = make()
+            contender()
+            contenders[name] = contender
+        except Exception as error:  # of whatever compiler torch has
+            errors[f"{name}_error"] = f"{type(error).__name__}: {error}"[:1000]
+            warnings.warn(f"{case.op} {case.shape}: no {name} to compare with: {errors[f'{name}_error']}", stacklevel=2)
     times = interleaved(contenders, device, seconds)
     ms = {name: statistics.median(t) * 1e3 for name, t in times.items()}
     ms["eager"] *= case.eager_calls
@@ -127,9 +133,11 @@ def compare(case: Case, device: str, seconds: float, *, with_compile: bool = Fal
     }  # fmt: skip
     if case.flops:
         info["gflops"] = case.flops / ms["pyvidx"] / 1e6
-    info["compile_ms"], info["graph_ms"] = ms.get("compile"), ms.get("graph")
+    info["compile_ms"] = ms.get("compile")
     info["vs_compile"] = ms["compile"] / ms["pyvidx"] if "compile" in ms else None
-    return info | case.extra
+    if "graph" in ms:
+        info["graph_ms"], info["graph_share"] = ms["graph"], ms["copy"] / ms["graph"]
+    return info | errors | case.extra
 
 
 def device_name(device: str) -> str:

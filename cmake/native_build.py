@@ -60,7 +60,7 @@ def cuda_headers() -> Path | None:
 
 def cuda_archs(nvcc: str) -> list[str]:
     """The wanted architectures (PYVIDX_CUDA_ARCHS, else those of the GPUs here, else build.json's) that this nvcc can
-    compile for."""
+    compile for. None at all is an error with PYVIDX_CUDA=1, and a build without CUDA kernels otherwise."""
     import torch
 
     wanted = os.environ.get("PYVIDX_CUDA_ARCHS", "").split()
@@ -68,12 +68,14 @@ def cuda_archs(nvcc: str) -> list[str]:
         wanted = sorted({"{}{}".format(*torch.cuda.get_device_capability(i)) for i in range(torch.cuda.device_count())})
     wanted = wanted or CONFIG["cuda_archs"]
     known = known_archs(nvcc)
-    dropped = [a for a in wanted if a not in known]
+    dropped, found = [a for a in wanted if a not in known], [a for a in wanted if a in known]
     if dropped:
-        print(
-            f"pyvidx: this nvcc cannot target sm_{', sm_'.join(dropped)} (V100, sm_70, needs CUDA 12)", file=sys.stderr
-        )
-    return [a for a in wanted if a in known]
+        advice = "; a V100, sm_70, needs nvcc of CUDA 12: set CUDA_HOME to it" if "70" in dropped else ""
+        print(f"pyvidx: {nvcc} cannot compile for sm_{', sm_'.join(dropped)}{advice}", file=sys.stderr)
+    if not found:
+        message = "pyvidx: no architecture is left: the CUDA kernels are not built"
+        sys.exit(message) if os.environ.get("PYVIDX_CUDA") == "1" else print(message, file=sys.stderr)
+    return found
 
 
 class Build:

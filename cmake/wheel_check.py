@@ -151,12 +151,9 @@ def table(results: dict) -> str:
     for row in results["rows"]:
         cells = []
         for name in columns:
-            done = row["steps"].get(name)
-            cells.append(
-                "-"
-                if done is None
-                else ("ok" if done["ok"] else "no") + (f": {done['said'].splitlines()[-1]}" if done["said"] else "")
-            )
+            done = row["steps"].get(name, {"ok": None, "said": ""})
+            said = f": {done['said'].splitlines()[-1]}" if done["said"] else ""
+            cells.append({True: "ok", False: "no", None: "-"}[done["ok"]] + said)
         lines.append(f"| {row['kind']} | {row['python']} | {row['torch']} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 

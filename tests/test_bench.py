@@ -7,7 +7,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
+from bench import gpu_check, harness
 from pyvidx.bench import report
 
 ROOT = Path(__file__).parents[1]
@@ -33,6 +35,58 @@ def test_every_bench_gives_its_numbers(results):
         }
         assert not missing, f"{case['op']} lacks {missing}"
         assert case["ms"] > 0 and case["bytes"] > 0
+
+
+@pytest.fixture
+def fake_gpu(monkeypatch):
+    """The harness on a device "cuda" that computes on the CPU; calls of a graph's replay are counted."""
+    replays, cpu_timer, cpu_copy = [], harness.Timer("cpu"), harness.copy_of
+    monkeypatch.setattr(harness, "Timer", lambda device: cpu_timer)
+    monkeypatch.setattr(harness, "copy_of", lambda moved, device, footprint=0: cpu_copy(moved, "cpu", footprint))
+    monkeypatch.setattr(harness, "device_name", lambda device: "fake")
+    monkeypatch.setattr(harness, "record", lambda run: (run(), lambda: replays.append(run())))
+    return replays
+
+
+def one_case(**options) -> harness.Case:
+    x = torch.ones(1000)
+    return harness.Case("op", {"n": 1000}, x.dtype, lambda: x + 1, lambda: x.add(1), bytes=8000, **options)
+
+
+def test_graph_time_beside_the_launched_one(fake_gpu):
+    info = harness.compare(one_case(), "cuda", 0.0)
+    assert len(fake_gpu) >= info["rounds"] == 5 and info["graph_ms"] > 0
+    assert info["graph_share"] == pytest.approx(info["copy_ms"] / info["graph_ms"])
+    plain = harness.compare(one_case(), "cpu", 0.0)
+    fixed = harness.compare(one_case(graph=False), "cuda", 0.0)
+    for other in (plain, fixed):
+        assert not {"graph_ms", "graph_share", "graph_error"} & {*other} and other["ms"] > 0
+    text = report.table([info | {"threads": 1}, plain])
+    assert "graph ms" in text and f"{info['graph_ms']:.3f}" in text and text.splitlines()[-2].endswith("-")
+    assert "graph" not in report.table([plain]), "a column that nothing fills"
+
+
+def test_a_contender_that_fails_costs_the_others_nothing(fake_gpu, monkeypatch):
+    def refuse(*_, **__):
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    monkeypatch.setattr(harness, "record", refuse)
+    monkeypatch.setattr(torch, "compile", refuse)
+    with pytest.warns(UserWarning, match="no compile to compare with"):
+        info = harness.compare(one_case(), "cuda", 0.0, with_compile=True)
+    assert "stream is capturing" in info["graph_error"] and "stream is capturing" in info["compile_error"]
+    assert info["compile_ms"] is None and "graph_ms" not in info and info["vs_eager"] > 0
+
+
+def test_every_op_is_benched_in_the_dtype_of_a_v100():
+    """By name: what gpu_check takes to a GPU in float16."""
+    halves = {
+        op for op, names in gpu_check.CASES.items() if any("float16]" in n and "bfloat16" not in n for n in names)
+    }
+    ops = {p.stem.removeprefix("bench_") for p in (ROOT / "bench").glob("bench_*.py")} & {
+        p.stem for p in (ROOT / "csrc/include/pyvidx").glob("*.h")
+    }
+    assert len(ops) >= 11 and ops <= halves
 
 
 def test_preprocess_against_the_processors():

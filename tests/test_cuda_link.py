@@ -32,6 +32,21 @@ def test_the_runtime_is_found_behind_a_script(tmp_path):
     assert any((folder / "libcudart_static.a").exists() for folder in folders), folders
 
 
+def test_an_nvcc_that_knows_none_of_the_gpus(monkeypatch, capsys):
+    """A V100 and CUDA 13: an error where CUDA was asked for, and said otherwise."""
+    monkeypatch.setattr(native_build, "known_archs", lambda nvcc: {"75", "90"})
+    monkeypatch.setenv("PYVIDX_CUDA_ARCHS", "70")
+    monkeypatch.delenv("PYVIDX_CUDA", raising=False)
+    assert native_build.cuda_archs("/cuda/bin/nvcc") == []
+    said = capsys.readouterr().err
+    assert "/cuda/bin/nvcc cannot compile for sm_70; a V100" in said and "kernels are not built" in said
+    monkeypatch.setenv("PYVIDX_CUDA", "1")
+    with pytest.raises(SystemExit, match="no architecture is left"):
+        native_build.cuda_archs("/cuda/bin/nvcc")
+    monkeypatch.setenv("PYVIDX_CUDA_ARCHS", "70 90")
+    assert native_build.cuda_archs("/cuda/bin/nvcc") == ["90"]
+
+
 @pytest.mark.skipif(native_build.installed_nvcc() is None, reason="no nvcc")
 def test_one_binary_with_cuda():
     """One architecture, to be quick; cmake/cuda_check.py compiles for all."""

@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from bench import gpu_check
 from tests.cuda_emu import build
@@ -62,6 +63,44 @@ def test_emulated(tmp_path):
     assert result["cases"][2]["compile_ms"] > 0
 
 
+@pytest.mark.parametrize(
+    "torch_version, cuda, gpu, archs, nvcc, wanted",
+    [
+        ("2.10.0+cu128", "12.8", (7, 0), "sm_70 sm_75 sm_90 sm_120", "70 90", None),
+        ("2.13.0+cu126", "12.6", (7, 0), "sm_50 sm_60 sm_70", "70 90", None),
+        ("2.11.0+cu130", "13.0", (7, 0), "sm_75 sm_80 compute_120", "70 90", "none for this GPU, sm_70: see docs"),
+        (
+            "2.10.0+cu128",
+            "12.8",
+            (7, 0),
+            "sm_70 sm_75",
+            "75 90 100",
+            "cannot compile for this GPU, sm_70; set CUDA_HOME",
+        ),
+        ("2.10.0+cu128", "12.8", (8, 9), "sm_80 sm_86", "89", None),
+        ("2.11.0+cu130", "13.0", (9, 0), "sm_90a", "90", None),
+        ("2.11.0+cu130", "13.0", (12, 1), "sm_90 compute_120", "121", None),
+        ("2.10.0+cu128", "12.8", (7, 0), "sm_70", None, "needs nvcc in CUDA_HOME"),
+        ("2.9.1+cu128", "12.8", (9, 0), "sm_90", "90", "needs torch 2.10 or newer with CUDA, got 2.9.1"),
+        ("2.13.0+cpu", None, (9, 0), "", "90", "needs torch 2.10 or newer with CUDA, got 2.13.0+cpu"),
+        ("2.10.0+cu128", "12.8", None, "sm_70", "70", "got none"),
+    ],
+)
+def test_where_nothing_can_run_it_says_why(torch_version, cuda, gpu, archs, nvcc, wanted, monkeypatch):
+    monkeypatch.setattr(gpu_check.native_build, "installed_nvcc", lambda: nvcc)
+    monkeypatch.setattr(gpu_check.native_build, "known_archs", lambda nvcc: set(nvcc.split()))
+    monkeypatch.setattr(torch, "__version__", torch_version)
+    monkeypatch.setattr(torch.version, "cuda", cuda)
+    for name, value in {
+        "is_available": gpu is not None,
+        "get_device_capability": gpu,
+        "get_arch_list": archs.split(),
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, lambda value=value: value)
+    why = gpu_check.why_not()
+    assert (why is None) if wanted is None else wanted in why, why
+
+
 def test_the_cases_exist():
     command = [sys.executable, "-m", "pytest", "--collect-only", "-q", "-p", "no:cacheprovider"]
     done = subprocess.run([*command, *gpu_check.case_names()], cwd=ROOT, text=True, capture_output=True)
@@ -95,6 +134,12 @@ def test_what_is_known_is_written_after_every_step(tmp_path):
     assert [s["passed"] for s in result["steps"]] == [True, True, False, False]
     assert result["steps"][1]["tail"] == "1\n" and "not run" in result["steps"][2]["tail"]
     assert result["cases"] == [{"ms": 1}], "the line that a kill has cut is left out"
+
+
+def test_more_minutes_are_more_for_every_step(tmp_path):
+    step = gpu_check.Step("build", python("import time; time.sleep(2)"), 1)
+    assert not gpu_check.run_all([step], 9, tmp_path / "a.json", tmp_path / "a.jsonl", {})
+    assert gpu_check.run_all([step], 270, tmp_path / "a.json", tmp_path / "a.jsonl", {})
 
 
 def test_steps_after_the_deadline_or_a_failed_build_are_named(tmp_path):

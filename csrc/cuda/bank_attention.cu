@@ -30,8 +30,8 @@ __global__ __launch_bounds__(kBankThreads, 1) void bank_attention_kernel(BankAtt
   __shared__ A bias[kKeys];
   const BankTask task(a, a.partial.size[1]);
   const int64_t h = task.h;
-  const int n = task.n, d = task.d, q0 = task.q0, c = threadIdx.x % 4;
-  const Rows<const T> q{a.q.at<const T>(task.b, task.s, 0, h * d), a.q.stride[2], n, d};
+  const int n = task.n, d = task.d, q0 = task.q0;
+  const Rows<const T> q = rows_of_head<const T>(a.q, task.b, task.s, h, d);
   const A scale = A(a.scale * kLog2e);
 
   A largest[2] = {A(kAbsent), A(kAbsent)}, total[2] = {};  // of rows g and g + 8; totals are of this lane's columns
@@ -42,18 +42,18 @@ __global__ __launch_bounds__(kBankThreads, 1) void bank_attention_kernel(BankAtt
     const RowTable<const T> keys{row, h * d, kKeys, d}, values{row, (a.heads + h) * d, kKeys, d};
     A w[kTiles][4], next[2] = {largest[0], largest[1]}, fade[2];
     dot_rows<T, kD>(q, q0, keys, 0, w);
-    each_score(w, 0, [&](int key, int half, A& x) {
+    each_score<T>(w, 0, [&](int key, int half, A& x) {
       x = bias[key] == A(kAbsent) ? A(kAbsent) : x * scale + bias[key];
-      next[half] = x > next[half] ? x : next[half];
+      next[half] = larger(next[half], x);
     });
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      next[half] = quad_max(next[half]);
+      next[half] = row_max<T>(next[half]);
       fade[half] = power_of_two(largest[half] - next[half]);
       total[half] *= fade[half];
       largest[half] = next[half];
     }
-    each_score(w, 0, [&](int, int half, A& x) {
+    each_score<T>(w, 0, [&](int, int half, A& x) {
       x = x == A(kAbsent) ? A(0) : power_of_two(x - largest[half]);
       total[half] += x;
     });
@@ -71,13 +71,13 @@ __global__ __launch_bounds__(kBankThreads, 1) void bank_attention_kernel(BankAtt
   const Partial<A> to(a, task.head, task.split);
 #pragma unroll
   for (int slab = 0; slab < kSlabs; ++slab) {
-    store_sums<A, kWhole>(sums[slab], Rows<A>{to.sums, to.ld, n, d}, q0, slab * 8 * kColumns<T>);
+    store_sums<T, kWhole>(sums[slab], Rows<A>{to.sums, to.ld * int64_t(sizeof(A)), n, d}, q0, slab * 8 * kColumns<T>);
   }
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
-    const int query = q0 + threadIdx.x % 32 / 4 + 8 * half;
-    total[half] = quad_sum(total[half]);
-    if (c == 0 && query < n) to.largest[query] = largest[half], to.total[query] = total[half];
+    const int query = q0 + score_row<T>(half);
+    total[half] = row_sum<T>(total[half]);
+    if (first_of_row<T>() && query < n) to.largest[query] = largest[half], to.total[query] = total[half];
   }
 }
 

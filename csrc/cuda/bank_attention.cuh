@@ -34,6 +34,12 @@ __device__ __forceinline__ int key_size(const BankAttentionInput& a, int64_t b, 
   return size < 1 ? 1 : size;
 }
 
+// The n queries, or their gradients, of one head and step of x [B, t, n, H * d].
+template <typename T>
+__device__ __forceinline__ Rows<T> rows_of_head(const View<4>& x, int64_t b, int64_t s, int64_t h, int d) {
+  return {x.at<T>(b, s, 0, h * d), x.stride[2] * int64_t(sizeof(T)), int(x.size[2]), d};
+}
+
 // The rows of kKeys keys from k0 on and the logarithms of their sizes, found by the whole block.
 template <int kKeys, typename T>
 __device__ __forceinline__ void find_keys(const BankAttentionInput& a, const BankTask& task, int64_t k0, const T** row,

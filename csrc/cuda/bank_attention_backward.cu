@@ -40,14 +40,14 @@ __global__ __launch_bounds__(kBankThreads, 1) void bank_attention_queries_kernel
   __shared__ A bias[kKeys];
   const BankTask task(a, a.partial.size[1]);
   const int64_t h = task.h;
-  const int n = task.n, d = task.d, q0 = task.q0, g = threadIdx.x % 32 / 4, slab = blockIdx.z * 8 * kColumns<T>;
-  const Rows<const T> q{a.q.at<const T>(task.b, task.s, 0, h * d), a.q.stride[2], n, d};
-  const Rows<const T> grad{a.grad_out.at<const T>(task.b, task.s, 0, h * d), a.grad_out.stride[2], n, d};
+  const int n = task.n, d = task.d, q0 = task.q0, slab = blockIdx.z * 8 * kColumns<T>;
+  const Rows<const T> q = rows_of_head<const T>(a.q, task.b, task.s, h, d);
+  const Rows<const T> grad = rows_of_head<const T>(a.grad_out, task.b, task.s, h, d);
   const A scale = A(a.scale * kLog2e);
-  A lse[2] = {}, delta[2] = {};  // of rows g and g + 8
+  A lse[2] = {}, delta[2] = {};  // of the lane's two rows
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
-    const int query = q0 + g + 8 * half;
+    const int query = q0 + score_row<T>(half);
     if (query >= n) continue;
     lse[half] = *a.lse.at<const A>(task.b, task.s, h, query) * A(kLog2e);
     delta[half] = *a.delta.at<const A>(task.b, task.s, h, query);
@@ -60,7 +60,7 @@ __global__ __launch_bounds__(kBankThreads, 1) void bank_attention_queries_kernel
     A w[kTiles][4], dw[kTiles][4];
     dot_rows<T, kD>(q, q0, keys, 0, w);
     dot_rows<T, kD>(grad, q0, values, 0, dw);
-    each_score(w, 0, [&](int key, int half, A& x) {
+    each_score<T>(w, 0, [&](int key, int half, A& x) {
       x = bias[key] == A(kAbsent) ? A(0) : power_of_two(x * scale + bias[key] - lse[half]);
     });
 #pragma unroll
@@ -72,7 +72,7 @@ __global__ __launch_bounds__(kBankThreads, 1) void bank_attention_queries_kernel
   }
   if (q0 >= n) return;
   const int ld = int(bank_attention_padded(d));
-  store_sums<A, kWhole>(sums, Rows<A>{a.partial.at<A>(task.head, task.split), ld, n, d}, q0, slab);
+  store_sums<T, kWhole>(sums, Rows<A>{a.partial.at<A>(task.head, task.split), ld * int64_t(sizeof(A)), n, d}, q0, slab);
 }
 
 template <typename T, int kD>
@@ -84,7 +84,7 @@ __global__ __launch_bounds__(kBankThreads, 1) void bank_attention_rows_kernel(Ba
   __shared__ A biases[kRowsPerBlock];
   const int64_t S = a.rows.size[1], N = a.rows.size[2], groups = (S * N + kRowsPerBlock - 1) / kRowsPerBlock;
   const int64_t b = blockIdx.x / groups / a.heads, h = blockIdx.x / groups % a.heads;
-  const int lane = threadIdx.x % 32, own = threadIdx.x / 32 * 16, g = lane / 4, c = lane % 4;
+  const int lane = threadIdx.x % 32, own = threadIdx.x / 32 * 16;
   const int n = int(a.q.size[2]), d = int(a.q.size[3] / a.heads), slab = blockIdx.y * 8 * kColumns<T>;
   const int64_t i = blockIdx.x % groups * kRowsPerBlock + own + lane, slot = i / N, p = i % N;
   if (i - lane >= S * N) return;
@@ -110,9 +110,9 @@ __global__ __launch_bounds__(kBankThreads, 1) void bank_attention_rows_kernel(Ba
     if (lane < 16) biases[own + lane] = size > 0 ? A(log2(A(size))) : A(kAbsent);
     __syncwarp();
     if (!__any_sync(kFullWarp, size > 0)) continue;
-    const A bias[2] = {biases[own + g], biases[own + g + 8]};
-    const Rows<const T> q{a.q.at<const T>(b, s, 0, h * d), a.q.stride[2], n, d};
-    const Rows<const T> grad{a.grad_out.at<const T>(b, s, 0, h * d), a.grad_out.stride[2], n, d};
+    const A bias[2] = {biases[own + score_row<T>(0)], biases[own + score_row<T>(1)]};
+    const Rows<const T> q = rows_of_head<const T>(a.q, b, s, h, d);
+    const Rows<const T> grad = rows_of_head<const T>(a.grad_out, b, s, h, d);
 #pragma unroll 1
     for (int q0 = 0; q0 < n; q0 += 8 * kTiles) {
       A w[kTiles][4], dw[kTiles][4];
@@ -122,7 +122,7 @@ __global__ __launch_bounds__(kBankThreads, 1) void bank_attention_rows_kernel(Ba
       for (int j = 0; j < kTiles; ++j) {
 #pragma unroll
         for (int column = 0; column < 2; ++column) {
-          const int query = q0 + 8 * j + 2 * c + column;
+          const int query = q0 + score_column<T>(j, column);
           const A lse = query < n ? *a.lse.at<const A>(b, s, h, query) * A(kLog2e) : A(0);
           const A delta = query < n ? *a.delta.at<const A>(b, s, h, query) : A(0);
 #pragma unroll

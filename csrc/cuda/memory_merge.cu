@@ -3,9 +3,13 @@
 // of a video is changed by the block of its first position. No atomics, no scratch memory, no host.
 //
 // Attached tensors of several dtypes or alignments, which nothing in this project has, go before it in launches of
-// their own, a warp per position and tensor.
+// their own.
 //
 // Traffic per position: 8 rows of the bank (6 read, 2 written), 5 of every attached tensor (3 read, 2 written).
+// Versions (registers of sm_70 and sm_90, float; rounds of loads that wait for each other before the bank's rows;
+// rounds for 12 attached tensors of 768 floats, and bytes of them at a position that are under way together):
+//   128 threads, entries read where they lie    72, 80    5    24    6 KB
+//   352 threads, entries in shared memory       60, 64    2     7   17 KB   kept; attached rows in parts of 32 packs
 #include "memory_step.cuh"
 #include "pyvidx/memory_merge.h"
 
@@ -18,58 +22,93 @@ struct AttachedChunk {
 };
 static_assert(sizeof(MemoryStepArgs) + sizeof(AttachedChunk) <= 4096, "kernel parameters");
 
-// A step of one attached tensor at one position by threads first, first + count, ...
+// A step of attached tensors at one position: the warps of a block take 32 packs of a row in turn. `units`: the most
+// that a row has of those.
 template <typename T, bool kVectorized>
-__device__ __forceinline__ void run_attached(const MemoryAttached& item, const StepPlan& p, const Mean<Acc<T>>& mean,
-                                             int64_t b, int64_t n, int first, int count) {
-  const int C = int(item.rows.size[3]);
+__device__ __forceinline__ void run_attached(const MemoryAttached* items, int count, int units, bool weighted,
+                                             const StepPlan& p, int64_t b, int64_t n) {
   constexpr int kSize = kPack<T, kVectorized>;
-  T* const keep = p.k < 0 ? nullptr : item.rows.at<T>(b, p.keep, n);
-  const T* const gone = p.k < 0 ? nullptr : item.rows.at<const T>(b, p.gone, n);
-  T* const target = p.target < 0 ? nullptr : item.rows.at<T>(b, p.target, n);
-  const T* const frame = p.target < 0 ? nullptr : item.frame.at<const T>(b, n);
-  for (int c = first * kSize; c < C; c += count * kSize) {
-    Acc<T> x[kSize] = {}, y[kSize] = {}, fresh[kSize] = {};
-    if (keep) load_pack(keep + c, x), load_pack(gone + c, y);
-    if (target) load_pack(frame + c, fresh);
+  using Pack = Raw<T, kVectorized>;
+  const Mean<Acc<T>> mean = mean_of<Acc<T>>(weighted, p);
+#pragma unroll 1
+  for (int unit = int(threadIdx.x) / 32; unit < count * units; unit += int(blockDim.x) / 32) {
+    const MemoryAttached& item = items[unit / units];
+    const int c = (unit % units * 32 + int(threadIdx.x) % 32) * kSize;
+    if (c >= int(item.rows.size[3])) continue;
+    T* const keep = p.k < 0 ? nullptr : item.rows.at<T>(b, p.keep, n) + c;
+    T* const target = p.target < 0 ? nullptr : item.rows.at<T>(b, p.target, n) + c;
+    Pack bits[3] = {};
     if (keep) {
+      bits[0] = *reinterpret_cast<const Pack*>(keep);
+      bits[1] = *reinterpret_cast<const Pack*>(item.rows.at<const T>(b, p.gone, n) + c);
+    }
+    if (target) bits[2] = *reinterpret_cast<const Pack*>(item.frame.at<const T>(b, n) + c);
+    if (keep) {
+      Acc<T> x[kSize], y[kSize];
+      unpack_raw<T>(bits[0], x), unpack_raw<T>(bits[1], y);
 #pragma unroll
       for (int i = 0; i < kSize; ++i) x[i] = mean(x[i], y[i]);
-      store_pack(keep + c, x);
+      store_pack(keep, x);
     }
-    if (target) store_pack(target + c, fresh);  // where `gone` was
+    if (target) store_raw(target, bits[2]);  // where `gone` was
   }
 }
 
 template <typename T, bool kVectorized>
-__global__ __launch_bounds__(kMemoryThreads) void memory_attached_kernel(MemoryStepArgs a, AttachedChunk chunk) {
-  const unsigned N = unsigned(a.bank.size[2]), row = blockIdx.x * kMemoryWarps + threadIdx.x / 32;
-  if (row >= a.bank.size[0] * N) return;
-  const unsigned b = row / N, n = row % N;
+__global__ __launch_bounds__(kMemoryThreads, kMemoryBlocks<T>) void memory_attached_kernel(MemoryStepArgs a,
+                                                                                           AttachedChunk chunk,
+                                                                                           int count, int units) {
+  const unsigned N = unsigned(a.bank.size[2]), b = blockIdx.x / N, n = blockIdx.x % N;
   if (a.active && *a.active.at<const int32_t>(b) == 0) return;
-  const StepPlan p = plan_step(a, b, n, stored_entries(a.sizes, b, n));
-  if (p.k < 0 && p.target < 0) return;
-  run_attached<T, kVectorized>(chunk.item[blockIdx.y], p, mean_of<Acc<T>>(a, p), b, n, threadIdx.x % 32, 32);
+  PYVIDX_SHARED(int32_t, shared);
+  __shared__ StepPlan plan;
+  const Entries e = entries_in(shared, a.similarity);
+  load_entries(e, a.sizes, a.order, a.similarity, b, n);
+  __syncthreads();
+  if (threadIdx.x < 32) {
+    const StepPlan p = plan_step(e, bool(a.frame), stored_entries(e));
+    if (threadIdx.x == 0) plan = p;
+  }
+  __syncthreads();
+  run_attached<T, kVectorized>(chunk.item, count, units, a.weighted, plan, b, n);
 }
 
 // `count` of the attached tensors, of type F, are taken in the same launch.
 template <typename T, typename F, bool kVectorized>
-__global__ __launch_bounds__(kMemoryThreads, kMemoryBlocks) void memory_step_kernel(MemoryStepArgs a,
-                                                                                    AttachedChunk chunk, int count) {
+__global__ __launch_bounds__(kMemoryThreads, kMemoryBlocks<T>) void memory_step_kernel(MemoryStepArgs a,
+                                                                                       AttachedChunk chunk, int count,
+                                                                                       int units) {
   const unsigned N = unsigned(a.bank.size[2]), b = blockIdx.x / N, n = blockIdx.x % N;
-  const bool on = !a.active || *a.active.at<const int32_t>(b) != 0;
-  StepPlan p{-1, -1, -1, -1, -1, -1, -1, 0, 1, 1};
-  if (on) {
-    const int length = stored_entries(a.sizes, b, n);
-    p = plan_step(a, b, n, length);
-    if (n == 0 && threadIdx.x == 0) set_length(a.length, b, length, p.length + (p.target >= 0));
+  if (a.active && *a.active.at<const int32_t>(b) == 0) {
+    if (threadIdx.x == 0) *a.index.at<int32_t>(b, n) = -1;
+    return;
   }
-  if (threadIdx.x == 0) *a.index.at<int32_t>(b, n) = p.k;
-  if (p.k < 0 && p.target < 0) return;
-  for (int i = 0; i < count; ++i) {
-    run_attached<F, kVectorized>(chunk.item[i], p, mean_of<Acc<F>>(a, p), b, n, int(threadIdx.x), kMemoryThreads);
+  PYVIDX_SHARED(int32_t, shared);
+  __shared__ __align__(16) unsigned char step_bytes[sizeof(Step<T>)], sums[sizeof(Acc<T>) * 8 * kMemoryWarps];
+  Step<T>& step = *reinterpret_cast<Step<T>*>(step_bytes);
+  Acc<T>* const partial = reinterpret_cast<Acc<T>*>(sums);
+  const Entries e = entries_in(shared, a.similarity);
+  load_entries(e, a.sizes, a.order, a.similarity, b, n);
+  __syncthreads();
+  if (threadIdx.x < 32) {
+    const int length = stored_entries(e);
+    const StepPlan p = plan_step(e, bool(a.frame), length);
+    publish(step, p, a.bank, a.weighted, b, n);
+    if (threadIdx.x == 0) {
+      *a.index.at<int32_t>(b, n) = p.k;
+      if (n == 0) set_length(a.length, b, length, p.length + (p.target >= 0));
+    }
   }
-  run_step<T, kVectorized>(a, p, b, n);
+  __syncthreads();
+  if (step.plan.k < 0 && step.plan.target < 0) return;
+  run_attached<F, kVectorized>(chunk.item, count, units, a.weighted, step.plan, b, n);
+  const int C = int(a.bank.size[3]);
+  const T* const frame = a.frame ? a.frame.at<const T>(b, n) : nullptr;
+  step_rows<T, kVectorized>(step, a.bank.at<T>(), frame, C, partial);
+  __syncthreads();
+  if (threadIdx.x >= 32) return;
+  change_entries(e, step.plan, partial, sum_warps<kPack<T, kVectorized>>(C));
+  store_entries(e, a.sizes, a.order, a.similarity, b, n);
 }
 
 // --- one merge as a function --------------------------------------------------------------------------------------
@@ -79,22 +118,48 @@ __device__ __forceinline__ A size_at(const View<3>& sizes, int64_t b, int64_t t,
   return sizes.dtype == DType::i32 ? A(*sizes.at<const int32_t>(b, t, n)) : A(*sizes.at<const float>(b, t, n));
 }
 
+// The rows at one position: row j is at rows + j * stride.
+template <typename T>
+struct Rows {
+  T* rows;
+  int64_t stride;
+
+  __device__ __forceinline__ Rows(const View<4>& bank, int64_t b, int64_t n)
+      : rows(bank.at<T>(b, 0, n)), stride(bank.stride[1]) {}
+  __device__ __forceinline__ T* operator()(int j) const { return rows + j * stride; }
+};
+
+constexpr int kMergeWarps = 20;  // of a block, at most: MA-LMM's bank has 20 pairs
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ == 750
+constexpr int kMergeBlocks = 1;  // 1024 threads a multiprocessor
+#else
+constexpr int kMergeBlocks = 2;
+#endif
+
 // One block per position. Each warp takes pairs of neighbors in turn (a row is read twice, the second time from a
-// cache), then rows to write. Traffic: the bank read once, or twice where a position's rows do not fit the L1 cache.
+// cache), then rows to write. Versions (registers of sm_70 and sm_90, half; MA-LMM's rows of all positions that a
+// multiprocessor works on, where the L1 cache has 128 KB and 256 KB; loads before the first store, and instructions per
+// 16 bytes that are written):
+//   4 warps, 5 blocks           64, 71    290 KB    1, 70   so the bank came twice from device memory
+//   a warp a pair, 2 blocks     46, 46    118 KB    4, 13   kept
 template <typename T, bool kVectorized>
-__global__ __launch_bounds__(kMemoryThreads, kMemoryBlocks) void memory_merge_kernel(MemoryMergeArgs a) {
+__global__ __launch_bounds__(32 * kMergeWarps, kMergeBlocks) void memory_merge_kernel(MemoryMergeArgs a) {
   using A = Acc<T>;
   constexpr int kSize = kPack<T, kVectorized>;
-  const int T_ = int(a.bank.size[1]);
-  const int64_t C = a.bank.size[3];
+  const int T_ = int(a.bank.size[1]), C = int(a.bank.size[3]);
   const unsigned N = unsigned(a.bank.size[2]), b = blockIdx.x / N, n = blockIdx.x % N;
-  const int warp = threadIdx.x / 32, first = threadIdx.x % 32 * kSize;
+  const int warp = int(threadIdx.x) / 32, lane = int(threadIdx.x) % 32, warps = int(blockDim.x) / 32;
+  const Rows<const T> bank(a.bank, b, n);
+  const Rows<T> out(a.out, b, n);
+  __shared__ ArgMax<A> found[kMergeWarps];
 
   ArgMax<A> best{A(-3), 0x7fffffff};
-  for (int t = warp; t + 1 < T_; t += kMemoryWarps) {
-    const T *x_row = a.bank.at<const T>(b, t, n), *y_row = a.bank.at<const T>(b, t + 1, n);
+#pragma unroll 1
+  for (int t = warp; t + 1 < T_; t += warps) {
+    const T *const x_row = bank(t), *const y_row = bank(t + 1);
     A dot = 0, xx = 0, yy = 0;
-    for (int64_t c = first; c < C; c += 32 * kSize) {
+#pragma unroll 1
+    for (int c = lane * kSize; c < C; c += 32 * kSize) {
       A x[kSize], y[kSize];
       load_pack(x_row + c, x), load_pack(y_row + c, y);
 #pragma unroll
@@ -102,55 +167,64 @@ __global__ __launch_bounds__(kMemoryThreads, kMemoryBlocks) void memory_merge_ke
     }
     best = better(best, {cosine(warp_sum(dot), warp_sum(xx), warp_sum(yy)), t});
   }
-  const int k = block_argmax<kMemoryThreads>(best, A(-3)).index;
+  if (lane == 0) found[warp] = best;
+  __syncthreads();
+  if (lane < warps) best = found[lane];  // a warp has 32 lanes, a block fewer warps: the others hold what one has found
+  const int k = warp_argmax(best).index;
   if (threadIdx.x == 0) *a.index.at<int32_t>(b, n) = k;
 
-  const Mean<A> mean =
-      a.weighted ? Mean<A>(size_at<A>(a.sizes, b, k, n), size_at<A>(a.sizes, b, k + 1, n)) : Mean<A>(A(1), A(1));
-  for (int t = warp; t + 1 < T_; t += kMemoryWarps) {
-    const int from = t <= k ? t : t + 1;
-    const T *x_row = a.bank.at<const T>(b, from, n), *y_row = a.bank.at<const T>(b, k + 1, n);
-    T* const out = a.out.at<T>(b, t, n);
-    for (int64_t c = first; c < C; c += 32 * kSize) {
+#pragma unroll 1
+  for (int t = warp; t + 1 < T_; t += warps) {
+    if (t != k) copy_row<T, kVectorized>(bank(t < k ? t : t + 1), out(t), C);
+  }
+  if (warp == k % warps) {
+    const T *const x_row = bank(k), *const y_row = bank(k + 1);
+    T* const to = out(k);
+    const Mean<A> mean =
+        a.weighted ? Mean<A>(size_at<A>(a.sizes, b, k, n), size_at<A>(a.sizes, b, k + 1, n)) : Mean<A>(A(1), A(1));
+#pragma unroll 1
+    for (int c = lane * kSize; c < C; c += 32 * kSize) {
       A x[kSize], y[kSize];
-      load_pack(x_row + c, x);
-      if (t == k) {
-        load_pack(y_row + c, y);
+      load_pack(x_row + c, x), load_pack(y_row + c, y);
 #pragma unroll
-        for (int i = 0; i < kSize; ++i) x[i] = mean(x[i], y[i]);
-      }
-      store_pack(out + c, x);
+      for (int i = 0; i < kSize; ++i) x[i] = mean(x[i], y[i]);
+      store_pack(to + c, x);
     }
-    if (threadIdx.x % 32 != 0) continue;
-    if (a.sizes.dtype == DType::i32) {
-      const int32_t extra = t == k ? *a.sizes.at<const int32_t>(b, k + 1, n) : 0;
-      *a.out_sizes.at<int32_t>(b, t, n) = *a.sizes.at<const int32_t>(b, from, n) + extra;
-    } else {
-      const float extra = t == k ? *a.sizes.at<const float>(b, k + 1, n) : 0;
-      *a.out_sizes.at<float>(b, t, n) = *a.sizes.at<const float>(b, from, n) + extra;
+  }
+  auto merge_sizes = [&](auto zero) {
+    using Size = decltype(zero);
+#pragma unroll 1
+    for (int t = int(threadIdx.x); t + 1 < T_; t += int(blockDim.x)) {
+      const Size extra = t == k ? *a.sizes.at<const Size>(b, k + 1, n) : 0;
+      *a.out_sizes.at<Size>(b, t, n) = *a.sizes.at<const Size>(b, t <= k ? t : t + 1, n) + extra;
     }
+  };
+  if (a.sizes.dtype == DType::i32) {
+    merge_sizes(int32_t(0));
+  } else {
+    merge_sizes(float(0));
   }
 }
 
+constexpr int kBackwardWarps = 4;
+
 template <typename T, bool kVectorized>
-__global__ __launch_bounds__(kMemoryThreads) void memory_merge_backward_kernel(MemoryMergeBackwardArgs a) {
+__global__ __launch_bounds__(32 * kBackwardWarps) void memory_merge_backward_kernel(MemoryMergeBackwardArgs a) {
   using A = Acc<T>;
   constexpr int kSize = kPack<T, kVectorized>;
-  const int64_t C = a.grad_bank.size[3];
+  const int C = int(a.grad_bank.size[3]);
   const unsigned T_ = unsigned(a.grad_bank.size[1]), N = unsigned(a.grad_bank.size[2]);
-  const unsigned row = blockIdx.x * kMemoryWarps + threadIdx.x / 32;
+  const unsigned row = blockIdx.x * kBackwardWarps + threadIdx.x / 32;
   if (row >= a.grad_bank.size[0] * T_ * N) return;
   const unsigned b = row / (T_ * N), t = row / N % T_, n = row % N, k = unsigned(*a.index.at<const int32_t>(b, n));
   if (k >= T_ - 1) __trap();  // a negative one is large
-  A share = 1;
-  if (t == k || t == k + 1) {
-    const A s0 = a.weighted ? size_at<A>(a.sizes, b, k, n) : A(1);
-    const A s1 = a.weighted ? size_at<A>(a.sizes, b, k + 1, n) : A(1);
-    share = divide(t == k ? s0 : s1, s0 + s1);
-  }
-  const T* grad = a.grad_out.at<const T>(b, t <= k ? t : t - 1, n);
+  const T* const grad = a.grad_out.at<const T>(b, t <= k ? t : t - 1, n);
   T* const out = a.grad_bank.at<T>(b, t, n);
-  for (int64_t c = threadIdx.x % 32 * kSize; c < C; c += 32 * kSize) {
+  if (t != k && t != k + 1) return copy_row<T, kVectorized>(grad, out, C);
+  const A s0 = a.weighted ? size_at<A>(a.sizes, b, k, n) : A(1);
+  const A s1 = a.weighted ? size_at<A>(a.sizes, b, k + 1, n) : A(1);
+  const A share = divide(t == k ? s0 : s1, s0 + s1);
+  for (int c = int(threadIdx.x) % 32 * kSize; c < C; c += 32 * kSize) {
     A x[kSize];
     load_pack(grad + c, x);
 #pragma unroll
@@ -181,9 +255,10 @@ bool aligned(const MemoryAttached& a) {
 struct Run {
   AttachedChunk chunk;
   int count = 0;
-  bool vectorized;
-  DType dtype;
+  bool vectorized = false;
+  DType dtype = DType::f32;
 
+  Run() = default;
   Run(const MemoryStepArgs& args, int done) {
     const MemoryAttached* const item = args.attached + done;
     vectorized = aligned(*item), dtype = item->rows.dtype;
@@ -193,29 +268,48 @@ struct Run {
       ++count;
     }
   }
+
+  // Of 32 packs, the most that a row of them has; F: their type.
+  template <typename F>
+  int units() const {
+    int64_t width = 1;
+    for (int i = 0; i < count; ++i) width = std::max(width, chunk.item[i].rows.size[3]);
+    return int(ceil_div(width, 32 * (vectorized ? kVec<F> : 1)));
+  }
 };
 
 void launch_attached(const MemoryStepArgs& args, const Run& run, cudaStream_t stream) {
-  const Grid grid(ceil_div(checked_rows(args.bank.size[0] * args.bank.size[2]), kMemoryWarps), run.count);
+  const unsigned rows = checked_rows(args.bank.size[0] * args.bank.size[2]);
+  const size_t smem = entries_smem("memory_merge_", args.order, kEntryWords);
   visit_floating("memory_merge_", run.dtype, [&](auto t) {
     using T = typename decltype(t)::type;
+    const int units = run.units<T>();
+    const unsigned threads = memory_threads(int64_t(32) * run.count * units, rows);
     if (run.vectorized) {
-      PYVIDX_LAUNCH((memory_attached_kernel<T, true>), grid, kMemoryThreads, 0, stream, args, run.chunk);
+      set_max_dynamic_smem(memory_attached_kernel<T, true>, smem);
+      PYVIDX_LAUNCH((memory_attached_kernel<T, true>), rows, threads, smem, stream, args, run.chunk, run.count, units);
     } else {
-      PYVIDX_LAUNCH((memory_attached_kernel<T, false>), grid, kMemoryThreads, 0, stream, args, run.chunk);
+      set_max_dynamic_smem(memory_attached_kernel<T, false>, smem);
+      PYVIDX_LAUNCH((memory_attached_kernel<T, false>), rows, threads, smem, stream, args, run.chunk, run.count, units);
     }
   });
   check_launch("memory_attached_kernel");
 }
 
+// The step with a run of attached tensors of type F, which may be empty.
 template <typename T, typename F>
-void launch_step(const MemoryStepArgs& args, const AttachedChunk& chunk, int count, bool vectorized,
-                 cudaStream_t stream) {
+void launch_step(const MemoryStepArgs& args, const Run& run, cudaStream_t stream) {
   const unsigned rows = checked_rows(args.bank.size[0] * args.bank.size[2]);
-  if (vectorized) {
-    PYVIDX_LAUNCH((memory_step_kernel<T, F, true>), rows, kMemoryThreads, 0, stream, args, chunk, count);
+  const size_t smem = entries_smem("memory_merge_", args.order, kEntryWords);
+  const int units = run.units<F>();
+  const int64_t packs = ceil_div(args.bank.size[3], run.vectorized ? kVec<T> : 1);
+  const unsigned threads = memory_threads(std::max(packs, int64_t(32) * run.count * units), rows);
+  if (run.vectorized) {
+    set_max_dynamic_smem(memory_step_kernel<T, F, true>, smem);
+    PYVIDX_LAUNCH((memory_step_kernel<T, F, true>), rows, threads, smem, stream, args, run.chunk, run.count, units);
   } else {
-    PYVIDX_LAUNCH((memory_step_kernel<T, F, false>), rows, kMemoryThreads, 0, stream, args, chunk, count);
+    set_max_dynamic_smem(memory_step_kernel<T, F, false>, smem);
+    PYVIDX_LAUNCH((memory_step_kernel<T, F, false>), rows, threads, smem, stream, args, run.chunk, run.count, units);
   }
   check_launch("memory_step_kernel");
 }
@@ -224,6 +318,8 @@ void launch_step(const MemoryStepArgs& args, const AttachedChunk& chunk, int cou
 
 void memory_step_cuda(const MemoryStepArgs& args, cudaStream_t stream) {
   if (checked_rows(args.bank.size[0] * args.bank.size[2]) == 0) return;
+  check_columns(args.bank.size[3]);
+  for (int i = 0; i < args.attached_count; ++i) check_columns(args.attached[i].rows.size[3]);
   visit_floating("memory_merge_", args.bank.dtype, [&](auto t) {
     using T = typename decltype(t)::type;
     const bool vectorized = vectorizable<T>(args.bank) && (!args.frame || vectorizable<T>(args.frame));
@@ -231,29 +327,32 @@ void memory_step_cuda(const MemoryStepArgs& args, cudaStream_t stream) {
       const Run run(args, done);
       done += run.count;
       if (done == args.attached_count && run.vectorized == vectorized) {  // the last run goes along
-        if (run.dtype == args.bank.dtype) return launch_step<T, T>(args, run.chunk, run.count, vectorized, stream);
+        if (run.dtype == args.bank.dtype) return launch_step<T, T>(args, run, stream);
         if constexpr (std::is_same_v<T, float>) {
-          if (run.dtype == DType::f16) return launch_step<T, __half>(args, run.chunk, run.count, vectorized, stream);
-          if (run.dtype == DType::bf16) {
-            return launch_step<T, __nv_bfloat16>(args, run.chunk, run.count, vectorized, stream);
-          }
+          if (run.dtype == DType::f16) return launch_step<T, __half>(args, run, stream);
+          if (run.dtype == DType::bf16) return launch_step<T, __nv_bfloat16>(args, run, stream);
         }
       }
       launch_attached(args, run, stream);
     }
-    launch_step<T, T>(args, AttachedChunk{}, 0, vectorized, stream);
+    Run none;
+    none.vectorized = vectorized;
+    launch_step<T, T>(args, none, stream);
   });
 }
 
 void memory_merge_cuda(const MemoryMergeArgs& args, cudaStream_t stream) {
   const unsigned rows = checked_rows(args.bank.size[0] * args.bank.size[2]);
   if (rows == 0) return;
+  check_columns(args.bank.size[3]);
+  const int64_t pairs = args.out.size[1], turns = ceil_div(pairs, kMergeWarps);
+  const unsigned threads = unsigned(32 * ceil_div(pairs, turns));  // so that the last turn is as full as the others
   visit_floating("memory_merge", args.bank.dtype, [&](auto t) {
     using T = typename decltype(t)::type;
     if (vectorizable<T>(args.bank) && vectorizable<T>(args.out)) {
-      PYVIDX_LAUNCH((memory_merge_kernel<T, true>), rows, kMemoryThreads, 0, stream, args);
+      PYVIDX_LAUNCH((memory_merge_kernel<T, true>), rows, threads, 0, stream, args);
     } else {
-      PYVIDX_LAUNCH((memory_merge_kernel<T, false>), rows, kMemoryThreads, 0, stream, args);
+      PYVIDX_LAUNCH((memory_merge_kernel<T, false>), rows, threads, 0, stream, args);
     }
   });
   check_launch("memory_merge_kernel");
@@ -262,13 +361,14 @@ void memory_merge_cuda(const MemoryMergeArgs& args, cudaStream_t stream) {
 void memory_merge_backward_cuda(const MemoryMergeBackwardArgs& args, cudaStream_t stream) {
   const unsigned rows = checked_rows(args.grad_bank.size[0] * args.grad_bank.size[1] * args.grad_bank.size[2]);
   if (rows == 0 || args.grad_bank.size[3] == 0) return;
-  const int64_t blocks = ceil_div(rows, kMemoryWarps);
+  check_columns(args.grad_bank.size[3]);
+  const int64_t blocks = ceil_div(rows, kBackwardWarps);
   visit_floating("memory_merge_backward", args.grad_bank.dtype, [&](auto t) {
     using T = typename decltype(t)::type;
     if (vectorizable<T>(args.grad_out) && vectorizable<T>(args.grad_bank)) {
-      PYVIDX_LAUNCH((memory_merge_backward_kernel<T, true>), blocks, kMemoryThreads, 0, stream, args);
+      PYVIDX_LAUNCH((memory_merge_backward_kernel<T, true>), blocks, 32 * kBackwardWarps, 0, stream, args);
     } else {
-      PYVIDX_LAUNCH((memory_merge_backward_kernel<T, false>), blocks, kMemoryThreads, 0, stream, args);
+      PYVIDX_LAUNCH((memory_merge_backward_kernel<T, false>), blocks, 32 * kBackwardWarps, 0, stream, args);
     }
   });
   check_launch("memory_merge_backward_kernel");

@@ -1,18 +1,25 @@
 // One step of a memory bank at one position, by one block. Shared by the streaming step (memory_merge) and the walk
 // over a clip (memory_scan), which so give the same bits.
+//
+// The first warp finds the pair, from a copy of the position's entries in shared memory, and later changes them; all
+// warps take the rows between, one pack of each a thread. Versions, for 1408 floats in a clip (registers of sm_70 and
+// sm_90 by SASS; instructions of all warps at a position and step; bytes at a position that are under way together):
+//   128 threads, three passes, all warps plan      90, 80    4,160   5 barriers   12 KB
+//   352 threads, one pass, all warps plan          80, 80    7,900   2 barriers   34 KB   thrown away: bound by issue
+//   352 threads, one pass, the first warp plans    66, 66    3,470   2 barriers   34 KB   kept: 39 instructions per 16
+//       bytes where it were 47. Prediction: 1.8 times as fast at sm_90, where steps wait for each other.
 #pragma once
-#include "block.cuh"
+#include "memory_pack.cuh"
 #include "pyvidx/memory_merge.h"
 
 namespace pyvidx::cuda {
 
-constexpr int kMemoryThreads = 128;
-constexpr int kMemoryWarps = kMemoryThreads / 32;
-constexpr int kMemoryBlocks = 5;  // per multiprocessor: 96 registers; left to itself, ptxas takes fewer and spills
-
-// A pack is what a thread takes at a time: 16 bytes, or one element where rows are not aligned.
-template <typename T, bool kVectorized>
-constexpr int kPack = kVectorized ? kVec<T> : 1;
+constexpr int kMemoryWarps = 11;  // of a block, at most: 352 threads have the 1408 floats of a row of MA-LMM
+constexpr int kMemoryThreads = 32 * kMemoryWarps;
+// Of that size per multiprocessor: at most 80 registers. Rows in 16 and 64 bits would spill; in 16 bits six warps have
+// MA-LMM's row.
+template <typename T>
+constexpr int kMemoryBlocks = sizeof(T) == 4 ? 2 : 1;
 
 // Exact divisions and roots of floats are subroutine calls around which ptxas spills; these are off by 2 units at most.
 __device__ __forceinline__ float divide(float x, float y) { return __fdividef(x, y); }
@@ -49,11 +56,46 @@ struct StepPlan {
   int size0, size1;             // frames in the pair
 };
 
-// Entries stored at one position, as many as slots in use. All lanes of a warp take part. The length of the video,
-// which says the same, is left to one block, which checks and then changes it: so no other has to be waited for.
-__device__ __forceinline__ int stored_entries(const View<3>& sizes, int64_t b, int64_t n) {
+// What is known of the entries at one position. A block takes it to shared memory, where finding the pair takes no
+// further round of loads.
+struct Entries {
+  int32_t *sizes, *order;  // [M + 1]
+  float* similarity;       // [M]
+  int M;
+};
+constexpr int kEntryWords = 3;  // per slot
+
+__device__ __forceinline__ Entries entries_in(int32_t* shared, const View<3>& similarity) {
+  const int M = int(similarity.size[2]);
+  return {shared, shared + M + 1, reinterpret_cast<float*>(shared + 2 * (M + 1)), M};
+}
+
+// By all threads of a block; then a __syncthreads.
+__device__ __forceinline__ void load_entries(const Entries& e, const View<3>& sizes, const View<3>& order,
+                                             const View<3>& similarity, int64_t b, int64_t n) {
+#pragma unroll 1
+  for (int j = int(threadIdx.x); j <= e.M; j += int(blockDim.x)) {
+    e.sizes[j] = *sizes.at<const int32_t>(b, n, j), e.order[j] = *order.at<const int32_t>(b, n, j);
+    if (j < e.M) e.similarity[j] = *similarity.at<const float>(b, n, j);
+  }
+}
+
+// By the first warp.
+__device__ __forceinline__ void store_entries(const Entries& e, const View<3>& sizes, const View<3>& order,
+                                              const View<3>& similarity, int64_t b, int64_t n) {
+#pragma unroll 1
+  for (int j = int(threadIdx.x); j <= e.M; j += 32) {
+    *sizes.at<int32_t>(b, n, j) = e.sizes[j], *order.at<int32_t>(b, n, j) = e.order[j];
+    if (j < e.M) *similarity.at<float>(b, n, j) = e.similarity[j];
+  }
+}
+
+// As many as slots in use. All lanes of the first warp take part. The length of the video, which says the same, is left
+// to one block, which checks and then changes it: so no other has to be waited for.
+__device__ __forceinline__ int stored_entries(const Entries& e) {
   int count = 0;
-  for (int64_t j = threadIdx.x % 32; j < sizes.size[2]; j += 32) count += *sizes.at<const int32_t>(b, n, j) > 0;
+#pragma unroll 1
+  for (int j = int(threadIdx.x); j <= e.M; j += 32) count += e.sizes[j] > 0;
   return warp_sum(count);
 }
 
@@ -64,28 +106,30 @@ __device__ __forceinline__ void set_length(const View<1>& length, int64_t b, int
   held = after;
 }
 
-// All lanes of a warp take part and get the same plan. `length`: entries before the step.
-__device__ __forceinline__ StepPlan plan_step(const MemoryStepArgs& a, int64_t b, int64_t n, int length) {
+// All lanes of the first warp take part and get the same plan. `length`: entries before the step; append: a frame comes
+// in.
+__device__ __forceinline__ StepPlan plan_step(const Entries& e, bool append, int length) {
   StepPlan p{-1, -1, -1, -1, -1, -1, -1, length, 1, 1};
-  const int M = int(a.similarity.size[2]);
+  const int M = e.M;
   if (p.length < 0 || p.length > M + 1) __trap();
   auto order = [&](int j) {
-    const int slot = *a.order.at<const int32_t>(b, n, j);
+    const int slot = e.order[j];
     if (slot < 0 || slot > M) __trap();  // a broken state: better stop than write elsewhere
     return slot;
   };
   if (p.length == M + 1) {
-    const int lane = threadIdx.x % 32, first = lane < M ? lane : 0;
-    ArgMax<float> best{*a.similarity.at<const float>(b, n, first), first};
-    for (int j = lane + 32; j < M; j += 32) best = better(best, {*a.similarity.at<const float>(b, n, j), j});
+    const int lane = int(threadIdx.x), first = lane < M ? lane : 0;
+    ArgMax<float> best{e.similarity[first], first};
+#pragma unroll 1
+    for (int j = lane + 32; j < M; j += 32) best = better(best, {e.similarity[j], j});
     p.k = warp_argmax(best).index;
     p.keep = order(p.k), p.gone = order(p.k + 1);
     if (p.k > 0) p.left = order(p.k - 1);
     if (p.k + 2 <= M) p.right = order(p.k + 2);
-    p.size0 = *a.sizes.at<const int32_t>(b, n, p.keep), p.size1 = *a.sizes.at<const int32_t>(b, n, p.gone);
+    p.size0 = e.sizes[p.keep], p.size1 = e.sizes[p.gone];
     p.length = M;
   }
-  if (a.frame) {
+  if (append) {
     if (p.k >= 0) {
       p.target = p.gone;
       p.last = p.k == M - 1 ? p.keep : order(M);  // entry M was the last, unless it has just been merged away
@@ -98,77 +142,141 @@ __device__ __forceinline__ StepPlan plan_step(const MemoryStepArgs& a, int64_t b
 }
 
 template <typename A>
-__device__ __forceinline__ Mean<A> mean_of(const MemoryStepArgs& a, const StepPlan& p) {
-  return a.weighted ? Mean<A>(A(p.size0), A(p.size1)) : Mean<A>(A(1), A(1));
+__device__ __forceinline__ Mean<A> mean_of(bool weighted, const StepPlan& p) {
+  return weighted ? Mean<A>(A(p.size0), A(p.size1)) : Mean<A>(A(1), A(1));
 }
 
-// Entries move up by one behind the merged pair: order and similarities. All threads of the block take part.
-__device__ __forceinline__ void close_gap(const MemoryStepArgs& a, const StepPlan& p, int64_t b, int64_t n) {
-  const int M = int(a.similarity.size[2]);
-  for (int base = p.k; base < M; base += kMemoryThreads) {
-    const int j = base + int(threadIdx.x);
-    int slot = 0;
-    float value = 0;
-    if (j < M) slot = *a.order.at<const int32_t>(b, n, j + 1);
-    if (j + 1 < M) value = *a.similarity.at<const float>(b, n, j + 1);
-    __syncthreads();
-    if (j < M) {
-      if (j > p.k) *a.order.at<int32_t>(b, n, j) = slot;
-      *a.similarity.at<float>(b, n, j) = value;
-    }
-    __syncthreads();
-  }
-}
-
-// The step at one position: rows, order, sizes and similarities. All threads of the block take part; a plan made after
-// it needs a __syncthreads first. Every thread keeps to its own columns of the rows.
-template <typename T, bool kVectorized>
-__device__ __forceinline__ void run_step(const MemoryStepArgs& a, const StepPlan& p, int64_t b, int64_t n) {
-  using A = Acc<T>;
-  const int C = int(a.bank.size[3]);
-  constexpr int kSize = kPack<T, kVectorized>;
-  const Mean<A> mean = mean_of<A>(a, p);
-  auto row = [&](int slot) { return slot < 0 ? nullptr : a.bank.at<T>(b, slot, n); };
-  T *const keep_row = row(p.keep), *const target_row = row(p.target);
-  const T *const gone_row = row(p.gone), *const left_row = row(p.left), *const right_row = row(p.right);
-  const T* const last_row = p.last == p.keep ? nullptr : row(p.last);
-  const T* const frame_row = p.target < 0 ? nullptr : a.frame.at<const T>(b, n);
-
-  // Squares of keep, left, right, last, frame; then left keep, keep right, last frame (or keep frame).
-  A sums[8] = {};
-  for (int c = int(threadIdx.x) * kSize; c < C; c += kMemoryThreads * kSize) {
-    A keep[kSize] = {}, gone[kSize] = {}, left[kSize] = {}, right[kSize] = {}, last[kSize] = {}, frame[kSize] = {};
-    if (keep_row) load_pack(keep_row + c, keep), load_pack(gone_row + c, gone);
-    if (left_row) load_pack(left_row + c, left);
-    if (right_row) load_pack(right_row + c, right);
-    if (last_row) load_pack(last_row + c, last);
-    if (frame_row) load_pack(frame_row + c, frame);
+// Sums over a warp of 8 values; lane l gets that of value l % 8. An exchange halves what is left: 9 shuffles, not 40.
+template <typename A>
+__device__ __forceinline__ A warp_sums(A (&x)[8]) {
+  const int lane = threadIdx.x % 32;
 #pragma unroll
-    for (int i = 0; i < kSize; ++i) {
-      keep[i] = to_acc(from_acc<T>(mean(keep[i], gone[i])));  // as it is stored
-      const A newest = last_row ? last[i] : keep[i];
-      sums[0] += keep[i] * keep[i], sums[1] += left[i] * left[i], sums[2] += right[i] * right[i];
-      sums[3] += newest * newest, sums[4] += frame[i] * frame[i];
-      sums[5] += left[i] * keep[i], sums[6] += keep[i] * right[i], sums[7] += newest * frame[i];
+  for (int half = 4; half > 0; half /= 2) {
+    const bool upper = lane & half;
+#pragma unroll
+    for (int i = 0; i < half; ++i) {
+      const A other = __shfl_xor_sync(kFullWarp, upper ? x[i] : x[i + half], half);
+      x[i] = (upper ? x[i + half] : x[i]) + other;
     }
-    if (keep_row) store_pack(keep_row + c, keep);
-    if (target_row) store_pack(target_row + c, frame);
   }
-  block_sum<kMemoryThreads>(sums);  // and every warp has its plan by now: the state may change
+  x[0] += __shfl_xor_sync(kFullWarp, x[0], 8);
+  return x[0] + __shfl_xor_sync(kFullWarp, x[0], 16);
+}
 
-  if (p.k >= 0) close_gap(a, p, b, n);
-  if (threadIdx.x != 0) return;
-  const int M = int(a.similarity.size[2]);
-  if (p.k >= 0) {
-    *a.order.at<int32_t>(b, n, M) = p.gone;
-    *a.sizes.at<int32_t>(b, n, p.keep) = p.size0 + p.size1;
-    *a.sizes.at<int32_t>(b, n, p.gone) = 0;
+// Sums of a step are made by at most so many warps, one for 32 packs of a row.
+template <int kSize>
+__device__ __forceinline__ int sum_warps(int C) {
+  return min((C + 32 * kSize - 1) / (32 * kSize), kMemoryWarps);
+}
+
+// By the first warp, when all have left step_rows: what the step makes of the entries.
+template <typename A>
+__device__ __forceinline__ void change_entries(const Entries& e, const StepPlan& p, const A* partial, int warps) {
+  const int lane = int(threadIdx.x), M = e.M;
+  A sum = 0;  // in lane l that of value l % 8
+#pragma unroll 1
+  for (int warp = lane / 8; warp < warps; warp += 4) sum += partial[8 * warp + lane % 8];
+  sum += __shfl_xor_sync(kFullWarp, sum, 8);
+  sum += __shfl_xor_sync(kFullWarp, sum, 16);
+  if (p.k >= 0) {  // entries move up by one behind the merged pair
+#pragma unroll 1
+    for (int base = p.k; base < M; base += 32) {
+      const int j = base + lane;
+      const int slot = j < M ? e.order[j + 1] : 0;
+      const float value = j + 1 < M ? e.similarity[j + 1] : 0;
+      __syncwarp();
+      if (j < M) {
+        if (j > p.k) e.order[j] = slot;
+        e.similarity[j] = value;
+      }
+      __syncwarp();
+    }
   }
-  if (p.target >= 0) *a.sizes.at<int32_t>(b, n, p.target) = 1;
-  auto similarity = [&](int j, A value) { *a.similarity.at<float>(b, n, j) = float(value); };
-  if (p.left >= 0) similarity(p.k - 1, cosine(sums[5], sums[1], sums[0]));
-  if (p.right >= 0) similarity(p.k, cosine(sums[6], sums[0], sums[2]));
-  if (p.last >= 0) similarity(p.length - 1, cosine(sums[7], sums[3], sums[4]));
+  // Lane 0: left and keep; lane 1: keep and right; lane 2: the newest before, and the frame.
+  const int which = lane < 3 ? lane : 0;
+  const A dot = __shfl_sync(kFullWarp, sum, 5 + which);
+  const A xx = __shfl_sync(kFullWarp, sum, which == 0 ? 1 : which == 1 ? 0 : 3);
+  const A yy = __shfl_sync(kFullWarp, sum, which == 0 ? 0 : 2 * which);
+  // Does it exist? p.left >= 0 and so on say the same; they would be three registers while the rows are loaded.
+  const bool there = which == 0 ? p.k > 0 : which == 1 ? p.k >= 0 && p.k + 2 <= M : p.target >= 0 && p.length > 0;
+  const int place = which == 0 ? p.k - 1 : which == 1 ? p.k : p.length - 1;
+  if (lane < 3 && there) e.similarity[place] = float(cosine(dot, xx, yy));
+  if (lane == 0) {
+    if (p.k >= 0) e.order[M] = p.gone, e.sizes[p.keep] += e.sizes[p.gone], e.sizes[p.gone] = 0;
+    if (p.target >= 0) e.sizes[p.target] = 1;
+  }
+  __syncwarp();
+}
+
+enum StepRow { kKeep, kGone, kLeft, kRight, kLast, kTarget, kStepRows };
+
+// What all warps of a block need of a step, in shared memory: the first one plans for all, as eleven that plan issue
+// more than they load.
+template <typename T>
+struct Step {
+  int64_t rows[kStepRows];  // of the bank, in elements from its first; -1: none; kLast: none too where it is kKeep
+  StepPlan plan;
+  Mean<Acc<T>> mean;
+};
+
+// By the first warp.
+template <typename T>
+__device__ __forceinline__ void publish(Step<T>& step, const StepPlan& p, const View<4>& bank, bool weighted, int64_t b,
+                                        int64_t n) {
+  const int lane = int(threadIdx.x);
+  int slot = p.target;
+  if (lane == kKeep) slot = p.keep;
+  if (lane == kGone) slot = p.gone;
+  if (lane == kLeft) slot = p.left;
+  if (lane == kRight) slot = p.right;
+  if (lane == kLast) slot = p.last == p.keep ? -1 : p.last;
+  if (lane < kStepRows) {
+    step.rows[lane] = slot < 0 ? -1 : b * bank.stride[0] + slot * bank.stride[1] + n * bank.stride[2];
+  }
+  if (lane == 0) step.plan = p, step.mean = mean_of<Acc<T>>(weighted, p);
+}
+
+// The rows of a step, each of C elements, of a bank and the frame that comes in, and sums for change_entries: of 32
+// packs each, at partial. All threads of the block take part, each on its own columns, which so are the same in every
+// step. Sums are those of kMemoryThreads threads or of as many as there are packs, however many the block has: the bits
+// depend on nothing but the width.
+template <typename T, bool kVectorized>
+__device__ __forceinline__ void step_rows(const Step<T>& step, T* bank, const T* frame, int C, Acc<T>* partial) {
+  using A = Acc<T>;
+  constexpr int kSize = kPack<T, kVectorized>;
+  const int lane = int(threadIdx.x) % 32, warps = sum_warps<kSize>(C);
+#pragma unroll 1
+  for (int warp = int(threadIdx.x) / 32; warp < warps; warp += int(blockDim.x) / 32) {
+    // Squares of keep, left, right, newest, frame; then left keep, keep right, newest frame.
+    A sums[8] = {};
+#pragma unroll 1
+    for (int c = (32 * warp + lane) * kSize; c < C; c += 32 * warps * kSize) {
+      Raw<T, kVectorized> bits[kStepRows] = {};  // the frame's at kTarget, where it goes
+#pragma unroll
+      for (int i = 0; i < kTarget; ++i) {
+        if (step.rows[i] >= 0) bits[i] = *reinterpret_cast<const Raw<T, kVectorized>*>(bank + step.rows[i] + c);
+      }
+      const int64_t target = step.rows[kTarget];
+      if (target >= 0) bits[kTarget] = *reinterpret_cast<const Raw<T, kVectorized>*>(frame + c);
+      const bool older = step.rows[kLast] >= 0;
+      const Mean<A> mean = step.mean;
+      A keep[kSize], gone[kSize], left[kSize], right[kSize], newest[kSize], fresh[kSize];
+      unpack_raw<T>(bits[kKeep], keep), unpack_raw<T>(bits[kGone], gone), unpack_raw<T>(bits[kLeft], left);
+      unpack_raw<T>(bits[kRight], right), unpack_raw<T>(bits[kLast], newest), unpack_raw<T>(bits[kTarget], fresh);
+#pragma unroll
+      for (int i = 0; i < kSize; ++i) {
+        keep[i] = to_acc(from_acc<T>(mean(keep[i], gone[i])));  // as it is stored
+        const A last = older ? newest[i] : keep[i];
+        sums[0] += keep[i] * keep[i], sums[1] += left[i] * left[i], sums[2] += right[i] * right[i];
+        sums[3] += last * last, sums[4] += fresh[i] * fresh[i];
+        sums[5] += left[i] * keep[i], sums[6] += keep[i] * right[i], sums[7] += last * fresh[i];
+      }
+      if (step.rows[kKeep] >= 0) store_pack(bank + step.rows[kKeep] + c, keep);
+      if (target >= 0) store_raw(bank + target + c, bits[kTarget]);
+    }
+    const A sum = warp_sums(sums);
+    if (lane < 8) partial[8 * warp + lane] = sum;
+  }
 }
 
 }  // namespace pyvidx::cuda
@@ -180,6 +288,26 @@ namespace pyvidx::cuda {
 inline unsigned checked_rows(int64_t rows) {
   if (rows > 0x7fffffff) throw std::invalid_argument("memory bank: B * T * N must be below 2^31");
   return unsigned(rows);
+}
+
+// Columns too.
+inline void check_columns(int64_t C) {
+  if (C > 0x40000000) throw std::invalid_argument("memory bank: rows must have at most 2^30 elements");
+}
+
+// Threads of a block, as many as give one pack to each. Half of them where so many blocks do not fit the GPU at a time:
+// then a second pass over the row is less to wait for than a second round of blocks.
+inline unsigned memory_threads(int64_t packs, unsigned positions) {
+  const int64_t warps = std::min<int64_t>(std::max<int64_t>(ceil_div(packs, 32), 1), kMemoryWarps);
+  const int64_t at_a_time = device_attribute(cudaDevAttrMultiProcessorCount) * (2 * kMemoryWarps / warps);
+  return unsigned(32 * (positions <= at_a_time ? warps : (warps + 1) / 2));
+}
+
+// The bytes of shared memory for the entries of a position.
+inline size_t entries_smem(const char* op, const View<3>& order, int words) {
+  const size_t bytes = size_t(order.size[2]) * words * sizeof(int32_t);
+  if (bytes + 2048 > device_smem()) throw std::invalid_argument(std::string(op) + ": M is too large for shared memory");
+  return bytes;
 }
 
 template <typename F>

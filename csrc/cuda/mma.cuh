@@ -164,6 +164,13 @@ constexpr bool kTensorCores = false;
 #endif
 #endif
 
+// Does mma<T> take tensor cores here?
+template <typename T>
+__device__ __forceinline__ constexpr bool on_tensor_cores() {
+  if constexpr (kTensorCores<T>) return tensor_cores();
+  return false;
+}
+
 // Float at nearly full precision: with each number as the sum of two of tf32 (what is lost is below 2^-21 of it), three
 // products; the fourth is below a float's rounding. Tensor cores truncate what they add up, always toward zero, so the
 // products go into a tile of their own, and it is added to the sum as floats are, to nearest: a sum of many tiles would

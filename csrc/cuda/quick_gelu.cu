@@ -1,4 +1,12 @@
 // A thread takes 16 bytes, or one element where a tensor is not aligned or ends in less. Traffic: 2 passes, 3 backward.
+//
+//   version, half / float                     registers   instructions per 16 bytes of x   loads at once
+//   IEEE division, exact exponential          25 / 18     306 / 186, with slow paths       1
+//   one instruction each, as below            28 / 23     92 / 90                          1
+//   two packs a thread: no gain, as 32 KB are  32 / 32     86 / 83                          2
+//   under way in a multiprocessor anyway
+// The backward pass: 30 / 23 registers and 353 / 214 instructions before, 32 / 27 and 144 / 114
+// now.
 #include "block.cuh"
 #include "pyvidx/quick_gelu.h"
 
@@ -7,37 +15,51 @@ namespace pyvidx::cuda {
 constexpr int kActivationThreads = 256;
 
 template <typename A>
-__device__ __forceinline__ A gate_of(A scaled) {  // sigmoid(1.702 x)
-  return A(1) / (A(1) + exp(-scaled));
-}
+struct Gate {
+  A open, shut;  // s = sigmoid(1.702 x) and 1 - s, which a subtraction would leave without its last bits
+};
 
-template <typename A>
-__device__ __forceinline__ A slope(A x) {
-  const A scaled = x * A(kQuickGELU), s = gate_of(scaled);
-  return s * (1 + scaled * (1 - s));
+template <typename T>
+__device__ __forceinline__ Gate<Acc<T>> gate_of(Acc<T> x) {
+  Acc<T> e, larger;  // exp(-|1.702 x|), and the larger of the two, 1 / (1 + e)
+  if constexpr (sizeof(T) == 2) {
+    e = fast_exp2(fabsf(x) * float(-kQuickGELU * 1.4426950408889634));
+    larger = fast_reciprocal(1 + e);
+  } else if constexpr (sizeof(T) == 4) {
+    e = expf(fabsf(x) * float(-kQuickGELU));  // the power's own rounding would show
+    larger = fast_reciprocal(1 + e);
+    larger += larger * (1 - (1 + e) * larger);
+  } else {
+    e = exp(fabs(x) * -kQuickGELU);
+    larger = 1 / (1 + e);
+  }
+  return x < 0 ? Gate<Acc<T>>{e * larger, larger} : Gate<Acc<T>>{larger, e * larger};
 }
 
 template <typename T, int kSize>
 __global__ __launch_bounds__(kActivationThreads) void quick_gelu_kernel(QuickGELUArgs a) {
-  const int64_t i = (int64_t(blockIdx.x) * kActivationThreads + threadIdx.x) * kSize;
-  if (i >= a.x.size[0]) return;
+  const int64_t first = (int64_t(blockIdx.x) * kActivationThreads + threadIdx.x) * kSize;
+  if (first >= a.x.size[0]) return;
   Acc<T> x[kSize];
-  load_pack<T, kSize>(a.x.at<const T>(i), x);
+  load_pack<T, kSize>(static_cast<const T*>(a.x.data) + first, x);
 #pragma unroll
-  for (int j = 0; j < kSize; ++j) x[j] *= gate_of(x[j] * Acc<T>(kQuickGELU));
-  store_pack<T, kSize>(a.out.at<T>(i), x);
+  for (int i = 0; i < kSize; ++i) x[i] *= gate_of<T>(x[i]).open;
+  store_pack<T, kSize>(static_cast<T*>(a.out.data) + first, x);
 }
 
 template <typename T, int kSize>
 __global__ __launch_bounds__(kActivationThreads) void quick_gelu_backward_kernel(QuickGELUBackwardArgs a) {
-  const int64_t i = (int64_t(blockIdx.x) * kActivationThreads + threadIdx.x) * kSize;
-  if (i >= a.x.size[0]) return;
+  const int64_t first = (int64_t(blockIdx.x) * kActivationThreads + threadIdx.x) * kSize;
+  if (first >= a.x.size[0]) return;
   Acc<T> x[kSize], grad[kSize];
-  load_pack<T, kSize>(a.x.at<const T>(i), x);
-  load_pack<T, kSize>(a.grad_out.at<const T>(i), grad);
+  load_pack<T, kSize>(static_cast<const T*>(a.x.data) + first, x);
+  load_pack<T, kSize>(static_cast<const T*>(a.grad_out.data) + first, grad);
 #pragma unroll
-  for (int j = 0; j < kSize; ++j) grad[j] *= slope(x[j]);
-  store_pack<T, kSize>(a.grad_x.at<T>(i), grad);
+  for (int i = 0; i < kSize; ++i) {
+    const Gate<Acc<T>> gate = gate_of<T>(x[i]);
+    grad[i] *= gate.open * (1 + Acc<T>(kQuickGELU) * x[i] * gate.shut);
+  }
+  store_pack<T, kSize>(static_cast<T*>(a.grad_x.data) + first, grad);
 }
 
 }  // namespace pyvidx::cuda

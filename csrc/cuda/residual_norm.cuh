@@ -5,47 +5,53 @@
 
 namespace pyvidx::cuda {
 
-constexpr int kNormThreads = 256;  // at most
-constexpr int kNormWarps = kNormThreads / 32;
+// kSize elements as they lie in memory, in 16-byte loads.
+template <typename T, int kSize>
+struct Packed {
+  uint4 bits[kSize / kVec<T>];
 
-// kSize elements of any type, in 16-byte accesses where there are so many, else element by element.
+  __device__ __forceinline__ void load(const T* p) {
+#pragma unroll
+    for (int j = 0; j < kSize / kVec<T>; ++j) bits[j] = load16(p + j * kVec<T>);
+  }
+  // What no thread writes.
+  __device__ __forceinline__ void load_constant(const T* p) {
+#pragma unroll
+    for (int j = 0; j < kSize / kVec<T>; ++j) bits[j] = __ldg(reinterpret_cast<const uint4*>(p + j * kVec<T>));
+  }
+  __device__ __forceinline__ void unpack(Acc<T> (&x)[kSize]) const {
+#pragma unroll
+    for (int j = 0; j < kSize / kVec<T>; ++j) {
+      Acc<T> part[kVec<T>];
+      cuda::unpack<T>(bits[j], part);
+#pragma unroll
+      for (int i = 0; i < kVec<T>; ++i) x[j * kVec<T> + i] = part[i];
+    }
+  }
+};
+
 template <typename T, int kSize>
 __device__ __forceinline__ void load_channels(const T* p, Acc<T> (&x)[kSize]) {
-  if constexpr (kSize < kVec<T>) {
-#pragma unroll
-    for (int i = 0; i < kSize; ++i) x[i] = to_acc(p[i]);
-  } else {
-#pragma unroll
-    for (int j = 0; j < kSize; j += kVec<T>) {
-      Acc<T> part[kVec<T>];
-      load_vec<T>(p + j, part);
-#pragma unroll
-      for (int i = 0; i < kVec<T>; ++i) x[j + i] = part[i];
-    }
-  }
+  Packed<T, kSize> packed;
+  packed.load(p);
+  packed.unpack(x);
 }
 template <typename T, int kSize>
-__device__ __forceinline__ void store_channels(T* p, const Acc<T> (&x)[kSize]) {
-  if constexpr (kSize < kVec<T>) {
-#pragma unroll
-    for (int i = 0; i < kSize; ++i) p[i] = from_acc<T>(x[i]);
-  } else {
-#pragma unroll
-    for (int j = 0; j < kSize; j += kVec<T>) {
-      Acc<T> part[kVec<T>];
-#pragma unroll
-      for (int i = 0; i < kVec<T>; ++i) part[i] = x[j + i];
-      store_vec<T>(p + j, part);
-    }
-  }
+__device__ __forceinline__ void load_parameters(const T* p, Acc<T> (&x)[kSize]) {
+  Packed<T, kSize> packed;
+  packed.load_constant(p);
+  packed.unpack(x);
 }
 
-#ifndef __CUDACC_RTC__
-// Threads for rows of C channels in packs of kSize; whole warps.
-inline unsigned norm_threads(int64_t C, int kSize) {
-  const int64_t packs = ceil_div(C, kSize);
-  return unsigned(packs < kNormThreads ? ceil_div(packs, 32) * 32 : kNormThreads);
+template <typename T, int kSize>
+__device__ __forceinline__ void store_channels(T* p, const Acc<T> (&x)[kSize]) {
+#pragma unroll
+  for (int j = 0; j < kSize; j += kVec<T>) {
+    Acc<T> part[kVec<T>];
+#pragma unroll
+    for (int i = 0; i < kVec<T>; ++i) part[i] = x[j + i];
+    store_vec<T>(p + j, part);
+  }
 }
-#endif
 
 }  // namespace pyvidx::cuda

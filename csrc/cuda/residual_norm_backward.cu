@@ -1,124 +1,214 @@
 // A block takes a part: a chunk of rows of one frame. A thread owns the same pack of channels in all of them and keeps
-// their two sums in registers; it writes them once, and a second kernel adds the parts up in their order. The slots'
-// class rows of a video are one row whose gradients are summed first: all that follows is linear in them. Rows of more
-// packs than threads, or not aligned, keep their sums in the scratch row. Traffic: 4 passes, 5 with grad_y.
+// their two sums in registers, and the next row is under way while it works on one. A second kernel adds the parts up
+// in their order. The slots' class rows of a video are one row whose gradients are summed first: all that follows is
+// linear in them. Rows of more packs than threads, or not aligned, are read twice and keep their sums in the scratch
+// row. Traffic: 4 passes, 5 with grad_y.
 #include "pyvidx/row_parts.h"
 #include "residual_norm.cuh"
 #include "row_sums.cuh"
 
 namespace pyvidx::cuda {
 
+constexpr int kNormThreads = 512;  // at most
+constexpr int kNormWarps = kNormThreads / 32;
+
 struct NormBackwardPlan {
   unsigned class_rows, parts, chunk, chunks;  // blocks: class rows, then parts
+  double inverse;                             // 1 / C
 };
 
-// kSize channels of a row: the gradients of out and normed, the normalized row and the norm's weight.
-template <typename X, typename Y, int kSize>
-__device__ __forceinline__ void load_gradients(const ResidualNormBackwardArgs& a, bool is_class, int64_t b, int64_t s,
-                                               int64_t k, int64_t c, const Acc<X>* stats, Acc<X> (&grad)[kSize],
-                                               Acc<X> (&normed)[kSize], Acc<X> (&value)[kSize],
-                                               Acc<X> (&weight)[kSize]) {
-#pragma unroll
-  for (int i = 0; i < kSize; ++i) grad[i] = normed[i] = 0;
-  const int64_t slots = is_class ? a.value_cls.size[1] : 1;
-#pragma unroll 1
-  for (int64_t slot = 0; slot < slots; ++slot) {
-    load_channels<X, kSize>(is_class ? a.grad_out_cls.at<const X>(b, slot, c) : a.grad_out.at<const X>(b, s, k, c),
-                            value);
-    load_channels<Y, kSize>(
-        is_class ? a.grad_normed_cls.at<const Y>(b, slot, c) : a.grad_normed.at<const Y>(b, s, k, c), weight);
-#pragma unroll
-    for (int i = 0; i < kSize; ++i) grad[i] += value[i], normed[i] += weight[i];
-  }
-  load_channels<X, kSize>(is_class ? a.value_cls.at<const X>(b, 0, c) : a.value.at<const X>(b, s, k, c), value);
-  load_channels<X, kSize>(a.weight.at<const X>(c), weight);
-#pragma unroll
-  for (int i = 0; i < kSize; ++i) value[i] = (value[i] - stats[0]) * stats[1];
-}
+// What a block works on: rows [first, last) of a slot, or a video's class row.
+struct NormPart {
+  bool is_class;
+  unsigned part;  // of the partial sums
+  unsigned b, s;
+  unsigned first, last;
 
-// Stores what follows from g, kSize channels of a row's whole gradient.
-template <typename X, typename Y, int kSize>
-__device__ __forceinline__ void store_gradients(const ResidualNormBackwardArgs& a, bool is_class, int64_t b, int64_t s,
-                                                int64_t k, int64_t c, Acc<X> factor, const Acc<X> (&g)[kSize]) {
-  Acc<X> scaled[kSize];
-  if (!is_class) {
-    store_channels<X, kSize>(a.grad_x.at<X>(b, s, k, c), g);
-    if (!a.grad_y) return;
-#pragma unroll
-    for (int i = 0; i < kSize; ++i) scaled[i] = g[i] * factor;
-    return store_channels<Y, kSize>(a.grad_y.at<Y>(b, s, k, c), scaled);
+  __device__ __forceinline__ NormPart(const ResidualNormBackwardArgs& a, const NormBackwardPlan& plan)
+      : is_class(blockIdx.x < plan.class_rows), b(blockIdx.x), s(0), first(0), last(1) {
+    part = is_class ? plan.parts + blockIdx.x : blockIdx.x - plan.class_rows;
+    if (is_class) return;
+    const unsigned frame = part / plan.chunks, S = unsigned(a.value.size[1]), K = unsigned(a.value.size[2]);
+    b = frame / S, s = frame - b * S;
+    first = (part - frame * plan.chunks) * plan.chunk;
+    last = first + plan.chunk < K ? first + plan.chunk : K;
   }
-  store_channels<X, kSize>(a.grad_cls.at<X>(b, 0, c), g);
-#pragma unroll
-  for (int i = 0; i < kSize; ++i) scaled[i] = 0;
-#pragma unroll 1
-  for (int64_t row = 1; row < a.grad_cls.size[1]; ++row) store_channels<X, kSize>(a.grad_cls.at<X>(b, row, c), scaled);
-  if (!a.grad_y_cls) return;
-#pragma unroll 1
-  for (int64_t slot = 0; slot < a.grad_y_cls.size[1]; ++slot) {
-    const Acc<X> share = *a.share.at<const Acc<X>>(b, slot);
-#pragma unroll
-    for (int i = 0; i < kSize; ++i) scaled[i] = g[i] * share;
-    store_channels<Y, kSize>(a.grad_y_cls.at<Y>(b, slot, c), scaled);
-  }
-}
+};
 
-template <typename X, typename Y, int kSize, bool kOnce>
-__global__ __launch_bounds__(kNormThreads, 1) void residual_norm_backward_kernel(ResidualNormBackwardArgs a,
-                                                                                 NormBackwardPlan plan) {
+// A row's gradients of out and normed, the row itself and its statistics.
+template <typename X, typename Y, int kSize>
+struct GradientRow {
+  Packed<X, kSize> grad, value;
+  Packed<Y, kSize> normed;
+  Acc<X> mean, rstd;
+
+  __device__ __forceinline__ void load(const ResidualNormBackwardArgs& a, const NormPart& at, int64_t k, int c) {
+    grad.load(a.grad_out.at<const X>(at.b, at.s, k, c));
+    normed.load(a.grad_normed.at<const Y>(at.b, at.s, k, c));
+    value.load(a.value.at<const X>(at.b, at.s, k, c));
+    load_stats(a.stats.at<const Acc<X>>(at.b, at.s, k));
+  }
+  __device__ __forceinline__ void load_stats(const Acc<X>* stats) { mean = stats[0], rstd = stats[1]; }
+};
+
+// Blocks of a multiprocessor: as many as keep all in registers.
+template <typename X, typename Y, int kThreads>
+constexpr int kNormBlocks = kThreads * kVec<Y> > 1024 ? 512 / kThreads
+                            : sizeof(Y) == 4          ? 3
+                            : sizeof(X) == 4          ? 4
+                                                      : 5;
+
+// Rows of up to kThreads packs, aligned.
+template <typename X, typename Y, int kThreads>
+__global__ __launch_bounds__(kThreads,
+                             kNormBlocks<X, Y, kThreads>) void residual_norm_backward_kernel(ResidualNormBackwardArgs a,
+                                                                                             NormBackwardPlan plan) {
+  constexpr int kSize = kVec<Y>;
   using A = Acc<X>;
   __shared__ A shared[2 * kNormWarps * 2];
   RowSum<2, A, kNormWarps> row_sum{shared};
-  const int64_t S = a.value.size[1], K = a.value.size[2], C = a.value.size[3];
-  const int64_t own = int64_t(threadIdx.x) * kSize, step = int64_t(blockDim.x) * kSize;
-  const bool is_class = blockIdx.x < plan.class_rows;
-  const unsigned part = is_class ? plan.parts + blockIdx.x : blockIdx.x - plan.class_rows;
-  const int64_t frame = part / plan.chunks, b = is_class ? blockIdx.x : frame / S, s = is_class ? 0 : frame % S;
-  const int64_t first = is_class ? 0 : int64_t(part % plan.chunks) * plan.chunk;
-  const int64_t last = is_class ? 1 : (first + plan.chunk < K ? first + plan.chunk : K);
-  const A factor = a.factor && !is_class ? *a.factor.at<const A>(b, s) : A(1);
+  const NormPart at(a, plan);
+  const int C = int(a.value.size[3]), c = int(threadIdx.x) * kSize;
+  const bool mine = c < C;
+  Packed<X, kSize> packed_weight = {};
   A to_weight[kSize] = {}, to_shift[kSize] = {};
-  A grad[kSize], normed[kSize], value[kSize], weight[kSize];
-#pragma unroll 1
-  for (int64_t k = first; k < last; ++k) {
-    const A* stats = is_class ? a.stats_cls.at<const A>(b, 0) : a.stats.at<const A>(b, s, k);
-    A mean[2] = {};
-#pragma unroll 1
-    for (int64_t c = own; c < C; c += step) {
-      load_gradients<X, Y, kSize>(a, is_class, b, s, k, c, stats, grad, normed, value, weight);
-#pragma unroll
-      for (int i = 0; i < kSize; ++i) {
-        mean[0] += normed[i] * weight[i];
-        mean[1] += normed[i] * weight[i] * value[i];
-      }
-      if constexpr (kOnce) break;
-    }
-    row_sum(mean);
-    mean[0] /= A(C), mean[1] /= A(C);
-#pragma unroll 1
-    for (int64_t c = own; c < C; c += step) {
-      if constexpr (!kOnce) load_gradients<X, Y, kSize>(a, is_class, b, s, k, c, stats, grad, normed, value, weight);
-      A g[kSize];
-#pragma unroll
-      for (int i = 0; i < kSize; ++i) {
-        g[i] = grad[i] + (normed[i] * weight[i] - mean[0] - value[i] * mean[1]) * stats[1];
-        if constexpr (kOnce) {
-          to_weight[i] += normed[i] * value[i], to_shift[i] += normed[i];
-        } else {  // only this thread touches channel c of this part
-          A *scale = a.partial.at<A>(0, part, c + i), *shift = a.partial.at<A>(1, part, c + i);
-          *scale = (k == first ? A(0) : *scale) + normed[i] * value[i];
-          *shift = (k == first ? A(0) : *shift) + normed[i];
-        }
-      }
-      store_gradients<X, Y, kSize>(a, is_class, b, s, k, c, factor, g);
-      if constexpr (kOnce) break;
-    }
-  }
-  if (kOnce && own < C) {
+  if (mine) packed_weight.load_constant(a.weight.at<const X>(c));
+  GradientRow<X, Y, kSize> next = {};
+  A value[kSize] = {}, g[kSize];
+  // g <- the row's whole gradient, of out and through the norm. What is packed is unpacked again behind the barrier: it
+  // takes half the registers until then.
+  const auto whole = [&](A mean, A rstd, const auto& grad, const auto& packed_normed) {
+    A sums[2] = {}, weight[kSize], normed[kSize];
+    packed_weight.unpack(weight), packed_normed.unpack(normed);
 #pragma unroll
     for (int i = 0; i < kSize; ++i) {
-      *a.partial.at<A>(0, part, own + i) = to_weight[i];
-      *a.partial.at<A>(1, part, own + i) = to_shift[i];
+      value[i] = (value[i] - mean) * rstd;
+      sums[0] += normed[i] * weight[i];
+      sums[1] += normed[i] * weight[i] * value[i];
+    }
+    row_sum(sums);
+    sums[0] *= A(plan.inverse), sums[1] *= A(plan.inverse);
+    grad.unpack(g), packed_weight.unpack(weight), packed_normed.unpack(normed);
+#pragma unroll
+    for (int i = 0; i < kSize; ++i) {
+      g[i] += (normed[i] * weight[i] - sums[0] - value[i] * sums[1]) * rstd;
+      to_weight[i] += normed[i] * value[i], to_shift[i] += normed[i];
+    }
+  };
+  if (at.is_class) {
+    const int64_t slots = a.value_cls.size[1];
+    A grad[kSize] = {}, normed[kSize] = {};
+#pragma unroll 1
+    for (int64_t slot = 0; mine && slot < slots; ++slot) {
+      A one[kSize], other[kSize];
+      load_channels<X, kSize>(a.grad_out_cls.at<const X>(at.b, slot, c), one);
+      load_channels<Y, kSize>(a.grad_normed_cls.at<const Y>(at.b, slot, c), other);
+#pragma unroll
+      for (int i = 0; i < kSize; ++i) grad[i] += one[i], normed[i] += other[i];
+    }
+    if (mine) load_channels<X, kSize>(a.value_cls.at<const X>(at.b, 0, c), value);
+    Packed<A, kSize> grads, normeds;
+    memcpy(grads.bits, grad, sizeof grad), memcpy(normeds.bits, normed, sizeof normed);
+    const A* const stats = a.stats_cls.at<const A>(at.b);
+    whole(stats[0], stats[1], grads, normeds);
+    if (mine) {
+      store_channels<X, kSize>(a.grad_cls.at<X>(at.b, 0, c), g);
+      const A zero[kSize] = {};
+#pragma unroll 1
+      for (int64_t row = 1; row < a.grad_cls.size[1]; ++row) {
+        store_channels<X, kSize>(a.grad_cls.at<X>(at.b, row, c), zero);
+      }
+#pragma unroll 1
+      for (int64_t slot = 0; a.grad_y_cls && slot < slots; ++slot) {
+        const A share = *a.share.at<const A>(at.b, slot);
+#pragma unroll
+        for (int i = 0; i < kSize; ++i) value[i] = g[i] * share;
+        store_channels<Y, kSize>(a.grad_y_cls.at<Y>(at.b, slot, c), value);
+      }
+    }
+  } else {
+    const A factor = a.factor ? *a.factor.at<const A>(at.b, at.s) : A(1);
+    if (mine) next.load(a, at, at.first, c);
+#pragma unroll 1
+    for (unsigned k = at.first; k < at.last; ++k) {
+      const GradientRow<X, Y, kSize> row = next;
+      if (mine && k + 1 < at.last) next.load(a, at, k + 1, c);
+      row.value.unpack(value);
+      whole(row.mean, row.rstd, row.grad, row.normed);
+      if (!mine) continue;
+      store_channels<X, kSize>(a.grad_x.at<X>(at.b, at.s, k, c), g);
+      if (!a.grad_y) continue;
+#pragma unroll
+      for (int i = 0; i < kSize; ++i) g[i] *= factor;
+      store_channels<Y, kSize>(a.grad_y.at<Y>(at.b, at.s, k, c), g);
+    }
+  }
+  if (!mine) return;
+  store_channels<A, kSize>(a.partial.at<A>(0, at.part, c), to_weight);
+  store_channels<A, kSize>(a.partial.at<A>(1, at.part, c), to_shift);
+}
+
+// Any rows, a channel of each thread at a time.
+template <typename X, typename Y>
+__global__ __launch_bounds__(kNormThreads, 1) void residual_norm_backward_any_kernel(ResidualNormBackwardArgs a,
+                                                                                     NormBackwardPlan plan) {
+  using A = Acc<X>;
+  __shared__ A shared[2 * kNormWarps * 2];
+  RowSum<2, A, kNormWarps> row_sum{shared};
+  const NormPart at(a, plan);
+  const int64_t C = a.value.size[3], slots = at.is_class ? a.value_cls.size[1] : 1;
+  const A factor = a.factor && !at.is_class ? *a.factor.at<const A>(at.b, at.s) : A(1);
+#pragma unroll 1
+  for (int64_t k = at.first; k < at.last; ++k) {
+    const A* const stats = at.is_class ? a.stats_cls.at<const A>(at.b) : a.stats.at<const A>(at.b, at.s, k);
+    const auto value = [&](int64_t c) {
+      const A v = to_acc(at.is_class ? *a.value_cls.at<const X>(at.b, 0, c) : *a.value.at<const X>(at.b, at.s, k, c));
+      return (v - stats[0]) * stats[1];
+    };
+    const auto sum = [&](auto of) {
+      A total = 0;
+#pragma unroll 1
+      for (int64_t slot = 0; slot < slots; ++slot) total += of(slot);
+      return total;
+    };
+    const auto grad = [&](int64_t c) {
+      return sum([&](int64_t slot) {
+        return to_acc(at.is_class ? *a.grad_out_cls.at<const X>(at.b, slot, c)
+                                  : *a.grad_out.at<const X>(at.b, at.s, k, c));
+      });
+    };
+    const auto normed = [&](int64_t c) {
+      return sum([&](int64_t slot) {
+        return to_acc(at.is_class ? *a.grad_normed_cls.at<const Y>(at.b, slot, c)
+                                  : *a.grad_normed.at<const Y>(at.b, at.s, k, c));
+      });
+    };
+    A sums[2] = {};
+#pragma unroll 1
+    for (int64_t c = threadIdx.x; c < C; c += blockDim.x) {
+      const A g = normed(c) * to_acc(*a.weight.at<const X>(c));
+      sums[0] += g, sums[1] += g * value(c);
+    }
+    row_sum(sums);
+    sums[0] *= A(plan.inverse), sums[1] *= A(plan.inverse);
+#pragma unroll 1
+    for (int64_t c = threadIdx.x; c < C; c += blockDim.x) {
+      const A n = normed(c), v = value(c);
+      const A g = grad(c) + (n * to_acc(*a.weight.at<const X>(c)) - sums[0] - v * sums[1]) * stats[1];
+      A *const scale = a.partial.at<A>(0, at.part, c), *const shift = a.partial.at<A>(1, at.part, c);
+      *scale = (k == at.first ? A(0) : *scale) + n * v;  // only this thread touches channel c of this part
+      *shift = (k == at.first ? A(0) : *shift) + n;
+      if (!at.is_class) {
+        *a.grad_x.at<X>(at.b, at.s, k, c) = from_acc<X>(g);
+        if (a.grad_y) *a.grad_y.at<Y>(at.b, at.s, k, c) = from_acc<Y>(g * factor);
+        continue;
+      }
+      for (int64_t row = 0; row < a.grad_cls.size[1]; ++row) {
+        *a.grad_cls.at<X>(at.b, row, c) = from_acc<X>(row == 0 ? g : A(0));
+      }
+      for (int64_t slot = 0; a.grad_y_cls && slot < slots; ++slot) {
+        *a.grad_y_cls.at<Y>(at.b, slot, c) = from_acc<Y>(g * *a.share.at<const A>(at.b, slot));
+      }
     }
   }
 }
@@ -149,41 +239,45 @@ bool aligned(const ResidualNormBackwardArgs& a) {
          vectorizable<X>(a.grad_cls) && vectorizable<Y>(a.grad_y_cls);
 }
 
-template <typename X, typename Y, int kSize, bool kOnce>
-void launch(const ResidualNormBackwardArgs& a, cudaStream_t stream) {
-  const int64_t frames = a.value.size[0] * a.value.size[1], K = a.value.size[2], C = a.value.size[3];
-  NormBackwardPlan plan;
-  const int64_t class_rows = a.grad_cls ? a.value.size[0] : 0, parts = row_parts(frames, K);
-  plan.class_rows = unsigned(class_rows);
-  plan.chunk = unsigned(row_chunk(frames, K));
-  plan.chunks = K > 0 ? unsigned(ceil_div(K, plan.chunk)) : 1;
-  plan.parts = unsigned(parts);
-  const int64_t blocks = class_rows + parts;
-  if (C == 0) return;
-  if (blocks > 0) {
-    PYVIDX_LAUNCH((residual_norm_backward_kernel<X, Y, kSize, kOnce>), blocks, norm_threads(C, kSize), 0, stream, a,
-                  plan);
-    check_launch("residual_norm_backward_kernel");
-  }
-  PYVIDX_LAUNCH(residual_norm_add_up_kernel<X>, Grid(add_up_blocks(C), 2), kAddUpThreads, 0, stream, a,
-                unsigned(blocks));
-  check_launch("residual_norm_add_up_kernel");
+// Threads for rows of C channels in packs of kSize; whole warps.
+unsigned norm_threads(int64_t C, int kSize) {
+  const int64_t packs = ceil_div(C, kSize);
+  return unsigned(packs < kNormThreads ? ceil_div(packs, 32) * 32 : kNormThreads);
 }
 
 }  // namespace
 
-void residual_norm_backward_cuda(const ResidualNormBackwardArgs& args, cudaStream_t stream) {
-  visit_mixed<__half, __nv_bfloat16>("residual_norm_backward", args.value.dtype, args.grad_normed.dtype,
-                                     [&](auto x, auto y) {
-                                       using X = typename decltype(x)::type;
-                                       using Y = typename decltype(y)::type;
-                                       constexpr int kSize = kVec<Y>;
-                                       if (!aligned<X, Y>(args)) return launch<X, Y, 1, false>(args, stream);
-                                       if (args.value.size[3] > kNormThreads * kSize) {
-                                         return launch<X, Y, kSize, false>(args, stream);
-                                       }
-                                       launch<X, Y, kSize, true>(args, stream);
-                                     });
+void residual_norm_backward_cuda(const ResidualNormBackwardArgs& a, cudaStream_t stream) {
+  const int64_t frames = a.value.size[0] * a.value.size[1], K = a.value.size[2], C = a.value.size[3];
+  if (C == 0) return;
+  const int64_t class_rows = a.grad_cls ? a.value.size[0] : 0, parts = row_parts(frames, K),
+                blocks = class_rows + parts;
+  NormBackwardPlan plan;
+  plan.class_rows = unsigned(class_rows), plan.parts = unsigned(parts);
+  plan.chunk = unsigned(row_chunk(frames, K)), plan.chunks = K > 0 ? unsigned(ceil_div(K, plan.chunk)) : 1;
+  plan.inverse = 1. / double(C);
+  visit_mixed<__half, __nv_bfloat16>("residual_norm_backward", a.value.dtype, a.grad_normed.dtype, [&](auto x, auto y) {
+    using X = typename decltype(x)::type;
+    using Y = typename decltype(y)::type;
+    constexpr int kSize = kVec<Y>;
+    const auto launch = [&](auto kernel, int size) {
+      if (blocks > 0) PYVIDX_LAUNCH(kernel, blocks, norm_threads(C, size), 0, stream, a, plan);
+      check_launch("residual_norm_backward_kernel");
+    };
+    const bool whole = C <= 2048 && aligned<X, Y>(a);
+    if constexpr (std::is_same_v<X, double>) {  // for checking gradients
+      launch(residual_norm_backward_any_kernel<X, Y>, 1);
+    } else if (!whole) {
+      launch(residual_norm_backward_any_kernel<X, Y>, 1);
+    } else if (C > 1024) {
+      launch(residual_norm_backward_kernel<X, Y, 2048 / kSize>, kSize);
+    } else {
+      launch(residual_norm_backward_kernel<X, Y, 1024 / kSize>, kSize);
+    }
+    PYVIDX_LAUNCH(residual_norm_add_up_kernel<X>, Grid(add_up_blocks(C), 2), kAddUpThreads, 0, stream, a,
+                  unsigned(blocks));
+    check_launch("residual_norm_add_up_kernel");
+  });
 }
 
 }  // namespace pyvidx

@@ -1,11 +1,12 @@
 // The second stage of sums over rows. The first leaves rows of partial sums; here they are added up, in an order that
-// depends on their number alone. A block takes 32 channels, and a warp of channels every eighth row.
+// depends on their number alone. A block takes 32 channels, and a warp every 32nd row, so that a few hundred rows are a
+// few rounds of loads.
 #pragma once
 #include "block.cuh"
 
 namespace pyvidx::cuda {
 
-constexpr int kAddUpThreads = 256;
+constexpr int kAddUpThreads = 1024;
 
 // put(c, sum) for the sums over `count` rows of `partial` ([count, C], `step` elements apart), from one thread for each
 // channel. Blocks of kAddUpThreads, add_up_blocks(C) of them along x; all threads of a block take part.
@@ -17,6 +18,7 @@ __device__ __forceinline__ void add_up(const A* partial, int64_t step, int64_t c
   const int64_t c = int64_t(blockIdx.x) * 32 + lane;
   A sum = 0;
   if (c < C) {
+#pragma unroll 8
     for (int64_t i = warp; i < count; i += kWarps) sum += partial[i * step + c];
   }
   shared[warp][lane] = sum;

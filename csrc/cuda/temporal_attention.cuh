@@ -9,143 +9,201 @@
 
 namespace pyvidx::cuda {
 
+// Blocks of the forward kernel that fit a multiprocessor: 128 registers a thread.
+template <typename T>
+constexpr int kForwardBlocks = sizeof(T) <= 4 ? 4 : 1;
+#ifndef MINB
+#define MINB 2
+#endif
+template <typename T>
+constexpr int kBackwardBlocks = MINB;
 constexpr int kAttentionWarps = 4, kAttentionThreads = 32 * kAttentionWarps, kAttentionRows = 16 * kAttentionWarps;
 
 struct Head {
-  int64_t b, p, h;
+  unsigned b, p, h;
 };
 
-__device__ __forceinline__ Head head_of(int64_t index, const View<6>& qkv) {
-  const int64_t P = qkv.size[2], H = qkv.size[4];
-  return {index / (P * H), index / H % P, index % H};
+// The launchers hold the number of heads below 2^32: a division in 64 bits takes about 100 instructions.
+__device__ __forceinline__ Head head_of(unsigned index, const View<6>& qkv) {
+  const unsigned P = unsigned(qkv.size[2]), H = unsigned(qkv.size[4]), row = index / H;
+  return {row / P, row % P, index % H};
 }
 
-template <typename T>
-__device__ __forceinline__ Rows<const T> part_of(const View<6>& qkv, Head at, int part) {
-  return {qkv.at<const T>(at.b, 0, at.p, part, at.h), qkv.stride[1], int(qkv.size[1]), int(qkv.size[5])};
-}
-template <typename T, int kDims, typename... Part>
-__device__ __forceinline__ Rows<T> rows_of(const View<kDims>& x, Head at, Part... part) {
-  return {x.template at<T>(at.b, 0, at.p, part..., at.h), x.stride[1], int(x.size[1]), int(x.size[kDims - 1])};
-}
-
-template <typename T, int kD, int kTiles>
-__global__ __launch_bounds__(kAttentionThreads, 1) void temporal_attention_kernel(TemporalAttentionArgs a) {
-  const int frames = int(a.qkv.size[1]), groups = (frames + 15) / 16;
-  const int64_t task = int64_t(blockIdx.x) * kAttentionWarps + threadIdx.x / 32;
-  if (task >= a.qkv.size[0] * a.qkv.size[2] * a.qkv.size[4] * groups) return;
-  const Head at = head_of(task / groups, a.qkv);
-  const int q0 = int(task % groups) * 16;
-  const Rows<const T> q = part_of<T>(a.qkv, at, 0), k = part_of<T>(a.qkv, at, 1);
-  const Rows<const T> v = part_of<T>(a.qkv, at, 2);
-  Acc<T> w[kTiles][4];
-  Softmax<Acc<T>> softmax[2];
-  dot_rows<T, kD>(q, q0, k, 0, w);
-  softmax_rows(w, frames, Acc<T>(a.scale * kLog2e), softmax);
-  weigh_rows<T, kD>(w, v, rows_of<T>(a.out, at), q0);
+// Strides of rows that vectorized kernels read fit in 32 bits, see the launchers.
+template <int kD>
+struct StrideOf {
+  using type = int;
+};
+template <>
+struct StrideOf<kRagged> {
+  using type = int64_t;
+};
+template <typename T, int kD>
+using HeadRows = Rows<T, typename StrideOf<kD>::type>;
+template <typename T, int kD, int kDims, typename... Part>
+__device__ __forceinline__ HeadRows<T, kD> rows_of(const View<kDims>& x, Head at, Part... part) {
+  const auto stride = typename StrideOf<kD>::type(x.stride[1] * int64_t(sizeof(T)));
+  return {x.template at<T>(at.b, 0, at.p, part..., at.h), stride, int(x.size[1]), int(x.size[kDims - 1])};
 }
 
-// What a warp of a backward kernel works on: 16 rows of one head.
-template <typename T>
-struct BackwardTask {
-  Head at;
-  Rows<const T> q, k, v, grad;
-  int r0, shared0, frames;  // the first row, the head's first row in shared memory
-  bool active;
+// kTiles: how many tiles of 8 frames a warp's scores have, or this, where a head has at most 8 frames: a warp takes two
+// heads, with scores of 2 x 2 tiles, of which those of a head with itself count.
+constexpr int kTwoHeads = 1;
+template <int kTiles>
+constexpr int kScoreTiles = kTiles == kTwoHeads ? 2 : kTiles;
 
-  __device__ __forceinline__ explicit BackwardTask(const TemporalAttentionBackwardArgs& a) {
-    frames = int(a.qkv.size[1]);
-    const int groups = (frames + 15) / 16, warp = threadIdx.x / 32;
-    const int64_t head = int64_t(blockIdx.x) * (blockDim.x / 32 / groups) + warp / groups;
-    active = head < a.qkv.size[0] * a.qkv.size[2] * a.qkv.size[4];
-    at = head_of(active ? head : 0, a.qkv);
-    r0 = warp % groups * 16, shared0 = warp / groups * groups * 16;
-    q = part_of<T>(a.qkv, at, 0), k = part_of<T>(a.qkv, at, 1), v = part_of<T>(a.qkv, at, 2);
-    grad = rows_of<const T>(a.grad_out, at);
+// Which head a warp works on, or which two.
+template <int kTiles>
+struct Heads {
+  Head head, second;
+  bool active, has_second;
+  __device__ __forceinline__ Heads(const View<6>& qkv, unsigned index) {
+    const unsigned heads = unsigned(qkv.size[0] * qkv.size[2] * qkv.size[4]), pairs = (heads + 1) / 2;
+    active = index < (kTiles == kTwoHeads ? pairs : heads);
+    if (!active) index = 0;
+    if constexpr (kTiles == kTwoHeads) {
+      has_second = 2 * index + 1 < heads;
+      head = head_of(2 * index, qkv), second = head_of(has_second ? 2 * index + 1 : 0, qkv);
+    } else {
+      head = head_of(index, qkv);
+    }
   }
-  __device__ __forceinline__ Rows<T> grad_rows(const TemporalAttentionBackwardArgs& a, int part) const {
-    return rows_of<T>(a.grad_qkv, at, part);
+  template <typename T, int kD, int kDims, typename... Part>
+  __device__ __forceinline__ auto rows(const View<kDims>& x, Part... part) const {
+    const auto rows = rows_of<T, kD>(x, head, part...);
+    if constexpr (kTiles == kTwoHeads) {
+      auto others = rows_of<T, kD>(x, second, part...);
+      if (!has_second) others.count = 0;
+      return RowsOfTwo<T, typename StrideOf<kD>::type>(rows, others);
+    } else {
+      return rows;
+    }
   }
 };
+
+// Is there such a score? (row and column within the warp's tiles, or of the whole head)
+template <int kTiles>
+__device__ __forceinline__ bool is_score(int row, int column, int frames) {
+  return kTiles == kTwoHeads ? column % 8 < frames && column / 8 == row / 8 : column < frames;
+}
 
 template <typename T, int kD, int kTiles>
 __global__ __launch_bounds__(kAttentionThreads,
-                             1) void temporal_attention_backward_kernel(TemporalAttentionBackwardArgs a) {
+                             kForwardBlocks<T>) void temporal_attention_kernel(TemporalAttentionArgs a) {
+  const int frames = int(a.qkv.size[1]);
+  const unsigned groups = kTiles > 2 ? unsigned(frames + 15) / 16 : 1;
+  const unsigned task = blockIdx.x * kAttentionWarps + threadIdx.x / 32;
+  const Heads<kTiles> heads(a.qkv, task / groups);
+  if (!heads.active) return;
+  const int q0 = int(task % groups) * 16;
+  Acc<T> w[kScoreTiles<kTiles>][4];
+  Softmax<Acc<T>> softmax[2];
+  dot_rows<T, kD>(heads.template rows<const T, kD>(a.qkv, 0), q0, heads.template rows<const T, kD>(a.qkv, 1), 0, w);
+  softmax_rows<T>(
+      w, Acc<T>(a.scale * kLog2e), kTiles != kTwoHeads && frames == 8 * kTiles,
+      [&](int column, int half) { return is_score<kTiles>(score_row<T>(half), column, frames); }, softmax);
+  weigh_rows<T, kD>(w, heads.template rows<const T, kD>(a.qkv, 2), heads.template rows<T, kD>(a.out), q0);
+}
+
+// What a warp of a backward kernel works on: 16 rows of one head, or two heads.
+template <int kTiles>
+struct BackwardTask {
+  int r0, shared0, frames;  // the first row, the head's first row in shared memory
+  Heads<kTiles> heads;
+  __device__ __forceinline__ explicit BackwardTask(const View<6>& qkv)
+      : r0(warp() % groups(qkv) * 16),
+        shared0(warp() / groups(qkv) * groups(qkv) * 16),
+        frames(int(qkv.size[1])),
+        heads(qkv, blockIdx.x * (blockDim.x / 32 / groups(qkv)) + warp() / groups(qkv)) {}
+  static __device__ __forceinline__ int warp() { return threadIdx.x / 32; }
+  static __device__ __forceinline__ int groups(const View<6>& qkv) { return int(unsigned(qkv.size[1] + 15) / 16); }
+};
+
+template <typename T, int kD, int kTiles>
+__global__ __launch_bounds__(kAttentionThreads, kBackwardBlocks<T>) void temporal_attention_backward_kernel(
+    TemporalAttentionBackwardArgs a) {
   using A = Acc<T>;
+  constexpr int kCount = kScoreTiles<kTiles>;
   __shared__ A largest[kAttentionRows], inverse[kAttentionRows], mean[kAttentionRows];  // per query
-  const BackwardTask<T> task(a);
-  const Rows<const T>&q = task.q, &k = task.k, &v = task.v, &grad = task.grad;
+  const BackwardTask<kTiles> task(a.qkv);
+  const Heads<kTiles>& heads = task.heads;
+  const auto q = heads.template rows<const T, kD>(a.qkv, 0), k = heads.template rows<const T, kD>(a.qkv, 1);
+  const auto v = heads.template rows<const T, kD>(a.qkv, 2), grad = heads.template rows<const T, kD>(a.grad_out);
   const int r0 = task.r0, shared0 = task.shared0, frames = task.frames;
-  const int g = threadIdx.x % 32 / 4, c = threadIdx.x % 4;
   const A scale = A(a.scale), scale2 = A(a.scale * kLog2e);
-  A w[kTiles][4], dw[kTiles][4];
-  if (task.active) {
+  const auto present = [&](int column, int half) { return is_score<kTiles>(score_row<T>(half), column, frames); };
+  A w[kCount][4], dw[kCount][4];
+  if (heads.active) {
     Softmax<A> softmax[2];
     dot_rows<T, kD>(q, r0, k, 0, w);
-    softmax_rows(w, frames, scale2, softmax);
+    softmax_rows<T>(w, scale2, kTiles != kTwoHeads && frames == 8 * kTiles, present, softmax);
     A sum[2] = {};
     dot_rows<T, kD>(grad, r0, v, 0, dw);
 #pragma unroll
-    for (int j = 0; j < kTiles; ++j) {
+    for (int j = 0; j < kCount; ++j) {
 #pragma unroll
       for (int i = 0; i < 4; ++i) sum[i / 2] += w[j][i] * dw[j][i];
     }
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      sum[half] = quad_sum(sum[half]);
-      if (c == 0) {
-        const int query = shared0 + r0 + g + 8 * half;
+      sum[half] = row_sum<T>(sum[half]);
+      if (first_of_row<T>()) {
+        const int query = shared0 + r0 + score_row<T>(half);
         largest[query] = softmax[half].largest, inverse[query] = softmax[half].inverse, mean[query] = sum[half];
       }
     }
 #pragma unroll
-    for (int j = 0; j < kTiles; ++j) {
+    for (int j = 0; j < kCount; ++j) {
 #pragma unroll
       for (int i = 0; i < 4; ++i) w[j][i] *= (dw[j][i] - sum[i / 2]) * scale;
     }
-    weigh_rows<T, kD>(w, k, task.grad_rows(a, 0), r0);
+    weigh_rows<T, kD>(w, k, heads.template rows<T, kD>(a.grad_qkv, 0), r0);
   }
   __syncthreads();
-  if (!task.active) return;
+  if (!heads.active) return;
   dot_rows<T, kD>(k, r0, q, 0, w);
-  each_score(w, 0, [&](int query, int, A& x) {  // [key][query]
-    x = query < frames ? Softmax<A>{largest[shared0 + query], inverse[shared0 + query]}.weight(x * scale2) : A(0);
+  each_score<T>(w, 0, [&](int query, int half, A& x) {  // [key][query]
+    const Softmax<A> softmax{largest[shared0 + query], inverse[shared0 + query]};
+    x = present(query, half) ? softmax.weight(x * scale2) : A(0);
   });
-  weigh_rows<T, kD>(w, grad, task.grad_rows(a, 2), r0);
+  weigh_rows<T, kD>(w, grad, heads.template rows<T, kD>(a.grad_qkv, 2), r0);
   dot_rows<T, kD>(v, r0, grad, 0, dw);
-  each_score(dw, 0, [&](int query, int, A& x) { x = query < frames ? (x - mean[shared0 + query]) * scale : A(0); });
+  each_score<T>(
+      dw, 0, [&](int query, int half, A& x) { x = present(query, half) ? (x - mean[shared0 + query]) * scale : A(0); });
 #pragma unroll
-  for (int j = 0; j < kTiles; ++j) {
+  for (int j = 0; j < kCount; ++j) {
 #pragma unroll
     for (int i = 0; i < 4; ++i) w[j][i] *= dw[j][i];
   }
-  weigh_rows<T, kD>(w, q, task.grad_rows(a, 1), r0);
+  weigh_rows<T, kD>(w, q, heads.template rows<T, kD>(a.grad_qkv, 1), r0);
 }
 
 // ---- what the kernels above do not fit: more than 64 frames, any D, any alignment, double. A few tiles of scores at a
 // time, computed again whenever they are needed; little code and few registers rather than speed. ----
 
 constexpr int kPartWarps = 8, kPartThreads = 32 * kPartWarps;  // 16 rows each are the 128 frames
+constexpr int kManyTiles = 0;                                  // for Heads: one head a warp
 template <typename T>
 constexpr int kPartTiles = sizeof(T) == 8 ? 2 : 4;  // double, for gradcheck, would spill with 4
 
 template <typename T, int kD>
 __global__ __launch_bounds__(kPartThreads, 1) void temporal_attention_by_parts_kernel(TemporalAttentionArgs a) {
   using A = Acc<T>;
-  const int frames = int(a.qkv.size[1]), groups = (frames + 15) / 16;
-  const int64_t task = int64_t(blockIdx.x) * (blockDim.x / 32) + threadIdx.x / 32;
-  if (task >= a.qkv.size[0] * a.qkv.size[2] * a.qkv.size[4] * groups) return;
-  const Head at = head_of(task / groups, a.qkv);
+  const int frames = int(a.qkv.size[1]);
+  const unsigned groups = unsigned(frames + 15) / 16;
+  const unsigned task = blockIdx.x * (blockDim.x / 32) + threadIdx.x / 32;
+  const Heads<kManyTiles> heads(a.qkv, task / groups);
+  if (!heads.active) return;
   const int q0 = int(task % groups) * 16;
-  const Rows<const T> q = part_of<T>(a.qkv, at, 0), k = part_of<T>(a.qkv, at, 1);
+  const auto q = heads.rows<const T, kD>(a.qkv, 0), k = heads.rows<const T, kD>(a.qkv, 1);
   const A scale2 = A(a.scale * kLog2e);
   Softmax<A> softmax[2];
   softmax_by_parts<T, kD, kPartTiles<T>>(q, q0, k, scale2, softmax);
   const auto weights = [&](int k0, A(&w)[kPartTiles<T>][4]) {
     dot_rows<T, kD>(q, q0, k, k0, w);
-    each_score(w, k0, [&](int key, int half, A& x) { x = key < frames ? softmax[half].weight(x * scale2) : A(0); });
+    each_score<T>(w, k0, [&](int key, int half, A& x) { x = key < frames ? softmax[half].weight(x * scale2) : A(0); });
   };
-  weigh_rows_by_parts<T, kD, kPartTiles<T>>(weights, part_of<T>(a.qkv, at, 2), rows_of<T>(a.out, at), q0);
+  weigh_rows_by_parts<T, kD, kPartTiles<T>>(weights, heads.rows<const T, kD>(a.qkv, 2), heads.rows<T, kD>(a.out), q0);
 }
 
 template <typename T, int kD>
@@ -153,12 +211,13 @@ __global__ __launch_bounds__(kPartThreads,
                              1) void temporal_attention_backward_by_parts_kernel(TemporalAttentionBackwardArgs a) {
   using A = Acc<T>;
   __shared__ A largest[16 * kPartWarps], inverse[16 * kPartWarps], mean[16 * kPartWarps];  // per query
-  const BackwardTask<T> task(a);
-  const Rows<const T>&q = task.q, &k = task.k, &v = task.v, &grad = task.grad;
+  const BackwardTask<kManyTiles> task(a.qkv);
+  const Heads<kManyTiles>& heads = task.heads;
+  const auto q = heads.rows<const T, kD>(a.qkv, 0), k = heads.rows<const T, kD>(a.qkv, 1);
+  const auto v = heads.rows<const T, kD>(a.qkv, 2), grad = heads.rows<const T, kD>(a.grad_out);
   const int r0 = task.r0, shared0 = task.shared0, frames = task.frames;
-  const int g = threadIdx.x % 32 / 4, c = threadIdx.x % 4;
   const A scale = A(a.scale), scale2 = A(a.scale * kLog2e);
-  if (task.active) {
+  if (heads.active) {
     Softmax<A> softmax[2];
     A sum[2] = {};
     softmax_by_parts<T, kD, kPartTiles<T>>(q, r0, k, scale2, softmax);
@@ -166,7 +225,8 @@ __global__ __launch_bounds__(kPartThreads,
       A dw[kPartTiles<T>][4];
       dot_rows<T, kD>(q, r0, k, k0, w);
       dot_rows<T, kD>(grad, r0, v, k0, dw);
-      each_score(w, k0, [&](int key, int half, A& x) { x = key < frames ? softmax[half].weight(x * scale2) : A(0); });
+      each_score<T>(w, k0,
+                    [&](int key, int half, A& x) { x = key < frames ? softmax[half].weight(x * scale2) : A(0); });
 #pragma unroll
       for (int j = 0; j < kPartTiles<T>; ++j) {
 #pragma unroll
@@ -178,43 +238,44 @@ __global__ __launch_bounds__(kPartThreads,
     for (int k0 = 0; k0 < frames; k0 += 8 * kPartTiles<T>) {
       A w[kPartTiles<T>][4];
       score_gradients(k0, w);
-      each_score(w, k0, [&](int, int half, A& x) { mean_of_row[half] += x; });
+      each_score<T>(w, k0, [&](int, int half, A& x) { mean_of_row[half] += x; });
     }
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      sum[half] = quad_sum(mean_of_row[half]);
-      if (c == 0) {
-        const int query = shared0 + r0 + g + 8 * half;
+      sum[half] = row_sum<T>(mean_of_row[half]);
+      if (first_of_row<T>()) {
+        const int query = shared0 + r0 + score_row<T>(half);
         largest[query] = softmax[half].largest, inverse[query] = softmax[half].inverse, mean[query] = sum[half];
       }
     }
     const auto scaled = [&](int k0, A(&w)[kPartTiles<T>][4]) {
       score_gradients(k0, w);
-      each_score(w, k0, [&](int, int, A& x) { x *= scale; });
+      each_score<T>(w, k0, [&](int, int, A& x) { x *= scale; });
     };
-    weigh_rows_by_parts<T, kD, kPartTiles<T>>(scaled, k, task.grad_rows(a, 0), r0);
+    weigh_rows_by_parts<T, kD, kPartTiles<T>>(scaled, k, heads.rows<T, kD>(a.grad_qkv, 0), r0);
   }
   __syncthreads();
-  if (!task.active) return;
+  if (!heads.active) return;
   const auto weights = [&](int q0, A(&w)[kPartTiles<T>][4]) {  // [key][query]
     dot_rows<T, kD>(k, r0, q, q0, w);
-    each_score(w, q0, [&](int query, int, A& x) {
+    each_score<T>(w, q0, [&](int query, int, A& x) {
       x = query < frames ? Softmax<A>{largest[shared0 + query], inverse[shared0 + query]}.weight(x * scale2) : A(0);
     });
   };
-  weigh_rows_by_parts<T, kD, kPartTiles<T>>(weights, grad, task.grad_rows(a, 2), r0);
+  weigh_rows_by_parts<T, kD, kPartTiles<T>>(weights, grad, heads.rows<T, kD>(a.grad_qkv, 2), r0);
   const auto gradients = [&](int q0, A(&w)[kPartTiles<T>][4]) {
     A dw[kPartTiles<T>][4];
     weights(q0, w);
     dot_rows<T, kD>(v, r0, grad, q0, dw);
-    each_score(dw, q0, [&](int query, int, A& x) { x = query < frames ? (x - mean[shared0 + query]) * scale : A(0); });
+    each_score<T>(dw, q0,
+                  [&](int query, int, A& x) { x = query < frames ? (x - mean[shared0 + query]) * scale : A(0); });
 #pragma unroll
     for (int j = 0; j < kPartTiles<T>; ++j) {
 #pragma unroll
       for (int i = 0; i < 4; ++i) w[j][i] *= dw[j][i];
     }
   };
-  weigh_rows_by_parts<T, kD, kPartTiles<T>>(gradients, q, task.grad_rows(a, 1), r0);
+  weigh_rows_by_parts<T, kD, kPartTiles<T>>(gradients, q, heads.rows<T, kD>(a.grad_qkv, 1), r0);
 }
 
 #ifndef __CUDACC_RTC__
@@ -222,14 +283,16 @@ __global__ __launch_bounds__(kPartThreads,
 constexpr int kByParts = 0;  // instead of a number of tiles
 
 template <int kD, int kTiles>
-struct Sizes {};
+struct Sizes {
+  static constexpr bool kTwo = kTiles == kTwoHeads;
+};
 
 // f(Sizes): enough tiles of 8 rows for the frames, and the best that can be said of D.
 template <typename T, bool kBackward, typename F>
 void with_sizes(int64_t frames, int64_t D, bool vectorized, F&& f) {
   constexpr bool kSpills = kBackward && sizeof(T) == 4;  // with the scores of 64 frames and any width
   if constexpr (sizeof(T) <= 4) {                        // double is for checking gradients
-    if (vectorized && D == 64 && frames <= 8) return f(Sizes<64, 1>{});
+    if (vectorized && D == 64 && frames <= 8) return f(Sizes<64, kTwoHeads>{});
     if (vectorized && D == 64 && frames <= 16) return f(Sizes<64, 2>{});
     if (vectorized && D == 64 && frames <= 64) return f(Sizes<64, 8>{});
     if (vectorized && frames <= 16) return f(Sizes<kWhole, 2>{});
@@ -262,13 +325,23 @@ void launch(const TemporalAttentionBackwardArgs& args, int64_t blocks, unsigned 
   check_launch("temporal_attention_backward_kernel");
 }
 
+// Can rows_of take strides of 32 bits for this view, and chunks be read?
+template <typename T, int kDims>
+bool has_chunks(const View<kDims>& x) {
+  const int64_t most = 0x7fffffff / int64_t(sizeof(T));
+  return x.size[kDims - 1] % kChunk<T> == 0 && vectorizable<T>(x) && x.stride[1] <= most && x.stride[1] >= -most;
+}
+
 template <typename T>
 void launch_temporal_attention(const TemporalAttentionArgs& args, cudaStream_t stream) {
   const int64_t frames = args.qkv.size[1], D = args.qkv.size[5];
-  const int64_t warps = args.qkv.size[0] * args.qkv.size[2] * args.qkv.size[4] * ceil_div(frames, 16);
-  const bool vectorized = D % kChunk<T> == 0 && vectorizable<T>(args.qkv) && vectorizable<T>(args.out);
-  with_sizes<T, false>(frames, D, vectorized,
-                       [&](auto sizes) { launch<T>(args, ceil_div(warps, kAttentionWarps), stream, sizes); });
+  const int64_t heads = args.qkv.size[0] * args.qkv.size[2] * args.qkv.size[4];
+  const bool vectorized = has_chunks<T>(args.qkv) && has_chunks<T>(args.out);
+  with_sizes<T, false>(frames, D, vectorized, [&](auto sizes) {
+    const int64_t warps = decltype(sizes)::kTwo ? ceil_div(heads, 2) : heads * ceil_div(frames, 16);
+    narrow(warps, "temporal_attention: heads times groups of 16 frames");
+    launch<T>(args, ceil_div(warps, kAttentionWarps), stream, sizes);
+  });
 }
 
 template <typename T>
@@ -276,10 +349,11 @@ void launch_temporal_attention_backward(const TemporalAttentionBackwardArgs& arg
   const int64_t frames = args.qkv.size[1], D = args.qkv.size[5];
   const int64_t heads = args.qkv.size[0] * args.qkv.size[2] * args.qkv.size[4];
   const int64_t groups = ceil_div(frames, 16), per_block = groups < 4 ? 4 / groups : 1;
-  const bool vectorized = D % kChunk<T> == 0 && vectorizable<T>(args.qkv) && vectorizable<T>(args.grad_out) &&
-                          vectorizable<T>(args.grad_qkv);
+  const bool vectorized = has_chunks<T>(args.qkv) && has_chunks<T>(args.grad_out) && has_chunks<T>(args.grad_qkv);
+  narrow(heads * groups, "temporal_attention_backward: heads times groups of 16 frames");
   with_sizes<T, true>(frames, D, vectorized, [&](auto sizes) {
-    launch<T>(args, ceil_div(heads, per_block), unsigned(32 * groups * per_block), stream, sizes);
+    const int64_t tasks = decltype(sizes)::kTwo ? ceil_div(heads, 2) : heads;
+    launch<T>(args, ceil_div(tasks, per_block), unsigned(32 * groups * per_block), stream, sizes);
   });
 }
 

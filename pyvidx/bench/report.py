@@ -6,6 +6,7 @@ from pyvidx.data.tables import read_json
 from pyvidx.pictures import drawn
 
 COLUMNS = ("op", "shape", "dtype", "ms", "spread", "GB/s", "copy GB/s", "floor", "vs eager", "vs compile")
+GRAPH_COLUMNS = ("graph ms", "graph floor")  # of cases that a GPU has run: the call as a CUDA graph
 NOTE = "ms: median; spread: quartiles apart / median; floor: copy of the same bytes / ours, in the same rounds"
 
 
@@ -21,7 +22,7 @@ def load(path: Path) -> list[dict]:
         cases = [b["extra_info"] for b in data["benchmarks"]] if "benchmarks" in data else data["cases"]
         cases = [case for case in cases if "floor_share" in case]
         for case in cases:
-            row(case)
+            row(case, graph=True)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise ValueError(f"report: {path} must hold cases of pyvidx's benches, got {error!r}") from error
     if not cases:
@@ -29,11 +30,11 @@ def load(path: Path) -> list[dict]:
     return cases
 
 
-def row(case: dict) -> tuple[str, ...]:
-    """The cells of one case."""
+def row(case: dict, graph: bool = False) -> tuple[str, ...]:
+    """The cells of one case; graph: with those of its CUDA graph."""
     shape = " ".join(v if isinstance(v, str) else f"{k}{v}" for k, v in case["shape"].items())
-    over_compile = case.get("vs_compile")
-    return (
+    over_compile, replayed = case.get("vs_compile"), case.get("graph_ms")
+    cells = (
         case["op"],
         shape,
         case["dtype"],
@@ -45,13 +46,16 @@ def row(case: dict) -> tuple[str, ...]:
         f"{case['vs_eager']:.2f}x",
         f"{over_compile:.2f}x" if over_compile else "-",
     )
+    if not graph:
+        return cells
+    return *cells, *((f"{replayed:.3f}", f"{case['copy_ms'] / replayed:.2f}") if replayed else ("-", "-"))
 
 
 def table(cases: list[dict]) -> str:
     """One aligned line per case, under one line that says where it ran."""
     where = sorted(set(map(_where, cases)))
-    rows = [COLUMNS, *(row(c) for c in cases)]
-    widths = [max(len(r[i]) for r in rows) for i in range(len(COLUMNS))]
+    rows = _rows(cases)
+    widths = [max(map(len, column)) for column in zip(*rows)]
     left = {0, 1, 2}
     lines = [
         "  ".join(cell.ljust(w) if i in left else cell.rjust(w) for i, (cell, w) in enumerate(zip(r, widths))).rstrip()
@@ -64,9 +68,16 @@ def markdown(cases: list[dict]) -> str:
     """A table of Markdown under each line that says where its cases ran."""
     blocks = []
     for where in dict.fromkeys(map(_where, cases)):
-        rows = [COLUMNS, ("---",) * 3 + ("---:",) * (len(COLUMNS) - 3), *(row(c) for c in cases if _where(c) == where)]
+        head, *rows = _rows([c for c in cases if _where(c) == where])
+        rows = [head, ("---",) * 3 + ("---:",) * (len(head) - 3), *rows]
         blocks.append("\n".join([f"{where}:", "", *("| " + " | ".join(cells) + " |" for cells in rows)]))
     return "\n\n".join([*blocks, f"{NOTE}."])
+
+
+def _rows(cases: list[dict]) -> list[tuple[str, ...]]:
+    """The head and the cells of every case."""
+    graph = any(c.get("graph_ms") for c in cases)
+    return [COLUMNS + GRAPH_COLUMNS if graph else COLUMNS, *(row(c, graph) for c in cases)]
 
 
 def _where(case: dict) -> str:

@@ -230,11 +230,11 @@ def loaded(options: argparse.Namespace) -> tuple:
         import transformers
 
         build = getattr(transformers, str(named[0]), None) if isinstance(named, list) and named else None
-    if not (isinstance(build, type) and issubclass(build, transformers.PreTrainedModel)):
-        raise ValueError(f"--model: its config.json must name a model of transformers, got {named!r:.100}")
-    dtype = "auto" if options.dtype is None else getattr(torch, options.dtype)
-    model = build.from_pretrained(options.model, dtype=dtype, **LOCAL).eval().to(options.device)
-    return model, transformers.AutoProcessor.from_pretrained(options.model, **LOCAL)
+        if not (isinstance(build, type) and issubclass(build, transformers.PreTrainedModel)):
+            raise ValueError(f"--model: its config.json must name a model of transformers, got {named!r:.100}")
+        dtype = "auto" if options.dtype is None else getattr(torch, options.dtype)
+        model = build.from_pretrained(options.model, dtype=dtype, **LOCAL).eval().to(options.device)
+        return model, transformers.AutoProcessor.from_pretrained(options.model, **LOCAL)
 
 
 def kind_of(options: argparse.Namespace) -> Callable:

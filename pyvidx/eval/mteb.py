@@ -151,7 +151,7 @@ class Encoder:
         Raises:
             RuntimeError: mteb is not installed.
         """
-        with importing("pyvidx.eval.mteb", "mteb", extra="mteb"):
+        with importing("pyvidx.eval.mteb", "mteb", install="mteb>=2.26"):
             from mteb.models.model_meta import ModelMeta, ScoringFunction
         towers = [self.model] if self.text is None else [self.model, self.text]
         parameters = sum(p.numel() for tower in towers for p in tower.parameters())

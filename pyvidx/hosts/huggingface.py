@@ -52,7 +52,8 @@ def _loaded(model: nn.Module | str, kwargs: dict[str, Any]) -> nn.Module:
     if isinstance(model, str):
         with importing("huggingface: loading by name", "transformers"):
             from transformers import AutoModel
-        model = AutoModel.from_pretrained(model, **{**LOCAL, **kwargs})
+
+            model = AutoModel.from_pretrained(model, **{**LOCAL, **kwargs})
     if not hasattr(getattr(model, "config", None), "to_dict"):
         raise ValueError(f"huggingface: model must be one of transformers, got {type(model).__name__}")
     return model

@@ -14,14 +14,14 @@ LOCAL = {"local_files_only": True, "trust_remote_code": False}
 
 
 @contextmanager
-def importing(what: str, library: str, extra: str = "hosts") -> Iterator[None]:
-    """Around an import.
+def importing(what: str, library: str, install: str = "pyvidx[hosts]") -> Iterator[None]:
+    """Around an import, and what is loaded with it: transformers imports its parts when they are used.
 
         with importing("tokenizer", "open_clip"):
             from open_clip.tokenizer import SimpleTokenizer
 
     Args:
-        what: who needs it. library: the package. extra: of pyvidx, which brings it.
+        what: who needs it. library: the package. install: what brings it.
 
     Raises:
         RuntimeError: it is not installed, or a torchvision for another torch stops it.
@@ -35,7 +35,7 @@ def importing(what: str, library: str, extra: str = "hosts") -> Iterator[None]:
             raise RuntimeError(f"{what}: {library} cannot be imported: {why}") from error
         if not isinstance(error, ImportError):
             raise
-        raise RuntimeError(f"{what} needs {library} ({error}): pip install 'pyvidx[{extra}]'") from error
+        raise RuntimeError(f"{what} needs {library} ({error}): pip install '{install}'") from error
 
 
 def torchvision_misfit() -> str | None:

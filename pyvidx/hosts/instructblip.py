@@ -141,11 +141,10 @@ class InstructBLIP:
         with importing("InstructBLIP", "transformers"):
             import transformers
 
-            build = getattr(transformers, MODELS[kind])
-        host = build.from_pretrained(folder, dtype=dtype, **LOCAL).eval()
-        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **LOCAL)
-        text = folder / "qformer_tokenizer"
-        text = transformers.AutoTokenizer.from_pretrained(text, **LOCAL) if text.is_dir() else None
+            host = getattr(transformers, MODELS[kind]).from_pretrained(folder, dtype=dtype, **LOCAL).eval()
+            tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **LOCAL)
+            text = folder / "qformer_tokenizer"
+            text = transformers.AutoTokenizer.from_pretrained(text, **LOCAL) if text.is_dir() else None
         return cls.of(host, tokenizer, text, **{"preset": preset_of(folder)} | options).to(device)
 
     def to(self, device: str | torch.device) -> "InstructBLIP":

@@ -208,10 +208,12 @@ def _language(folder: str | Path, dtype: torch.dtype | None, device: str | torch
         raise FileNotFoundError(f"MiniGPT-4: there is no folder {folder}, of the language model and its tokenizer")
     with importing("MiniGPT-4", "transformers"):
         from transformers import AutoModelForCausalLM, AutoTokenizer
-    options = {"dtype": dtype or "auto", "output_loading_info": True}
-    causal_lm, info = AutoModelForCausalLM.from_pretrained(folder, **options, **LOCAL)
+
+        options = {"dtype": dtype or "auto", "output_loading_info": True}
+        causal_lm, info = AutoModelForCausalLM.from_pretrained(folder, **options, **LOCAL)
+        tokenizer = AutoTokenizer.from_pretrained(folder, **LOCAL)
     if missing := sorted(info["missing_keys"]) + sorted(map(str, info["mismatched_keys"])):
         raise ValueError(
             f"MiniGPT-4: {folder} must hold every parameter of its model, it lacks {', '.join(missing[:8])}"
         )
-    return causal_lm.to(device), AutoTokenizer.from_pretrained(folder, **LOCAL)
+    return causal_lm.to(device), tokenizer

@@ -105,7 +105,8 @@ def memory_merge_(
     Args:
         bank: [B, M+1, N, C], any floating dtype and strides, but the last stride is 1. As in all other arguments that
             are written, no two elements share memory.
-        sizes: int32 [B, N, M+1], frames merged into each slot, 0 if free.
+        sizes: int32 [B, N, M+1], frames merged into each slot, 0 if free. On CUDA M is at most some thousands: it takes
+            12 (M + 1) bytes of shared memory.
         order: int32 [B, N, M+1], a permutation of the slots, the stored ones first, in time order.
         similarity: float32 [B, N, M], cosines between consecutive entries, each norm at least 1e-8.
         length: int32 [B], entries stored.

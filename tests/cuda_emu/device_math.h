@@ -83,6 +83,14 @@ void __stcs(T* p, std::common_type_t<T> x) {
   *p = x;
 }
 
+// Four of the eight bytes of x and y, x having the lower ones; a digit of `selector` for each.
+inline unsigned __byte_perm(unsigned x, unsigned y, unsigned selector) {
+  const uint64_t bytes = x | uint64_t(y) << 32;
+  unsigned result = 0;
+  for (int i = 0; i < 4; ++i) result |= unsigned(bytes >> 8 * (selector >> 4 * i & 7) & 0xff) << 8 * i;
+  return result;
+}
+
 // ---- math; what C has too (fminf, expf, exp2f, fmaf ...) comes from <cmath> ----
 
 inline float rsqrtf(float x) { return 1.f / std::sqrt(x); }

@@ -9,17 +9,33 @@
 #include "state.h"
 #include "tensor_cores.h"
 
-bool cuemu::tensor_cores() {
-  static const bool yes = [] {
+namespace cuemu {
+namespace {
+
+const std::string& mma_mode() {
+  static const std::string mode = [] {
     const char* value = std::getenv("PYVIDX_EMU_MMA");
-    const std::string mode = value == nullptr ? "shuffles" : value;
-    if (mode != "shuffles" && mode != "tensor_cores") {
-      throw std::invalid_argument("PYVIDX_EMU_MMA must be shuffles or tensor_cores, got " + mode);
+    std::string mode = value == nullptr ? "shuffles" : value;
+    if (mode != "shuffles" && mode != "tensor_cores" && mode != "quad_pairs") {
+      throw std::invalid_argument("PYVIDX_EMU_MMA must be shuffles, tensor_cores or quad_pairs, got " + mode);
     }
-    return mode == "tensor_cores";
+    return mode;
   }();
+  return mode;
+}
+
+}  // namespace
+
+bool tensor_cores() {
+  static const bool yes = mma_mode() == "tensor_cores";
   return yes;
 }
+bool quad_pairs() {
+  static const bool yes = mma_mode() == "quad_pairs";
+  return yes;
+}
+
+}  // namespace cuemu
 
 namespace {
 

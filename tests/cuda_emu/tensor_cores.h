@@ -1,10 +1,11 @@
 // The tensor cores' mma.sync for the emulator, with their rounding: products are exact; four registers' worth of them
-// and the sum so far are brought to the exponent of the largest, cut to 24 bits toward zero, added exactly, and cut
-// again. Sums so drift toward zero, where adding to nearest would not. Published measurements give newer GPUs (sm_75
-// on) one to three bits more before the cut and sometimes more terms at a time, both of which err less than what is
-// here.
+// (m8n8k4: its four) and the sum so far are brought to the exponent of the largest, cut to 24 bits toward zero, added
+// exactly, and cut again. Sums so drift toward zero, where adding to nearest would not. Published measurements give
+// newer GPUs (sm_75 on) one to three bits more before the cut and sometimes more terms at a time, both of which err
+// less than what is here.
 //
-// PYVIDX_EMU_MMA=tensor_cores makes kernels use it (as on sm_80 and newer), otherwise they shuffle (as on sm_70).
+// PYVIDX_EMU_MMA=tensor_cores makes kernels use those of sm_80 and newer, =quad_pairs those of sm_70 (m8n8k4, half
+// only), otherwise they shuffle (what no tensor cores of a GPU can multiply).
 #pragma once
 
 #include <cuda_bf16.h>
@@ -21,9 +22,10 @@
 
 namespace cuemu {
 
-// Whether they are there. (runtime.cpp: a variable of a header would lie in the red zone behind a kernel's shared
+// Which of them are there. (runtime.cpp: a variable of a header would lie in the red zone behind a kernel's shared
 // memory)
 bool tensor_cores();
+bool quad_pairs();
 
 // cvt.rna.tf32: to nearest, ties away from zero, 10 bits behind the point.
 inline unsigned to_tf32(float x) {
@@ -78,19 +80,21 @@ float add_truncated(const double (&terms)[kCount]) {
   return float(double(sum * scale) * unit);
 }
 
+// What every lane of the warp brings.
+inline void exchange(uint64_t mine, uint64_t (&all)[32], Site site) {
+  const Lanes lanes = sync_warp(~0u, mine, false, site);
+  if (lanes.present != ~0u) fail("mma.sync without all lanes of the warp", site);
+  std::memcpy(all, lanes.value, sizeof all);
+}
+
 // sum += a b for a warp: mma.cuh says which lane holds what.
 template <typename T>
 void tensor_mma(float (&sum)[4], const unsigned (&a)[4], const unsigned (&b)[2], Site site = here()) {
   constexpr int kPacked = 4 / sizeof(T);
   uint64_t top[32], bottom[32], right[32];
-  const auto exchange = [&](unsigned low, unsigned high, uint64_t (&all)[32]) {
-    const Lanes lanes = sync_warp(~0u, low | uint64_t(high) << 32, false, site);
-    if (lanes.present != ~0u) fail("mma.sync without all lanes of the warp", site);
-    std::memcpy(all, lanes.value, sizeof all);
-  };
-  exchange(a[0], a[2], top);
-  exchange(a[1], a[3], bottom);
-  exchange(b[0], b[1], right);
+  exchange(a[0] | uint64_t(a[2]) << 32, top, site);
+  exchange(a[1] | uint64_t(a[3]) << 32, bottom, site);
+  exchange(b[0] | uint64_t(b[1]) << 32, right, site);
   const int row = lane() & ~3, first_column = lane() % 4 * 2;
   for (int i = 0; i < 4; ++i) {
     const uint64_t* const left = (i < 2 ? top : bottom) + row;
@@ -104,6 +108,29 @@ void tensor_mma(float (&sum)[4], const unsigned (&a)[4], const unsigned (&b)[2],
       }
       sum[i] = add_truncated(terms);
     }
+  }
+}
+
+// mma.sync.m8n8k4.row.{row or col}.f32.f16.f16.f32: four products of 8 x 4 and 4 x 8, each by 8 lanes (PTX manual,
+// 9.7.15.5.1). a and b: four halves, the first in the lowest bits; c0 to c3 are in x, c4 to c7 in y.
+template <bool kRowMajorB>
+void mma_m8n8k4(float (&x)[4], float (&y)[4], uint64_t a, uint64_t b, Site site = here()) {
+  uint64_t left[32], right[32];
+  exchange(a, left, site);
+  exchange(b, right, site);
+  const int self = lane(), first = self / 4 % 4 * 4;
+  const auto member = [=](int i) { return first + (i < 4 ? i : 16 + i - 4); };  // of the 8 lanes
+  const auto half = [](uint64_t bits, int i) { return element<__half>(unsigned(bits >> 16 * i), 0); };
+  for (int i = 0; i < 8; ++i) {
+    float& c = i < 4 ? x[i] : y[i - 4];
+    const int row = (self < 16 ? 0 : 4) + (self & 1) + (i & 2), column = (i & 4) + (self & 2) + (i & 1);
+    double terms[5] = {0, 0, 0, 0, c};
+    for (int k = 0; k < 4; ++k) {
+      const double other =
+          kRowMajorB ? half(right[member(column / 4 * 4 + k)], column % 4) : half(right[member(column)], k);
+      terms[k] = half(left[member(row)], k) * other;
+    }
+    c = add_truncated(terms);
   }
 }
 

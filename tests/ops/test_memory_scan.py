@@ -105,6 +105,19 @@ def test_widths_and_plain_mean(C, device):
 
 
 @pytest.mark.parametrize("device", DEVICES)
+def test_a_position_alone_and_among_many(device):
+    """The same bits: a GPU gives a position fewer threads where there are more than it takes at a time."""
+    N = 300 if device == "cuda" else 6
+    many = new_state(1, 2, N, 1408, device=device)
+    alone = new_state(1, 2, 1, 1408, device=device)
+    clip = clip_of(many, 5)[0]
+    memory_merge_(*many[:5], clip[:, 0]), memory_merge_(*alone[:5], clip[:, 0, -1:])
+    memory_scan_(*many[:5], clip[:, 1:]), memory_scan_(*alone[:5], clip[:, 1:, -1:])
+    assert torch.equal(many.bank[:, :, -1:], alone.bank)
+    assert torch.equal(many.similarity[:, -1:], alone.similarity) and alone.similarity.abs().min() > 0
+
+
+@pytest.mark.parametrize("device", DEVICES)
 def test_ragged_and_inactive_videos(device):
     state = new_state(3, 3, 2, 8, device=device, attached_widths=(5,))
     for s, who in enumerate(([1, 1, 0], [1, 1, 0], [1, 0, 0], [1, 0, 0])):
