@@ -271,7 +271,9 @@ class Warp:
                             time = self._memory(kind, act, active)
                         except LookupError as error:
                             where = f"{instruction.address:#x} {instruction.opcode} {', '.join(instruction.operands)}"
-                            raise RuntimeError(f"predict: {self.block.program.kernel.name} at {where}: {error}") from None
+                            raise RuntimeError(
+                                f"predict: {self.block.program.kernel.name} at {where}: {error}"
+                            ) from None
                 elif kind not in ("NOP",):
                     result = self._control(kind, act, mask, active, pc, instruction)
                 self._busy(instruction, time)

@@ -75,16 +75,13 @@ def traced(cases: list[Asked], archs: list[int], *, samples: int = 3, seen: Call
 
 
 def environment() -> dict[str, str]:
-    """Of this process, with this checkout first; the CPU's own kernels set cases up. Memory that an op has freed stays
-    readable: its launches are run when it has ended."""
+    """Of this process, with this checkout first; the CPU's own kernels set cases up."""
     env = {k: v for k, v in os.environ.items() if k != "PYVIDX_OPS_LIBRARY" and not k.startswith("PYVIDX_EMU_")}
     env["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), env.get("PYTHONPATH")]))
     return {
         **env,
         "OMP_NUM_THREADS": "1",
         "TORCH_CPP_LOG_LEVEL": "ERROR",
-        "MALLOC_MMAP_MAX_": "0",
-        "MALLOC_TRIM_THRESHOLD_": str(1 << 40),
     }
 
 

@@ -6,16 +6,15 @@ blocks of all are then run here, by their SASS.
 """
 
 import contextlib
+import ctypes
 import dataclasses
 import importlib
 import inspect
 import json
 import os
 import sys
-import tempfile
 import time
 import warnings
-from pathlib import Path
 
 import torch
 
@@ -44,40 +43,52 @@ def made(asked: Asked):
     return function(**arguments)
 
 
-def launches(run, arch: int) -> list[Launch]:
-    """Those of one call, on a pretended GPU of this kind."""
+def each_launch(library: str, run, arch: int, seen) -> None:
+    """Call seen(launch) at each launch of one call, on a pretended GPU of this kind."""
     sms, shared = DEVICES[arch]
-    with tempfile.TemporaryDirectory() as folder:
-        log = Path(folder) / "launches"
-        log.touch()
-        told = {"LOG": log, "DRY": SMALL, "SMS": sms, "SMEM": shared, "CAPABILITY": arch}
-        os.environ.update({f"PYVIDX_EMU_{name}": str(value) for name, value in told.items()})
+    told = {"DRY": SMALL, "SMS": sms, "SMEM": shared, "CAPABILITY": arch}
+    os.environ.update({f"PYVIDX_EMU_{name}": str(value) for name, value in told.items()})
+    errors = []
+
+    @ctypes.CFUNCTYPE(None, ctypes.c_char_p)
+    def watch(line):
+        try:
+            seen(launch_of(line.decode()))
+        except Exception as error:  # it cannot pass through the library
+            errors.append(error)
+
+    emulator = ctypes.CDLL(library)
+    emulator.cuemu_watch(watch)
+    try:
         run()
-        lines = log.read_text().splitlines()
-    return [launch_of(line) for line in lines]
+    finally:
+        emulator.cuemu_watch(None)
+    if errors:
+        raise errors[0]
 
 
 def launch_of(line: str) -> Launch:
-    """One line of the emulator's list."""
+    """What the emulator says of a launch."""
     _, grid, block, shared, symbol, parameters = line.split("\t")
     three = [tuple(int(x) for x in text.split()[1:]) for text in (grid, block)]
     return Launch(symbol, *three, int(shared.split()[1]), bytes.fromhex(parameters))
 
 
-def trace(case, archs: list[int], latencies: dict[str, dict[str, float]], samples: int) -> dict:
+def trace(library: str, case, archs: list[int], latencies: dict[str, dict[str, float]], samples: int) -> dict:
     """For each architecture, its launches with what they do."""
-    found = {}
+    found = {str(arch): [] for arch in archs}
+
+    def seen(launch: Launch, arch: int) -> None:
+        code = cubin.compiled(launch.kernel, arch)
+        counts = execution.run(execution.Program(code.kernel, arch), launch, latencies[str(arch)], samples)
+        found[str(arch)].append({
+            "kernel": launch.kernel, "blocks": launch.blocks, "threads": launch.threads, "registers": code.registers,
+            "shared": code.shared + launch.shared, "spills": code.spills, **dataclasses.asdict(counts),
+            "pipes": dict(counts.pipes),
+        })  # fmt: skip
+
     for arch in archs:
-        of_arch = []
-        for launch in launches(case.run, arch):
-            code = cubin.compiled(launch.kernel, arch)
-            counts = execution.run(execution.Program(code.kernel, arch), launch, latencies[str(arch)], samples)
-            of_arch.append({
-                "kernel": launch.kernel, "blocks": launch.blocks, "threads": launch.threads,
-                "registers": code.registers, "shared": code.shared + launch.shared, "spills": code.spills,
-                **dataclasses.asdict(counts), "pipes": dict(counts.pipes),
-            })  # fmt: skip
-        found[str(arch)] = of_arch
+        each_launch(library, case.run, arch, lambda launch, arch=arch: seen(launch, arch))
     return {"op": case.op, "shape": case.shape, "dtype": str(case.dtype).removeprefix("torch."), "bytes": case.bytes,
             "flops": case.flops, "archs": found}  # fmt: skip
 
@@ -114,7 +125,7 @@ def main() -> None:
 
             def task(case=case):
                 torch.ops.load_library(library)
-                return trace(case, given["archs"], given["latency"], given["samples"])
+                return trace(library, case, given["archs"], given["latency"], given["samples"])
 
             found = in_child(task)
         found["seconds"] = time.perf_counter() - start
