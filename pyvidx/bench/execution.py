@@ -110,6 +110,9 @@ class Memory:
             raise LookupError(f"{size} bytes at {start:#x} are read, where there is no memory")
         return np.frombuffer(data, np.uint8)
 
+    def write(self, addresses: np.ndarray, data: np.ndarray) -> None:
+        """Nothing is written: the tensors belong to the process."""
+
 
 def _width(opcode: str) -> int:
     """Bytes of one lane's access."""
@@ -352,6 +355,7 @@ class Warp:
             self._put(addresses, self._registers(register, width), width, mask)
         else:
             block.counts.written += 32 * len(np.unique(addresses[mask] >> U64(5)))
+            block.memory.write(addresses[mask], self._registers(register, width)[mask])
         return block.latency["operands"]
 
     def _global(self, addresses: np.ndarray, width: int, mask: np.ndarray) -> np.ndarray:

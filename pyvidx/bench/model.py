@@ -69,9 +69,8 @@ def resident(gpu: Gpu, threads: int, registers: int, shared: int) -> int:
     by_shared = gpu.shared_kb * 1024 // of_block if of_block else gpu.blocks
     fit = min(by_registers, by_shared, gpu.warps // warps, gpu.blocks)
     if fit < 1:
-        raise ValueError(
-            f"occupancy: a block of {threads} threads, {registers} registers and {shared} bytes does not fit"
-        )
+        asked = f"{threads} threads, {registers} registers and {shared} bytes"
+        raise ValueError(f"occupancy: a multiprocessor must hold a block, got one of {asked}")
     return fit
 
 

@@ -95,13 +95,13 @@ def emulator() -> str:
 
 
 def rows(traces: list[dict], gpus: list[model.Gpu]) -> list[dict]:
-    """One prediction for each case and GPU."""
-    about = ("op", "shape", "dtype")
+    """One prediction for each case and GPU, but for the cases that are here for the simulator alone."""
+    about, aside = ("op", "shape", "dtype"), [dataclasses.asdict(asked) for asked in simulated_cases()]
     return [
         {**{k: t[k] for k in about}, **model.predicted(gpu, t)}
         for t in traces
         for gpu in gpus
-        if str(gpu.arch) in t["archs"]
+        if str(gpu.arch) in t["archs"] and t["case"] not in aside
     ]
 
 
@@ -146,12 +146,16 @@ def simulated() -> tuple[str, model.Gpu, list[dict]]:
     return data["about"], dataclasses.replace(whole, **change), data["cases"]
 
 
+def simulated_cases() -> list[Asked]:
+    names = [field.name for field in dataclasses.fields(Asked)]
+    return [Asked(**{k: case[k] for k in names if k in case}) for case in simulated()[2]]
+
+
 def against_simulation(traces: list[dict]) -> list[dict]:
     """Predicted and simulated share of copy of the cases of v100_simulated.json that are among the traces."""
     _, gpu, cases = simulated()
     found = []
-    for case in cases:
-        asked = {"constants": {}, **{k: case[k] for k in ("module", "function", "arguments", "constants") if k in case}}
+    for case, asked in zip(cases, map(dataclasses.asdict, simulated_cases())):
         trace = next((t for t in traces if t["case"] == asked and "70" in t["archs"]), None)
         if trace is not None:
             here = dataclasses.replace(gpu, sms=case.get("sms", gpu.sms))

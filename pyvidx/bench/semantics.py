@@ -1,5 +1,5 @@
 """What SASS instructions compute, for the 32 lanes of a warp at once: as much of it as decides where a kernel goes and
-which memory it touches. Integers, predicates and conversions are exact; sums of 16-bit pairs, doubles and matrix
+which memory it touches. Integers, predicates and conversions are exact; sums of 16-bit pairs and matrix
 products are left out (their results keep what was in the registers)."""
 
 import re
@@ -7,10 +7,10 @@ from collections.abc import Callable
 
 import numpy as np
 
-U32, U64, I32, I64, F32 = np.uint32, np.uint64, np.int32, np.int64, np.float32
+U32, U64, I32, I64, F32, F64 = np.uint32, np.uint64, np.int32, np.int64, np.float32, np.float64
 LOW, SHIFT = U64(0xFFFFFFFF), U64(32)
-OPAQUE = {"HMMA", "IMMA", "DMMA", "HADD2", "HMUL2", "HFMA2", "HSET2", "HSETP2", "HMNMX2", "DADD", "DMUL", "DFMA",
-          "DSETP", "DMNMX", "LDSM", "MOVM", "MATCH", "FRND", "REDUX", "B2R", "R2B", "LEPC", "F2IP", "I2IP"}  # fmt: skip
+OPAQUE = {"HMMA", "HADD2", "HMUL2", "HFMA2", "HSET2", "HSETP2", "HMNMX2", "LDSM", "MOVM", "MATCH", "REDUX", "B2R",
+          "R2B", "LEPC"}  # fmt: skip
 NOTHING = {"NOP", "YIELD", "NANOSLEEP", "MEMBAR", "ERRBAR", "CCTL", "CCTLL", "WARPSYNC", "PREFETCH", "FENCE", "DEPBAR",
            "LDGDEPBAR", "ARRIVES", "UCGABAR_ARV", "ACQBULK", "CGAERRBAR",
            "ENDCOLLECTIVE"}  # fmt: skip
@@ -107,6 +107,21 @@ def real(text: str) -> Callable:
 
         return constant
     fixed = np.array([_FLOATS[text] if text in _FLOATS else float(text)], F32)
+    return lambda w: fixed
+
+
+def double(text: str) -> Callable:
+    """The same as float64, from two registers."""
+    if (text[0] in "-|" or text[0].isalpha()) and (_REGISTER.match(text) or _CONSTANT.match(text)):
+        bits, absolute, negative = integer(text.lstrip("-").replace("|", ""), wide=True), "|" in text, text[0] == "-"
+
+        def value(w):
+            x = bits(w).view(F64)
+            x = np.abs(x) if absolute else x
+            return -x if negative else x
+
+        return value
+    fixed = np.array([_FLOATS[text] if text in _FLOATS else float(text)], F64)
     return lambda w: fixed
 
 
@@ -411,11 +426,11 @@ def _isetp(more, o):
     return test
 
 
-def _fsetp(more, o):
+def _fsetp(more, o, read=real):
     compare = COMPARE.get(more[0].removesuffix("U"))
     nan_is_true = more[0].endswith("U")
     outs = [predicate_writer(p) for p in o[:2]]
-    a, b, joined = real(o[2]), real(o[3]), predicate(o[4])
+    a, b, joined = read(o[2]), read(o[3]), predicate(o[4])
     join = JOIN[next((x for x in more if x in JOIN), "AND")]
 
     def test(w, m):
@@ -477,6 +492,17 @@ def _floats(o, function):
     return run
 
 
+def _doubles(o, function):
+    write, sources = writer(o[0], wide=True), [double(x) for x in o[1:] if not is_predicate(x)]
+    return lambda w, m: write(w, m, np.asarray(function(*(s(w) for s in sources)), F64).view(U64))
+
+
+def _double_minimum(more, o):
+    p = predicate(o[3])
+    write, a, b = writer(o[0], wide=True), double(o[1]), double(o[2])
+    return lambda w, m: write(w, m, np.where(p(w), np.minimum(a(w), b(w)), np.maximum(a(w), b(w))).view(U64))
+
+
 def _half_constant(o):
     """-RZ * RZ + two halves: how a constant is put where the other pipes are busy."""
     if not (o[1].endswith("RZ") and o[2].endswith("RZ")) or len(o) < 5:
@@ -493,25 +519,38 @@ def _half_constant(o):
 def _mufu(more, o):
     functions = {"RCP": lambda x: 1 / x, "RSQ": lambda x: 1 / np.sqrt(x), "EX2": np.exp2, "LG2": np.log2,
                  "SQRT": np.sqrt, "SIN": np.sin, "COS": np.cos, "TANH": np.tanh}  # fmt: skip
-    if more[0] not in functions:  # of doubles
-        return None
-    return _floats(o, functions[more[0]])
+    if more[0] in functions:
+        return _floats(o, functions[more[0]])
+    function = functions[more[0].removesuffix("64H")]  # of a double's high word, into that of another
+    write, read = writer(o[0]), integer(o[1])
+
+    def high(w, m):
+        x = (read(w).astype(U64) << SHIFT).view(F64)
+        write(w, m, (np.asarray(function(x), F64).view(U64) >> SHIFT).astype(U32))
+
+    return high
 
 
 def _i2f(more, o):
-    if "F64" in more or "F16" in more or "U8" in " ".join(more) or "S8" in more:
-        return None if "F64" in more or "F16" in more else _i2f_byte(more, o)
-    wide = "U64" in more or "S64" in more
-    unsigned = "U32" in more or "U64" in more
-    write, read = writer(o[0]), integer(o[1], wide)
+    if any(x in more for x in ("U8", "S8")):
+        return _i2f_byte(more, o)
+    wide, to_double = any(x in more for x in ("U64", "S64")), "F64" in more
+    unsigned = any(x.startswith("U") and x != "U" for x in more)
+    write, read = writer(o[0], wide=to_double), integer(o[1], wide)
 
     def convert(w, m):
         x = read(w)
         x = x if unsigned else x.view(I64 if wide else I32)
+        if to_double:
+            write(w, m, x.astype(F64).view(U64))
+            return
         value = x.astype(F32)
         if "RP" in more:
-            value = np.where(value.astype(np.float64) < x.astype(np.float64), np.nextafter(value, F32(np.inf)), value)
-        write(w, m, value.astype(F32).view(U32))
+            value = np.where(value.astype(F64) < x.astype(F64), np.nextafter(value, F32(np.inf)), value)
+        if "F16" in more:
+            write(w, m, value.astype(np.float16).view(np.uint16).astype(U32))
+        else:
+            write(w, m, value.astype(F32).view(U32))
 
     return convert
 
@@ -522,29 +561,42 @@ def _i2f_byte(more, o):
     return lambda w, m: write(w, m, (read(w) >> shift & U32(255)).astype(F32).view(U32))
 
 
+ROUNDINGS = {"TRUNC": np.trunc, "FLOOR": np.floor, "CEIL": np.ceil}
+
+
 def _f2i(more, o):
-    if "F64" in more or "U64" in more or "S64" in more:
-        return None
-    rounding = {"TRUNC": np.trunc, "FLOOR": np.floor, "CEIL": np.ceil}
-    function = (
-        rounding[next((x for x in more if x in rounding), "TRUNC")] if any(x in rounding for x in more) else np.rint
-    )
-    unsigned, write, read = "U32" in more, writer(o[0]), real(o[1])
-    low, high = (0, 2**32 - 1) if unsigned else (-(2**31), 2**31 - 1)
+    function = next((ROUNDINGS[x] for x in more if x in ROUNDINGS), np.rint)
+    wide = any(x in more for x in ("U64", "S64"))
+    unsigned = "U32" in more or "U64" in more
+    write, read = writer(o[0], wide), (double if "F64" in more else real)(o[1])
+    bits = 64 if wide else 32
+    low, high = (0, 2**bits - 1) if unsigned else (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
 
     def convert(w, m):
-        x = np.nan_to_num(function(read(w)).astype(np.float64), nan=0.0, posinf=high, neginf=low)
-        write(w, m, np.clip(x, low, high).astype(I64).astype(U64).astype(U32))
+        x = np.nan_to_num(function(read(w)).astype(F64), nan=0.0, posinf=high, neginf=low)
+        whole = np.array([min(max(int(v), low), high) & (1 << bits) - 1 for v in x.tolist()], U64)
+        write(w, m, whole if wide else whole.astype(U32))
 
     return convert
 
 
+def _frnd(more, o):
+    function = next((ROUNDINGS[x] for x in more if x in ROUNDINGS), np.rint)
+    return (_doubles if "F64" in more else _floats)(o, function)
+
+
 def _f2f(more, o):
-    if "F64" in more:
-        return None
+    if more[:2] == ["F64", "F32"]:
+        write, read = writer(o[0], wide=True), real(o[1])
+        return lambda w, m: write(w, m, read(w).astype(F64).view(U64))
+    if more[:2] == ["F32", "F64"]:
+        write, read = writer(o[0]), double(o[1])
+        return lambda w, m: write(w, m, read(w).astype(F32).view(U32))
     if more[:2] == ["F16", "F32"]:
         write, read = writer(o[0]), real(o[1])
         return lambda w, m: write(w, m, read(w).astype(np.float16).view(np.uint16).astype(U32))
+    if "F64" in more or "F16" in more:
+        raise Unknown("F2F." + ".".join(more))
     return _floats(o, lambda x: x)
 
 
@@ -742,5 +794,8 @@ TABLE = {
     "F2I": _f2i, "F2F": _f2f, "F2FP": _f2fp, "PRMT": _prmt, "IABS": _abs, "POPC": _popc, "FLO": _flo, "BREV": _brev,
     "SGXT": _sgxt,
     "BMSK": _bmsk, "S2R": _special, "S2UR": _special, "CS2R": _cs2r, "R2UR": _r2ur, "LDC": _ldc, "ULDC": _ldc,
-    "VOTE": _vote, "VOTEU": _vote, "SHFL": _shfl, "P2R": _p2r, "R2P": _r2p, "FCHK": _fchk,
+    "FRND": _frnd,
+    "DADD": lambda more, o: _doubles(o, np.add), "DMUL": lambda more, o: _doubles(o, np.multiply),
+    "DFMA": lambda more, o: _doubles(o, lambda a, b, c: a * b + c), "DMNMX": _double_minimum,
+    "DSETP": lambda more, o: _fsetp(more, o, double), "VOTE": _vote, "VOTEU": _vote, "SHFL": _shfl, "P2R": _p2r, "R2P": _r2p, "FCHK": _fchk,
 }  # fmt: skip

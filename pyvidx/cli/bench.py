@@ -77,7 +77,7 @@ def run_predict(p: Parser, options) -> None:
             traces = predict.load(options.read)
         else:
             told = lambda name: print(f"traced {printable(name)}", file=sys.stderr)  # noqa: E731
-            cases = predict.chosen(options.cases)
+            cases = predict.chosen(options.cases, [*predict.PAPERS, *predict.simulated_cases()])
             traces = predict.traced(cases, sorted({*options.arch}), samples=options.samples, seen=told)
     except (OSError, ValueError) as error:
         p.error(str(error))
