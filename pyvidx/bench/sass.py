@@ -90,7 +90,8 @@ def _schedule(instruction: Instruction, high: int) -> None:
 
 
 def _split(operands: str) -> list[str]:
-    """At the commas that are not inside brackets."""
+    """At the commas that are not inside brackets, without nvdisasm's remarks."""
+    operands = re.sub(r"\s*\(\*.*?\*\)", "", operands)
     parts, depth = [""], 0
     for c in operands:
         depth += (c in "[(") - (c in "])")
