@@ -118,10 +118,8 @@ SPACES = {"LDG": "global", "LD": "global", "STG": "global", "ST": "global", "LDS
 
 def _width(opcode: str) -> int:
     """Bytes of one lane's access."""
-    for text, size in ((".128", 16), (".64", 8), (".U8", 1), (".S8", 1), (".U16", 2), (".S16", 2)):
-        if text in opcode.replace(".E.", ".E."):
-            return size
-    return 4
+    sizes = {"128": 16, "64": 8, "U8": 1, "S8": 1, "U16": 2, "S16": 2}
+    return next((sizes[word] for word in opcode.split(".") if word in sizes), 4)
 
 
 class Program:
@@ -129,11 +127,12 @@ class Program:
 
     def __init__(self, kernel: Kernel, arch: int):
         self.arch, self.kernel = arch, kernel
-        self.steps = [self._step(i, instruction) for i, instruction in enumerate(kernel.instructions)]
         if arch not in PARAMETERS:
             raise ValueError(f"predict: arch must be one of {', '.join(map(str, PARAMETERS))}, got {arch}")
+        self.steps = [self._step(instruction) for instruction in kernel.instructions]
 
-    def _step(self, at: int, instruction: Instruction):
+    def _step(self, instruction: Instruction):
+        """What Warp.run takes: kind, what that kind needs, guard, instruction, pipe, weight."""
         name, o = instruction.name, instruction.operands
         guard = None if instruction.guard in ("", "PT", "UPT") else operands.predicate(instruction.guard)
         never = instruction.guard in ("!PT", "!UPT")

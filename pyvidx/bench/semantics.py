@@ -457,8 +457,8 @@ def _r2p(more, o):
 
 TABLE = floating.TABLE | {
     "MOV": _mov, "IMAD": _imad, "IADD3": _iadd3, "VIADD": _iadd3, "LEA": _lea, "LOP3": _lop3, "PLOP3": _plop3,
-    "SHF": _shf, "SEL": _sel, "ISETP": _isetp, "IMNMX": _minimum, "VIMNMX": _minimum, "VIADDMNMX": _added_minimum, "PRMT": _prmt,
-    "IABS": _abs, "POPC": _popc, "FLO": _flo, "BREV": _brev, "SGXT": _sgxt, "BMSK": _bmsk, "S2R": _special,
-    "S2UR": _special, "CS2R": _cs2r, "R2UR": _r2ur, "LDC": _ldc, "ULDC": _ldc, "VOTE": _vote, "VOTEU": _vote,
-    "SHFL": _shfl, "P2R": _p2r, "R2P": _r2p,
+    "SHF": _shf, "SEL": _sel, "ISETP": _isetp, "IMNMX": _minimum, "VIMNMX": _minimum, "VIADDMNMX": _added_minimum,
+    "PRMT": _prmt, "IABS": _abs, "POPC": _popc, "FLO": _flo, "BREV": _brev, "SGXT": _sgxt, "BMSK": _bmsk,
+    "S2R": _special, "S2UR": _special, "CS2R": _cs2r, "R2UR": _r2ur, "LDC": _ldc, "ULDC": _ldc, "VOTE": _vote,
+    "VOTEU": _vote, "SHFL": _shfl, "P2R": _p2r, "R2P": _r2p,
 }  # fmt: skip
