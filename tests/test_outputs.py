@@ -98,8 +98,8 @@ results = [Encoded(f"{i}.mp4", one, torch.zeros(8, dtype=torch.float64)) for i i
 policy = memory.create("merge", capacity=8)
 bank = policy.push(policy.new(1, 64, 256), torch.randn(1, 64, 256), torch.zeros(1))
 cost = flops.Cost(*["x" if t in (str, "str") else 2 for t in flops.Cost.__annotations__.values()])
-case = {"op": "o", "shape": {"T": 8}, "dtype": "float32", "ms": 1.0, "spread": 0.1, "gbps": 1.0, "copy_gbps": 1.0,
-        "floor_share": 0.5, "vs_eager": 2.0, "device": "cpu", "threads": 1, "torch": "2"}
+case = {"op": "o", "shape": {"T": 8}, "dtype": "float32", "ms": 1.0, "bytes": 4, "spread": 0.1, "gbps": 1.0,
+        "copy_gbps": 1.0, "floor_share": 0.5, "vs_eager": 2.0, "device": "cpu", "threads": 1, "torch": "2"}
 noise = torch.randint(0, 256, (20, 64, 64, 3), dtype=torch.uint8)
 rows = [Sample(str(i), str(i), answer="a" * 99) for i in range(99)]
 writers = {

@@ -40,21 +40,27 @@ __device__ __forceinline__ void dot_rows(const L& a, int a0, const R& b, int b0,
 #pragma unroll
     for (int i = 0; i < 4; ++i) x[j][i] = 0;
   }
-#pragma unroll(kD > 0 ? 8 : 1)
+  // As many loads ahead as registers hold. A branch keeps those behind it from moving up.
+#pragma unroll(kD <= 0 ? 1 : sizeof(T) == 4 ? 2 : 8)
   for (int d = 0; d < width<kD>(a); d += 4 * kChunk<T>) {
-    Register<T> top[kRegisters], bottom[kRegisters], other[kTiles][kRegisters];
+    constexpr int kMost = kD <= 0 ? 2 : sizeof(T) == 4 ? 4 : 8, kAhead = kTiles < kMost ? kTiles : kMost;
+    Register<T> top[kRegisters], bottom[kRegisters], other[kAhead][kRegisters];
     load_chunk<T, kD>(left_rows, a0 + g, d, top);
     load_chunk<T, kD>(left_rows, a0 + g + 8, d, bottom);
 #pragma unroll
-    for (int j = 0; j < kTiles; ++j) load_chunk<T, kD>(right_rows, b0 + 8 * j + g, d, other[j]);
+    for (int j0 = 0; j0 < kTiles; j0 += kAhead) {
+      if (kAhead < kTiles && b0 + 8 * j0 >= b.count) break;
 #pragma unroll
-    for (int i = 0; i < kRegisters; i += 2) {
-      const Register<T> left[4] = {top[i], bottom[i], top[i + 1], bottom[i + 1]};
+      for (int j = 0; j < kAhead; ++j) load_chunk<T, kD>(right_rows, b0 + 8 * (j0 + j) + g, d, other[j]);
 #pragma unroll
-      for (int j = 0; j < kTiles; ++j) {
-        if (!on_tensor_cores<T>() && b0 + 8 * j >= b.count) break;
-        const Register<T> right[2] = {other[j][i], other[j][i + 1]};
-        mma<T>(x[j], left, right);
+      for (int i = 0; i < kRegisters; i += 2) {
+        const Register<T> left[4] = {top[i], bottom[i], top[i + 1], bottom[i + 1]};
+#pragma unroll
+        for (int j = 0; j < kAhead; ++j) {
+          if (!on_tensor_cores<T>() && b0 + 8 * (j0 + j) >= b.count) break;
+          const Register<T> right[2] = {other[j][i], other[j][i + 1]};
+          mma<T>(x[j0 + j], left, right);
+        }
       }
     }
   }
@@ -77,7 +83,8 @@ __device__ __forceinline__ void add_weighted(const Acc<T> (&w)[kTiles][4], const
   const auto columns = b.from(kColumns<T> * column_group(g));
 #pragma unroll
   for (int j = 0; j < kTiles; j += kStep) {
-    if (!on_tensor_cores<T>() && b0 + 8 * j >= b.count) break;
+    const bool ahead = kD > 0 && on_tensor_cores<T>() && (sizeof(T) == 2 || j % 4 != 0);  // loads, as above
+    if (!ahead && b0 + 8 * j >= b.count) break;
     Register<T> rows[kStep][2][kChunks][kRegisters];  // two neighboring rows of each tile
 #pragma unroll
     for (int s = 0; s < kStep; ++s) {

@@ -1,8 +1,8 @@
-// A block per (b, step, head, split of the positions), a warp per 16 queries. Keys go in tiles of 64 (float: 32): the
-// block finds their rows in the table once, every warp reads them from global memory straight into mma's registers (a
-// second warp finds them in L1) and keeps a running softmax and its sums in registers. A second pass adds up the
-// splits. Traffic: 1 pass over the rows per step (steps share most of theirs, in L2). Arithmetic: 4 n D flops per key,
-// for 32 queries and 16 bits 32 per byte, on tensor cores.
+// A warp per 16 queries of a (b, head, split of the positions, step). Keys go in tiles of 64 (float: 32): their rows
+// are found in the table a tile ahead; the warp reads them from global memory straight into mma's registers (the warps
+// of the other queries, and of the next steps, find them in L1) and keeps a running softmax and its sums in registers.
+// A second pass adds up the splits, if there are more than one. Traffic: 1 pass over the rows per 4 steps. Arithmetic:
+// 4 n D flops per key, for 32 queries and 16 bits 32 per byte, on tensor cores.
 #include "bank_attention.cuh"
 
 namespace pyvidx::cuda {
@@ -20,30 +20,40 @@ struct Partial {
   }
 };
 
+// log of the sum of e^scores, 0 without keys
+template <typename A>
+__device__ __forceinline__ A log_of_sum(A largest, A total) {
+  return total > 0 ? (largest + log2(total)) / A(kLog2e) : A(0);
+}
+
 template <typename T, int kD, int kSlabs>
 __global__ __launch_bounds__(kBankThreads, 1) void bank_attention_kernel(BankAttentionArgs a) {
   using A = Acc<T>;
-  // Heads wider than 64 keep twice the sums: with more tiles float then spills, where its products are added one by
-  // one.
-  constexpr int kTiles = sizeof(T) == 4 && kSlabs > 1 ? 1 : kBankTiles<T>, kKeys = 8 * kTiles;
-  __shared__ const T* row[kKeys];
-  __shared__ A bias[kKeys];
-  const BankTask task(a, a.partial.size[1]);
+  // Heads wider than 64 keep twice the sums: more tiles would spill.
+  constexpr int kTiles = kSlabs == 1 ? kBankTiles<T> : sizeof(T) == 2 ? 4 : 1, kKeys = 8 * kTiles;
+  using Tile = KeyTile<T, kKeys>;
+  __shared__ typename Tile::Shared shared[kBankWarps];
+  const int64_t splits = a.partial.size[1];
+  const BankTask task(a, splits);
+  if (!task.active) return;
+  Tile tile{shared[threadIdx.x / 32]};
   const int64_t h = task.h;
   const int n = task.n, d = task.d, q0 = task.q0;
   const Rows<const T> q = rows_of_head<const T>(a.q, task.b, task.s, h, d);
+  const RowTable<const T> keys{tile.shared.row, h * d, kKeys, d}, values{tile.shared.row, (a.heads + h) * d, kKeys, d};
   const A scale = A(a.scale * kLog2e);
 
-  A largest[2] = {A(kAbsent), A(kAbsent)}, total[2] = {};  // of rows g and g + 8; totals are of this lane's columns
+  A largest[2] = {A(kAbsent), A(kAbsent)}, total[2] = {};  // of the lane's two rows; totals are of its columns
   A sums[kSlabs][kColumns<T>][4] = {};
-  for (int64_t k0 = task.first; k0 < task.last; k0 += kKeys) {
-    find_keys<kKeys>(a, task, k0, row, bias);
-    if (q0 >= n) continue;
-    const RowTable<const T> keys{row, h * d, kKeys, d}, values{row, (a.heads + h) * d, kKeys, d};
+  tile.ask(a, task, task.first);
+  for (unsigned k0 = task.first; k0 < task.last; k0 += kKeys) {
+    tile.show(a, task, k0);
+    tile.ask(a, task, k0 + kKeys);
     A w[kTiles][4], next[2] = {largest[0], largest[1]}, fade[2];
     dot_rows<T, kD>(q, q0, keys, 0, w);
     each_score<T>(w, 0, [&](int key, int half, A& x) {
-      x = bias[key] == A(kAbsent) ? A(kAbsent) : x * scale + bias[key];
+      const A bias = tile.shared.bias[key];
+      x = bias == A(kAbsent) ? A(kAbsent) : x * scale + bias;
       next[half] = larger(next[half], x);
     });
 #pragma unroll
@@ -67,17 +77,37 @@ __global__ __launch_bounds__(kBankThreads, 1) void bank_attention_kernel(BankAtt
       add_weighted<T, kD>(w, values, 0, slab * 8 * kColumns<T>, sums[slab]);
     }
   }
-  if (q0 >= n) return;
-  const Partial<A> to(a, task.head, task.split);
 #pragma unroll
-  for (int slab = 0; slab < kSlabs; ++slab) {
-    store_sums<T, kWhole>(sums[slab], Rows<A>{to.sums, to.ld * int64_t(sizeof(A)), n, d}, q0, slab * 8 * kColumns<T>);
+  for (int half = 0; half < 2; ++half) total[half] = row_sum<T>(total[half]);
+  if (splits == 1) {
+    const A inverse[2] = {total[0] > 0 ? 1 / total[0] : A(0), total[1] > 0 ? 1 / total[1] : A(0)};
+#pragma unroll
+    for (int slab = 0; slab < kSlabs; ++slab) {
+#pragma unroll
+      for (int column = 0; column < kColumns<T>; ++column) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) sums[slab][column][i] *= inverse[i / 2];
+      }
+      store_sums<T, kD>(sums[slab], rows_of_head<T>(a.out, task.b, task.s, h, d), q0, slab * 8 * kColumns<T>);
+    }
+  } else {
+    const Partial<A> to(a, task.head(a), task.split);
+#pragma unroll
+    for (int slab = 0; slab < kSlabs; ++slab) {
+      const Rows<A> rows{to.sums, to.ld * int64_t(sizeof(A)), n, d};
+      store_sums<T, kWhole>(sums[slab], rows, q0, slab * 8 * kColumns<T>);
+    }
   }
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     const int query = q0 + score_row<T>(half);
-    total[half] = row_sum<T>(total[half]);
-    if (first_of_row<T>() && query < n) to.largest[query] = largest[half], to.total[query] = total[half];
+    if (!first_of_row<T>() || query >= n) continue;
+    if (splits == 1) {
+      if (a.lse) *a.lse.at<A>(task.b, task.s, h, query) = log_of_sum(largest[half], total[half]);
+    } else {
+      const Partial<A> to(a, task.head(a), task.split);
+      to.largest[query] = largest[half], to.total[query] = total[half];
+    }
   }
 }
 
@@ -85,26 +115,23 @@ __global__ __launch_bounds__(kBankThreads, 1) void bank_attention_kernel(BankAtt
 template <typename T>
 __global__ __launch_bounds__(kMergeThreads) void bank_attention_merge_kernel(BankAttentionArgs a) {
   using A = Acc<T>;
-  const int64_t n = a.q.size[2], D = a.q.size[3], d = D / a.heads, steps = a.q.size[1];
-  const int64_t i = int64_t(blockIdx.x) * kMergeThreads + threadIdx.x;
-  if (i >= a.q.size[0] * steps * n * D) return;
-  const int64_t step = i / (n * D), query = i / D % n, column = i % D, head = step * a.heads + column / d;
+  const unsigned n = unsigned(a.q.size[2]), D = unsigned(a.q.size[3]), d = D / unsigned(a.heads);
+  const unsigned steps = unsigned(a.q.size[1]), i = blockIdx.x * kMergeThreads + threadIdx.x;
+  const unsigned column = i % D, query = i / D % n, step = i / D / n, s = step % steps, b = step / steps;
+  if (b >= a.q.size[0]) return;
+  const int64_t head = step * a.heads + column / d;
   A largest = A(kAbsent), total = 0, sum = 0;
-  for (int64_t split = 0; split < a.partial.size[1]; ++split) {
-    const A x = Partial<A>(a, head, split).largest[query];
-    largest = x > largest ? x : largest;
-  }
+#pragma unroll 4
   for (int64_t split = 0; split < a.partial.size[1]; ++split) {
     const Partial<A> part(a, head, split);
-    const A factor = power_of_two(part.largest[query] - largest);
-    total += factor * part.total[query];
-    sum += factor * part.sums[query * part.ld + column % d];
+    const A next = larger(largest, part.largest[query]), fade = power_of_two(largest - next);
+    const A factor = power_of_two(part.largest[query] - next);
+    total = total * fade + factor * part.total[query];
+    sum = sum * fade + factor * part.sums[query * part.ld + column % d];
+    largest = next;
   }
-  *a.out.at<T>(step / steps, step % steps, query, column) = from_acc<T>(total > 0 ? sum / total : A(0));
-  if (a.lse && column % d == 0) {
-    const A lse = total > 0 ? (largest + log2(total)) / A(kLog2e) : A(0);
-    *a.lse.at<A>(step / steps, step % steps, column / d, query) = lse;
-  }
+  *a.out.at<T>(b, s, query, column) = from_acc<T>(total > 0 ? sum / total : A(0));
+  if (a.lse && column % d == 0) *a.lse.at<A>(b, s, column / d, query) = log_of_sum(largest, total);
 }
 
 }  // namespace pyvidx::cuda
@@ -115,29 +142,32 @@ namespace pyvidx {
 using namespace cuda;
 
 void bank_attention_cuda(const BankAttentionArgs& args, cudaStream_t stream) {
-  const int64_t n = args.q.size[2], D = args.q.size[3], d = D / args.heads, warps = (n + 15) / 16;
+  const int64_t n = args.q.size[2], D = args.q.size[3], d = D / args.heads;
   const int64_t elements = args.q.size[0] * args.q.size[1] * n * D;
   if (elements == 0) return;
   if (d % 8 != 0 || d > kBankAttentionMaxWidth) {
     throw std::invalid_argument("bank_attention: a head's width must be a multiple of 8 up to 128");
   }
-  const unsigned threads = unsigned(32 * (warps < 4 ? warps : 4));
-  const Grid blocks(args.partial.size[0] * args.partial.size[1], ceil_div(warps, 4));
+  const int64_t splits = args.partial.size[1];
+  const BankLaunch launch(args, splits);
+  narrow(elements, "bank_attention: the elements of q");
   visit_dtype<float, double, __half, __nv_bfloat16>("bank_attention", args.q.dtype, [&](auto t) {
     using T = typename decltype(t)::type;
     constexpr int kSlabs = int(kBankAttentionMaxWidth) / (8 * kColumns<T>);
-    const bool vectorized = sizeof(T) <= 4 && vectorizable<T>(args.q) && vectorizable<T>(args.rows);
+    const bool vectorized = sizeof(T) <= 4 && vectorizable<T>(args.q) && vectorizable<T>(args.rows) &&
+                            (splits > 1 || vectorizable<T>(args.out));
     if constexpr (sizeof(T) <= 4) {
       if (vectorized && d == 64) {
-        PYVIDX_LAUNCH((bank_attention_kernel<T, 64, 1>), blocks, threads, 0, stream, args);
+        PYVIDX_LAUNCH((bank_attention_kernel<T, 64, 1>), launch.blocks, launch.threads, 0, stream, args);
       } else if (vectorized) {
-        PYVIDX_LAUNCH((bank_attention_kernel<T, kWhole, kSlabs>), blocks, threads, 0, stream, args);
+        PYVIDX_LAUNCH((bank_attention_kernel<T, kWhole, kSlabs>), launch.blocks, launch.threads, 0, stream, args);
       }
     }
     if (!vectorized) {
-      PYVIDX_LAUNCH((bank_attention_kernel<T, kRagged, kSlabs>), blocks, threads, 0, stream, args);
+      PYVIDX_LAUNCH((bank_attention_kernel<T, kRagged, kSlabs>), launch.blocks, launch.threads, 0, stream, args);
     }
     check_launch("bank_attention_kernel");
+    if (splits == 1) return;
     PYVIDX_LAUNCH((bank_attention_merge_kernel<T>), ceil_div(elements, kMergeThreads), kMergeThreads, 0, stream, args);
     check_launch("bank_attention_merge_kernel");
   });

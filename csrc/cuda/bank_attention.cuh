@@ -5,34 +5,36 @@
 
 namespace pyvidx::cuda {
 
-constexpr int kBankThreads = 128, kMergeThreads = 256;
+constexpr int kBankWarps = 8, kBankThreads = 32 * kBankWarps, kMergeThreads = 256;
 template <typename T>
 constexpr int kBankTiles = sizeof(T) == 2   ? 8
                            : sizeof(T) == 4 ? 4
                                             : 1;  // double is for checking gradients
 
-// What a block of the kernels that walk over keys works on: 16 queries per warp of one head, one split of the
-// positions.
+// What a warp of the kernels that walk over keys works on: 16 queries of one head, one split of the positions. Warps
+// that follow each other have the same keys, or those of the next step, most of which are the same rows: they find
+// them in L1.
 struct BankTask {
-  int64_t b, s, h, head, split;
-  int64_t first, last, L;  // keys, L of each position
+  unsigned b, s, h, split, first, last, L;  // keys, L of each position
   int q0, n, d;
+  bool active;
   __device__ __forceinline__ BankTask(const BankAttentionInput& a, int64_t splits) {
-    const int64_t steps = a.q.size[1], N = a.rows.size[2];
-    head = blockIdx.x / splits, split = blockIdx.x % splits, h = head % a.heads;
-    b = head / a.heads / steps, s = head / a.heads % steps;
-    L = a.table ? a.table.size[3] : a.rows.size[1];
-    first = N * split / splits * L, last = N * (split + 1) / splits * L;
-    q0 = int(blockIdx.y * (blockDim.x / 32) + threadIdx.x / 32) * 16;
+    const unsigned groups = unsigned(a.q.size[2] + 15) / 16, steps = unsigned(a.q.size[1]), heads = unsigned(a.heads);
+    unsigned rest = blockIdx.x * (blockDim.x / 32) + threadIdx.x / 32;
+    q0 = int(rest % groups) * 16, rest /= groups;
+    s = rest % steps, rest /= steps;
+    split = rest % unsigned(splits), rest /= unsigned(splits);
+    h = rest % heads, b = rest / heads;
+    active = b < a.q.size[0];
+    const int64_t N = a.rows.size[2];
+    L = unsigned(a.table ? a.table.size[3] : a.rows.size[1]);
+    first = unsigned(N * split / splits) * L, last = unsigned(N * (split + 1) / splits) * L;
     n = int(a.q.size[2]), d = int(a.q.size[3] / a.heads);
   }
+  __device__ __forceinline__ int64_t head(const BankAttentionInput& a) const {
+    return (int64_t(b) * a.q.size[1] + s) * a.heads + h;
+  }
 };
-
-// Frames in key j, which counts as one without sizes.
-__device__ __forceinline__ int key_size(const BankAttentionInput& a, int64_t b, int64_t s, int64_t p, int64_t j) {
-  const int size = a.sizes ? *a.sizes.at<const int32_t>(b, s, p, j) : 1;
-  return size < 1 ? 1 : size;
-}
 
 // The n queries, or their gradients, of one head and step of x [B, t, n, H * d].
 template <typename T>
@@ -40,23 +42,69 @@ __device__ __forceinline__ Rows<T> rows_of_head(const View<4>& x, int64_t b, int
   return {x.at<T>(b, s, 0, h * d), x.stride[2] * int64_t(sizeof(T)), int(x.size[2]), d};
 }
 
-// The rows of kKeys keys from k0 on and the logarithms of their sizes, found by the whole block.
-template <int kKeys, typename T>
-__device__ __forceinline__ void find_keys(const BankAttentionInput& a, const BankTask& task, int64_t k0, const T** row,
-                                          Acc<T>* bias) {
-  using A = Acc<T>;
-  __syncthreads();  // the last tile has been read
-  for (int i = threadIdx.x; i < kKeys; i += blockDim.x) {
-    const int64_t p = (k0 + i) / task.L, j = (k0 + i) % task.L;
-    int64_t slot = -1;
-    if (k0 + i < task.last && (!a.mask || *a.mask.at<const int32_t>(task.b, p) != 0)) {
-      slot = a.table ? *a.table.at<const int32_t>(task.b, task.s, p, j) : j;
-    }
-    if (slot >= a.rows.size[1]) __trap();  // as index_select does
-    row[i] = slot < 0 ? nullptr : a.rows.at<const T>(task.b, slot, p);
-    bias[i] = slot < 0 ? A(kAbsent) : A(log2(A(key_size(a, task.b, task.s, p, j))));
-  }
-  __syncthreads();
+// Frames in key j, which counts as one without sizes.
+__device__ __forceinline__ int key_size(const BankAttentionInput& a, int64_t b, int64_t s, int64_t p, int64_t j) {
+  const int size = a.sizes ? *a.sizes.at<const int32_t>(b, s, p, j) : 1;
+  return size < 1 ? 1 : size;
 }
+
+// A warp's tile of kKeys keys. What a table says of them is asked for a tile ahead, and looked at when its turn has
+// come.
+template <typename T, int kKeys>
+struct KeyTile {
+  static constexpr int kEach = (kKeys + 31) / 32;  // keys of a lane
+  struct Shared {
+    const T* row[kKeys];  // nullptr: no key
+    Acc<T> bias[kKeys];   // the logarithm of its size
+  };
+  Shared& shared;
+  int slot[kEach], size[kEach], attended[kEach];
+
+  __device__ __forceinline__ explicit KeyTile(Shared& own) : shared(own) {}
+
+  // Asks for the keys from k0 on.
+  __device__ __forceinline__ void ask(const BankAttentionInput& a, const BankTask& task, unsigned k0) {
+#pragma unroll
+    for (int e = 0; e < kEach; ++e) {
+      const unsigned i = threadIdx.x % 32 + 32 * e, key = k0 + i, p = key / task.L, j = key % task.L;
+      slot[e] = -1, size[e] = 1, attended[e] = 1;
+      if (i >= kKeys || key >= task.last) continue;
+      slot[e] = a.table ? *a.table.at<const int32_t>(task.b, task.s, p, j) : int(j);
+      if (a.sizes) size[e] = *a.sizes.at<const int32_t>(task.b, task.s, p, j);
+      if (a.mask) attended[e] = *a.mask.at<const int32_t>(task.b, p);
+    }
+  }
+  // Puts them where all lanes see them.
+  __device__ __forceinline__ void show(const BankAttentionInput& a, const BankTask& task, unsigned k0) {
+    using A = Acc<T>;
+    __syncwarp();  // the last tile has been read
+#pragma unroll
+    for (int e = 0; e < kEach; ++e) {
+      const unsigned i = threadIdx.x % 32 + 32 * e;
+      if (i >= kKeys) continue;
+      const bool present = slot[e] >= 0 && attended[e] != 0;
+      if (present && slot[e] >= a.rows.size[1]) __trap();  // as index_select does
+      shared.row[i] = present ? a.rows.at<const T>(task.b, slot[e], (k0 + i) / task.L) : nullptr;
+      shared.bias[i] = present ? A(log2(A(size[e] < 1 ? 1 : size[e]))) : A(kAbsent);
+    }
+    __syncwarp();
+  }
+};
+
+#ifndef __CUDACC_RTC__
+// Threads of a block and blocks for kernels that walk over keys, `slabs` times.
+struct BankLaunch {
+  unsigned threads;
+  Grid blocks;
+  BankLaunch(const BankAttentionInput& a, int64_t splits, int64_t slabs = 1) : threads(0), blocks(0) {
+    const int64_t groups = ceil_div(a.q.size[2], 16), steps = a.q.size[1] < 4 ? a.q.size[1] : 4;
+    const int64_t warps = groups * steps < kBankWarps ? groups * steps : kBankWarps;
+    const int64_t all = a.q.size[0] * a.q.size[1] * a.heads * splits * groups;
+    narrow(all, "bank_attention: queries / 16 times heads, steps and splits");
+    narrow(a.rows.size[2] * (a.table ? a.table.size[3] : a.rows.size[1]), "bank_attention: the keys of a step");
+    threads = unsigned(32 * warps), blocks = Grid(ceil_div(all, warps), 1, slabs);
+  }
+};
+#endif
 
 }  // namespace pyvidx::cuda

@@ -1,9 +1,10 @@
 // Two walks. The one for grad_q is the forward kernel's (a warp per 16 queries, keys in tiles, splits that a further
-// kernel adds up), but for 64 columns at a time, which leaves registers for w and dw. In the one for grad_rows a warp
-// owns 16 rows of one head, neighboring positions of a slot, and goes through all steps and queries: so nothing is
-// added by two threads. What a step's table says of a row is the sum of the sizes of its keys there, since keys of one
-// row add up to one; 16 rows that no key of a step names skip it, as most slots of a clip's list do at most steps.
-// w is computed in both. Traffic: 2 reads of the rows, 1 write. Arithmetic: 14 n D flops per key, on tensor cores.
+// kernel adds up if there are more than one), but for 64 columns at a time, which leaves registers for w and dw. In the
+// one for grad_rows a warp owns 16 rows of one head, neighboring positions of a slot, and goes through all steps and
+// queries: so nothing is added by two threads. What a step's table says of a row is the sum of the sizes of its keys
+// there, since keys of one row add up to one; 16 rows that no key of a step names skip it, as most slots of a clip's
+// list do at most steps. w is computed in both. Traffic: 2 reads of the rows, 1 write. Arithmetic: 14 n D flops per
+// key, on tensor cores.
 #include "bank_attention.cuh"
 
 namespace pyvidx::cuda {
@@ -13,7 +14,7 @@ template <typename T>
 constexpr int kKeyTiles = sizeof(T) == 2 ? 4 : 1;
 template <typename T>
 constexpr int kQueryTiles = (kBankTiles<T> + 1) / 2;
-constexpr int kRowsPerBlock = kBankThreads / 2;
+constexpr int kRowThreads = 128, kRowsPerBlock = kRowThreads / 2;
 
 // A thread per query of a head.
 template <typename T>
@@ -36,9 +37,12 @@ template <typename T, int kD>
 __global__ __launch_bounds__(kBankThreads, 1) void bank_attention_queries_kernel(BankAttentionBackwardArgs a) {
   using A = Acc<T>;
   constexpr int kTiles = kKeyTiles<T>, kKeys = 8 * kTiles;
-  __shared__ const T* row[kKeys];
-  __shared__ A bias[kKeys];
-  const BankTask task(a, a.partial.size[1]);
+  using Tile = KeyTile<T, kKeys>;
+  __shared__ typename Tile::Shared shared[kBankWarps];
+  const int64_t splits = a.partial.size[1];
+  const BankTask task(a, splits);
+  if (!task.active) return;
+  Tile tile{shared[threadIdx.x / 32]};
   const int64_t h = task.h;
   const int n = task.n, d = task.d, q0 = task.q0, slab = blockIdx.z * 8 * kColumns<T>;
   const Rows<const T> q = rows_of_head<const T>(a.q, task.b, task.s, h, d);
@@ -53,15 +57,17 @@ __global__ __launch_bounds__(kBankThreads, 1) void bank_attention_queries_kernel
     delta[half] = *a.delta.at<const A>(task.b, task.s, h, query);
   }
   A sums[kColumns<T>][4] = {};
-  for (int64_t k0 = task.first; k0 < task.last; k0 += kKeys) {
-    find_keys<kKeys>(a, task, k0, row, bias);
-    if (q0 >= n) continue;
-    const RowTable<const T> keys{row, h * d, kKeys, d}, values{row, (a.heads + h) * d, kKeys, d};
+  const RowTable<const T> keys{tile.shared.row, h * d, kKeys, d}, values{tile.shared.row, (a.heads + h) * d, kKeys, d};
+  tile.ask(a, task, task.first);
+  for (unsigned k0 = task.first; k0 < task.last; k0 += kKeys) {
+    tile.show(a, task, k0);
+    tile.ask(a, task, k0 + kKeys);
     A w[kTiles][4], dw[kTiles][4];
     dot_rows<T, kD>(q, q0, keys, 0, w);
     dot_rows<T, kD>(grad, q0, values, 0, dw);
     each_score<T>(w, 0, [&](int key, int half, A& x) {
-      x = bias[key] == A(kAbsent) ? A(0) : power_of_two(x * scale + bias[key] - lse[half]);
+      const A bias = tile.shared.bias[key];
+      x = bias == A(kAbsent) ? A(0) : power_of_two(x * scale + bias - lse[half]);
     });
 #pragma unroll
     for (int j = 0; j < kTiles; ++j) {
@@ -70,13 +76,21 @@ __global__ __launch_bounds__(kBankThreads, 1) void bank_attention_queries_kernel
     }
     add_weighted<T, kD>(dw, keys, 0, slab, sums);
   }
-  if (q0 >= n) return;
-  const int ld = int(bank_attention_padded(d));
-  store_sums<T, kWhole>(sums, Rows<A>{a.partial.at<A>(task.head, task.split), ld * int64_t(sizeof(A)), n, d}, q0, slab);
+  if (splits == 1) {
+#pragma unroll
+    for (int column = 0; column < kColumns<T>; ++column) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) sums[column][i] *= A(a.scale);
+    }
+    return store_sums<T, kD>(sums, rows_of_head<T>(a.grad_q, task.b, task.s, h, d), q0, slab);
+  }
+  const int64_t ld = bank_attention_padded(d);
+  const Rows<A> rows{a.partial.at<A>(task.head(a), task.split), ld * int64_t(sizeof(A)), n, d};
+  store_sums<T, kWhole>(sums, rows, q0, slab);
 }
 
 template <typename T, int kD>
-__global__ __launch_bounds__(kBankThreads, 1) void bank_attention_rows_kernel(BankAttentionBackwardArgs a) {
+__global__ __launch_bounds__(kRowThreads, 1) void bank_attention_rows_kernel(BankAttentionBackwardArgs a) {
   using A = Acc<T>;
   constexpr int kTiles = kQueryTiles<T>;
   __shared__ const T* row[kRowsPerBlock];
@@ -173,7 +187,7 @@ namespace pyvidx {
 using namespace cuda;
 
 void bank_attention_backward_cuda(const BankAttentionBackwardArgs& args, cudaStream_t stream) {
-  const int64_t n = args.q.size[2], D = args.q.size[3], d = D / args.heads, warps = (n + 15) / 16;
+  const int64_t n = args.q.size[2], D = args.q.size[3], d = D / args.heads, splits = args.partial.size[1];
   const int64_t elements = args.q.size[0] * args.q.size[1] * n * D;
   if (d % 8 != 0 || d > kBankAttentionMaxWidth) {
     throw std::invalid_argument("bank_attention_backward: a head's width must be a multiple of 8 up to 128");
@@ -186,14 +200,13 @@ void bank_attention_backward_cuda(const BankAttentionBackwardArgs& args, cudaStr
     const auto walks = [&](auto width) {
       constexpr int kD = decltype(width)::value;
       if (elements > 0) {
-        const unsigned threads = unsigned(32 * (warps < 4 ? warps : 4));
-        const Grid blocks(args.partial.size[0] * args.partial.size[1], ceil_div(warps, 4), slabs);
-        PYVIDX_LAUNCH((bank_attention_queries_kernel<T, kD>), blocks, threads, 0, stream, args);
+        const BankLaunch launch(args, splits, slabs);
+        PYVIDX_LAUNCH((bank_attention_queries_kernel<T, kD>), launch.blocks, launch.threads, 0, stream, args);
         check_launch("bank_attention_queries_kernel");
       }
       if (groups > 0) {
         const Grid blocks(args.rows.size[0] * args.heads * groups, slabs);
-        PYVIDX_LAUNCH((bank_attention_rows_kernel<T, kD>), blocks, kBankThreads, 0, stream, args);
+        PYVIDX_LAUNCH((bank_attention_rows_kernel<T, kD>), blocks, kRowThreads, 0, stream, args);
         check_launch("bank_attention_rows_kernel");
       }
     };
@@ -203,7 +216,8 @@ void bank_attention_backward_cuda(const BankAttentionBackwardArgs& args, cudaStr
       check_launch("bank_attention_delta_kernel");
     }
     const bool vectorized = sizeof(T) <= 4 && vectorizable<T>(args.q) && vectorizable<T>(args.rows) &&
-                            vectorizable<T>(args.grad_out) && (!args.grad_rows || vectorizable<T>(args.grad_rows));
+                            vectorizable<T>(args.grad_out) && (!args.grad_rows || vectorizable<T>(args.grad_rows)) &&
+                            (splits > 1 || vectorizable<T>(args.grad_q));
     if constexpr (sizeof(T) <= 4) {
       if (vectorized && d == 64) {
         walks(std::integral_constant<int, 64>{});
@@ -212,7 +226,7 @@ void bank_attention_backward_cuda(const BankAttentionBackwardArgs& args, cudaStr
       }
     }
     if (!vectorized) walks(std::integral_constant<int, kRagged>{});
-    if (elements > 0) {
+    if (elements > 0 && splits > 1) {
       PYVIDX_LAUNCH((bank_attention_queries_merge_kernel<T>), ceil_div(elements, kMergeThreads), kMergeThreads, 0,
                     stream, args);
       check_launch("bank_attention_queries_merge_kernel");

@@ -141,7 +141,7 @@ constexpr int kMergeBlocks = 2;
 // multiprocessor works on, where the L1 cache has 128 KB and 256 KB; loads before the first store, and instructions per
 // 16 bytes that are written):
 //   4 warps, 5 blocks           64, 71    290 KB    1, 70   so the bank came twice from device memory
-//   a warp a pair, 2 blocks     46, 46    118 KB    4, 13   kept
+//   a warp a pair, 2 blocks     46, 40    118 KB    3, about 13   kept
 template <typename T, bool kVectorized>
 __global__ __launch_bounds__(32 * kMergeWarps, kMergeBlocks) void memory_merge_kernel(MemoryMergeArgs a) {
   using A = Acc<T>;

@@ -33,7 +33,7 @@ __device__ __forceinline__ void store_raw(T* p, T x) {
 }
 __device__ __forceinline__ void store_raw(void* p, uint4 x) { store16(p, x); }
 
-constexpr int kCopyAhead = 4;  // packs of a thread that are under way together
+constexpr int kCopyAhead = 3;  // packs of a thread that are under way together; with 4 memory_merge_kernel spills
 
 // `count` packs, several under way at once: a store is a wall for the loads behind it.
 template <typename Pack, typename From, typename To>

@@ -115,24 +115,17 @@ __device__ __attribute__((noinline)) Sums<T> mma_with_shuffles(Tiles<T> t) {
 template <typename T>
 constexpr bool kTensorCores = sizeof(T) <= 4;
 __device__ inline bool tensor_cores() { return cuemu::tensor_cores(); }
-__device__ inline unsigned to_tf32(float x) { return cuemu::to_tf32(x); }
 template <typename T>
 __device__ inline void tensor_mma(float (&sum)[4], const unsigned (&a)[4], const unsigned (&b)[2]) {
   cuemu::tensor_mma<T>(sum, a, b);
 }
 #else
 __device__ __forceinline__ constexpr bool tensor_cores() { return true; }
-__device__ unsigned to_tf32(float x);
 template <typename T>
 __device__ void tensor_mma(float (&sum)[4], const unsigned (&a)[4], const unsigned (&b)[2]);
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
 template <typename T>
 constexpr bool kTensorCores = sizeof(T) <= 4;
-__device__ __forceinline__ unsigned to_tf32(float x) {
-  unsigned bits;
-  asm("cvt.rna.tf32.f32 %0, %1;\n" : "=r"(bits) : "f"(x));
-  return bits;
-}
 #define PYVIDX_TENSOR_MMA(T, instruction)                                                                          \
   template <>                                                                                                      \
   __device__ __forceinline__ void tensor_mma<T>(float (&sum)[4], const unsigned (&a)[4], const unsigned (&b)[2]) { \
@@ -171,17 +164,25 @@ __device__ __forceinline__ constexpr bool on_tensor_cores() {
   return false;
 }
 
-// Float at nearly full precision: with each number as the sum of two of tf32 (what is lost is below 2^-21 of it), three
-// products; the fourth is below a float's rounding. Tensor cores truncate what they add up, always toward zero, so the
-// products go into a tile of their own, and it is added to the sum as floats are, to nearest: a sum of many tiles would
-// otherwise drift by a truncation of the whole sum per tile.
+// The nearest of tf32, ties away from zero. cvt.rna.tf32 does the same in about five instructions, for a NaN's sake.
+__device__ __forceinline__ unsigned to_tf32(float x) { return (__float_as_uint(x) + 0x1000u) & ~0x1fffu; }
+
+// Float at nearly full precision: with each number as the sum of two of tf32 (what is lost is below 2^-21 of it; tensor
+// cores ignore the last bits of the smaller one, and a NaN passes through it), three products; the fourth is below a
+// float's rounding. Tensor cores truncate what they add up, always toward zero, so the products go into a tile of their
+// own, and it is added to the sum as floats are, to nearest: a sum of many tiles would otherwise drift by a truncation
+// of the whole sum per tile.
 template <typename T>
 __device__ __forceinline__ void mma_of_halves(float (&sum)[4], const T (&a)[4], const T (&b)[2]) {
   unsigned a_high[4], a_low[4], b_high[2], b_low[2];
+  const auto split = [](float x, unsigned& high, unsigned& low) {
+    high = to_tf32(x);
+    low = __float_as_uint(x - __uint_as_float(high));
+  };
 #pragma unroll
-  for (int i = 0; i < 4; ++i) a_high[i] = to_tf32(a[i]), a_low[i] = to_tf32(a[i] - __uint_as_float(a_high[i]));
+  for (int i = 0; i < 4; ++i) split(a[i], a_high[i], a_low[i]);
 #pragma unroll
-  for (int i = 0; i < 2; ++i) b_high[i] = to_tf32(b[i]), b_low[i] = to_tf32(b[i] - __uint_as_float(b_high[i]));
+  for (int i = 0; i < 2; ++i) split(b[i], b_high[i], b_low[i]);
   float part[4] = {};
   tensor_mma<T>(part, a_low, b_high);
   tensor_mma<T>(part, a_high, b_low);

@@ -83,8 +83,8 @@ __device__ __forceinline__ void dot_rows_on_quad_pairs(const L& a, int a0, const
 #pragma unroll
     for (int i = 0; i < 4; ++i) x[j][i] = 0;
   }
-  constexpr int kStep = 2;  // chunks of a row, a sector of 32 bytes
-#pragma unroll(kD > 0 ? 8 : 1)
+  constexpr int kStep = kD > 0 ? 2 : 1;  // chunks of a row: a sector of 32 bytes
+#pragma unroll(kD > 0 ? 2 : 1)           // 2 are as many loads as registers hold
   for (int d = 0; d < width<kD>(a); d += kStep * kChunk<T>) {
     unsigned left[kStep][kRegisters], right[kTiles / 2][kStep][kRegisters];
 #pragma unroll
@@ -97,6 +97,7 @@ __device__ __forceinline__ void dot_rows_on_quad_pairs(const L& a, int a0, const
     }
 #pragma unroll
     for (int j = 0; j < kTiles / 2; ++j) {
+      if (kD <= 0 && b0 + 16 * j >= b.count) break;
 #pragma unroll
       for (int s = 0; s < kStep; ++s) {
 #pragma unroll
@@ -123,6 +124,7 @@ __device__ __forceinline__ void add_weighted_on_quad_pairs(const float (&w)[kTil
 #pragma unroll
   for (int j = 0; j < kTiles; ++j) {
     const int first = b0 + 16 * (j / 2) + 4 * (j % 2);  // of the rows of b that this takes: these 4 and 8 further on
+    if (kD <= 0 && first >= b.count) break;             // and the next one's loads stay behind these products
     unsigned rows[2][2][kRegisters];
 #pragma unroll
     for (int side = 0; side < 2; ++side) {

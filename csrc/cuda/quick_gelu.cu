@@ -1,12 +1,11 @@
 // A thread takes 16 bytes, or one element where a tensor is not aligned or ends in less. Traffic: 2 passes, 3 backward.
 //
-//   version, half / float                     registers   instructions per 16 bytes of x   loads at once
-//   IEEE division, exact exponential          25 / 18     306 / 186, with slow paths       1
-//   one instruction each, as below            28 / 23     92 / 90                          1
-//   two packs a thread: no gain, as 32 KB are  32 / 32     86 / 83                          2
-//   under way in a multiprocessor anyway
-// The backward pass: 30 / 23 registers and 353 / 214 instructions before, 32 / 27 and 144 / 114
-// now.
+// Versions: half; registers on sm_70 and sm_90, instructions per 16 bytes moved; shares of copy on V100, H100, H200 as
+// `pyvidx bench predict` has them.
+//   IEEE division, exact exponential   23, 25   110   1.00  .96  .87
+//   one instruction for each           29, 28    46   1.00  .99  .98
+//   that, two packs a thread           32, 32    43   no gain: 32 KB are under way in a multiprocessor anyway
+// Backward: 30, 30 registers, 89 instructions, 1.00 .98 .93 before; 32, 32, 48, 1.00 1.00 .99 now.
 #include "block.cuh"
 #include "pyvidx/quick_gelu.h"
 

@@ -3,6 +3,11 @@
 // in their order. The slots' class rows of a video are one row whose gradients are summed first: all that follows is
 // linear in them. Rows of more packs than threads, or not aligned, are read twice and keep their sums in the scratch
 // row. Traffic: 4 passes, 5 with grad_y.
+//
+// Versions, as in residual_norm.cu:
+//   a row after the other                          128, 133   84   1    .97  .57  .42
+//   the next under way, fp32 across the barrier    120, 115    -   5    4 blocks a multiprocessor
+//   that, packed across the barrier                 96,  88   65   5    .98  .92  .87
 #include "block.cuh"
 #include "pyvidx/residual_norm.h"
 #include "pyvidx/row_parts.h"
@@ -246,6 +251,25 @@ unsigned norm_threads(int64_t C, int kSize) {
   return unsigned(packs < kNormThreads ? ceil_div(packs, 32) * 32 : kNormThreads);
 }
 
+template <typename X, typename Y, int kThreads>
+void launch(const ResidualNormBackwardArgs& a, const NormBackwardPlan& plan, int64_t blocks, cudaStream_t stream) {
+  PYVIDX_LAUNCH((residual_norm_backward_kernel<X, Y, kThreads>), blocks, norm_threads(a.value.size[3], kVec<Y>), 0,
+                stream, a, plan);
+  check_launch("residual_norm_backward_kernel");
+}
+
+template <typename X, typename Y>
+void launch_parts(const ResidualNormBackwardArgs& a, const NormBackwardPlan& plan, int64_t blocks,
+                  cudaStream_t stream) {
+  const int64_t C = a.value.size[3];
+  if constexpr (!std::is_same_v<X, double>) {  // float64 is for checking gradients
+    if (aligned<X, Y>(a) && C <= 1024) return launch<X, Y, 1024 / kVec<Y>>(a, plan, blocks, stream);
+    if (aligned<X, Y>(a) && C <= 2048) return launch<X, Y, 2048 / kVec<Y>>(a, plan, blocks, stream);
+  }
+  PYVIDX_LAUNCH((residual_norm_backward_any_kernel<X, Y>), blocks, norm_threads(C, 1), 0, stream, a, plan);
+  check_launch("residual_norm_backward_any_kernel");
+}
+
 }  // namespace
 
 void residual_norm_backward_cuda(const ResidualNormBackwardArgs& a, cudaStream_t stream) {
@@ -260,21 +284,7 @@ void residual_norm_backward_cuda(const ResidualNormBackwardArgs& a, cudaStream_t
   visit_mixed<__half, __nv_bfloat16>("residual_norm_backward", a.value.dtype, a.grad_normed.dtype, [&](auto x, auto y) {
     using X = typename decltype(x)::type;
     using Y = typename decltype(y)::type;
-    constexpr int kSize = kVec<Y>;
-    const auto launch = [&](auto kernel, int size) {
-      if (blocks > 0) PYVIDX_LAUNCH(kernel, blocks, norm_threads(C, size), 0, stream, a, plan);
-      check_launch("residual_norm_backward_kernel");
-    };
-    const bool whole = C <= 2048 && aligned<X, Y>(a);
-    if constexpr (std::is_same_v<X, double>) {  // for checking gradients
-      launch(residual_norm_backward_any_kernel<X, Y>, 1);
-    } else if (!whole) {
-      launch(residual_norm_backward_any_kernel<X, Y>, 1);
-    } else if (C > 1024) {
-      launch(residual_norm_backward_kernel<X, Y, 2048 / kSize>, kSize);
-    } else {
-      launch(residual_norm_backward_kernel<X, Y, 1024 / kSize>, kSize);
-    }
+    if (blocks > 0) launch_parts<X, Y>(a, plan, blocks, stream);
     PYVIDX_LAUNCH(residual_norm_add_up_kernel<X>, Grid(add_up_blocks(C), 2), kAddUpThreads, 0, stream, a,
                   unsigned(blocks));
     check_launch("residual_norm_add_up_kernel");

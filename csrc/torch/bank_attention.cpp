@@ -13,7 +13,7 @@ int64_t splits_of(const Tensor& q, const Tensor& rows, const OptionalTensor& tab
   const int64_t positions = std::max<int64_t>(1, rows.size(2)), blocks = std::max<int64_t>(1, q.size(0) * q.size(1));
   const int64_t keys = rows.size(2) * (table ? table->size(3) : rows.size(1));
   const int64_t wanted = q.is_cpu() ? 16 / std::max<int64_t>(1, tasks) : 1024 / (blocks * heads);
-  return std::max<int64_t>(1, std::min({wanted, keys / (q.is_cpu() ? 256 : 128), positions}));
+  return std::max<int64_t>(1, std::min({wanted, keys / 256, positions}));
 }
 
 BankAttentionInput input(const Tensor& q, const Tensor& rows, const OptionalTensor& table, const OptionalTensor& sizes,

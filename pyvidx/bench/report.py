@@ -23,6 +23,7 @@ def load(path: Path) -> list[dict]:
         cases = [case for case in cases if "floor_share" in case]
         for case in cases:
             row(case, graph=True)
+            float(case["bytes"])
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise ValueError(f"report: {path} must hold cases of pyvidx's benches, got {error!r}") from error
     if not cases:

@@ -27,13 +27,6 @@ namespace cuemu {
 bool tensor_cores();
 bool quad_pairs();
 
-// cvt.rna.tf32: to nearest, ties away from zero, 10 bits behind the point.
-inline unsigned to_tf32(float x) {
-  unsigned bits;
-  std::memcpy(&bits, &x, sizeof bits);
-  return std::isfinite(x) ? (bits + 0x1000u) & ~0x1fffu : bits;
-}
-
 // The i-th element of a register.
 template <typename T>
 double element(unsigned bits, int i) {

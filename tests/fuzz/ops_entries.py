@@ -168,11 +168,13 @@ def public_memory_replay__(d):
 def _with_references(function: Callable, args: dict):
     """A public function with the reference in place of every op."""
     module = import_module(function.__module__)
-    ops_of = {name: getattr(value, "op", value) for name, value in vars(module).items()}
+    # Those that write into their arguments are reached by a function (ops/_library.py); an OpOverload has an `op`, too.
+    known = torch._ops.OpOverload
+    ops_of = {name: x if isinstance(x, known) else getattr(x, "op", None) for name, x in vars(module).items()}
     found = {
         name: REFERENCES[op._schema.name.removeprefix("pyvidx::")]
         for name, op in ops_of.items()
-        if isinstance(op, torch._ops.OpOverload)
+        if isinstance(op, known)
     }
     with mock.patch.multiple(module, **found):
         return function(**args)
