@@ -35,6 +35,8 @@ from pyvidx.files import write_json  # noqa: E402
 
 TOOLS = ["pytest", "pytest-timeout", "pytest-benchmark", "hypothesis"]
 HOSTS = ["tests/hosts/test_compress.py", "tests/hosts/test_session.py", "tests/hosts/test_attached.py"]
+# Not taken over: pyvidx itself, and a torchvision that may not fit its torch, with what needs it.
+HIDDEN = ("pyvidx", "__editable__", "torchvision", "open_clip")
 FLOOR = ["tests/test_files.py", "tests/test_encode.py", "tests/test_video.py", "tests/hosts/test_compress.py"]
 
 
@@ -60,11 +62,19 @@ def interpreter(version: str) -> str | None:
 class Environment:
     """A virtual environment outside of the source tree, where nothing but the wheel can be imported as pyvidx."""
 
-    def __init__(self, folder: Path, python: str):
-        self.python, self.folder = folder / "bin/python", folder
+    def __init__(self, folder: Path, python: str, outer: Path | None = None):
+        """outer: a folder of packages to use instead of installing them; not those of HIDDEN."""
+        self.python, self.folder, self.outer = folder / "bin/python", folder, outer
         self.work = folder / "work"
         if not self.python.exists():
-            subprocess.check_call([python, "-m", "venv", folder])
+            subprocess.check_call([python, "-m", "venv", *(["--without-pip"] if outer else []), folder])
+        if outer:
+            (packages := folder / "outer").mkdir(exist_ok=True)
+            for found in outer.iterdir():
+                if not found.name.startswith(HIDDEN):
+                    packages.joinpath(found.name).symlink_to(found)
+            (site,) = folder.glob("lib/python*/site-packages")
+            site.joinpath("outer.pth").write_text(f"{packages}\n")
         shutil.rmtree(self.work, ignore_errors=True)
         self.work.mkdir(parents=True)
         for room in ("tests", "bench"):
@@ -74,7 +84,8 @@ class Environment:
         )
 
     def pip(self, *packages: str) -> tuple[bool, str]:
-        return self.run([self.python, "-m", "pip", "install", "-q", *packages], 3600)
+        pip = [sys.executable, "-m", "pip", "--python", self.python] if self.outer else [self.python, "-m", "pip"]
+        return self.run([*pip, "install", "-q", *packages], 3600)
 
     def run(self, command: list, seconds: int, path: str = "") -> tuple[bool, str]:
         """Whether a command ended well, and what it said."""

@@ -23,12 +23,10 @@ from pyvidx.files import printable  # noqa: E402
 from pyvidx.hosts import Session, minigpt4  # noqa: E402
 from pyvidx.hosts.instructblip import InstructBLIP  # noqa: E402
 from pyvidx.memory import create  # noqa: E402
-from pyvidx.models.minigpt4 import MiniGPT4, MiniGPT4Config  # noqa: E402
 from pyvidx.video import read, stream  # noqa: E402
 from tests.hosts.chats import PROCESSORS  # noqa: E402
 from tests.hosts.tiny import entries  # noqa: E402
-from tests.test_language import causal_lm  # noqa: E402
-from tests.tiny_hosts import blip, bt_adapter_llava, tokenizer  # noqa: E402
+from tests.tiny_hosts import blip, bt_adapter_llava, save_minigpt4, tokenizer  # noqa: E402
 
 QUESTION = "what is the person doing ?"
 WORDS = ["--new-tokens", "5"]
@@ -59,7 +57,7 @@ def models(tmp_path_factory):
         blip(kind).save_pretrained(folder / kind)
         tokenizer(["<video>"]).save_pretrained(folder / kind)
     tokenizer(bos=False).save_pretrained(folder / "instructblipvideo" / "qformer_tokenizer")
-    minigpt4.Chat(MiniGPT4(MiniGPT4Config.tiny()), causal_lm(), tokenizer(), num_frames=12).save(folder / "minigpt4")
+    save_minigpt4(folder / "minigpt4")
     model, processor = bt_adapter_llava()
     model.save_pretrained(folder / "llava")
     processor.save_pretrained(folder / "llava")

@@ -1,4 +1,10 @@
-"""Tiny random hosts of transformers with tokenizers built offline, for tests."""
+"""Tiny random hosts of transformers with tokenizers built offline, for tests.
+
+python -m tests.tiny_hosts MODEL VIDEOS     writes a MiniGPT-4 with a BT-Adapter, and two videos
+"""
+
+import sys
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -92,3 +98,27 @@ def bt_adapter_llava():
         chat_template=template("vicuna_v1_1").jinja(),
     )
     return model, processor
+
+
+def save_minigpt4(folder: Path) -> None:
+    """A MiniGPT-4 with a BT-Adapter, as `pyvidx ask` opens it; it takes 12 frames. It needs no torchvision."""
+    from pyvidx.hosts import minigpt4
+    from pyvidx.models.minigpt4 import MiniGPT4, MiniGPT4Config
+    from tests.test_language import causal_lm
+
+    minigpt4.Chat(MiniGPT4(MiniGPT4Config.tiny()), causal_lm(), tokenizer(), num_frames=12).save(folder)
+
+
+def main(model: str, videos: str) -> None:
+    from pyvidx.data import motion
+
+    mend_torchvision()
+    save_minigpt4(Path(model))
+    scene = motion.Scene("horizontal", (("green", "cross"),), "black", forward=False, seed=7)
+    Path(videos).mkdir(parents=True)
+    motion.write_clip(Path(videos) / "left.mp4", scene)
+    motion.write_clip(Path(videos) / "right.mp4", motion.opposite(scene))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
