@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from pyvidx.bench import cases, cubin, execution, model, predict, sass
+from pyvidx.bench import cases, cubin, execution, known, model, operands, predict, sass, semantics, tables
 
 ROOT = Path(__file__).parents[1]
 GPUS = {gpu.name: gpu for gpu in model.gpus()}
@@ -82,6 +82,32 @@ def test_memory_that_is_not_there():
         execution.run(execution.Program(small(70), 70), launch, GPUS["V100"].latency)
 
 
+def test_constants_of_the_compiler():
+    """Those that ptxas puts into a bank of their own; what is in no bank is an error."""
+    text = (ROOT / "tests/sass/sum_sm70.txt").read_text()
+    section = '\t.section .nv.constant2.sum_kernel,"a",@progbits\n        /*0000*/ \t.byte 0x07, 0x01, 0x00, 0x00\n'
+    kernel = sass.parse(section + text)["sum_kernel"]
+    assert kernel.constants == {2: bytes([7, 1, 0, 0])} and kernel.instructions == small(70).instructions
+    launch = execution.Launch("sum_kernel", (1, 1, 1), (32, 1, 1), 0, bytes(24))
+    block = execution.Block(execution.Program(kernel, 70), launch, 0, Recorded(), GPUS["V100"].latency)
+    warp = block.warps[0]
+    assert operands.integer("c[0x2][0x0]")(warp).tolist() == [0x107]
+    warp.file["R"][3] = np.arange(32) % 2 * 4
+    warp.active = np.arange(32) % 2 == 0  # what others would read is not there, and not read
+    assert operands.integer("c[0x2][R3]")(warp)[warp.active].tolist() == [0x107] * 16
+    with pytest.raises(LookupError, match="constant bank 2"):
+        operands.integer("c[0x2][0x4]")(warp)
+
+
+@pytest.mark.parametrize("name, file, register", [("P2R", "P", "R"), ("UP2UR", "UP", "UR")])
+def test_predicates_in_a_register(name, file, register):
+    launch = execution.Launch("sum_kernel", (1, 1, 1), (32, 1, 1), 0, bytes(24))
+    warp = execution.Block(execution.Program(small(70), 70), launch, 0, Recorded(), {}).warps[0]
+    warp.file[file][0], warp.file[file][2], warp.file[register][5] = True, True, 0xF0
+    semantics.build(name, [f"{register}4", f"{file}R", f"{register}5", "0x6"])(warp, warp.alive)
+    assert (warp.file[register][4] == 0xF4).all(), "of the mask's three, that which is set; the rest as it was"
+
+
 def test_an_unknown_instruction_is_named():
     kernel = small(90)
     kernel.instructions[3].opcode = "TENSORMAGIC.X"
@@ -121,6 +147,8 @@ def test_limits():
     assert model.predicted(gpu, trace(launch(pipes={"special": 100_000})))["limit"] == "issue"
     assert model.predicted(gpu, trace(launch(blocks=108 * 8, cycles=1_000_000), moved=2e6))["limit"] == "latency"
     assert model.predicted(gpu, trace(launch(blocks=108 * 8 + 1, cycles=1_000_000), moved=2e6))["limit"] == "tail"
+    few = trace(launch(blocks=108), launch(blocks=108), launch(blocks=108), moved=2e7)
+    assert model.predicted(gpu, few)["limit"] == "launches"
     one = model.predicted(gpu, trace(launch()))
     assert 0.9 < one["share"] <= 1 and model.predicted(gpu, trace(launch(), launch()))["us"] > one["us"]
 
@@ -134,6 +162,18 @@ def test_more_work_takes_longer(gpu, worse):
     assert (
         model.predicted(GPUS[gpu], trace({**before, **worse}))["us"] > model.predicted(GPUS[gpu], trace(before))["us"]
     )
+
+
+def test_goals():
+    """A case that is slower than wanted is listed with its limit, another is counted."""
+    case = {"op": "st_pool", "shape": {"T": 8}, "dtype": "float16", "case": None}
+    fast, slow = (
+        {**case, **trace(launch(blocks=108 * 8, read=1e4, written=1e4, cycles=cycles), moved=2e7)}
+        for cycles in (2e3, 2e5)
+    )
+    text = tables.goals([fast, slow], list(GPUS.values()))
+    assert "3 of 6 hold" in text and text.count("| st_pool |") == 3 and text.count("| latency |") == 3
+    assert tables.goals([{**slow, "op": "bank_attention"}], list(GPUS.values())).count("0 of 0 hold") == 1
 
 
 def test_a_faster_gpu_is_faster():
@@ -168,19 +208,19 @@ def test_the_page_is_what_the_committed_predictions_give():
     traces = predict.load(COMMITTED)
     assert {t["op"] for t in traces} and all({*t["archs"]} == {"70", "80", "90"} for t in traces)
     page = PAGE.read_text()
-    assert predict.filled(page, predict.markdown(traces, model.gpus())) == page, (
+    assert tables.filled(page, tables.markdown(traces, model.gpus())) == page, (
         "python -m pyvidx.bench predict --read bench/results/predictions.json --markdown docs/predictions.md"
     )
-    asked = [*cases.PAPERS, *predict.simulated_cases()]
+    asked = [*cases.PAPERS, *known.simulated_cases()]
     assert [t["case"] for t in traces] == [dataclasses.asdict(a) for a in asked], "predict --json anew"
 
 
 def test_against_the_simulator():
     """Its shares are lower bounds: loads wait for each other there."""
-    found = predict.against_simulation(predict.load(COMMITTED))
-    assert len(found) == len(predict.simulated()[2])
+    found = known.against_simulation(predict.load(COMMITTED))
+    assert len(found) == len(known.simulated()[2])
     assert all(0 < row["known_share"] < 1 and 0 < row["share"] <= 1 for row in found)
-    assert "simulated, not measured" in predict.text(predict.load(COMMITTED), model.gpus([70]))
+    assert "simulated, not measured" in tables.text(predict.load(COMMITTED), model.gpus([70]))
 
 
 def test_measured_results_are_compared(tmp_path):
@@ -192,14 +232,14 @@ def test_measured_results_are_compared(tmp_path):
     )
     (tmp_path / "emulated.json").write_text(json.dumps({"gpu": "emulated", "cases": [case]}))
     (tmp_path / "cpu.json").write_text(json.dumps({"benchmarks": []}))
-    (row,) = predict.against_measurements(predict.load(COMMITTED), [
-        m for m in predict.measurements(tmp_path) if m["op"] == one["op"]
+    (row,) = known.against_measurements(predict.load(COMMITTED), [
+        m for m in known.measurements(tmp_path) if m["op"] == one["op"]
     ])[:1]  # fmt: skip
     assert row["gpu"] == "H200" and row["known_us"] == 20 and row["known_share"] == 0.5
-    assert predict.compared([row])[0][-2] == f"{row['share'] / 0.5 - 1:+.0%}"
+    assert tables.compared([row])[0][-2] == f"{row['share'] / 0.5 - 1:+.0%}"
     (tmp_path / "nvidia-a100.json").write_text(json.dumps({**head, "cases": [{"op": "x"}]}))
     with pytest.raises(ValueError, match="must have op, shape, dtype, ms"):
-        predict.measurements(tmp_path)
+        known.measurements(tmp_path)
 
 
 # ---- with the tools ----

@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[2]
 CACHE = ROOT / "build/predict"
 # Where the flags of an ELF header stand; nvdisasm 13 takes code of sm_70 if they say that it is of sm_75.
 FLAGS_AT, FLAGS_70, FLAGS_75 = 48, 0x460546, 0x4B054B
-SYSTEM_SHARED = {70: 0, 75: 0}  # bytes that CUDA takes of every block's shared memory; 1 KB on newer GPUs
+DISASSEMBLE = ("-hex",)
 
 
 @dataclass
@@ -74,7 +74,8 @@ def compiled(symbol: str, arch: int) -> Compiled:
     """
     cuda_check, ptxas = tools()
     text = source_of(symbol)
-    key = [symbol, str(arch), text, cuda_check.text_of(ROOT / "csrc/include/pyvidx/view.h"), *cuda_check.NVRTC_PACKAGES]
+    headers = cuda_check.text_of(ROOT / "csrc/include/pyvidx/view.h")
+    key = [symbol, str(arch), text, headers, *DISASSEMBLE, *cuda_check.NVRTC_PACKAGES]
     path = CACHE / f"{hashlib.sha256(chr(10).join(key).encode()).hexdigest()[:24]}.json"
     name = ptxas.demangle([symbol])[0]
     if not path.exists():
@@ -110,16 +111,16 @@ def source_of(symbol: str) -> str:
 
 
 def disassembled(cubin: bytes) -> str:
-    """Text of nvdisasm -c -hex."""
+    """Text of nvdisasm -hex."""
     data = bytearray(cubin)
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "kernel.cubin"
         file.write_bytes(data)
-        done = subprocess.run([nvdisasm(), "-c", "-hex", str(file)], text=True, capture_output=True)
+        done = subprocess.run([nvdisasm(), *DISASSEMBLE, str(file)], text=True, capture_output=True)
         if done.returncode != 0 and struct.unpack_from("<I", data, FLAGS_AT)[0] == FLAGS_70:
             struct.pack_into("<I", data, FLAGS_AT, FLAGS_75)
             file.write_bytes(data)
-            done = subprocess.run([nvdisasm(), "-c", "-hex", str(file)], text=True, capture_output=True)
+            done = subprocess.run([nvdisasm(), *DISASSEMBLE, str(file)], text=True, capture_output=True)
     if done.returncode != 0:
         raise RuntimeError(f"predict: nvdisasm failed: {done.stderr.strip()}")
     return done.stdout

@@ -52,42 +52,28 @@ class Counts:
     rounds: float = 0
 
 
+PIPES = {
+    "double": "DADD DMUL DFMA DSETP", "special": "MUFU I2F F2I F2F", "half": "HADD2 HFMA2", "float": "FADD FMUL FFMA",
+    "imad": "IMAD", "memory": "LDG LD STG ST LDS STS SHFL LDL STL CCTL",
+    "control": "BRA EXIT CALL RET BSSY BSYNC BREAK BAR NOP WARPSYNC YIELD BMOV S2R S2UR CS2R BPT LDC VOTE",
+}  # fmt: skip
+PIPE_OF = {name: pipe for pipe, names in PIPES.items() for name in names.split()}
+PRODUCTS = {"884": 256, "1684": 512, "1688": 1024, "16816": 2048}  # multiply-adds of one HMMA, by its shape
+
+
 def pipe(instruction: Instruction) -> str:
     """Which part of a multiprocessor executes it."""
-    name, opcode = instruction.name, instruction.opcode
+    name = instruction.name
     if name == "HMMA":
-        return "tensor tf32" if "TF32" in opcode else "tensor half"
-    if name in ("DADD", "DMUL", "DFMA", "DSETP", "DMMA", "DMNMX"):
-        return "double"
-    if name in ("MUFU", "I2F", "F2I", "F2F", "FRND", "POPC", "FLO", "BREV", "UFLO", "UPOPC") or name.startswith("I2F."):
-        return "special"
-    if name[0] == "U" and name != "UNKNOWN":
-        return "uniform"
-    if name in ("HADD2", "HMUL2", "HFMA2", "HSET2", "HSETP2", "HMNMX2"):
-        return "half"
-    if name in ("FADD", "FMUL", "FFMA"):
-        return "float"
-    if name == "IMAD":
-        return "imad"
-    if name in ("LDG", "LD", "STG", "ST", "LDS", "STS", "LDSM", "LDGSTS", "SHFL", "LDL", "STL", "ATOM", "ATOMG", "RED",
-                "PREFETCH", "CCTL"):  # fmt: skip
-        return "memory"
-    if name in ("BRA", "EXIT", "CALL", "RET", "BSSY", "BSYNC", "BREAK", "BAR", "NOP", "WARPSYNC", "YIELD", "BMOV",
-                "DEPBAR", "LDGDEPBAR", "S2R", "S2UR", "CS2R", "BPT", "LDC", "VOTE"):  # fmt: skip
-        return "control"
-    return "integer"
-
-
-PRODUCTS = {"884": 256, "1684": 512, "1688": 1024, "16816": 2048}  # multiply-adds of one HMMA, by its shape
+        return "tensor tf32" if "TF32" in instruction.opcode else "tensor half"
+    return PIPE_OF.get(name) or ("uniform" if name[0] == "U" else "integer")
 
 
 def weight(instruction: Instruction) -> int:
     """How much of its pipe it takes: multiply-adds on tensor cores, passes of 128 bytes in memory, else 1."""
     if instruction.name == "HMMA":
         return next(PRODUCTS[word] for word in instruction.opcode.split(".") if word in PRODUCTS)
-    if instruction.name in ("LDG", "LD", "STG", "ST", "LDS", "STS", "LDGSTS"):
-        return max(1, _width(instruction.opcode) // 4)
-    return 4 if instruction.name == "LDSM" and instruction.opcode.endswith(".4") else 1
+    return max(1, _width(instruction.opcode) // 4) if instruction.name in SPACES else 1
 
 
 class Memory:
@@ -120,6 +106,9 @@ def _width(opcode: str) -> int:
     """Bytes of one lane's access."""
     sizes = {"128": 16, "64": 8, "U8": 1, "S8": 1, "U16": 2, "S16": 2}
     return next((sizes[word] for word in opcode.split(".") if word in sizes), 4)
+
+
+ENOUGH = 200_000  # instructions of warps, after which no further block of a launch is run
 
 
 class Program:
@@ -163,15 +152,9 @@ class Program:
                 wide, signed = ".E" in instruction.opcode, ".S8" in instruction.opcode or ".S16" in instruction.opcode
                 act = (operands.address(places[0], wide), places[1], _width(instruction.opcode), signed, SPACES[name])
                 kind = "LOAD" if name[:2] == "LD" else "STORE"
-            elif name == "LDGSTS":
-                act = (operands.address(o[0], False), operands.address(o[1], True), _width(instruction.opcode))
-            elif name in ("RET", "EXIT", "BPT", "BAR", "KILL", "DEPBAR", "LDGDEPBAR"):
-                act = None
-            elif name in ("ATOM", "ATOMG", "ATOMS", "RED", "BRX", "JMX", "JMP", "SUST", "TEX", "UTMALDG", "SYNCS"):
-                raise Unknown(instruction.opcode)
-            else:
+            elif name not in ("RET", "EXIT", "BPT", "BAR"):
                 act, kind = semantics.build(instruction.opcode, o), "PLAIN"
-        except (Unknown, IndexError, ValueError, StopIteration) as error:
+        except (LookupError, ValueError, StopIteration) as error:
             raise Unknown(
                 f"predict: {instruction.opcode} {', '.join(o)} of sm_{self.arch} in {self.kernel.name} is nothing that "
                 f"pyvidx/bench/semantics.py knows ({error}); add it there"
@@ -190,7 +173,7 @@ class Block:
         bank[:12].view(U32)[:] = launch.block
         bank[12:24].view(U32)[:] = launch.grid
         bank[base : base + len(launch.parameters)] = np.frombuffer(launch.parameters, np.uint8)
-        self.banks = {0: bank}
+        self.banks = {0: bank} | {i: np.frombuffer(data, np.uint8) for i, data in program.kernel.constants.items()}
         gx, gy, _ = launch.grid
         self.index = (index % gx, index // gx % gy, index // gx // gy)
         self.sectors: set[int] = set()
@@ -198,9 +181,9 @@ class Block:
         self.warps = [Warp(self, w) for w in range((launch.threads + 31) // 32)]
 
     def constant(self, bank: int, at: int, size: int) -> np.ndarray:
-        data = self.banks.get(bank)
-        if data is None or at + size > len(data):
-            return np.zeros(size, np.uint8)
+        data = self.banks.get(bank, b"")
+        if not 0 <= at <= len(data) - size:
+            raise LookupError(f"{size} bytes at {at:#x} of constant bank {bank} are read, where there is nothing")
         return data[at : at + size].copy()
 
     def run(self) -> Counts:
@@ -219,21 +202,20 @@ class Block:
 
 
 def sampled(blocks: int, samples: int) -> list[int]:
-    """Blocks from the middle of as many equal parts of the grid."""
-    return (
-        sorted({(2 * i + 1) * blocks // (2 * samples) for i in range(samples)})
-        if blocks > samples
-        else [*range(blocks)]
-    )
+    """Blocks from the middle of as many equal parts of the grid, from its middle outwards."""
+    found = {(2 * i + 1) * blocks // (2 * samples) for i in range(samples)} if blocks > samples else range(blocks)
+    return sorted(found, key=lambda block: abs(2 * block - blocks))
 
 
 def run(program: Program, launch: Launch, latency: dict[str, float], samples: int = 3) -> Counts:
-    """The mean of some blocks; cycles and rounds are the largest."""
+    """The mean of some blocks, of fewer where they are long; cycles and rounds are the largest."""
     memory, all_counts = Memory(), []
     try:
         with np.errstate(all="ignore"):
             for index in sampled(launch.blocks, samples):
                 all_counts.append(Block(program, launch, index, memory, latency).run())
+                if sum(c.instructions for c in all_counts) > ENOUGH:
+                    break
     finally:
         memory.close()
     n = len(all_counts)

@@ -71,12 +71,6 @@ def doubles(o, function):
     return lambda w, m: write(w, m, np.asarray(function(*(s(w) for s in sources)), F64).view(U64))
 
 
-def double_minimum(more, o):
-    p = predicate(o[3])
-    write, a, b = writer(o[0], wide=True), double(o[1]), double(o[2])
-    return lambda w, m: write(w, m, np.where(p(w), np.minimum(a(w), b(w)), np.maximum(a(w), b(w))).view(U64))
-
-
 def half_constant(o):
     """-RZ * RZ + two halves: how a constant is put where the other pipes are busy."""
     if not (o[1].endswith("RZ") and o[2].endswith("RZ")) or len(o) < 5:
@@ -91,8 +85,7 @@ def half_constant(o):
 
 
 def mufu(more, o):
-    functions = {"RCP": lambda x: 1 / x, "RSQ": lambda x: 1 / np.sqrt(x), "EX2": np.exp2, "LG2": np.log2,
-                 "SQRT": np.sqrt, "SIN": np.sin, "COS": np.cos, "TANH": np.tanh}  # fmt: skip
+    functions = {"RCP": lambda x: 1 / x, "RSQ": lambda x: 1 / np.sqrt(x), "EX2": np.exp2}
     if more[0] in functions:
         return floats(o, functions[more[0]])
     function = functions[more[0].removesuffix("64H")]  # of a double's high word, into that of another
@@ -106,8 +99,8 @@ def mufu(more, o):
 
 
 def i2f(more, o):
-    if any(x in more for x in ("U8", "S8")):
-        return _i2f_byte(more, o)
+    if any(x in more for x in ("U8", "S8", "U16", "S16", "F16")):
+        raise Unknown("I2F." + ".".join(more))
     wide, to_double = any(x in more for x in ("U64", "S64")), "F64" in more
     unsigned = any(x.startswith("U") and x != "U" for x in more)
     write, read = writer(o[0], wide=to_double), integer(o[1], wide)
@@ -121,25 +114,14 @@ def i2f(more, o):
         value = x.astype(F32)
         if "RP" in more:
             value = np.where(value.astype(F64) < x.astype(F64), np.nextafter(value, F32(np.inf)), value)
-        if "F16" in more:
-            write(w, m, value.astype(np.float16).view(np.uint16).astype(U32))
-        else:
-            write(w, m, value.astype(F32).view(U32))
+        write(w, m, value.astype(F32).view(U32))
 
     return convert
 
 
-def _i2f_byte(more, o):
-    text, _, part = o[1].partition(".B")
-    write, read, shift = writer(o[0]), integer(text), U32(8 * int(part[:1] or 0))
-    return lambda w, m: write(w, m, (read(w) >> shift & U32(255)).astype(F32).view(U32))
-
-
-ROUNDINGS = {"TRUNC": np.trunc, "FLOOR": np.floor, "CEIL": np.ceil}
-
-
 def f2i(more, o):
-    function = next((ROUNDINGS[x] for x in more if x in ROUNDINGS), np.rint)
+    if "TRUNC" not in more:
+        raise Unknown("F2I." + ".".join(more))
     wide = any(x in more for x in ("U64", "S64"))
     unsigned = "U32" in more or "U64" in more
     write, read = writer(o[0], wide), (double if "F64" in more else real)(o[1])
@@ -147,31 +129,21 @@ def f2i(more, o):
     low, high = (0, 2**bits - 1) if unsigned else (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
 
     def convert(w, m):
-        x = np.nan_to_num(function(read(w)).astype(F64), nan=0.0, posinf=high, neginf=low)
+        x = np.nan_to_num(np.trunc(read(w)).astype(F64), nan=0.0, posinf=high, neginf=low)
         whole = np.array([min(max(int(v), low), high) & (1 << bits) - 1 for v in x.tolist()], U64)
         write(w, m, whole if wide else whole.astype(U32))
 
     return convert
 
 
-def frnd(more, o):
-    function = next((ROUNDINGS[x] for x in more if x in ROUNDINGS), np.rint)
-    return (doubles if "F64" in more else floats)(o, function)
-
-
 def f2f(more, o):
-    if more[:2] == ["F64", "F32"]:
-        write, read = writer(o[0], wide=True), real(o[1])
-        return lambda w, m: write(w, m, read(w).astype(F64).view(U64))
-    if more[:2] == ["F32", "F64"]:
-        write, read = writer(o[0]), double(o[1])
+    target, source = more[:2]
+    write, read = writer(o[0]), {"F64": double, "F32": real}[source](o[1])
+    if target == "F32":
         return lambda w, m: write(w, m, read(w).astype(F32).view(U32))
-    if more[:2] == ["F16", "F32"]:
-        write, read = writer(o[0]), real(o[1])
+    if target == "F16":
         return lambda w, m: write(w, m, read(w).astype(np.float16).view(np.uint16).astype(U32))
-    if "F64" in more or "F16" in more:
-        raise Unknown("F2F." + ".".join(more))
-    return floats(o, lambda x: x)
+    raise Unknown("F2F." + ".".join(more))
 
 
 def f2fp(more, o):
@@ -194,8 +166,8 @@ def fchk(more, o):
 TABLE = {
     "FSETP": fsetp, "FSEL": fsel, "FMNMX": fmnmx, "FADD": lambda more, o: floats(o, np.add),
     "FMUL": lambda more, o: floats(o, np.multiply), "FFMA": lambda more, o: floats(o, lambda a, b, c: a * b + c),
-    "MUFU": mufu, "I2F": i2f, "I2FP": i2f, "F2I": f2i, "F2F": f2f, "F2FP": f2fp, "FRND": frnd, "FCHK": fchk,
+    "MUFU": mufu, "I2F": i2f, "I2FP": i2f, "F2I": f2i, "F2F": f2f, "F2FP": f2fp, "FCHK": fchk,
     "DADD": lambda more, o: doubles(o, np.add), "DMUL": lambda more, o: doubles(o, np.multiply),
-    "DFMA": lambda more, o: doubles(o, lambda a, b, c: a * b + c), "DMNMX": double_minimum,
+    "DFMA": lambda more, o: doubles(o, lambda a, b, c: a * b + c),
     "DSETP": lambda more, o: fsetp(more, o, double),
 }  # fmt: skip

@@ -9,7 +9,8 @@ warps):
     time       launch + (bandwidth^p + issue^p + latency^p)^(1/p)
 
 A copy of the same bytes takes launch + bandwidth alone. The limit that is named is the largest; "tail" where that is
-issue or latency and these would be a quarter smaller if the blocks could be divided evenly.
+issue or latency and these would be a quarter smaller if the blocks could be divided evenly; "launches" where those
+beyond the first cost more than half of what a copy has saved.
 """
 
 import json
@@ -18,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 FILE = Path(__file__).with_name("gpus.json")
+LIMITS = ("bandwidth", "issue", "latency")
 
 
 @dataclass(frozen=True)
@@ -90,7 +92,7 @@ class Limits:
 
     @property
     def name(self) -> str:
-        named = max(("bandwidth", "issue", "latency"), key=lambda n: getattr(self, n))
+        named = max(LIMITS, key=lambda n: getattr(self, n))
         return "tail" if named != "bandwidth" and self.even < 0.75 * getattr(self, named) else named
 
 
@@ -112,17 +114,19 @@ def limits(gpu: Gpu, launch: dict, moved: float) -> Limits:
 
 
 def predicted(gpu: Gpu, trace: dict) -> dict:
-    """Microseconds and share of copy of a traced case, with the limit of its longest launch."""
+    """Microseconds and share of copy of a traced case, with its limit."""
     launches = trace["archs"][str(gpu.arch)]
     passed = [(x["read"] + x["written"]) * x["blocks"] for x in launches]
     each = [limits(gpu, x, trace["bytes"] * p / sum(passed)) for x, p in zip(launches, passed)]
     times = [x.time(gpu) for x in each]
     longest = max(range(len(each)), key=lambda i: times[i])
     worst, launch = each[longest], launches[longest]
+    us, copy_us = sum(times), gpu.copy_us(trace["bytes"])
+    more = (len(launches) - 1) * gpu.launch_us
     return {
-        "gpu": gpu.name, "us": sum(times), "copy_us": gpu.copy_us(trace["bytes"]),
-        "share": gpu.copy_us(trace["bytes"]) / sum(times), "limit": worst.name, "launches": len(launches),
+        "gpu": gpu.name, "us": us, "copy_us": copy_us, "share": copy_us / us,
+        "limit": "launches" if more > (us - copy_us) / 2 else worst.name, "launches": len(launches),
         "warps": worst.warps, "registers": launch["registers"], "rounds": launch["rounds"],
         "per_16_bytes": 16 * sum(x["instructions"] * x["blocks"] for x in launches) * 32 / trace["bytes"],
-        "limits_us": {"bandwidth": worst.bandwidth, "issue": worst.issue, "latency": worst.latency},
+        "limits_us": {name: getattr(worst, name) for name in LIMITS},
     }  # fmt: skip

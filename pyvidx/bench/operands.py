@@ -53,10 +53,13 @@ def integer(text: str, wide: bool = False) -> Callable:
         kind = U64 if wide else U32
 
         def constant(w):
-            at = offset
             if file:
-                at = (w.file[file][_index(index)].astype(I64) + offset).max()
-            value = w.block.constant(bank, int(at), size).view(kind)
+                at = np.broadcast_to(w.file[file][_index(index)].astype(I64) + offset, 32)
+                value = np.zeros(32, kind)
+                for one in np.unique(at[w.active]):
+                    value[at == one] = w.block.constant(bank, int(one), size).view(kind)
+            else:
+                value = w.block.constant(bank, offset, size).view(kind)
             return kind(0) - value if sign == "-" else ~value if sign == "~" else value
 
         return constant

@@ -1,4 +1,4 @@
-"""SASS, the machine code of NVIDIA GPUs, from the text of `nvdisasm -c -hex`."""
+"""SASS, the machine code of NVIDIA GPUs, from the text of `nvdisasm -hex`."""
 
 import re
 from dataclasses import dataclass, field
@@ -8,7 +8,9 @@ _LINE = re.compile(
 )
 _SECOND = re.compile(r"^\s+/\* 0x([0-9a-f]{16}) \*/\s*$")
 _LABEL = re.compile(r"^(?:\s*)([.$\w]+):\s*$")
-_SECTION = re.compile(r"^\s*\.section\s+\.text\.(\w+)")
+_SECTION = re.compile(r"^\s*\.section\s+\.(text|nv\.constant(\d+))\.(\w+)")
+_OTHER = re.compile(r"^\s*\.section\s")
+_BYTES = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+\.byte\s+(.*)")
 _TARGET = re.compile(r"`\((.+)\)")
 
 
@@ -38,26 +40,32 @@ class Instruction:
 
 @dataclass
 class Kernel:
-    """instructions in the order of their addresses; labels: where in that list each stands."""
+    """instructions in the order of their addresses; labels: where in that list each stands; constants: by the bank's
+    number what ptxas has put there (not bank 0, which the launch fills)."""
 
     name: str
-    instructions: list[Instruction]
-    labels: dict[str, int]
+    instructions: list[Instruction] = field(default_factory=list)
+    labels: dict[str, int] = field(default_factory=dict)
+    constants: dict[int, bytes] = field(default_factory=dict)
 
 
 def parse(text: str) -> dict[str, Kernel]:
     """Mangled name -> kernel.
 
     Raises:
-        ValueError: this is no output of nvdisasm -c -hex.
+        ValueError: this is no output of nvdisasm -hex.
     """
     kernels: dict[str, Kernel] = {}
-    now: Kernel | None = None
+    now, bank = None, None
     for line in text.splitlines():
         if section := _SECTION.match(line):
-            now = kernels[section[1]] = Kernel(section[1], [], {})
-        elif now is None:
-            continue
+            now, bank = kernels.setdefault(section[3], Kernel(section[3])), section[2]
+        elif now is None or _OTHER.match(line):
+            now = None
+        elif bank is not None:
+            if found := _BYTES.match(line):
+                data = bytes(int(x, 16) for x in found[1].split(","))
+                now.constants[int(bank)] = now.constants.get(int(bank), b"") + data
         elif found := _LINE.match(line):
             address, guard, opcode, operands = found.groups()
             now.instructions.append(Instruction(int(address, 16), guard or "", opcode, _split(operands)))
@@ -66,7 +74,7 @@ def parse(text: str) -> dict[str, Kernel]:
         elif label := _LABEL.match(line):
             now.labels[label[1]] = len(now.instructions)
     if not any(k.instructions for k in kernels.values()):
-        raise ValueError("sass: must be text of nvdisasm -c -hex, got no instruction")
+        raise ValueError("sass: must be text of nvdisasm -hex, got no instruction")
     return kernels
 
 

@@ -24,7 +24,7 @@ from pyvidx.bench.execution import Launch
 
 DEVICES = {70: (80, 96 << 10), 80: (108, 163 << 10), 90: (132, 227 << 10)}  # multiprocessors, shared memory of a block
 
-SMALL = 1 << 14  # threads of a launch that is run
+SMALL = 1 << 10  # threads of a launch that is run
 
 
 def made(asked: Asked):

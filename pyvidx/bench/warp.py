@@ -24,9 +24,8 @@ class Warp:
         bx, by, bz = block.launch.block
         self.alive = thread < bx * by * bz
         ids = [thread % bx, thread // bx % by, thread // bx // by]
-        self.special = (
-            [x.astype(U32) for x in ids] + [np.full(1, x, U32) for x in block.index] + [np.arange(32, dtype=U32)]
-        )
+        self.special = [x.astype(U32) for x in ids] + [np.full(1, x, U32) for x in block.index]
+        self.active = self.alive  # by the instruction that is being done
         self.groups: dict[int, np.ndarray] = {0: self.alive.copy()}
         self.barriers: dict[str, np.ndarray] = {}
         self.waiting: dict[str, tuple[int, np.ndarray]] = {}
@@ -34,8 +33,6 @@ class Warp:
         self.time = 0.0
         self.free = [0.0] * 6  # when each scoreboard is
         self.far = [False] * 6  # was it a load from beyond L1 that set it?
-        self.copies: list[float] = []  # cp.async groups that are under way
-        self.copying = 0.0
         self.rounds = self.issued = 0
         self.local: np.ndarray | None = None
         self.done = False
@@ -54,25 +51,23 @@ class Warp:
                 self.issued += 1
                 if self.issued > LIMIT:
                     raise RuntimeError(f"predict: {self.block.program.kernel.name} does not end")
-                active = mask if guard is None else mask & guard(self)
-                result = time = 0.0
-                if kind == "PLAIN":
-                    if act is not None and (guard is None or active.any()):
-                        act(self, active)
-                    time = self._variable(instruction)
-                elif kind in ("LOAD", "STORE", "LDGSTS"):
-                    if active.any():
-                        try:
+                active = self.active = mask if guard is None else mask & guard(self)
+                placed, time = False, 0.0
+                try:
+                    if kind == "PLAIN":
+                        if act is not None and (guard is None or active.any()):
+                            act(self, active)
+                        time = self._variable(instruction)
+                    elif kind in ("LOAD", "STORE"):
+                        if active.any():
                             time = self._memory(kind, act, active)
-                        except LookupError as error:
-                            where = f"{instruction.address:#x} {instruction.opcode} {', '.join(instruction.operands)}"
-                            raise RuntimeError(
-                                f"predict: {self.block.program.kernel.name} at {where}: {error}"
-                            ) from None
-                elif kind not in ("NOP",):
-                    result = self._control(kind, act, mask, active, pc, instruction)
+                    elif kind != "NOP":
+                        placed = self._control(kind, act, mask, active, pc, instruction)
+                except LookupError as error:
+                    where = f"{instruction.address:#x} {instruction.opcode} {', '.join(instruction.operands)}"
+                    raise RuntimeError(f"predict: {self.block.program.kernel.name} at {where}: {error}") from None
                 self._busy(instruction, time)
-                if result is True:  # the group is placed elsewhere
+                if placed:
                     break
                 pc += 1
                 if self.groups:
@@ -110,23 +105,19 @@ class Warp:
     def _busy(self, instruction: Instruction, latency: float) -> None:
         start = self.time - max(1, instruction.stall)
         if instruction.sets is not None:
-            self.free[instruction.sets] = max(self.free[instruction.sets], start + latency)
-            self.far[instruction.sets] = latency >= self.block.latency["global"]
+            self._set(instruction.sets, start + latency, latency >= self.block.latency["global"])
         if instruction.sets_when_read is not None:
-            at = start + min(latency, self.block.latency["operands"]) if latency else start
-            self.free[instruction.sets_when_read] = max(self.free[instruction.sets_when_read], at)
-            self.far[instruction.sets_when_read] = False
+            self._set(instruction.sets_when_read, start + min(latency, self.block.latency["operands"]), False)
+
+    def _set(self, scoreboard: int, free: float, far: bool) -> None:
+        """It is busy until its last user has done."""
+        if free >= self.free[scoreboard]:
+            self.free[scoreboard], self.far[scoreboard] = free, far
 
     # ---- memory ----
 
     def _memory(self, kind: str, act, mask: np.ndarray) -> float:
         block = self.block
-        if kind == "LDGSTS":
-            to, source, width = act
-            data = self._global(source(self), width, mask)
-            self._put("shared", to(self), data, width, mask)
-            self.copying = max(self.copying, self.time + block.latency["global"])
-            return block.latency["operands"]
         where, register, width, signed, space = act
         addresses = where(self)
         if kind == "LOAD":
@@ -224,7 +215,7 @@ class Warp:
                 self._place(self.calls[lane].pop(), one)
             self._place(pc + 1, mask & ~active)
             return True
-        if kind in ("EXIT", "KILL"):
+        if kind == "EXIT":
             self.alive &= ~active
             self._place(pc + 1, mask & ~active)
             self._release()
@@ -252,17 +243,6 @@ class Warp:
             self._place(pc + 1, mask & ~active)
             self._release()
             return True
-        if kind == "LDGDEPBAR":
-            self.copies.append(self.copying)
-            return False
-        if kind == "DEPBAR":
-            allowed = next((int(x, 16) for x in instruction.operands if x.startswith("0x")), 0)
-            while len(self.copies) > allowed:
-                arrived = self.copies.pop(0)
-                if arrived > self.time:
-                    self.rounds += arrived - self.time > self.block.latency["global"] / 2
-                    self.time = arrived
-            return False
         raise RuntimeError(
             f"predict: {self.block.program.kernel.name} traps ({instruction.opcode}): an index out of range"
         )

@@ -66,26 +66,26 @@ def run_report(p: Parser, options) -> None:
 
 
 def run_predict(p: Parser, options) -> None:
-    from pyvidx.bench import model, predict
+    from pyvidx.bench import known, model, predict, tables
 
     check_outputs(p, options.overwrite, options.json, inputs=[options.read, options.markdown])
     try:
         page = options.markdown and Path(options.markdown).read_text(encoding="utf-8")
         if page is not None:
-            predict.filled(page, "")
+            tables.filled(page, "")
         if options.read:
             traces = predict.load(options.read)
         else:
             told = lambda name: print(f"traced {printable(name)}", file=sys.stderr)  # noqa: E731
-            cases = predict.chosen(options.cases, [*predict.PAPERS, *predict.simulated_cases()])
+            cases = predict.chosen(options.cases, [*predict.PAPERS, *known.simulated_cases()])
             traces = predict.traced(cases, sorted({*options.arch}), samples=options.samples, seen=told)
     except (OSError, ValueError) as error:
         p.error(str(error))
     gpus = model.gpus(options.arch)
-    print(predict.text(traces, gpus))
+    print(tables.text(traces, gpus))
     if options.json:
         write_json(options.json, {"about": predict.ABOUT, "traces": traces}, indent=1)
         print(f"wrote {options.json}")
     if page is not None:
-        write_text(options.markdown, predict.filled(page, predict.markdown(traces, gpus)))
+        write_text(options.markdown, tables.filled(page, tables.markdown(traces, gpus)))
         print(f"wrote {options.markdown}")
