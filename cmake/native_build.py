@@ -198,12 +198,13 @@ def ops_library(
     objects += [build.compile(s, flags + _written(build, "build_info.h", "PYVIDX_BUILD", built))
                 for s in sources("library")]  # fmt: skip
     flags = flags + torch_flags() + (["-DPYVIDX_CUDA"] if nvcc else [])
+    tag = "cuda" if nvcc else ""  # builds with and without CUDA share a folder and all other objects
     for s in sources("torch"):
         registers = "PYVIDX_REGISTER" in s.read_text()
         if registers and namespace and (ops is None or s.stem in ops):
             objects.append(build.compile(s, [*flags, f"-DPYVIDX_NAMESPACE={namespace}"], tag="other"))
         elif not registers or ops is None or s.stem in ops:
-            objects.append(build.compile(s, flags))
+            objects.append(build.compile(s, flags, tag=tag))
     link = torch_link_flags() + CONFIG["link_flags"].get(platform.machine(), [])
     if nvcc:
         objects += cuda_objects(build, nvcc, archs)

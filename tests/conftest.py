@@ -13,7 +13,7 @@ BUILDERS = {
     "test_cmake.py": "cmake",
     "test_cuda_check.py": "cuda_check",
     "test_cuda_emu.py": "emu",
-    "test_cuda_link.py": "cuda-link",
+    "test_cuda_link.py": "native",
     "test_hf_kernel.py": "native",
     "test_no_sync.py": "no_gpu",
     "test_wheel.py": "native",

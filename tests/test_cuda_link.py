@@ -10,7 +10,9 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "cmake"))
 
+import cuda_check  # noqa: E402
 import native_build  # noqa: E402
+import ptxas  # noqa: E402
 
 PROBE = """
 import torch
@@ -48,13 +50,15 @@ def test_an_nvcc_that_knows_none_of_the_gpus(monkeypatch, capsys):
 
 
 @pytest.mark.skipif(native_build.installed_nvcc() is None, reason="no nvcc")
-def test_one_binary_with_cuda():
-    """One architecture, to be quick; cmake/cuda_check.py compiles for all."""
-    out = ROOT / "build/cuda-link"
-    command = [sys.executable, "setup.py", "-q", "build_ext", f"--build-temp={out}/temp", f"--build-lib={out}"]
+def test_one_binary_with_cuda(tmp_path):
+    """One architecture, to be quick; cmake/cuda_check.py compiles for all. The CPU objects are those of this tree."""
+    command = [sys.executable, "setup.py", "-q", "build_ext", f"--build-lib={tmp_path}"]
     env = os.environ | {"PYVIDX_CUDA": "1", "PYVIDX_CUDA_ARCHS": "75"}
     build = subprocess.run(command, cwd=ROOT, env=env, text=True, capture_output=True)
     assert build.returncode == 0, (build.stdout + build.stderr)[-4000:]
-    env = os.environ | {"PYVIDX_OPS_LIBRARY": str(out / "pyvidx/_ops.abi3.so")}
+    env = os.environ | {"PYVIDX_OPS_LIBRARY": str(tmp_path / "pyvidx/_ops.abi3.so")}
     probe = subprocess.run([sys.executable, "-c", PROBE], cwd=ROOT, env=env, text=True, capture_output=True)
     assert probe.stdout.strip() == "[] 3.0", probe.stdout + probe.stderr
+    kernels = ptxas.of_logs(sorted((ROOT / "build/native/kernels/obj").glob("cuda.*.log")))
+    assert len(kernels) > 50 and all(set(per_arch) == {"75"} for per_arch in kernels.values())
+    assert cuda_check.offenders(kernels, native_build.CONFIG["local_memory_allowed"]) == []

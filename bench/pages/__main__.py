@@ -4,7 +4,7 @@ import argparse
 import tempfile
 from pathlib import Path
 
-from bench.pages import ROOT, tables, written
+from bench.pages import ROOT, tables, wheels, written
 from bench.pages.claims import BRANCH, CLAIMS, MEMORY, ZEN4
 from pyvidx.cli import bench, demo, memory
 from pyvidx.data import motion
@@ -20,7 +20,7 @@ def main() -> None:
     p.add_argument("--pictures", action="store_true", help="draw docs/*.png anew, with the library's commands")
     options = p.parse_args()
     texts = {name: written((ROOT / name).read_text(), claims()) for name, claims in CLAIMS.items()}
-    for name, text in (texts | tables.pages()).items():
+    for name, text in (texts | tables.pages() | wheels.pages()).items():
         if not (ROOT / name).exists() or (ROOT / name).read_text() != text:
             write_text(ROOT / name, text)
             print(f"wrote {name}")
