@@ -72,29 +72,39 @@ def worker() -> None:
             print(f"TIME {min(times)} {statistics.median(times)}", flush=True)
 
 
-class Process:
-    def __init__(self, checkout: Path, ops: Sequence[str]):
-        environment = os.environ | {"PYTHONPATH": str(checkout), "OMP_NUM_THREADS": "1"}
+class Worker:
+    """A process that runs a file's `__worker__` among the benches of a checkout; it answers lines with lines."""
+
+    def __init__(self, file: str, checkout: Path, arguments: Sequence[str], **environment: str):
+        environment = os.environ | {"PYTHONPATH": str(checkout), "OMP_NUM_THREADS": "1"} | environment
         self.process = subprocess.Popen(
-            [sys.executable, "-c", WORKER, __file__, *ops],
+            [sys.executable, "-c", WORKER, file, *arguments],
             cwd=checkout, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
         )  # fmt: skip
-        self.cases = json.loads(self._answer("CASES"))
+
+    def ask(self, line: str) -> None:
+        self.process.stdin.write(line + "\n")
+        self.process.stdin.flush()
+
+    def answer(self, word: str) -> str:
+        for line in self.process.stdout:
+            if line.startswith(word):
+                return line.removeprefix(word)
+        raise RuntimeError(f"{self.process.args} ended before it said {word}")
 
     def end(self) -> None:
         self.process.stdin.close()
         self.process.wait()
 
-    def _answer(self, word: str) -> str:
-        for line in self.process.stdout:
-            if line.startswith(word):
-                return line.removeprefix(word)
-        raise RuntimeError(f"op_checks: {self.process.args} ended before it said {word}")
+
+class Process(Worker):
+    def __init__(self, checkout: Path, ops: Sequence[str]):
+        super().__init__(__file__, checkout, ops)
+        self.cases = json.loads(self.answer("CASES"))
 
     def time(self, name: str) -> tuple[float, float]:
-        self.process.stdin.write(f"{self.cases.index(name)}\n")
-        self.process.stdin.flush()
-        return tuple(map(float, self._answer("TIME").split()))
+        self.ask(str(self.cases.index(name)))
+        return tuple(map(float, self.answer("TIME").split()))
 
 
 def main() -> None:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import platform
 import subprocess
 import sys
 from pathlib import Path
@@ -9,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import gpu_check, harness
+from bench import gpu_check, harness, levels
 from pyvidx.bench import report
 
 ROOT = Path(__file__).parents[1]
@@ -103,3 +104,12 @@ def test_report(results, tmp_path):
     text = subprocess.check_output(command, cwd=ROOT, text=True)
     assert "token_gather" in text and "vs eager" in text
     assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_levels_of_a_cpu_stand_side_by_side():
+    if platform.machine() != "x86_64":
+        pytest.skip("the levels are those of x86-64")
+    columns = {level: (ROOT, level) for level in levels.here()[:1]}
+    row = next(levels.measured(columns, ["token_gather"], seconds=0))
+    assert row["op"] == "token_gather" and row["at"].keys() == columns.keys()
+    assert all(at.keys() == set(levels.KEPT) and min(at.values()) > 0 for at in row["at"].values())

@@ -305,7 +305,7 @@ SETTINGS = {
     "docs/ops.md": ["1.702 x", "above 1:", "30 % kept", "12 K/V caches", "16 frames", "16 `memory_merge_`", "all 16"],
     "docs/performance.md": [
         "CLIP-B/16, 8 frames", "8 frames of 360p", "medians of 5 rounds", "\n| 10 |", "\n| 20 |", "\n| 40 |",
-        "of 100 frames",
+        "of 100 frames", "128-bit vectors", "256-bit vectors", "512-bit vectors",
     ],
     "docs/serving.md": ["2.26 and newer"],
     "docs/training.md": [

@@ -1,4 +1,5 @@
-"""docs/cases/*.md: every case that was measured on a CPU, from the files of bench/results that hold cases of ops."""
+"""docs/cases/*.md: every case that was measured on a CPU, from the files of bench/results that hold cases of ops; and
+levels.md, the newest levels-*.json."""
 
 import json
 import re
@@ -30,6 +31,36 @@ def escaped(note: str) -> str:
     return re.sub(r"([*_<])", r"\\\1", note) + "\n"
 
 
+def table(head: list[str], lines: list[list[str]]) -> str:
+    """Cells as a table whose columns from the fourth on are numbers."""
+    rule = ["---"] * 3 + ["---:"] * (len(head) - 3)
+    return "\n".join("| " + " | ".join(line) + " |" for line in (head, rule, *lines)) + "\n"
+
+
+def levels() -> list[str]:
+    """The newest file of `python -m bench.levels` as a page: its levels, then one of them before and after."""
+    data = json.loads(max((ROOT / "bench/results").glob("levels-*.json")).read_text())
+    rows, level = data["rows"], data["before_level"]
+    names = [name for name in data["columns"] if name != "before"]
+    cell = "{ms:.2f}, {floor_share:.2f}, {vs_eager:.1f}x"
+    lines = [[*report.named(row), *(cell.format(**row["at"][name]) for name in names)] for row in rows]
+    parts = [
+        "# Every op at every level\n", escaped(f"{data['cpu']}, 1 thread, torch {data['torch']}. {data['note']}"),
+        f"    {data['command']}\n",
+        "ms, share (the time of a copy of the same bytes over that of the op, in the same rounds), gain over eager:\n",
+        table(["op", "shape", "dtype", *names], lines),
+    ]  # fmt: skip
+    if level is not None:
+        pairs = [(report.named(row), row["at"]["before"], row["at"][level]) for row in rows]
+        lines = [
+            [*name, *(f"{at['ms']:.2f}, {at['floor_share']:.2f}" for at in (old, new)), f"{new['ms'] / old['ms']:.2f}"]
+            for name, old, new in pairs
+        ]
+        head = ["op", "shape", "dtype", "before: ms, share", "now: ms, share", "time now / before"]
+        parts += [f"## {level}, before and now\n", table(head, lines)]
+    return parts
+
+
 def pages() -> dict[str, str]:
     """Name of each page and its text."""
     texts = {name: [f"# Every case on a {name}\n"] for name in MACHINES}
@@ -43,4 +74,5 @@ def pages() -> dict[str, str]:
                 *(f"    {command}\n" for command in commands), report.markdown(report.load(path)) + "\n",
             ]  # fmt: skip
     note = "<!-- Written by python -m bench.pages. -->\n"
+    texts["levels"] = levels()
     return {f"docs/cases/{name.lower().replace(' ', '')}.md": "\n".join([note, *text]) for name, text in texts.items()}
