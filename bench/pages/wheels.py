@@ -59,4 +59,5 @@ def pages() -> dict[str, str]:
     if results.get("sample"):
         how += f"; of every parametrized test, {results['sample']} case per environment"
     note = "<!-- Written by python -m bench.pages. -->\n"
-    return {"docs/cases/wheels.md": "\n".join([note, TEXT, how + ":\n", table(results), sizes(results)])}
+    parts = [note, TEXT, how + ":\n", table(results), *([results["note"] + "\n"] if "note" in results else [])]
+    return {"docs/cases/wheels.md": "\n".join([*parts, sizes(results)])}
