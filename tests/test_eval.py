@@ -44,8 +44,14 @@ def test_scores_of_tasks():
         task("coin").score({"a": "x"}, {"a": {"answer": "x"}}, compat="official")
     with pytest.raises(ValueError, match="annotations must hold answer and answer_type"):
         task("activitynet_qa").score({"a": "x"}, {"a": {"answer": "x"}})
-    with pytest.raises(ValueError, match="a prediction must be a text"):
-        task("coin").score({"a": []}, {"a": {"answer": "x"}})
+    for odd in ([], {"b": 1}, 5):
+        with pytest.raises(ValueError, match="a prediction must be a text"):
+            task("coin").score({"a": odd}, {"a": {"answer": "x"}})
+    for odd in (5, {"answer": 5}):  # 5 would equal no text
+        with pytest.raises(ValueError, match=r"annotations must hold answer, e.g. \['a'\]"):
+            task("coin").score({"a": "5"}, {"a": odd})
+    with pytest.raises(ValueError, match="an answer_type must be a whole number, got 'y'"):
+        task("activitynet_qa").score({"a": "x"}, {"a": {"answer": "x", "answer_type": "y"}})
     with pytest.raises(ValueError, match="pycocoevalcap"):
         task("msvd_caption").score({}, {})
     with pytest.raises(ValueError, match="one prediction per answer, got 1 for 2"):

@@ -4,7 +4,7 @@ import argparse
 import tempfile
 from pathlib import Path
 
-from bench.pages import ROOT, tables, wheels, written
+from bench.pages import ROOT, dependencies, tables, wheels, written
 from bench.pages.claims import BRANCH, CLAIMS, MEMORY, ZEN4
 from pyvidx.cli import bench, demo, memory
 from pyvidx.data import motion
@@ -18,9 +18,11 @@ SCENE = motion.Scene("order", (("cyan", "cross"), ("orange", "circle")), "navy",
 def main() -> None:
     p = argparse.ArgumentParser(prog="python -m bench.pages", description=__doc__)
     p.add_argument("--pictures", action="store_true", help="draw docs/*.png anew, with the library's commands")
+    p.add_argument("--dependencies", action="store_true", help="write the licences of what is installed, too")
     options = p.parse_args()
     texts = {name: written((ROOT / name).read_text(), claims()) for name, claims in CLAIMS.items()}
-    for name, text in (texts | tables.pages() | wheels.pages()).items():
+    stated = {dependencies.PAGE: dependencies.page()} if options.dependencies else {}
+    for name, text in (texts | tables.pages() | wheels.pages() | stated).items():
         if not (ROOT / name).exists() or (ROOT / name).read_text() != text:
             write_text(ROOT / name, text)
             print(f"wrote {name}")

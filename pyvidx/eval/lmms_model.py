@@ -28,7 +28,7 @@ class Pyvidx(lmms):
 
     Raises:
         ValueError: an option does not fit.
-        RuntimeError: transformers is missing or older than 5.20, or the device is not here.
+        RuntimeError: transformers is missing or older than 5.20.2, or the device is not here.
     """
 
     is_simple = True

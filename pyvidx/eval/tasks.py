@@ -90,7 +90,12 @@ class Task:
         if compat is not None and self.metric != "exact_by_type":
             raise ValueError(f"task {self.name}: it has no compat, got {compat!r}")
         fields = ("answer", "answer_type") if self.metric == "exact_by_type" else ("answer",)
-        incomplete = [key for key, row in annotations.items() if not all(name in row for name in fields)]
+        kinds = {"answer": str, "answer_type": (int, str)}
+        incomplete = [
+            key
+            for key, row in annotations.items()
+            if not isinstance(row, Mapping) or not all(isinstance(row.get(name), kinds[name]) for name in fields)
+        ]
         if incomplete:
             raise ValueError(f"task {self.name}: annotations must hold {' and '.join(fields)}, e.g. {incomplete[:3]}")
         lacking = [key for key in annotations if key not in predictions]
@@ -98,17 +103,25 @@ class Task:
             raise ValueError(f"task {self.name}: predictions lack {len(lacking)} samples, e.g. {lacking[:3]}")
         found = [predictions[key] for key in annotations]
         answers = [row["answer"] for row in annotations.values()]
-        odd = [p for p in found if not (isinstance(p, str) or (p and all(isinstance(text, str) for text in p)))]
+        odd = [p for p in found if not (isinstance(p, str) or (_texts(p) and p))]
         if odd:
             raise ValueError(f"task {self.name}: a prediction must be a text or ranked texts, got {odd[0]!r}")
         if self.metric == "exact_by_type":
             first = [p if isinstance(p, str) else p[0] for p in found]
-            types = [int(row["answer_type"]) for row in annotations.values()]
+            types = [row["answer_type"] for row in annotations.values()]
+            wrong = [t for t in types if not str(t).isdecimal()]
+            if wrong:
+                raise ValueError(f"task {self.name}: an answer_type must be a whole number, got {wrong[0]!r}")
+            types = list(map(int, types))
             return {name: 100 * value for name, value in by_type(first, answers, types, compat=compat).items()}
         words = self.metric == "exact_first_word"
         ranked = any(not isinstance(p, str) and len(p) > 1 for p in found)
         tops = (1, self.returned) if ranked else (1,)
         return {f"top-{k}": exact_match(found, answers, top=k, first_word=words) for k in tops}
+
+
+def _texts(value: object) -> bool:
+    return isinstance(value, (list, tuple)) and all(isinstance(text, str) for text in value)
 
 
 @functools.cache

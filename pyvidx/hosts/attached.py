@@ -43,7 +43,7 @@ class attached:  # noqa: N801  (used as a statement: with attached(...))
 
     Raises:
         ValueError: the model is no host, or an option does not fit the policy.
-        RuntimeError: transformers is older than 5.20; or, on entering, the model has one attached already.
+        RuntimeError: transformers is older than 5.20.2; or, on entering, the model has one attached already.
     """
 
     def __init__(

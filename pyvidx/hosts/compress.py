@@ -68,7 +68,7 @@ def compress(
     Raises:
         ValueError: the model is none of those; pixels, grids, placeholders and times do not agree; an option does not
             fit the policy, or the policy the host. All of this before anything is encoded.
-        RuntimeError: transformers is older than 5.20.
+        RuntimeError: transformers is older than 5.20.2.
 
     For example:
 

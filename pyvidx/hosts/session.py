@@ -66,7 +66,7 @@ class Session:
 
     Raises:
         ValueError: the model is no host; the policy is none of a stream; an option does not fit the policy.
-        RuntimeError: transformers is older than 5.20.
+        RuntimeError: transformers is older than 5.20.2.
     """
 
     def __init__(

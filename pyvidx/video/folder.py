@@ -80,7 +80,7 @@ def _picture(source: FrameFolder, number: int) -> np.ndarray:
     try:
         from PIL import Image, ImageOps
     except ImportError as error:
-        raise RuntimeError("video: a folder of frames needs Pillow: pip install pillow") from error
+        raise RuntimeError("video: a folder of frames needs Pillow: pip install 'pyvidx[video]'") from error
     path = source.pictures[number]
     try:
         with Image.open(path, formats=("JPEG", "PNG", "BMP", "WEBP")) as image:

@@ -1,7 +1,8 @@
 """Embeddings as .parquet: one row per file, failed ones included.
 
-Columns: path, error, damaged (JSON), seconds (list), pooled (fixed_size_list[E]), tokens (list of fixed_size_list[C]),
-tokens_shape ([N, C], for readers that hand out nested lists flat).
+Columns: path, error, damaged (JSON), seconds (list), pooled (list of E), tokens (list of fixed_size_list[C]),
+tokens_shape ([N, C], for readers that hand out nested lists flat). Those of a failed file are null, which Arrow up to
+25 cannot read where it stands for a list of fixed size.
 Bytes of a path that are not UTF-8 are shown as \\\\udcNN; the metadata entry "pyvidx_paths" has such names.
 """
 
@@ -46,10 +47,10 @@ class Parquet:
         }
         for name, width in layout.widths.items():
             values = [None if r.encoding is None else r.encoding[name][0] for r in rows]
-            columns[name] = (_fixed if name == "pooled" else _lists)(pa, values, layout.dtype, width)
+            columns[name] = _lists(pa, values, layout.dtype, width if name == "tokens" else None)
             if name == "tokens":
                 shapes = [None if x is None else torch.tensor(x.shape) for x in values]
-                columns["tokens_shape"] = _fixed(pa, shapes, torch.int32, 2)
+                columns["tokens_shape"] = _lists(pa, shapes, torch.int32)
         noted = {i: name for i, name in enumerate(names) if name != shown[i]}
         table = pa.table(columns, metadata={"pyvidx": json.dumps(about), "pyvidx_paths": json.dumps(noted)})
         group = max(1, min(len(rows), _GROUP * len(rows) // max(1, table.nbytes)))
@@ -94,26 +95,14 @@ def _rows(table: Any) -> Iterator[tuple[str, str | None]]:
         yield name_of(names.get(str(i), shown)), error
 
 
-def _fixed(pa: Any, values: Sequence[Tensor | None], dtype: torch.dtype, width: int) -> Any:
-    """fixed_size_list[width]: a row per value, of which each is [width] or None."""
-    rows = torch.zeros(len(values), width, dtype=dtype)
-    for row, x in zip(rows, values):
-        if x is not None:
-            row.copy_(x)
-    return pa.FixedSizeListArray.from_arrays(pa.array(rows.view(-1).numpy()), width, mask=_null(pa, values))
-
-
 def _lists(pa: Any, values: Sequence[Tensor | None], dtype: torch.dtype, width: int | None = None) -> Any:
     """Lists of numbers, of values [n] or None; with a width, of fixed_size_list[width], of values [n, width]."""
     there = [x.to(dtype) for x in values if x is not None]
     flat = pa.array((torch.cat(there).flatten() if there else torch.empty(0, dtype=dtype)).numpy())
     flat = flat if width is None else pa.FixedSizeListArray.from_arrays(flat, width)
     ends = np.cumsum([0, *(0 if x is None else len(x) for x in values)])
-    return pa.ListArray.from_arrays(pa.array(ends, pa.int32()), flat, mask=_null(pa, values))
-
-
-def _null(pa: Any, values: Sequence[Tensor | None]) -> Any:
-    return pa.array([x is None for x in values], pa.bool_())
+    null = pa.array([x is None for x in values], pa.bool_())
+    return pa.ListArray.from_arrays(pa.array(ends, pa.int32()), flat, mask=null)
 
 
 def _values(table: Any, name: str) -> list[Tensor | None]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -40,7 +41,7 @@ def host_of(model: nn.Module, processor: Any = None) -> Host:
 
     Raises:
         ValueError: there is none for its config.model_type.
-        RuntimeError: transformers is older than 5.20 and takes no encoded video.
+        RuntimeError: transformers is older than 5.20.2 and takes no encoded video, or not that of every model.
     """
     model = _bare(model)
     kind = getattr(getattr(model, "config", None), "model_type", None)
@@ -51,9 +52,9 @@ def host_of(model: nn.Module, processor: Any = None) -> Host:
         raise ValueError(f"compress: the model's config.model_type must be one of {', '.join(names())}, got {said}")
     import transformers
 
-    if tuple(map(int, transformers.__version__.split(".")[:2])) < (5, 20):
+    if tuple(map(int, re.findall(r"\d+", transformers.__version__)[:3])) < (5, 20, 2):
         raise RuntimeError(
-            f"compress: models take encoded video (mm_encoder_outputs) from transformers 5.20 on, this is "
+            f"compress: models take encoded video (mm_encoder_outputs) from transformers 5.20.2 on, this is "
             f"{transformers.__version__}: pip install -U transformers"
         )
     return HOSTS[kind](model, processor)
