@@ -1,4 +1,4 @@
-# make demo [VIDEO=clip.mp4]   set up, build, encode a video, show what came out
+# make demo [VIDEO=clip.mp4]   set up, build, encode a video, show what came out; WHEEL=FILE.whl: with that, and no build
 # make test                    set up, build, run all tests (and make check)
 # make env                     the set-up alone: leaves a ready .venv
 # make check                   ruff, mypy and clang-format
@@ -24,10 +24,10 @@ PARALLEL = -n auto --maxprocesses 8 --dist loadgroup
 env:
 	bash cmake/env.sh
 
-# Only what the demo needs: half the set-up.
+# Only what the demo needs: half the set-up. The command of a wheel is not looked for in the source tree.
 demo:
-	EXTRAS=video,cli bash cmake/env.sh
-	$(PY) -m pyvidx demo --overwrite $(VIDEO)
+	WHEEL=$(WHEEL) EXTRAS=video,cli bash cmake/env.sh
+	$(if $(WHEEL),env -u PYTHONPATH .venv/bin/pyvidx,$(PY) -m pyvidx) demo --overwrite $(VIDEO)
 
 test: env check docs
 	$(PY) -m pytest tests -q -m "not slow" $(PARALLEL)

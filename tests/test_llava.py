@@ -240,8 +240,9 @@ def test_answers(published):
         both[0], model.generate(**processor(text=text, videos=videos[:1], return_tensors="pt"), **greedy)[0, -4:]
     )
     together = model.generate(**inputs, **greedy)
-    beams = model.generate(**inputs, **greedy, num_beams=2)
-    assert len(together) == len(beams) == 3
+    assert len(together) == 3
+    if tuple(map(int, transformers.__version__.split(".")[:2])) >= (5, 20):  # before, beams took no list of clips
+        assert len(model.generate(**inputs, **greedy, num_beams=2)) == 3
     told = chat.inputs(frames, "and ?", history=[("what ?", "running")])["input_ids"][0]
     assert "ASSISTANT: running" in processor.tokenizer.decode(told)
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from bench.pages import ROOT, claim, loose, tables, written
+from bench.pages import ROOT, claim, loose, tables, wheels, written
 from bench.pages.claims import CLAIMS, SETTINGS
 
 PAGES = ["README.md", *sorted(f"docs/{p.name}" for p in (ROOT / "docs").glob("*.md"))]
@@ -27,9 +27,12 @@ def test_claims_are_of_pages():
     assert CLAIMS.keys() | SETTINGS.keys() <= set(PAGES)
 
 
-@pytest.mark.parametrize("name", tables.pages())
+TABLES = tables.pages() | wheels.pages()
+
+
+@pytest.mark.parametrize("name", TABLES)
 def test_tables_are_those_of_their_results(name):
-    assert (ROOT / name).read_text() == tables.pages()[name], "python -m bench.pages writes them"
+    assert (ROOT / name).read_text() == TABLES[name], "python -m bench.pages writes them"
 
 
 def test_pictures_are_small():

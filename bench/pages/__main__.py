@@ -4,7 +4,7 @@ import argparse
 import tempfile
 from pathlib import Path
 
-from bench.pages import ROOT, dependencies, tables, written
+from bench.pages import ROOT, dependencies, tables, wheels, written
 from bench.pages.claims import BRANCH, CLAIMS, MEMORY, ZEN4
 from pyvidx.cli import bench, demo, memory
 from pyvidx.data import motion
@@ -22,7 +22,7 @@ def main() -> None:
     options = p.parse_args()
     texts = {name: written((ROOT / name).read_text(), claims()) for name, claims in CLAIMS.items()}
     stated = {dependencies.PAGE: dependencies.page()} if options.dependencies else {}
-    for name, text in (texts | tables.pages() | stated).items():
+    for name, text in (texts | tables.pages() | wheels.pages() | stated).items():
         if not (ROOT / name).exists() or (ROOT / name).read_text() != text:
             write_text(ROOT / name, text)
             print(f"wrote {name}")

@@ -8,6 +8,7 @@ import ctypes
 import functools
 import json
 import os
+import re
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -19,6 +20,9 @@ from torch import Tensor
 NAMESPACE = "pyvidx"  # of the ops in torch; cmake/hf_kernel.py writes another
 _lib = torch.library.Library(NAMESPACE, "DEF")
 REFERENCES: dict[str, Callable[..., Any]] = {}  # op name -> reference, in order of definition
+# From 2.15 on, torch makes a RuntimeError of the library's std::invalid_argument, which was a ValueError until then.
+TELLS_NO_TYPES = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 15)
+REFUSAL = re.compile(r"(?!pyvidx\b)[a-z_ ]+: .*\bmust\b", re.DOTALL)
 FLOPS: dict[str, Callable[..., Any]] = {}  # op name -> its matrix products, for pyvidx.models.flops
 
 
@@ -67,7 +71,23 @@ def define(
     REFERENCES[name] = reference
     if flops is not None:
         FLOPS[name] = flops
-    return call
+    return _refusing(call) if TELLS_NO_TYPES else call
+
+
+def _refusing(call: Callable[..., Any]) -> Callable[..., Any]:
+    """The call, whose refusals ("op: what must hold, ...") are ValueErrors again."""
+
+    def refusing(*args):
+        if torch.compiler.is_compiling():
+            return call(*args)
+        try:
+            return call(*args)
+        except RuntimeError as error:
+            if type(error) is RuntimeError and REFUSAL.match(str(error)):
+                raise ValueError(str(error)) from None
+            raise
+
+    return refusing
 
 
 def _autocast_rule(op, device: str, rule: str) -> Callable[..., Any]:

@@ -107,7 +107,7 @@ def gated_fusion(
         S, K = (S if keep.dim() == 2 else keep.shape[1]), keep.shape[-1]
     weight, bias, eps = check_norm(op, norm, C)
     require_floating(op, x=x, z=z, cls=cls, gate=gate, weight=weight, bias=bias)
-    shape = (B, S, K + (cls is None), C)
+    shape = (B, S, K + int(cls is None), C)
     if tuple(z.shape) != shape:
         require(False, "{op}: z must be {shape}", z, op=op, shape=shape)
     require(cls is None or tuple(cls.shape) == (B, C), f"{op}: cls must be [B, C] of x", cls, x)
@@ -287,7 +287,7 @@ def _fake_backward(
     rows, norm = (grad_out, False) if grad_normed is None else (grad_normed, True)
     B, S, K, C = rows.shape
     packed = packed and need_z
-    sizes = [(B, T, 1 + P, C), (B, S, K + packed, C), (B, C), (C,), (C,), (C,)]
+    sizes = [(B, T, 1 + P, C), (B, S, K + int(packed), C), (B, C), (C,), (C,), (C,)]
     wanted = [need_x, need_z, not packed, need_gate, norm, norm]
     return tuple(rows.new_empty(size if there else 0) for size, there in zip(sizes, wanted))
 

@@ -103,12 +103,14 @@ class Source:
 
     def _open(self, av: Any, target: Any) -> Any:
         formats = f"{FORMATS},{PLAYLISTS}" if self.playlists else FORMATS
+        # Titles are in any encoding. PyAV 19 takes them as they are, and no word about it.
+        titles = {} if int(av.__version__.split(".")[0]) >= 19 else {"metadata_errors": "replace"}
         return av.open(
             target,
             container_options={"format_whitelist": formats, "protocol_whitelist": "file"},
             options={"max_pixels": str(MAX_PIXELS)},  # also for the decoders that FFmpeg looks into the file with
-            metadata_errors="replace",  # titles are in any encoding
             buffer_size=1 << 18,
+            **titles,
         )
 
     @contextmanager

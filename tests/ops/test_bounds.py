@@ -4,11 +4,14 @@ import pytest
 import torch
 
 from pyvidx import ops
+from pyvidx.ops._library import TELLS_NO_TYPES
 from pyvidx.ops.memory_merge import new_state
 from pyvidx.ops.token_gather import source_table
 from tests.harness import randn
 
 raw = torch.ops.pyvidx
+# Below the public functions, torch tells what the library throws: from 2.15 on as another type.
+REFUSED = (ValueError, RuntimeError) if TELLS_NO_TYPES else ValueError
 INDICES = [5000, 500_000_000, -1, -(2**31), 2**62]
 
 
@@ -104,12 +107,12 @@ def test_nothing_divides_by_zero():
         raw.token_gather(randn(1, 2, 0, 8), torch.zeros(1, 2, 3, dtype=torch.int64), None, None)
     with pytest.raises(IndexError, match="below 0"):
         raw.token_gather_backward(randn(1, 2, 0, 8), torch.zeros(1, 2, 3, dtype=torch.int64))
-    with pytest.raises(ValueError, match="T, P > 0"):
+    with pytest.raises(REFUSED, match="T, P > 0"):
         raw.st_pool(randn(1, 0, 3, 8), None)
     assert raw.st_pool_backward(randn(1, 3, 8), randn(1, 0, 8), None).shape == (1, 0, 3, 8)
-    with pytest.raises(ValueError, match="heads at least 1"):
+    with pytest.raises(REFUSED, match="heads at least 1"):
         raw.bank_attention(randn(1, 1, 2, 16), randn(1, 4, 3, 32), None, None, None, 0, 1.0)
-    with pytest.raises(ValueError, match="t >= 1"):
+    with pytest.raises(REFUSED, match="t >= 1"):
         rows, order = randn(1, 4, 3, 8), torch.arange(4, dtype=torch.int32).expand(1, 3, 4)
         plan = [torch.zeros(1, 0, 3, n, dtype=torch.int32) for n in (4, 2, 2)]
         raw.memory_replay_(rows, rows[:, :0], *plan, order, True, rows.clone())
@@ -141,7 +144,7 @@ RAW_CASES = {
 def test_raw_calls_are_checked(case):
     change, message = RAW_CASES[case]
     x, keep = gather_inputs(1)
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(REFUSED, match=message):
         raw.token_gather(*change(x, keep, randn(5, 8), randn(2, 8)))
 
 
@@ -175,8 +178,9 @@ def test_autocast_does_not_mix_dtypes(name):
     for call in memory_calls(torch.float32)[name]:
         with torch.autocast("cpu", torch.bfloat16):
             call()
-    for call in memory_calls(torch.bfloat16)[name]:
-        with torch.autocast("cpu", torch.bfloat16), pytest.raises(ValueError, match=f"{name}: frames? .*must "):
+    public, direct = memory_calls(torch.bfloat16)[name]
+    for call, error in ((public, ValueError), (direct, REFUSED)):
+        with torch.autocast("cpu", torch.bfloat16), pytest.raises(error, match=f"{name}: frames? .*must "):
             call()
 
 
@@ -317,5 +321,5 @@ def test_out_may_lie_between_what_is_read():
 
 def test_out_of_memory_is_torchs():
     keep = torch.zeros(1, 1, dtype=torch.int64).expand(1, 2**44)
-    with pytest.raises(RuntimeError, match="can't allocate memory"):
+    with pytest.raises(RuntimeError, match="can't allocate memory|is it out of memory"):
         ops.token_gather(randn(1, 2, 5, 8), keep)
