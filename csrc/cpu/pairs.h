@@ -3,7 +3,8 @@
 //
 //   each_pair<T>(n, [&](int64_t i, auto part) { store(out + i, load(a + i, part) + load(b + i, part), part); });
 //
-// gives f whole pairs, then what is left as `each` does. At the other levels, and for double, it is `each`.
+// gives f whole pairs, then what is left as `each` does. At the other levels, and for double, it is `each`. Attention
+// over 8 frames takes pairs of bfloat16 at every level.
 //
 // The two vectors of a pair of bfloat16 are its even and its odd elements: so widening is a shift and a mask. A row of
 // float that is written and read by pairs of the same places (scratch, sums) has the same order; a row of float that
@@ -82,6 +83,26 @@ struct Lane2<BFloat16> {
     const __m256i carry = _mm256_srli_epi16(_mm256_avg_epu16(low, half), 15);
     const __m256i room = _mm256_andnot_si256(high, _mm256_set1_epi16(0x7fff));
     return _mm256_add_epi16(high, _mm256_min_epu16(carry, room));
+  }
+};
+#else
+// For sums of products of bfloat16: the low half of their NaN is 0 and rounds to NaN, so none is looked for.
+template <>
+struct Lane2<BFloat16> {
+  using Raw = VU;
+  static PYVIDX_SIMD Two up(Raw r) { return {(VF)(r << 16), (VF)(r & 0xffff0000u)}; }
+  static PYVIDX_SIMD Raw down(Two v) {
+#if defined(__AVX512BF16__)
+    return widen(to_bf16(v.a)) | widen(to_bf16(v.b)) << 16;
+#else
+    const auto rounded = [](VF x) __attribute__((always_inline)) { return (VU)x + 0x7fffu + (((VU)x >> 16) & 1u); };
+    const VU even = rounded(v.a) >> 16, odd = rounded(v.b);
+#if defined(__AVX512F__)
+    return (VU)_mm512_mask_mov_epi16((__m512i)even, 0xaaaaaaaau, (__m512i)odd);
+#else
+    return even | (odd & 0xffff0000u);
+#endif
+#endif
   }
 };
 #endif

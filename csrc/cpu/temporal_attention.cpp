@@ -18,6 +18,7 @@ void attend(const TemporalAttentionArgs& a, const Executor& executor) {
   using A = Acc<T>;
   const int64_t frames = a.qkv.size[1], D = a.qkv.size[5], tasks = a.qkv.size[0] * a.qkv.size[2] * a.qkv.size[4];
   if (frames == 0 || D == 0) return;
+  if (frames == kEight && D % kLine<T> == 0) return attend_eight<T>(a, executor);
   const bool stream = streams<T>(a.out);
   const int64_t ld = round_up(D, kWidth<T>);
   const bool whole = ld == D, few = whole && frames <= 8;  // few: a product reads its right operand only once

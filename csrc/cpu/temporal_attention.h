@@ -42,7 +42,7 @@ bool streams(const View<kDims>& x) {
   bool aligned = reinterpret_cast<uintptr_t>(x.data) % simd::kBytes == 0;
   for (int i = 0; i < kDims; ++i) bytes *= x.size[i];
   for (int i = 0; i + 1 < kDims; ++i) aligned &= x.stride[i] * int64_t(sizeof(T)) % simd::kBytes == 0;
-  return aligned && bytes > simd::kStreamBytes;
+  return aligned && bytes >= simd::kStreamBytes;
 }
 
 struct Task {
