@@ -58,6 +58,7 @@ setup(
         "pyvidx": [
             "py.typed",
             "*/configs/*.json",
+            "bench/*.json",
             "models/*.safetensors",
             "eval/tasks.json",
             "train/cards.json",

@@ -108,12 +108,38 @@ def strings(items: Iterable[str]) -> ctypes.Array:
     return (ctypes.c_char_p * len(encoded))(*encoded)
 
 
-def compile_with_nvrtc(source: Path, arch: str, kernels: list[str]) -> str:
-    """The same log for an architecture that nvcc no longer knows. kernels: the instantiations wanted, as C++ names."""
+def nvrtc(text: str, name: str, arch: str, kernels: list[str]) -> tuple[str, bytes]:
+    """ptxas' log and the cubin of a source. kernels: the instantiations wanted, as C++ names."""
     library = nvrtc_library()
+    flags = nvrtc_flags(arch)
+    program = ctypes.c_void_p()
+    library.nvrtcCreateProgram(
+        ctypes.byref(program), text.encode(), name.encode(), len(NVRTC_HEADERS), strings(NVRTC_HEADERS.values()),
+        strings(NVRTC_HEADERS)
+    )  # fmt: skip
+    for kernel in kernels:
+        library.nvrtcAddNameExpression(program, kernel.encode())
+    code = library.nvrtcCompileProgram(program, len(flags), strings(flags))
+
+    def fetched(what: str) -> bytes:
+        size = ctypes.c_size_t()
+        getattr(library, f"nvrtcGet{what}Size")(program, ctypes.byref(size))
+        data = ctypes.create_string_buffer(size.value)
+        getattr(library, f"nvrtcGet{what}")(program, data)
+        return data.raw
+
+    log = fetched("ProgramLog").rstrip(b"\0").decode()
+    cubin = fetched("CUBIN") if code == 0 else b""
+    library.nvrtcDestroyProgram(ctypes.byref(program))
+    if code != 0:
+        raise CompileError(f"{name} for sm_{arch} (NVRTC): {library.nvrtcGetErrorString(code).decode()}\n{log}")
+    return log, cubin
+
+
+def nvrtc_flags(arch: str) -> list[str]:
     include = [ROOT / "csrc/include", ROOT / "csrc/cuda", NVRTC_HOME / "nvidia/cuda_runtime/include"]
     # default-device: the entry points of the headers are declared without __host__.
-    flags = [
+    return [
         "--std=c++17",
         "-default-device",
         "--ptxas-options=-v",
@@ -121,26 +147,11 @@ def compile_with_nvrtc(source: Path, arch: str, kernels: list[str]) -> str:
         *(f"-I{p}" for p in include),
     ]
 
-    def run() -> str:
-        program = ctypes.c_void_p()
-        library.nvrtcCreateProgram(
-            ctypes.byref(program), source.read_bytes(), source.name.encode(), len(NVRTC_HEADERS),
-            strings(NVRTC_HEADERS.values()), strings(NVRTC_HEADERS)
-        )  # fmt: skip
-        for kernel in kernels:
-            library.nvrtcAddNameExpression(program, kernel.encode())
-        code = library.nvrtcCompileProgram(program, len(flags), strings(flags))
-        size = ctypes.c_size_t()
-        library.nvrtcGetProgramLogSize(program, ctypes.byref(size))
-        log = ctypes.create_string_buffer(size.value)
-        library.nvrtcGetProgramLog(program, log)
-        library.nvrtcDestroyProgram(ctypes.byref(program))
-        if code != 0:
-            reason = library.nvrtcGetErrorString(code).decode()
-            raise CompileError(f"{source.name} for sm_{arch} (NVRTC): {reason}\n{log.value.decode()}")
-        return log.value.decode()
 
-    return cached("\n".join([*NVRTC_PACKAGES, *flags, *kernels, source.name, text_of(source)]), run)
+def compile_with_nvrtc(source: Path, arch: str, kernels: list[str]) -> str:
+    """The same log for an architecture that nvcc no longer knows. kernels: the instantiations wanted, as C++ names."""
+    key = "\n".join([*NVRTC_PACKAGES, *nvrtc_flags(arch), *kernels, source.name, text_of(source)])
+    return cached(key, lambda: nvrtc(source.read_text(), source.name, arch, kernels)[0])
 
 
 # ---- all of it ----

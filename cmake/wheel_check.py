@@ -98,8 +98,8 @@ class Environment:
         env = {k: v for k, v in os.environ.items() if not k.startswith("PYVIDX_")}
         env |= {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONWARNINGS": "ignore"}
         try:
-            done = subprocess.run(list(map(str, command)), cwd=self.work, env=env, text=True, timeout=seconds,
-                                  stdout=subprocess.PIPE, stderr=subprocess.STDOUT)  # fmt: skip
+            done = subprocess.run(list(map(str, command)), cwd=self.work, env=env, text=True, errors="replace",
+                                  timeout=seconds, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)  # fmt: skip
         except subprocess.TimeoutExpired:
             return False, f"did not end in {seconds} s"
         return done.returncode == 0, done.stdout

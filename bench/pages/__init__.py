@@ -28,6 +28,7 @@ SETTINGS = "|".join((
     r"\b\d+\.\d+\.\d+\b", r"\b\d{4}-\d\d-\d\d\b", r"arXiv:[\d.]+", r"\b\d+p\b", r"\b(?:8|16|32|64)[ -]bits?\b",
     r"\b\d+(?:e-?\d+)\b", r"\b[A-Za-z]+[-_]?\d[\w.-]*", r"§ ?[\d.]+",
 ))  # fmt: skip
+PREDICTED = r"<!-- pyvidx bench predict -->.*?<!-- end -->"  # tests/test_predict.py holds it
 NOT_PROSE = (
     r"^```.*?^```|^(?: {4}|\t).*?$|``.+?``|`[^`\n]*(?:\n[^`\n]+)?`|\]\([^)]*\)|<!--.*?-->|https?://\S+|^#+ .*?$|^\d+\. "
 )
@@ -89,7 +90,7 @@ def loose(page: str, claims: list[Claim], known: list[str]) -> list[str]:
     known: texts of the page whose numbers are no measurements, such as "16 slots".
     """
     held = {span for one in claims for i in range(1, len(one.values) + 1) for span in range(*one.found(page).span(i))}
-    for pattern in (NOT_PROSE, SETTINGS, *(r"\s+".join(map(re.escape, text.split())) for text in known)):
+    for pattern in (PREDICTED, NOT_PROSE, SETTINGS, *(r"\s+".join(map(re.escape, text.split())) for text in known)):
         for match in re.finditer(pattern, page, re.MULTILINE | re.DOTALL):
             held |= set(range(*match.span()))
     free = [m for m in re.finditer(NUMBER, page) if not held & set(range(*m.span()))]

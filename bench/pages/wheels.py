@@ -28,8 +28,9 @@ def rows(lines: Iterable[Iterable[str]]) -> str:
 
 def table(results: dict) -> str:
     """The matrix: a row for each wheel, Python and torch."""
-    names = list(dict.fromkeys(name for row in results["rows"] for name in row["steps"] if name != "install"))
-    names.sort(key=lambda name: ("info", "ops", "demo", "hosts", "floor").index(name.split()[0].strip(":")))
+    steps = [step for row in results["rows"] for step in row["steps"].items()]
+    names = list(dict.fromkeys(name for name, done in steps if not (name.endswith("install") and done["ok"])))
+    names.sort(key=lambda name: ("install", "info", "ops", "demo", "hosts", "floor").index(name.split()[0].strip(":")))
 
     def cell(step: dict | None) -> str:
         if step is None:
@@ -59,4 +60,5 @@ def pages() -> dict[str, str]:
     if results.get("sample"):
         how += f"; of every parametrized test, {results['sample']} case per environment"
     note = "<!-- Written by python -m bench.pages. -->\n"
-    return {"docs/cases/wheels.md": "\n".join([note, TEXT, how + ":\n", table(results), sizes(results)])}
+    parts = [note, TEXT, how + ":\n", table(results), *([results["note"] + "\n"] if "note" in results else [])]
+    return {"docs/cases/wheels.md": "\n".join([*parts, sizes(results)])}

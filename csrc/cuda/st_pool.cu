@@ -1,8 +1,14 @@
-// A warp takes a part, 32 patches of some frames, and 128 bytes of its channels: 8 lanes of 16 bytes side by side, and
-// 8 patches for each of the four groups of lanes. So a lane has 8 reads of a frame under way at once, keeps its
-// patches' sums in registers, and four groups' sums of a frame meet in two shuffles; nothing is shared between warps. A
-// second kernel adds up the parts of a frame and, where the frames were split as well, of a patch. Traffic: 1 read of
-// x, and the sums of the frames in float once out and back (1 / 16 of x in 16 bits each way), which stay in L2.
+// A block takes a part, 32 patches of some frames, and 128 bytes of its channels; its warps take turns at the frames.
+// In a warp 8 lanes of 16 bytes lie side by side, and each of the four groups of lanes has 8 patches. So a lane has 8
+// reads of a frame under way at once, keeps its patches' sums in registers, and four groups' sums of a frame meet in
+// two shuffles; the warps' sums of the patches meet in shared memory. A second kernel adds up the parts of a frame and,
+// where the frames were split over blocks as well, of a patch. Traffic: 1 read of x, and the sums of the frames in
+// float once out and back (1 / 16 of x in 16 bits each way), which stay in L2.
+//
+// Tried, half, C = 1024; shares of a copy are predicted (docs/predictions.md), T = 8 and 100:
+//   version                registers, sm_70 / 90   rounds of loads   instructions per 16 bytes   V100       H200
+//   a warp a block         128 / 128               16, 34            54, 73                      .48, .95   .19, .50
+//   four warps a block     126 / 124               2, 5              76, 85                      .63, .95   .34, .66
 //
 // Backward: a thread takes 16 bytes of channels of one patch in eight frames. Traffic: 1 write.
 #include "block.cuh"
@@ -10,7 +16,7 @@
 
 namespace pyvidx::cuda {
 
-constexpr int kPoolThreads = 32;  // blocks of a warp, so that a short clip reaches all multiprocessors
+constexpr int kPoolWarps = 4, kPoolThreads = 32 * kPoolWarps;
 constexpr int kPoolLanes = 8, kPoolGroups = 32 / kPoolLanes, kPoolPatches = int(kPoolRows) / kPoolGroups;
 constexpr int kAddUpThreads = 128, kSpreadThreads = 256, kSpreadFrames = 8;
 
@@ -29,23 +35,21 @@ __device__ __forceinline__ A inverse_count(const View<2>& mask, int64_t b, int64
 }
 
 template <typename T, int kSize>
-__global__ __launch_bounds__(kPoolThreads) void st_pool_kernel(StPoolArgs a, unsigned spans, unsigned tiles,
-                                                               int64_t parts) {
+__global__ __launch_bounds__(kPoolThreads) void st_pool_kernel(StPoolArgs a, unsigned spans, unsigned tiles) {
   using A = Acc<T>;
+  __shared__ A sums[kPoolWarps][kPoolPatches * kSize][32];
   const int64_t T_ = a.x.size[1], P = a.x.size[2], C = a.x.size[3];
   const unsigned chunks = unsigned(a.frame_sums.size[1]);
-  const int64_t part = int64_t(blockIdx.x) * (kPoolThreads / 32) + threadIdx.x / 32;
-  if (part >= parts) return;
-  const int lane = threadIdx.x % kPoolLanes, group = threadIdx.x % 32 / kPoolLanes;
-  const int64_t tile = part % tiles, chunk = part / tiles % chunks, span = part / tiles / chunks % spans;
-  const int64_t b = part / tiles / chunks / spans, p0 = chunk * kPoolRows + group;
-  const int64_t c = (tile * kPoolLanes + lane) * kSize;
+  const unsigned tile = blockIdx.x % tiles, chunk = blockIdx.x / tiles % chunks;
+  const unsigned span = blockIdx.x / tiles / chunks % spans, b = blockIdx.x / tiles / chunks / spans;
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % kPoolLanes, group = threadIdx.x % 32 / kPoolLanes;
+  const int64_t p0 = chunk * kPoolRows + group, c = (int64_t(tile) * kPoolLanes + lane) * kSize;
   const int64_t begin = span * a.frames, end = begin + a.frames < T_ ? begin + a.frames : T_;
   const bool own = c < C;  // the others only take part in the shuffles
   const int64_t x_step = kPoolGroups * a.x.stride[2];
   A patch[kPoolPatches][kSize] = {};
 #pragma unroll 1
-  for (int64_t t = begin; t < end; ++t) {
+  for (int64_t t = begin + warp; t < end; t += kPoolWarps) {
     const T* const x = a.x.at<const T>(b, t, p0, c);
     A frame[kSize] = {};
     if (is_real(a.mask, b, t)) {
@@ -69,18 +73,28 @@ __global__ __launch_bounds__(kPoolThreads) void st_pool_kernel(StPoolArgs a, uns
     if (group != 0 || !own) continue;
     store_channels<A, kSize>(a.frame_sums.at<A>(b, chunk, t, c), frame);
   }
-  const A share = spans == 1 ? inverse_count<A>(a.mask, b, T_) : A(1);
-  if (!own) return;
 #pragma unroll
   for (int r = 0; r < kPoolPatches; ++r) {
-    const int64_t p = p0 + r * kPoolGroups;
-    if (p >= P) return;
 #pragma unroll
-    for (int i = 0; i < kSize; ++i) patch[r][i] *= share;
+    for (int i = 0; i < kSize; ++i) sums[warp][r * kSize + i][threadIdx.x % 32] = patch[r][i];
+  }
+  const A share = spans == 1 ? inverse_count<A>(a.mask, b, T_) : A(1);
+  __syncthreads();
+  for (int r = warp; r < kPoolPatches; r += kPoolWarps) {
+    const int64_t p = p0 + r * kPoolGroups;
+    if (!own || p >= P) return;
+    A sum[kSize] = {};
+#pragma unroll
+    for (int w = 0; w < kPoolWarps; ++w) {
+#pragma unroll
+      for (int i = 0; i < kSize; ++i) sum[i] += sums[w][r * kSize + i][threadIdx.x % 32];
+    }
+#pragma unroll
+    for (int i = 0; i < kSize; ++i) sum[i] *= share;
     if (spans == 1) {
-      store_pack<T, kSize>(a.spatial.at<T>(b, p, c), patch[r]);
+      store_pack<T, kSize>(a.spatial.at<T>(b, p, c), sum);
     } else {
-      store_channels<A, kSize>(a.patch_sums.at<A>(b, span, p, c), patch[r]);
+      store_channels<A, kSize>(a.patch_sums.at<A>(b, span, p, c), sum);
     }
   }
 }
@@ -139,8 +153,7 @@ void launch_forward(const StPoolArgs& a, cudaStream_t stream) {
   if (B * C == 0) return;
   const int64_t spans = ceil_div(T_, a.frames), tiles = ceil_div(C, kPoolLanes * kSize);
   const int64_t parts = B * spans * narrow(a.frame_sums.size[1], "st_pool: the chunks of a frame") * tiles;
-  PYVIDX_LAUNCH((st_pool_kernel<T, kSize>), ceil_div(parts, kPoolThreads / 32), kPoolThreads, 0, stream, a,
-                unsigned(spans), unsigned(tiles), parts);
+  PYVIDX_LAUNCH((st_pool_kernel<T, kSize>), parts, kPoolThreads, 0, stream, a, unsigned(spans), unsigned(tiles));
   check_launch("st_pool_kernel");
   const int64_t rows = B * (T_ + (spans > 1 ? P : 0)), add_up_tiles = ceil_div(C, kAddUpThreads);
   PYVIDX_LAUNCH(st_pool_add_up_kernel<T>, rows * add_up_tiles, kAddUpThreads, 0, stream, a, unsigned(add_up_tiles));

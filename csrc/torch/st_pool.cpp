@@ -7,16 +7,16 @@
 namespace pyvidx {
 namespace {
 
-// A CPU walks all frames of a part at once. A GPU has a warp for each part and 128 bytes of its channels: where a batch
-// has too few of them, parts get fewer frames, but not so few that their patches' sums weigh beside x.
+// A CPU walks all frames of a part at once. A GPU has a block for each part and 128 bytes of its channels: where a
+// batch has too few of them, parts get fewer frames, but not so few that their patches' sums weigh beside x.
 int64_t frames_of_part(const Tensor& x, int64_t chunks) {
   const int64_t T = x.size(1);
 #if !defined(PYVIDX_EMU)
   if (x.is_cpu()) return T;
 #endif
-  constexpr int64_t kWarps = 1024, kLeast = 16;
-  const int64_t warps = std::max<int64_t>(1, x.size(0) * chunks * (x.size(3) * x.element_size() / 128));
-  const int64_t spans = std::max<int64_t>(1, std::min(kWarps / warps, T / kLeast));
+  constexpr int64_t kBlocks = 1024, kLeast = 16;
+  const int64_t blocks = std::max<int64_t>(1, x.size(0) * chunks * (x.size(3) * x.element_size() / 128));
+  const int64_t spans = std::max<int64_t>(1, std::min(kBlocks / blocks, T / kLeast));
   return (T + spans - 1) / spans;
 }
 

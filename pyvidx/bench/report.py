@@ -32,7 +32,7 @@ def load(path: Path) -> list[dict]:
 
 
 def named(case: dict) -> tuple[str, str, str]:
-    """Op, shape and dtype of a case."""
+    """The cells that say which case it is: op, shape, dtype."""
     shape = " ".join(v if isinstance(v, str) else f"{k}{v}" for k, v in case["shape"].items())
     return case["op"], shape, case["dtype"]
 
@@ -58,14 +58,17 @@ def row(case: dict, graph: bool = False) -> tuple[str, ...]:
 def table(cases: list[dict]) -> str:
     """One aligned line per case, under one line that says where it ran."""
     where = sorted(set(map(_where, cases)))
-    rows = _rows(cases)
+    return "\n".join([*where, aligned(_rows(cases)), NOTE])
+
+
+def aligned(rows: list[tuple[str, ...]]) -> str:
+    """Rows for a terminal; the first three columns begin at the left."""
     widths = [max(map(len, column)) for column in zip(*rows)]
-    left = {0, 1, 2}
-    lines = [
-        "  ".join(cell.ljust(w) if i in left else cell.rjust(w) for i, (cell, w) in enumerate(zip(r, widths))).rstrip()
+    lines = (
+        "  ".join(cell.ljust(w) if i < 3 else cell.rjust(w) for i, (cell, w) in enumerate(zip(r, widths))).rstrip()
         for r in rows
-    ]
-    return "\n".join([*where, *lines, NOTE])
+    )
+    return "\n".join(lines)
 
 
 def markdown(cases: list[dict]) -> str:
@@ -73,9 +76,14 @@ def markdown(cases: list[dict]) -> str:
     blocks = []
     for where in dict.fromkeys(map(_where, cases)):
         head, *rows = _rows([c for c in cases if _where(c) == where])
-        rows = [head, ("---",) * 3 + ("---:",) * (len(head) - 3), *rows]
-        blocks.append("\n".join([f"{where}:", "", *("| " + " | ".join(cells) + " |" for cells in rows)]))
+        blocks.append(f"{where}:\n\n{piped([head, *rows])}")
     return "\n\n".join([*blocks, f"{NOTE}."])
+
+
+def piped(rows: list[tuple[str, ...]]) -> str:
+    """Rows for Markdown, the first the head; the columns from the fourth on end at the right."""
+    rows = [rows[0], ("---",) * 3 + ("---:",) * (len(rows[0]) - 3), *rows[1:]]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in rows)
 
 
 def _rows(cases: list[dict]) -> list[tuple[str, ...]]:

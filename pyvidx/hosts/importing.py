@@ -31,7 +31,10 @@ def importing(what: str, library: str, install: str = "pyvidx[hosts]") -> Iterat
     except (ImportError, RuntimeError, AttributeError) as error:
         said = " ".join(_said(error))
         if "torchvision" in said and "No module named 'torchvision" not in said:
-            why = torchvision_misfit() or f"torchvision {_version('torchvision')} does not fit {torch.__version__}"
+            why = torchvision_misfit() or (
+                f"torchvision {_version('torchvision')} does not fit torch {torch.__version__}, against its word: "
+                "pip install --force-reinstall torch torchvision"
+            )
             raise RuntimeError(f"{what}: {library} cannot be imported: {why}") from error
         if not isinstance(error, ImportError):
             raise

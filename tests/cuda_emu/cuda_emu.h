@@ -10,7 +10,8 @@
 // blocks are not checked against each other. Not shown: speed, registers, coalescing, bank conflicts, memory order
 // between blocks, inline PTX.
 //
-// PYVIDX_EMU_SMEM=<bytes> is the shared memory of the pretended device, PYVIDX_EMU_LOG=<file> lists the launches.
+// PYVIDX_EMU_SMEM=<bytes>, _SMS=<number> and _CAPABILITY=<70> describe the pretended device. PYVIDX_EMU_LOG=<file>
+// lists the launches; with PYVIDX_EMU_DRY=<n> those of more than n threads are not run.
 #pragma once
 
 #if !defined(__x86_64__)
@@ -24,6 +25,7 @@
 #include <memory>
 #include <tuple>
 #include <type_traits>
+#include <vector>
 
 #include "engine.h"
 
@@ -57,6 +59,20 @@ constexpr int warpSize = 32;
 
 namespace cuemu {
 
+// As a kernel finds its parameters in constant memory: each at the next multiple of its alignment.
+template <typename... Parameters>
+std::vector<unsigned char> parameter_bytes(const std::tuple<Parameters...>& parameters) {
+  std::vector<unsigned char> bytes;
+  const auto add = [&bytes](const auto& parameter) {
+    const size_t at =
+        (bytes.size() + alignof(decltype(parameter)) - 1) / alignof(decltype(parameter)) * alignof(decltype(parameter));
+    bytes.resize(at + sizeof parameter);
+    std::memcpy(bytes.data() + at, &parameter, sizeof parameter);
+  };
+  std::apply([&add](const auto&... parameter) { (add(parameter), ...); }, parameters);
+  return bytes;
+}
+
 template <typename... Parameters, typename... Arguments>
 void launch(const char* name, void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes,
             cudaStream_t stream, Arguments&&... arguments) {
@@ -72,7 +88,8 @@ void launch(const char* name, void (*kernel)(Parameters...), dim3 grid, dim3 blo
     const Context& c = *static_cast<const Context*>(p);
     std::apply(c.kernel, c.parameters);
   };
-  run_grid({name, reinterpret_cast<const void*>(kernel), call, context}, grid, block, shared_bytes, stream);
+  run_grid({name, reinterpret_cast<const void*>(kernel), call, context, parameter_bytes(context->parameters)}, grid,
+           block, shared_bytes, stream);
 }
 
 template <typename T>

@@ -173,6 +173,9 @@ void run_block(dim3 block, Schedule& schedule) {
 void run_grid(const Kernel& kernel, dim3 grid, dim3 block, size_t shared_bytes, const void* stream) {
   check_stream(kernel, stream);
   if (!may_launch(kernel, grid, block, shared_bytes) || captured(kernel, grid, block, shared_bytes)) return;
+  const char* dry = std::getenv("PYVIDX_EMU_DRY");
+  const uint64_t threads = uint64_t(grid.x) * grid.y * grid.z * block.x * block.y * block.z;
+  if (dry != nullptr && threads > std::stoull(dry)) return;
   execute(kernel, grid, block, shared_bytes);
 }
 

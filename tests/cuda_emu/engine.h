@@ -7,6 +7,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <memory>
+#include <vector>
 
 namespace cuemu {
 
@@ -22,6 +23,7 @@ struct Kernel {
   const void* function;
   void (*call)(const void* context);  // runs the kernel for the current thread
   std::shared_ptr<const void> context;
+  std::vector<unsigned char> parameters;
 };
 
 // Runs the grid, or records it during a capture (graphs.cpp). A launch the GPU would refuse sets the error

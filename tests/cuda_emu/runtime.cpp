@@ -45,20 +45,37 @@ cudaError_t last_error = cudaSuccess;
 std::string unchecked;  // the kernel launched since the last cudaGetLastError
 std::map<const void*, size_t> opted_in;
 
-// The pretended device: sm_70 unless PYVIDX_EMU_SMEM says how many bytes.
-size_t device_shared_bytes() {
-  const char* value = std::getenv("PYVIDX_EMU_SMEM");
-  return value != nullptr ? std::stoul(value) : 96 * 1024;
+// A number that describes the pretended device; by default it is a small one of sm_70.
+size_t described(const char* variable, size_t otherwise) {
+  const char* value = std::getenv(variable);
+  return value != nullptr ? std::stoul(value) : otherwise;
 }
 
-void log_launch(const cuemu::Kernel& kernel, dim3 grid, dim3 block, size_t shared_bytes) {
+size_t device_shared_bytes() { return described("PYVIDX_EMU_SMEM", 96 * 1024); }
+
+void (*watcher)(const char*) = nullptr;
+
+void tell_launch(const cuemu::Kernel& kernel, dim3 grid, dim3 block, size_t shared_bytes) {
   const char* path = std::getenv("PYVIDX_EMU_LOG");
-  if (path == nullptr) return;
-  FILE* file = std::fopen(path, "a");
-  if (file == nullptr) throw std::runtime_error(std::string("PYVIDX_EMU_LOG: cannot write ") + path);
-  std::fprintf(file, "%s\tgrid %u %u %u\tblock %u %u %u\tshared %zu\n", kernel.name, grid.x, grid.y, grid.z, block.x,
-               block.y, block.z, shared_bytes);
-  std::fclose(file);
+  if (path == nullptr && watcher == nullptr) return;
+  std::string line(kernel.name);
+  for (const auto& [what, d] : {std::pair("\tgrid", grid), std::pair("\tblock", block)}) {
+    line += what;
+    for (const unsigned size : {d.x, d.y, d.z}) line += " " + std::to_string(size);
+  }
+  line += "\tshared " + std::to_string(shared_bytes);
+  if (path != nullptr) {
+    FILE* file = std::fopen(path, "a");
+    if (file == nullptr) throw std::runtime_error(std::string("PYVIDX_EMU_LOG: cannot write ") + path);
+    std::fprintf(file, "%s\n", line.c_str());
+    std::fclose(file);
+  }
+  if (watcher == nullptr) return;
+  line += "\t" + cuemu::symbol_of(kernel.function) + "\t";
+  for (const unsigned char byte : kernel.parameters) {
+    for (const int digit : {byte >> 4, byte & 15}) line += "0123456789abcdef"[digit];
+  }
+  watcher(line.c_str());
 }
 
 cudaError_t check(const cuemu::Kernel& kernel, dim3 grid, dim3 block, size_t shared_bytes) {
@@ -87,13 +104,19 @@ bool may_launch(const Kernel& kernel, dim3 grid, dim3 block, size_t shared_bytes
   }
   last_error = check(kernel, grid, block, shared_bytes);
   if (last_error != cudaSuccess) return false;
-  log_launch(kernel, grid, block, shared_bytes);
+  tell_launch(kernel, grid, block, shared_bytes);
   return true;
 }
 
 void forget_launch() { unchecked.clear(); }
 
 }  // namespace cuemu
+
+// For pyvidx.bench.traces, through ctypes: called at every launch, before it runs, with one line: what PYVIDX_EMU_LOG
+// gets, the mangled name of the kernel, and its parameters, byte by byte.
+extern "C" __attribute__((visibility("default"))) void cuemu_watch(void (*callback)(const char*)) {
+  watcher = callback;
+}
 
 cudaError_t cudaGetLastError() {
   unchecked.clear();
@@ -127,16 +150,16 @@ cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
       *value = int(kNoOptIn);
       return cudaSuccess;
     case cudaDevAttrMultiProcessorCount:
-      *value = 2;  // small, so that grid-stride loops do loop
+      *value = int(described("PYVIDX_EMU_SMS", 2));  // small, so that grid-stride loops do loop
       return cudaSuccess;
     case cudaDevAttrMaxThreadsPerBlock:
       *value = 1024;
       return cudaSuccess;
     case cudaDevAttrComputeCapabilityMajor:
-      *value = 7;
+      *value = int(described("PYVIDX_EMU_CAPABILITY", 70) / 10);
       return cudaSuccess;
     case cudaDevAttrComputeCapabilityMinor:
-      *value = 0;
+      *value = int(described("PYVIDX_EMU_CAPABILITY", 70) % 10);
       return cudaSuccess;
     default:
       return cudaErrorInvalidValue;

@@ -101,6 +101,7 @@ Module read_module(const char* path, char* base) {
 }
 
 struct Shared {
+  std::string symbol;
   std::vector<Variable> own, of_device_functions;
 };
 
@@ -118,6 +119,7 @@ const Shared& shared_of(const void* kernel) {
   const auto name = module.functions.find(kernel);
   if (name == module.functions.end()) throw std::runtime_error("cuda_emu: kernels belong into pyvidx::cuda");
   Shared shared;
+  shared.symbol = "_Z" + name->second;
   for (const Variable& v : module.shared) {
     if (starts_with(v.name, (name->second + "E").c_str())) {
       shared.own.push_back(v);
@@ -132,6 +134,8 @@ const Shared& shared_of(const void* kernel) {
 void fill(char* p, size_t size) { asm volatile("rep stosb" : "+D"(p), "+c"(size) : "a"(0xff) : "memory"); }
 
 }  // namespace
+
+const std::string& symbol_of(const void* kernel) { return shared_of(kernel).symbol; }
 
 size_t static_shared_bytes(const void* kernel) {
   size_t bytes = 0;

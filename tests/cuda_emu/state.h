@@ -85,6 +85,8 @@ std::string text(uint3 index);
 void to_main(bool for_good);  // leave the current fiber
 void thread_returns();        // the kernel is done in the current fiber
 
+// The mangled name of a kernel. (shared_memory.cpp)
+const std::string& symbol_of(const void* kernel);
 // Bytes of the kernel's own static __shared__ variables. (shared_memory.cpp)
 size_t static_shared_bytes(const void* kernel);
 // Fill the static __shared__ variables of the kernel and of device functions with NaN bits. (shared_memory.cpp)
