@@ -73,7 +73,7 @@ def define(
 
 
 def _refusing(call: Callable[..., Any]) -> Callable[..., Any]:
-    """The call, whose refusals ("op: what must hold, ...") are ValueErrors, as they are with older versions of torch."""
+    """The call, whose refusals ("op: what must hold, ...") are ValueErrors, as with older versions of torch."""
 
     def refusing(*args):
         if torch.compiler.is_compiling():
