@@ -140,4 +140,4 @@ def test_a_command_parses(line, tmp_path, monkeypatch):
         path = ROOT / words[2].replace(".", "/")
         assert path.with_suffix(".py").exists() or path.is_dir() or words[2] == "pytest", line
     else:  # of other programs, and of the shell
-        assert words[0] in ("cmake", "apt-get", "python3", "python", "export", "$CUDA_HOME/bin/nvcc"), line
+        assert words[0] in ("cmake", "apt-get", "pip-audit", "python3", "python", "export", "$CUDA_HOME/bin/nvcc"), line
