@@ -21,8 +21,8 @@ KEPT = ("ms", "copy_ms", "floor_share", "vs_eager")
 # One value of each parameter of a bench, but for T and what makes another op of it.
 WANTED = {"model": ("l14",), "B": (1,), "T": (8, 64), "M": (20,), "masked": (False,), "name": ("360p",), "n": (32,),
           "rows": (8,), "with_bias": (False,), "dtype": (torch.float32, torch.bfloat16)}  # fmt: skip
-# Whether a call's output is of new pages, one fault per 4 KiB, depends on its size alone, not on what ran before it.
-MALLOC = {"MALLOC_MMAP_THRESHOLD_": str(32 << 20), "MALLOC_TRIM_THRESHOLD_": str(1 << 30)}
+# Freed memory is kept, of any size: an output of new pages, one fault per 4 KiB, takes three times as long as its op.
+MALLOC = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str((1 << 31) - 1)}
 
 
 class Walk:

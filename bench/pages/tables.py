@@ -53,10 +53,11 @@ def levels() -> list[str]:
     if level is not None:
         pairs = [(report.named(row), row["at"]["before"], row["at"][level]) for row in rows]
         lines = [
-            [*name, *(f"{at['ms']:.2f}, {at['floor_share']:.2f}" for at in (old, new)), f"{new['ms'] / old['ms']:.2f}"]
+            [*name, *(f"{at['ms']:.2f}, {at['floor_share']:.2f}" for at in (old, new)),
+             f"{old['floor_share'] / new['floor_share']:.2f}"]
             for name, old, new in pairs
-        ]
-        head = ["op", "shape", "dtype", "before: ms, share", "now: ms, share", "time now / before"]
+        ]  # fmt: skip
+        head = ["op", "shape", "dtype", "before: ms, share", "now: ms, share", "now / before, each over its copy"]
         parts += [f"## {level}, before and now\n", table(head, lines)]
     return parts
 
