@@ -8,6 +8,10 @@ PYTHON=${PYTHON:-python3}
 venv=.venv/bin/python
 extras=${EXTRAS:-video,hosts,cli,train,test,docs}
 
+if [ -n "${WHEEL:-}" ] && [ ! -f "$WHEEL" ]; then
+  echo "pyvidx: WHEEL must be a file, got $WHEEL" >&2
+  exit 1
+fi
 [ -x $venv ] || "$PYTHON" -m venv .venv
 constraints=()
 if ! $venv -c 'import torch' 2>/dev/null; then

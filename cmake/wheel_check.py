@@ -8,14 +8,15 @@ One environment per pair of --pythons and --torch (the lists go side by side; "n
     info    pyvidx info: every op has its kernel, or (pure wheel) runs its reference and says so
     ops     tests/ops against the installed wheel
     demo    pyvidx demo
-    hosts   tests/hosts with each transformers of --transformers; before 5.20, which takes no encoded video, the
-            tests of its towers and language models, and that it is refused where encoded video is to be taken
+    hosts   tests/hosts with each transformers of --transformers; before 5.20.2, which does not take the
+            encoded video of every model, the tests of its towers and language models, and that it is refused
     floor   with --floor, in the first environment: the oldest version of every package that pyproject.toml allows, and
             the tests of files, video, encoding and one host
 
 FILE.json (bench/results) is written after every step: a row for each wheel, Python and torch, in the place of an older
 one. Its table is printed, and docs/cases/wheels.md has it (python -m bench.pages). An environment of a CUDA torch takes
-several GB: --envs names the folder, and they are removed one by one but for --keep.
+several GB: --envs names the folder, and they are removed one by one but for --keep. The exit status is 1 where a step
+failed or an environment could not be made; a Python that is not at hand is told and left out.
 """
 
 import argparse
@@ -153,9 +154,11 @@ def check(environment: Environment, wheel: Path, row: dict, options, floor: bool
     for version in options.transformers:
         path = "" if version == "newest" else str(environment.folder / f"transformers-{version}")
         if path and not Path(path).exists():
-            pip("--target", path, f"transformers=={version}")
+            if not step(f"hosts {version}: install", partial(pip, "--target", path, f"transformers=={version}")):
+                shutil.rmtree(path, ignore_errors=True)
+                continue
         have = environment.version("transformers", path)
-        takes_encoded = tuple(map(int, have.split(".")[:2])) >= (5, 20)
+        takes_encoded = tuple(map(int, re.findall(r"\d+", have)[:3])) >= (5, 20, 2)
         names = HOSTS if takes_encoded else BEFORE_ENCODED
         step(f"hosts {have}", partial(environment.tests, [*names, *sample], path))
     if floor:
@@ -185,13 +188,15 @@ def main() -> int:
     parser.add_argument("--keep", action="store_true", help="leave the environments")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
+    if len(options.pythons) != len(options.torch):
+        parser.error(f"--pythons and --torch go side by side, got {len(options.pythons)} and {len(options.torch)}")
     found = [w for given in options.wheels for w in (sorted(given.rglob("*.whl")) if given.is_dir() else [given])]
     wheels = sorted(found, key=lambda wheel: kind(wheel) != "pure")  # the last is the floor's, whose packages stay
     out = options.out or ROOT / f"bench/results/wheels-{datetime.date.today()}.json"
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, text=True, capture_output=True).stdout
     results = json.loads(out.read_text()) if out.exists() else {"rows": []}
     results["sample"] = options.sample
-    first = True
+    first, rows, unmade = True, [], 0
     for version, torch in zip(options.pythons, options.torch):
         if (python := interpreter(version)) is None:
             print(f"Python {version}: not at hand", file=sys.stderr)
@@ -203,6 +208,7 @@ def main() -> int:
         well, said = environment.pip("-U", wanted, *packages, "torchvision", *TOOLS)
         if not well:
             print(f"Python {version}, torch {torch}: {said[-2000:]}", file=sys.stderr)
+            unmade += 1
             continue
         if not environment.run([environment.python, "-c", "import torchvision"], 300)[0]:
             environment.run([environment.python, "-m", "pip", "uninstall", "-qy", *NEED_VISION], 300)
@@ -210,6 +216,7 @@ def main() -> int:
             print(f"{wheel.name}, Python {version}, torch {torch}", flush=True)
             row = {"kind": kind(wheel), "python": version, "torch": torch, "wheel": wheel.name,
                    "bytes": wheel.stat().st_size, "commit": commit.strip(), "steps": {}}  # fmt: skip
+            rows.append(row)
             results["rows"] = [r for r in results["rows"] if not same(r, row)] + [row]
             floor = options.floor and first and wheel == wheels[-1]
             check(environment, wheel, row, options, floor, partial(write_json, out, results, indent=1))
@@ -217,7 +224,7 @@ def main() -> int:
         if not options.keep:
             shutil.rmtree(environment.folder)
     print(table(results))
-    return 0 if results["rows"] and all(s["ok"] for row in results["rows"] for s in row["steps"].values()) else 1
+    return 0 if rows and not unmade and all(s["ok"] for row in rows for s in row["steps"].values()) else 1
 
 
 if __name__ == "__main__":

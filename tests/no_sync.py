@@ -174,7 +174,7 @@ def test_functions_of_a_clip(call):
 @pytest.mark.parametrize("lengths", [(5, 5), (5, 2)])
 def test_what_hosts_keep(name, capacity, options, lengths):
     """Encoded chunks to features for the language model; where the placeholders are was asked for before."""
-    pytest.importorskip("transformers", minversion="5.20", reason="pip install 'pyvidx[hosts]'")
+    pytest.importorskip("transformers", minversion="5.20.2", reason="pip install 'pyvidx[hosts]'")
     from pyvidx.hosts.compress import kept
     from pyvidx.hosts.language import Place, host_of
     from pyvidx.hosts.language.kept import method

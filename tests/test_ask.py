@@ -10,7 +10,7 @@ import threading
 import pytest
 import torch
 
-pytest.importorskip("transformers", minversion="5.20", reason="pip install 'pyvidx[hosts]'")
+pytest.importorskip("transformers", minversion="5.20.2", reason="pip install 'pyvidx[hosts]'")
 av = pytest.importorskip("av", reason="pip install 'pyvidx[video]'")
 
 from tests.torchvision_shim import mend_torchvision  # noqa: E402

@@ -8,7 +8,7 @@ from types import ModuleType, SimpleNamespace
 import pytest
 import torch
 
-pytest.importorskip("transformers", minversion="5.20", reason="pip install 'pyvidx[hosts]'")
+pytest.importorskip("transformers", minversion="5.20.2", reason="pip install 'pyvidx[hosts]'")
 
 from pyvidx.data import motion  # noqa: E402
 from pyvidx.eval.watch import Watcher, until  # noqa: E402

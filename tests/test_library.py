@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -84,6 +85,34 @@ def test_strict_refuses_references():
     run = python(USE, PYVIDX_OPS_LIBRARY="/nowhere/_ops.so", PYVIDX_STRICT="1")
     assert run.returncode != 0
     assert "token_gather: PYVIDX_STRICT=1" in run.stderr and "/nowhere/_ops.so does not exist" in run.stderr
+
+
+def test_refusals_are_value_errors_where_torch_tells_no_types():
+    def raising(error):
+        def call(*args):
+            raise error
+
+        return _library._refusing(call)
+
+    for text in ("memory_merge_: bank is written: no two of its elements may share memory",
+                 "gated_fusion: pair needs an even number of frames", "memory bank: B * T * N must be below 2^31",
+                 "memory_scan_: M is too large for shared memory", "st_pool: unsupported dtype int8"):  # fmt: skip
+        with pytest.raises(ValueError, match=re.escape(text)):
+            raising(RuntimeError(text))()
+    for error in (RuntimeError("pyvidx: torch could not make a tensor; is it out of memory? It must be"),
+                  RuntimeError("pyvidx::st_pool: PYVIDX_STRICT=1 and it must be a kernel"),
+                  RuntimeError("st_pool_kernel: a launch has at most 3 blocks, got 4"), IndexError("st_pool: must"),
+                  NotImplementedError("st_pool: must")):  # fmt: skip
+        with pytest.raises(type(error)) as caught:
+            raising(error)()
+        assert caught.value is error
+
+
+def test_ops_are_refused_by_their_names():
+    """By these names a refusal is told from other errors."""
+    texts = [path.read_text() for path in ROOT.joinpath("csrc/torch").glob("*.cpp")]
+    named = {name for text in texts for name in re.findall(r'\bCheck(?: \w+)?\("(\w+)"', text)}
+    assert len(named) > 10 and named <= {*_library.REFERENCES}
 
 
 def test_strict_allows_kernels():

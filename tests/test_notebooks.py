@@ -8,7 +8,7 @@ nbformat = pytest.importorskip("nbformat", reason="pip install 'pyvidx[docs]'")
 nbclient = pytest.importorskip("nbclient", reason="pip install 'pyvidx[docs]'")
 pytest.importorskip("ipykernel", reason="pip install 'pyvidx[docs]'")
 pytest.importorskip("av", reason="pip install 'pyvidx[video]'")
-pytest.importorskip("transformers", minversion="5.20", reason="pip install 'pyvidx[hosts]'")
+pytest.importorskip("transformers", minversion="5.20.2", reason="pip install 'pyvidx[hosts]'")
 
 ROOT = Path(__file__).parents[1]
 MEND = "from tests.torchvision_shim import mend_torchvision\nmend_torchvision()"

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from pyvidx.bench import cases, cubin, execution, known, model, operands, predict, sass, semantics, tables
+from pyvidx.cli.bench import main
 
 ROOT = Path(__file__).parents[1]
 GPUS = {gpu.name: gpu for gpu in model.gpus()}
@@ -108,6 +109,33 @@ def test_predicates_in_a_register(name, file, register):
     assert (warp.file[register][4] == 0xF4).all(), "of the mask's three, that which is set; the rest as it was"
 
 
+def test_what_numbers_become():
+    launch = execution.Launch("sum_kernel", (1, 1, 1), (32, 1, 1), 0, bytes(24))
+    warp = execution.Block(execution.Program(small(70), 70), launch, 0, Recorded(), {}).warps[0]
+    given = torch.tensor([1.0, 1 + 2**-8, 1 + 3 * 2**-8, -(1 + 2**-8 + 2**-20), 3e38, float("inf"), float("nan"), 0.0])
+    warp.file["R"][1], warp.file["R"][2] = given.repeat(4).numpy().view(np.uint32), np.float32(2).view(np.uint32)
+
+    def done(opcode, *operands):
+        semantics.build(opcode, list(operands))(warp, warp.alive)
+        return warp.file["R"][3][: len(given)].copy()
+
+    halves = torch.from_numpy(done("F2FP.BF16.PACK_AB", "R3", "RZ", "R1").astype(np.uint16)).view(torch.bfloat16)
+    assert torch.equal(halves.nan_to_num(7), given.bfloat16().nan_to_num(7)), "of two that are as near the even one"
+    least = done("FMNMX", "R3", "R1", "R2", "PT").view(np.float32)
+    assert np.array_equal(least, torch.fmin(given, torch.tensor(2.0)).numpy()), "NaN is passed over"
+    assert np.isnan(done("FMNMX.NAN", "R3", "R1", "R2", "PT").view(np.float32)[6])
+
+
+def test_lanes_that_wait_for_each_other():
+    launch = execution.Launch("sum_kernel", (1, 1, 1), (32, 1, 1), 0, bytes(24))
+    block = execution.Block(execution.Program(small(70), 70), launch, 0, Recorded(), GPUS["V100"].latency)
+    warp = block.warps[0]
+    first = np.arange(32) == 0
+    warp.groups, warp.waiting = {}, {"BAR": (1, first), "B0": (1, ~first)}
+    with pytest.raises(RuntimeError, match="sum_kernel: lanes wait for each other at BAR, B0"):
+        block.run()
+
+
 def test_an_unknown_instruction_is_named():
     kernel = small(90)
     kernel.instructions[3].opcode = "TENSORMAGIC.X"
@@ -199,6 +227,10 @@ def test_every_op_of_gpu_check_is_predicted():
     assert len({*names}) == len(names)
     with pytest.raises(ValueError, match="no case has nothing in its name; they are temporal_attention"):
         predict.chosen(["nothing"])
+    (one,) = predict.chosen(["st_pool T=8"])  # words as a whole: not "T=80"
+    with pytest.raises(ValueError, match="no case has st_pool T=10 in"):
+        predict.chosen(["st_pool T=10"])
+    assert one.arguments["T"] == 8
 
 
 # ---- what is committed ----
@@ -213,6 +245,16 @@ def test_the_page_is_what_the_committed_predictions_give():
     )
     asked = [*cases.PAPERS, *known.simulated_cases()]
     assert [t["case"] for t in traces] == [dataclasses.asdict(a) for a in asked], "predict --json anew"
+
+
+def test_what_is_read_is_chosen(capsys, tmp_path):
+    main(["predict", "--read", str(COMMITTED), "--arch", "90", "--cases", "token_gather B=1"])
+    shown = capsys.readouterr().out.split("Against")[0]
+    assert shown.count("token_gather") == 2 and "st_pool" not in shown, "on H100 and H200"
+    for text in ('{"traces": [{"op": "st_pool"}]}', '{"traces": [{"case": {"size": 1}}]}', '{"traces": 3}', "{}"):
+        (tmp_path / "other.json").write_text(text)
+        with pytest.raises(ValueError, match="must be what --json wrote"):
+            predict.load(tmp_path / "other.json")
 
 
 def test_against_the_simulator():
@@ -232,6 +274,10 @@ def test_measured_results_are_compared(tmp_path):
     )
     (tmp_path / "emulated.json").write_text(json.dumps({"gpu": "emulated", "cases": [case]}))
     (tmp_path / "cpu.json").write_text(json.dumps({"benchmarks": []}))
+    for other in ("NVIDIA H100 PCIe", "NVIDIA H100 NVL", "NVIDIA H200 MIG 1g.18gb", "NVIDIA GH200 480GB",
+                  "NVIDIA A100-SXM4-40GB"):  # fmt: skip
+        (tmp_path / f"{other}.json").write_text(json.dumps({"gpu": other, "steps": [], "cases": [case]}))
+    assert {m["gpu"] for m in known.measurements(tmp_path)} == {"H200"}
     (row,) = known.against_measurements(predict.load(COMMITTED), [
         m for m in known.measurements(tmp_path) if m["op"] == one["op"]
     ])[:1]  # fmt: skip

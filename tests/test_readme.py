@@ -72,7 +72,7 @@ def given(tmp_path_factory):
                                       num_attention_heads=2, bos_token_id=1, eos_token_id=2)  # fmt: skip
     names = {"causal_lm": transformers.LlamaForCausalLM(config), "tokenizer": tokenizer()}
     names |= {"bert_tokenizer": tokenizer(bos=False)}
-    pytest.importorskip("transformers", minversion="5.20", reason="docs hand videos to language models")
+    pytest.importorskip("transformers", minversion="5.20.2", reason="docs hand videos to language models")
     from tests.hosts.chats import PROCESSORS
     from tests.hosts.tiny import entries
 
@@ -140,4 +140,4 @@ def test_a_command_parses(line, tmp_path, monkeypatch):
         path = ROOT / words[2].replace(".", "/")
         assert path.with_suffix(".py").exists() or path.is_dir() or words[2] == "pytest", line
     else:  # of other programs, and of the shell
-        assert words[0] in ("cmake", "apt-get", "python3", "python", "export", "$CUDA_HOME/bin/nvcc"), line
+        assert words[0] in ("cmake", "apt-get", "pip-audit", "python3", "python", "export", "$CUDA_HOME/bin/nvcc"), line

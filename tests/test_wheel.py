@@ -4,6 +4,7 @@ cmake/wheel_check.py does it with packages that are installed anew, for every Py
 linked to.
 """
 
+import argparse
 import os
 import subprocess
 import sys
@@ -40,6 +41,43 @@ def installed(wheels, tmp_path_factory):
         well, said = made[kind].pip("--no-deps", str(wheels[kind]))
         assert well, said
     return made
+
+
+@pytest.mark.parametrize("version, names", [("5.20.1", wheel_check.BEFORE_ENCODED), ("5.20.2", wheel_check.HOSTS)])
+def test_each_transformers_has_its_tests(version, names):
+    """One that cannot be installed has none: they would be those of the version that is there."""
+    ran = []
+
+    class Environment:
+        folder = Path("/nowhere")
+
+        def pip(self, *packages):
+            return packages[-1] != "transformers==5.0.0", "no such version"
+
+        def version(self, package, path=""):
+            return version
+
+        def tests(self, names, path=""):
+            ran.append((path, names))
+            return True, "1 passed"
+
+        def info(self, pure):
+            return True, ""
+
+        def demo(self):
+            return True, ""
+
+    row, options = {"steps": {}}, argparse.Namespace(sample=None, transformers=["5.0.0", version])
+    wheel_check.check(Environment(), Path("pyvidx-1-py3-none-any.whl"), row, options, False, lambda: None)
+    assert not row["steps"]["hosts 5.0.0: install"]["ok"]
+    assert ran[1:] == [(f"/nowhere/transformers-{version}", names)] and row["steps"][f"hosts {version}"]["ok"]
+
+
+def test_pythons_and_torchs_go_side_by_side(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["wheel_check.py", "--pythons", "3.10", "3.11", "--torch", "newest"])
+    with pytest.raises(SystemExit):
+        wheel_check.main()
+    assert "--pythons and --torch go side by side, got 2 and 1" in capsys.readouterr().err
 
 
 def test_the_audit(wheels):

@@ -12,8 +12,9 @@ tree, and runs there what a stranger would:
 
 * **info**: `pyvidx info` finds a kernel for every op; in the pure wheel none, and says so.
 * **ops**: the tests of all ops. **demo**: `pyvidx demo`.
-* **hosts**: the tests of language models with that version of transformers. Versions before 5.20 take no encoded video.
-  There the towers and language models are tested, and that pyvidx refuses with the version that it needs.
+* **hosts**: the tests of language models with that version of transformers. Versions before 5.20.2 do not take
+  the encoded video of every model. There the towers and language models are tested, and that pyvidx refuses with the
+  version that it needs.
 * **floor**: the oldest version of every package that pyproject.toml allows.
 
 No GPU was in this machine: a wheel with CUDA kernels ran on its CPU kernels. A dash is a step that was not run.

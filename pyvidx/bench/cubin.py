@@ -75,7 +75,8 @@ def compiled(symbol: str, arch: int) -> Compiled:
     cuda_check, ptxas = tools()
     text = source_of(symbol)
     headers = cuda_check.text_of(ROOT / "csrc/include/pyvidx/view.h")
-    key = [symbol, str(arch), text, headers, *DISASSEMBLE, *cuda_check.NVRTC_PACKAGES]
+    how = [*DISASSEMBLE, *cuda_check.nvrtc_flags(str(arch)), *cuda_check.NVRTC_PACKAGES]
+    key = [symbol, str(arch), text, headers, *how]
     path = CACHE / f"{hashlib.sha256(chr(10).join(key).encode()).hexdigest()[:24]}.json"
     name = ptxas.demangle([symbol])[0]
     if not path.exists():

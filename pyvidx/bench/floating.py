@@ -53,7 +53,9 @@ def fsel(more, o):
 
 def fmnmx(more, o):
     write, a, b, p = writer(o[0]), real(o[1]), real(o[2]), predicate(o[3])
-    return lambda w, m: write(w, m, np.where(p(w), np.minimum(a(w), b(w)), np.maximum(a(w), b(w))).view(U32))
+    # Of a number and NaN the number, unless NaN is asked for.
+    least, most = (np.minimum, np.maximum) if "NAN" in more else (np.fmin, np.fmax)
+    return lambda w, m: write(w, m, np.where(p(w), least(a(w), b(w)), most(a(w), b(w))).view(U32))
 
 
 def floats(o, function):
@@ -76,7 +78,7 @@ def half_constant(o):
     if not (o[1].endswith("RZ") and o[2].endswith("RZ")) or len(o) < 5:
         return None
     try:
-        high, low = (np.float16(FLOATS.get(x) if x in FLOATS else float(x)) for x in o[3:5])
+        high, low = (np.float16(FLOATS[x] if x in FLOATS else float(x)) for x in o[3:5])
     except ValueError:
         return None
     value = np.array([int(high.view(np.uint16)) << 16 | int(low.view(np.uint16))], U32)
@@ -153,7 +155,9 @@ def f2fp(more, o):
     def bits(x):
         if half:
             return x.astype(np.float16).view(np.uint16).astype(U32)
-        return (x.astype(F32).view(U32) + U32(0x8000)) >> U32(16)
+        whole = x.astype(F32).view(U32)
+        rounded = whole + U32(0x7FFF) + (whole >> U32(16) & U32(1))  # to the nearest, of two the even one
+        return np.where(np.isnan(x), U32(0x7FFF), rounded >> U32(16))
 
     return lambda w, m: write(w, m, bits(read[0](w)) << U32(16) | bits(read[1](w)))
 

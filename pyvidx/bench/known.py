@@ -2,12 +2,15 @@
 
 import dataclasses
 import json
+import re
 from pathlib import Path
 
 from pyvidx.bench import cubin, model
 from pyvidx.bench.cases import Asked
 from pyvidx.data.tables import read_json
 
+# Other GPUs, or parts of one, have these in their names beside a name of gpus.json.
+OTHERS = re.compile(r"PCIE|NVL|MIG|40GB")
 SIMULATED = Path(__file__).with_name("v100_simulated.json")
 RESULTS = cubin.ROOT / "bench/results"
 
@@ -16,7 +19,8 @@ def simulated() -> tuple[str, model.Gpu, list[dict]]:
     """What the figures are, the GPU they are of, and the cases with their "us" and "share"."""
     data = json.loads(SIMULATED.read_text())
     change = dict(data["gpu"])
-    whole = next(g for g in model.gpus() if g.name == change.pop("of"))
+    of = change.pop("of")
+    whole = next(g for g in model.gpus() if g.name == of)
     return data["about"], dataclasses.replace(whole, **change), data["cases"]
 
 
@@ -50,8 +54,9 @@ def measurements(folder: Path = RESULTS) -> list[dict]:
         data = read_json(path)
         if not isinstance(data, dict) or not isinstance(data.get("gpu"), str) or "cases" not in data:
             continue
-        gpu = next((name for name in names if name in data["gpu"].upper()), None)
-        if gpu is None:  # the emulator, or a GPU that is not predicted
+        called = data["gpu"].upper()
+        gpu = next((name for name in names if re.search(rf"\b{name}\b", called)), None)
+        if gpu is None or OTHERS.search(called):  # the emulator, or a GPU that is not predicted
             continue
         for case in data["cases"]:
             if not {"op", "shape", "dtype", "ms", "copy_ms"} <= {*case}:

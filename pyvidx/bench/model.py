@@ -1,4 +1,4 @@
-"""The time of a launch from what its blocks do: the largest of four limits, and what a launch costs by itself.
+"""The time of a launch from what its blocks do: three limits, joined, and what a launch costs by itself.
 
 For a launch of N blocks on a GPU of S multiprocessors, which hold R of its blocks each (registers, shared memory,
 warps):
@@ -10,7 +10,7 @@ warps):
 
 A copy of the same bytes takes launch + bandwidth alone. The limit that is named is the largest; "tail" where that is
 issue or latency and these would be a quarter smaller if the blocks could be divided evenly; "launches" where those
-beyond the first cost more than half of what a copy has saved.
+after the first cost more than half of the time by which a copy is faster.
 """
 
 import json

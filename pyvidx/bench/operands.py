@@ -34,7 +34,7 @@ def integer(text: str, wide: bool = False) -> Callable:
     """A function of the warp: the operand's 32 (wide: 64) bits, of all lanes or, from what is uniform, of one."""
     if found := _REGISTER.match(text):
         sign, absolute, file, index, more = found.groups()
-        file, index = file, _index(index)
+        index = _index(index)
         if wide or ".64" in more:
             bits = lambda w: w.file[file][index].astype(U64) | w.file[file][index + (index != 255)].astype(U64) << SHIFT  # noqa: E731
             negative = lambda x: U64(0) - x  # noqa: E731
@@ -167,7 +167,7 @@ def address(text: str, wide: bool) -> Callable:
     if not inner:
         raise Unknown(f"address {text}")
     parts = []
-    for part in inner[1].replace("+-", "+ -").split("+"):
+    for part in inner[1].split("+"):
         part = part.strip()
         register = _PART.match(part)
         if register:

@@ -17,12 +17,13 @@ ABOUT = "predicted, not measured: what the launches of the bench cases do, by th
 
 
 def chosen(patterns: Iterable[str], cases: Iterable[Asked] = PAPERS) -> list[Asked]:
-    """The cases of which any pattern is a part: "temporal_attention", "st_pool T=8", ...; all without a pattern.
+    """The cases that have all words of any pattern in their name: "temporal_attention", "st_pool T=8", ...; all without
+    a pattern.
 
     Raises:
         ValueError: there is none.
     """
-    found = [c for c in cases if not patterns or any(all(word in name_of(c) for word in p.split()) for p in patterns)]
+    found = [c for c in cases if not patterns or any({*p.split()} <= {*name_of(c).split()} for p in patterns)]
     if not found:
         raise ValueError(
             f"predict: no case has {' or '.join(patterns)} in its name; they are {'; '.join(map(name_of, cases))}"
@@ -36,7 +37,9 @@ def name_of(asked: Asked) -> str:
     return " ".join(filter(None, (asked.module.removeprefix("bench_"), kind, told)))
 
 
-def traced(cases: list[Asked], archs: list[int], *, samples: int = 3, seen: Callable[[str], None] | None = None):
+def traced(
+    cases: list[Asked], archs: list[int], *, samples: int = 3, seen: Callable[[str], None] | None = None
+) -> list[dict]:
     """What the launches of the cases do, from their SASS.
 
     Args:
@@ -49,26 +52,25 @@ def traced(cases: list[Asked], archs: list[int], *, samples: int = 3, seen: Call
     """
     cubin.check_tools()
     library = emulator()
-    latency = {str(gpu.arch): gpu.latency for gpu in model.gpus()}
-    given = {"cases": [dataclasses.asdict(c) for c in cases], "archs": archs, "latency": latency, "samples": samples}
-    process = subprocess.Popen(
+    given = {"cases": [dataclasses.asdict(c) for c in cases], "archs": archs, "samples": samples}
+    traces, errors = [], []
+    with subprocess.Popen(
         [sys.executable, "-W", "ignore", "-m", "pyvidx.bench.traces", library], cwd=ROOT, text=True,
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment(),
-    )  # fmt: skip
-    traces, errors = [], []
-    process.stdin.write(json.dumps(given))
-    process.stdin.close()
-    for asked, line in zip(cases, process.stdout):
-        found = json.loads(line)
-        if "error" in found:
-            errors.append(f"{name_of(asked)}: {found['error']}")
-        else:
-            traces.append({"case": dataclasses.asdict(asked), **found["result"]})
-        if seen is not None:
-            seen(name_of(asked))
+    ) as process:  # fmt: skip
+        process.stdin.write(json.dumps(given))
+        process.stdin.close()
+        for asked, line in zip(cases, process.stdout):
+            found = json.loads(line)
+            if "error" in found:
+                errors.append(f"{name_of(asked)}: {found['error']}")
+            else:
+                traces.append({"case": dataclasses.asdict(asked), **found["result"]})
+            if seen is not None:
+                seen(name_of(asked))
     if errors:
         raise RuntimeError("\n".join(errors))
-    if process.wait() != 0 or len(traces) < len(cases):
+    if process.returncode != 0 or len(traces) < len(cases):
         raise RuntimeError("predict: the process that traces has ended early; what it said is above")
     return traces
 
@@ -100,14 +102,20 @@ def rows(traces: list[dict], gpus: list[model.Gpu]) -> list[dict]:
     ]
 
 
-def load(path: Path) -> list[dict]:
-    """The traces that `predict --json` wrote.
+def load(path: Path, patterns: Iterable[str] = ()) -> list[dict]:
+    """The traces that `predict --json` wrote, of the chosen cases.
 
     Raises:
+        OSError: it cannot be opened.
         ValueError: the file holds none.
     """
-    data = read_json(path, dict)
-    traces = data.get("traces")
-    if not isinstance(traces, list) or not all(isinstance(t, dict) and {"op", "case", "archs"} <= {*t} for t in traces):
+    traces = read_json(path, dict).get("traces")
+    try:
+        cases = [Asked(**t["case"]) for t in traces]
+        whole = all({"op", "shape", "dtype", "bytes", "archs"} <= {*t} for t in traces)
+    except (TypeError, KeyError):
+        whole = False
+    if not whole:
         raise ValueError(f"predict: {path} must be what --json wrote, got no traces")
-    return traces
+    kept = chosen(patterns, cases)
+    return [t for t, asked in zip(traces, cases) if asked in kept]

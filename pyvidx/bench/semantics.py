@@ -98,7 +98,7 @@ def _shfl(more, o):
         bound, segment = c & 31, c >> 8 & 31
         top = (lane & segment) | (bound & ~segment)
         if kind == "IDX":
-            source, ok = (b & ~segment) | (lane & segment), None
+            source = (b & ~segment) | (lane & segment)
             ok = source <= top
         elif kind == "UP":
             source = lane - b

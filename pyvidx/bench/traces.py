@@ -1,4 +1,4 @@
-"""python -m pyvidx.bench.traces LIBRARY ARCHS < cases > traces: what the launches of bench cases do, without a GPU.
+"""python -m pyvidx.bench.traces LIBRARY < what is asked > traces: what the launches of bench cases do, without a GPU.
 
 A case is set up with the kernels of the CPU. Then, in a process of its own, the library of the emulator takes their
 place, which lists launches with their grids and parameters and runs but the smallest of them (tables for the others);
@@ -18,11 +18,9 @@ import warnings
 
 import torch
 
-from pyvidx.bench import cubin, execution
+from pyvidx.bench import cubin, execution, model
 from pyvidx.bench.cases import Asked
 from pyvidx.bench.execution import Launch
-
-DEVICES = {70: (80, 96 << 10), 80: (108, 163 << 10), 90: (132, 227 << 10)}  # multiprocessors, shared memory of a block
 
 SMALL = 1 << 10  # threads of a launch that is run
 
@@ -43,10 +41,10 @@ def made(asked: Asked):
     return function(**arguments)
 
 
-def each_launch(library: str, run, arch: int, seen) -> None:
+def each_launch(library: str, run, gpu: model.Gpu, seen) -> None:
     """Call seen(launch) at each launch of one call, on a pretended GPU of this kind."""
-    sms, shared = DEVICES[arch]
-    told = {"DRY": SMALL, "SMS": sms, "SMEM": shared, "CAPABILITY": arch}
+    of_block = gpu.shared_kb * 1024 - gpu.shared_reserved
+    told = {"DRY": SMALL, "SMS": gpu.sms, "SMEM": of_block, "CAPABILITY": gpu.arch}
     os.environ.update({f"PYVIDX_EMU_{name}": str(value) for name, value in told.items()})
     errors = []
 
@@ -74,21 +72,22 @@ def launch_of(line: str) -> Launch:
     return Launch(symbol, *three, int(shared.split()[1]), bytes.fromhex(parameters))
 
 
-def trace(library: str, case, archs: list[int], latencies: dict[str, dict[str, float]], samples: int) -> dict:
-    """For each architecture, its launches with what they do."""
+def trace(library: str, case, archs: list[int], samples: int) -> dict:
+    """For each architecture, its launches with what they do, on its first GPU."""
     found = {str(arch): [] for arch in archs}
 
-    def seen(launch: Launch, arch: int) -> None:
-        code = cubin.compiled(launch.kernel, arch)
-        counts = execution.run(execution.Program(code.kernel, arch), launch, latencies[str(arch)], samples)
-        found[str(arch)].append({
+    def seen(launch: Launch, gpu: model.Gpu) -> None:
+        code = cubin.compiled(launch.kernel, gpu.arch)
+        counts = execution.run(execution.Program(code.kernel, gpu.arch), launch, gpu.latency, samples)
+        found[str(gpu.arch)].append({
             "kernel": launch.kernel, "blocks": launch.blocks, "threads": launch.threads, "registers": code.registers,
             "shared": code.shared + launch.shared, "spills": code.spills, **dataclasses.asdict(counts),
             "pipes": dict(counts.pipes),
         })  # fmt: skip
 
     for arch in archs:
-        each_launch(library, case.run, arch, lambda launch, arch=arch: seen(launch, arch))
+        gpu = model.gpus([arch])[0]
+        each_launch(library, case.run, gpu, lambda launch, gpu=gpu: seen(launch, gpu))
     return {"op": case.op, "shape": case.shape, "dtype": str(case.dtype).removeprefix("torch."), "bytes": case.bytes,
             "flops": case.flops, "archs": found}  # fmt: skip
 
@@ -125,7 +124,7 @@ def main() -> None:
 
             def task(case=case):
                 torch.ops.load_library(library)
-                return trace(library, case, given["archs"], given["latency"], given["samples"])
+                return trace(library, case, given["archs"], given["samples"])
 
             found = in_child(task)
         found["seconds"] = time.perf_counter() - start

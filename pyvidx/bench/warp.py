@@ -57,7 +57,7 @@ class Warp:
                     if kind == "PLAIN":
                         if act is not None and (guard is None or active.any()):
                             act(self, active)
-                        time = self._variable(instruction)
+                        time = self.block.latency["special"]
                     elif kind in ("LOAD", "STORE"):
                         if active.any():
                             time = self._memory(kind, act, active)
@@ -77,7 +77,10 @@ class Warp:
                 self._release()
             if self.block_waits():
                 return
-        self.done = not self.waiting
+        if self.waiting:
+            name = self.block.program.kernel.name
+            raise RuntimeError(f"predict: {name}: lanes wait for each other at {', '.join(self.waiting)}")
+        self.done = True
 
     def block_waits(self) -> bool:
         """Have all lanes that are left come to a barrier of the block?"""
@@ -98,9 +101,6 @@ class Warp:
                     self.rounds += 1
                 now = self.free[i]
         self.time = now + max(1, instruction.stall)
-
-    def _variable(self, instruction: Instruction) -> float:
-        return self.block.latency.get(instruction.name, self.block.latency["special"])
 
     def _busy(self, instruction: Instruction, latency: float) -> None:
         start = self.time - max(1, instruction.stall)

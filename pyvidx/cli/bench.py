@@ -74,10 +74,11 @@ def run_predict(p: Parser, options) -> None:
         if page is not None:
             tables.filled(page, "")
         if options.read:
-            traces = predict.load(options.read)
+            traces = predict.load(options.read, options.cases)
         else:
             told = lambda name: print(f"traced {printable(name)}", file=sys.stderr)  # noqa: E731
-            cases = predict.chosen(options.cases, [*predict.PAPERS, *known.simulated_cases()])
+            there = [*predict.PAPERS, *(known.simulated_cases() if 70 in options.arch else [])]
+            cases = predict.chosen(options.cases, there)
             traces = predict.traced(cases, sorted({*options.arch}), samples=options.samples, seen=told)
     except (OSError, ValueError) as error:
         p.error(str(error))

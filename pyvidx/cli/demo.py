@@ -150,7 +150,9 @@ def plot(clip: Clip, similarity: Tensor, path: Path) -> None:
 def speed(clip: Clip, size: str, device: str, rounds: int = 3, seconds: float = 15) -> None:
     """Print the time of pyvidx and of the published algorithm in eager torch, on the same random weights and pixels.
 
-    No round begins after so many seconds but the first that counts: a slow machine need not wait for three.
+    Args:
+        rounds: that count, after one that does not.
+        seconds: after so many no further round begins, but one always counts.
     """
     from pyvidx.weights.bt_adapter import load_official
 

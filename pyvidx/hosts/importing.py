@@ -32,7 +32,7 @@ def importing(what: str, library: str, install: str = "pyvidx[hosts]") -> Iterat
         said = " ".join(_said(error))
         if "torchvision" in said and "No module named 'torchvision" not in said:
             why = torchvision_misfit() or (
-                f"torchvision {_version('torchvision')} does not fit torch {torch.__version__}, against its word: "
+                f"torchvision {_version('torchvision')} says that it fits torch {torch.__version__}, and does not: "
                 "pip install --force-reinstall torch torchvision"
             )
             raise RuntimeError(f"{what}: {library} cannot be imported: {why}") from error

@@ -77,7 +77,7 @@ def residual_norm(
     if out is None:
         return _op(*inputs)[:2]
     rows, normed = out
-    shape = (B, S, K + (cls is not None), C)
+    shape = (B, S, K + int(cls is not None), C)
     require_out(op, rows, shape, x, x, cls, weight, shift)
     require_out(op, normed, shape, y, y)
     _op_out(*inputs, rows, normed)

@@ -103,7 +103,7 @@ class Source:
 
     def _open(self, av: Any, target: Any) -> Any:
         formats = f"{FORMATS},{PLAYLISTS}" if self.playlists else FORMATS
-        # Titles are in any encoding. PyAV 19 takes them as they are, and no word about it.
+        # Titles are in any encoding. PyAV 19 reads them all, and does not have this argument any more.
         titles = {} if int(av.__version__.split(".")[0]) >= 19 else {"metadata_errors": "replace"}
         return av.open(
             target,

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-pytest.importorskip("transformers", minversion="5.20", reason="pip install 'pyvidx[hosts]'")
+pytest.importorskip("transformers", minversion="5.20.2", reason="pip install 'pyvidx[hosts]'")
 
 from pyvidx.hosts import Session  # noqa: E402
 from tests.hosts.chats import llava_onevision  # noqa: E402

@@ -5,7 +5,7 @@ import logging
 import pytest
 import torch
 
-pytest.importorskip("transformers", minversion="5.20", reason="pip install 'pyvidx[hosts]'")
+pytest.importorskip("transformers", minversion="5.20.2", reason="pip install 'pyvidx[hosts]'")
 
 from pyvidx.hosts import attached, compress  # noqa: E402
 from tests.hosts.tiny import Image, Video, entries  # noqa: E402

@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 
-pytest.importorskip("transformers", minversion="5.20", reason="pip install 'pyvidx[hosts]'")
+pytest.importorskip("transformers", minversion="5.20.2", reason="pip install 'pyvidx[hosts]'")
 
 from pyvidx import hosts, memory  # noqa: E402
 from pyvidx.hosts import together  # noqa: E402

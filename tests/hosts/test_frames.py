@@ -6,7 +6,7 @@ import re
 import pytest
 import torch
 
-pytest.importorskip("transformers", minversion="5.20", reason="pip install 'pyvidx[hosts]'")
+pytest.importorskip("transformers", minversion="5.20.2", reason="pip install 'pyvidx[hosts]'")
 
 from pyvidx.hosts import compress  # noqa: E402
 from tests.hosts import chats  # noqa: E402

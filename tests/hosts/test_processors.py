@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-transformers = pytest.importorskip("transformers", minversion="5.20", reason="pip install 'pyvidx[hosts]'")
+transformers = pytest.importorskip("transformers", minversion="5.20.2", reason="pip install 'pyvidx[hosts]'")
 
 from pyvidx.hosts import compress, together  # noqa: E402
 from tests.hosts.test_compress import CLOSE, ENTRIES, answer, logits  # noqa: E402

@@ -157,7 +157,7 @@ def test_slots_are_those_of_the_policy():
 
 
 def test_hosts_are_found_in_what_wraps_a_model():
-    pytest.importorskip("transformers", minversion="5.20", reason="pip install 'pyvidx[hosts]'")
+    pytest.importorskip("transformers", minversion="5.20.2", reason="pip install 'pyvidx[hosts]'")
 
     class Model(torch.nn.Module):
         config = type("Config", (), {"model_type": "video_llava"})

@@ -8,7 +8,7 @@ import torch
 from tests.torchvision_shim import mend_torchvision
 
 mend_torchvision()
-pytest.importorskip("transformers", minversion="5.20", reason="pip install 'pyvidx[hosts]'")
+pytest.importorskip("transformers", minversion="5.20.2", reason="pip install 'pyvidx[hosts]'")
 pytest.importorskip("torchvision", reason="the processors of transformers need torchvision")
 Image = pytest.importorskip("PIL.Image", reason="pip install pillow")
 

@@ -1,8 +1,8 @@
 """Embeddings as .parquet: one row per file, failed ones included.
 
 Columns: path, error, damaged (JSON), seconds (list), pooled (list of E), tokens (list of fixed_size_list[C]),
-tokens_shape ([N, C], for readers that hand out nested lists flat). Those of a failed file are null, which Arrow up to
-25 cannot read where it stands for a list of fixed size.
+tokens_shape ([N, C], for readers that hand out nested lists flat). A failed file has null in these lists; so they are
+not of fixed size themselves, since Arrow up to 25 cannot read a null in a column of such.
 Bytes of a path that are not UTF-8 are shown as \\\\udcNN; the metadata entry "pyvidx_paths" has such names.
 """
 
