@@ -7,13 +7,13 @@ from pyvidx.bench import report
 
 TEXT = """# Where the wheels ran
 
-`python cmake/wheel_check.py` installs each wheel of `make wheel` into environments of their own, outside of the source
-tree, and runs there what a stranger would:
+`python cmake/wheel_check.py` installs each wheel of `make wheel` into fresh environments, outside of the source tree,
+and runs there what a stranger would:
 
 * **info**: `pyvidx info` finds a kernel for every op; in the pure wheel none, and says so.
 * **ops**: the tests of all ops. **demo**: `pyvidx demo`.
-* **hosts**: the tests of language models with that version of transformers. Versions before 5.20 take no encoded video.
-  There the towers and language models are tested, and that pyvidx refuses with the version that it needs.
+* **hosts**: the tests of language models with that version of transformers. Before 5.20.2 they are given no encoded
+  video: the towers and language models are tested, and that pyvidx refuses and names the version it needs.
 * **floor**: the oldest version of every package that pyproject.toml allows.
 
 No GPU was in this machine: a wheel with CUDA kernels ran on its CPU kernels. A dash is a step that was not run.
