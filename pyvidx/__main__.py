@@ -30,7 +30,10 @@ def main() -> int:
         print("\nexample: pyvidx encode videos/ --frames 8 --out embeddings.parquet")
         return 0
     if name == "--version":
-        print(importlib.metadata.version("pyvidx"))
+        try:
+            print(importlib.metadata.version("pyvidx"))
+        except importlib.metadata.PackageNotFoundError:
+            print("unknown: a source tree that is not installed")
         return 0
     if name not in COMMANDS:
         print(f"pyvidx: error: COMMAND must be one of {', '.join(COMMANDS)}, got {name!r} (--help says more)",

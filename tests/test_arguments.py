@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from pyvidx.__main__ import COMMANDS
+from pyvidx.__main__ import main as pyvidx
 from pyvidx.cli import arguments
 from pyvidx.cli.bench import main as bench
 from pyvidx.cli.demo import main as demo
@@ -225,6 +226,18 @@ def test_ends(capsys):
     assert arguments.ended("x", lambda: None) == 0 and arguments.ended("x", lambda: 1) == 1
     with pytest.raises(ZeroDivisionError):  # a fault of ours is shown as one
         raising(ZeroDivisionError())
+
+
+def test_what_is_asked_first(capsys, monkeypatch):
+    """pyvidx, pyvidx --help, --version and a command that there is not."""
+    said = {}
+    for given in ([], ["--help"], ["--version"], ["encod"]):
+        monkeypatch.setattr(sys, "argv", ["pyvidx", *given])
+        said[" ".join(given)] = pyvidx(), *capsys.readouterr()
+    code, out, _ = said["--help"]
+    assert code == 0 and said[""] == said["--help"] and all(f"  {name} " in out for name in COMMANDS)
+    assert said["--version"][0] == 0 and said["--version"][1].strip()
+    assert said["encod"][0] == 2 and "COMMAND must be one of encode, " in said["encod"][2]
 
 
 def test_types():

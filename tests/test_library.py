@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import pyvidx.ops  # noqa: F401
+from pyvidx.cli import info
 from pyvidx.cli.info import as_text, collect
 from pyvidx.ops import _library
 
@@ -114,3 +115,19 @@ def test_info():
 def test_import_of_the_package_does_no_work():
     run = python("import sys, pyvidx; print('torch' in sys.modules)")
     assert run.stdout.strip() == "False", run.stderr
+
+
+@pytest.mark.parametrize("built, sm, runs", [
+    ("80 90", "70", "error"), ("70 90", "80", "error"), ("80", "86", "kernel"), ("80 90", "120", "kernel"),
+])  # fmt: skip
+def test_a_gpu_that_the_build_has_no_code_for_is_told(built, sm, runs, monkeypatch):
+    """Binary code runs on its major version from its minor on; the newest architecture's PTX on all that came later."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(_library, "has_kernel", lambda *_: True)
+    monkeypatch.setattr(_library, "build", lambda: {"compiler": "g++", "torch": "2", "cuda_archs": built.split()})
+    monkeypatch.setattr(info, "_gpus", lambda: [{"name": "a GPU", "sm": sm, "memory_gib": 16.0}])
+    report = collect()
+    assert report["ops"]["token_gather"]["cuda"]["runs"] == runs and f"a GPU (sm_{sm}, 16.0 GiB)" in as_text(report)
+    why = report["ops"]["token_gather"]["cuda"]["why"]
+    assert why == ("compiled kernel" if runs == "kernel" else f"this build has no code for sm_{sm}: rebuild with "
+                   "PYVIDX_CUDA_ARCHS")  # fmt: skip

@@ -2,7 +2,7 @@
 
 import pytest
 
-from bench.pages import ROOT, claim, loose, tables, wheels, written
+from bench.pages import ROOT, claim, loose, result, tables, wheels, written
 from bench.pages.claims import CLAIMS, SETTINGS
 
 PAGES = ["README.md", *sorted(f"docs/{p.name}" for p in (ROOT / "docs").glob("*.md"))]
@@ -33,6 +33,13 @@ TABLES = tables.pages() | wheels.pages()
 @pytest.mark.parametrize("name", TABLES)
 def test_tables_are_those_of_their_results(name):
     assert (ROOT / name).read_text() == TABLES[name], "python -m bench.pages writes them"
+
+
+def test_files_that_tests_run_little_of_are_named():
+    page = (ROOT / "docs/contributing.md").read_text()
+    shares = result("coverage-2026-11-29")["files"]
+    under = [name.removeprefix("pyvidx/") for name, share in shares.items() if share < 85]
+    assert under and not [name for name in under if f"`{name}`" not in page]
 
 
 def test_pictures_are_small():
