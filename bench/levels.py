@@ -40,7 +40,7 @@ class Walk:
 
         seconds = sys.stdin.readline()
         if not seconds:
-            sys.exit(0)  # no more is wanted
+            return True  # no more is wanted; pytest takes sys.exit for a test that failed, and goes on
 
         def measure(case):
             with torch.no_grad():

@@ -7,6 +7,7 @@ for as long as the process lives: both are started anew a few times, and the lea
 """
 
 import argparse
+import contextlib
 import json
 import os
 import statistics
@@ -83,8 +84,9 @@ class Worker:
         )  # fmt: skip
 
     def ask(self, line: str) -> None:
-        self.process.stdin.write(line + "\n")
-        self.process.stdin.flush()
+        with contextlib.suppress(BrokenPipeError):  # it ended: answer says so
+            self.process.stdin.write(line + "\n")
+            self.process.stdin.flush()
 
     def answer(self, word: str) -> str:
         for line in self.process.stdout:
@@ -93,7 +95,8 @@ class Worker:
         raise RuntimeError(f"{self.process.args} ended before it said {word}")
 
     def end(self) -> None:
-        self.process.stdin.close()
+        with contextlib.suppress(BrokenPipeError):
+            self.process.stdin.close()
         self.process.wait()
 
 

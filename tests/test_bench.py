@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import gpu_check, harness, levels
+from bench import gpu_check, harness, levels, op_checks
 from pyvidx.bench import report
 
 ROOT = Path(__file__).parents[1]
@@ -113,3 +113,36 @@ def test_levels_of_a_cpu_stand_side_by_side():
     row = next(levels.measured(columns, ["token_gather"], seconds=0))
     assert row["op"] == "token_gather" and row["at"].keys() == columns.keys()
     assert all(at.keys() == set(levels.KEPT) and min(at.values()) > 0 for at in row["at"].values())
+
+
+def test_levels_of_other_cases_do_not_stand_side_by_side(monkeypatch):
+    ended = []
+
+    class Other(op_checks.Worker):
+        def __init__(self, file, checkout, arguments, **environment):
+            self.level = environment["PYVIDX_ISA"]
+
+        def ask(self, line):
+            pass
+
+        def answer(self, word):
+            return json.dumps({"op": "x", "shape": {"level": self.level}, "dtype": "float32"})
+
+        def end(self):
+            ended.append(self.level)
+
+    monkeypatch.setattr(op_checks, "Worker", Other)
+    with pytest.raises(RuntimeError, match="levels: all processes must have the same cases"):
+        next(levels.measured({"v2": (ROOT, "v2"), "v3": (ROOT, "v3")}, ["token_gather"], seconds=0))
+    assert ended == ["v2", "v3"]
+
+
+def test_a_worker_that_ended_is_named(tmp_path):
+    (tmp_path / "quick.py").write_text("print('CASES 1')")
+    worker = op_checks.Worker(str(tmp_path / "quick.py"), tmp_path, [])
+    assert worker.answer("CASES ") == "1\n"
+    worker.process.wait()
+    worker.ask("0")
+    with pytest.raises(RuntimeError, match=r"quick\.py.* ended before it said TIME"):
+        worker.answer("TIME")
+    worker.end()

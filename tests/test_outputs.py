@@ -29,6 +29,7 @@ RAW = os.fsdecode(b"caf\xe9 \xff.mp4")  # no UTF-8
 # Calls that write a file. A log grows by lines, which its readers take one by one.
 WRITERS = {"write_text", "write_bytes", "savefig", "save_file", "savez", "savez_compressed", "write_table", "to_csv"}
 APART = {
+    "pyvidx/bench/cubin.py": "what a disassembler reads, in a temporary folder",
     "pyvidx/files.py": "it is the place itself",
     "pyvidx/eval/files.py": "open_to_append: a log",
     "pyvidx/train/curve.py": "a log",

@@ -9,6 +9,7 @@ import re
 from packaging.requirements import Requirement
 
 from bench.pages import ROOT
+from pyvidx.bench import report
 
 PAGE = "docs/dependencies.md"
 UNSTATED = {"torchao": "BSD-3-Clause"}  # read in the licence file that it carries
@@ -48,9 +49,10 @@ def licence(package: str) -> str:
 
 def table() -> str:
     """The table. All packages must be installed."""
-    rows = [f"| {name} | `{oldest}` | `{licence(name)}` | {', '.join(extras)} |"
-            for name, (oldest, extras) in required().items()]  # fmt: skip
-    return "\n".join(["| package | version | licence, as it states it | for |", "| --- " * 4 + "|", *rows]) + "\n"
+    rows = [
+        (name, f"`{oldest}`", f"`{licence(name)}`", ", ".join(extras)) for name, (oldest, extras) in required().items()
+    ]
+    return report.piped([("package", "version", "licence, as it states it", "for"), *rows], numbers=False) + "\n"
 
 
 def page() -> str:

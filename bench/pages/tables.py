@@ -31,12 +31,6 @@ def escaped(note: str) -> str:
     return re.sub(r"([*_<])", r"\\\1", note) + "\n"
 
 
-def table(head: list[str], lines: list[list[str]]) -> str:
-    """Cells as a table whose columns from the fourth on are numbers."""
-    rule = ["---"] * 3 + ["---:"] * (len(head) - 3)
-    return "\n".join("| " + " | ".join(line) + " |" for line in (head, rule, *lines)) + "\n"
-
-
 def levels() -> list[str]:
     """The newest file of `python -m bench.levels` as a page: its levels, then one of them before and after."""
     data = json.loads(max((ROOT / "bench/results").glob("levels-*.json")).read_text())
@@ -48,7 +42,7 @@ def levels() -> list[str]:
         "# Every op at every level\n", escaped(f"{data['cpu']}, 1 thread, torch {data['torch']}. {data['note']}"),
         f"    {data['command']}\n",
         "ms, share (the time of a copy of the same bytes over that of the op, in the same rounds), gain over eager:\n",
-        table(["op", "shape", "dtype", *names], lines),
+        report.piped([["op", "shape", "dtype", *names], *lines]) + "\n",
     ]  # fmt: skip
     if level is not None:
         pairs = [(report.named(row), row["at"]["before"], row["at"][level]) for row in rows]
@@ -58,7 +52,7 @@ def levels() -> list[str]:
             for name, old, new in pairs
         ]  # fmt: skip
         head = ["op", "shape", "dtype", "before: ms, share", "now: ms, share", "now / before, each over its copy"]
-        parts += [f"## {level}, before and now\n", table(head, lines)]
+        parts += [f"## {level}, before and now\n", report.piped([head, *lines]) + "\n"]
     return parts
 
 

@@ -1,30 +1,23 @@
 """docs/cases/wheels.md: where each wheel ran, from the newest bench/results/wheels-*.json of cmake/wheel_check.py."""
 
 import json
-from collections.abc import Iterable
 
 from bench.pages import ROOT
+from pyvidx.bench import report
 
 TEXT = """# Where the wheels ran
 
-`python cmake/wheel_check.py` installs each wheel of `make wheel` into environments of their own, outside of the source
-tree, and runs there what a stranger would:
+`python cmake/wheel_check.py` installs each wheel of `make wheel` into fresh environments, outside of the source tree,
+and runs there what a stranger would:
 
 * **info**: `pyvidx info` finds a kernel for every op; in the pure wheel none, and says so.
 * **ops**: the tests of all ops. **demo**: `pyvidx demo`.
-* **hosts**: the tests of language models with that version of transformers. Versions before 5.20.2 do not take
-  the encoded video of every model. There the towers and language models are tested, and that pyvidx refuses with the
-  version that it needs.
+* **hosts**: the tests of language models with that version of transformers. Before 5.20.2 they are given no encoded
+  video: the towers and language models are tested, and that pyvidx refuses and names the version it needs.
 * **floor**: the oldest version of every package that pyproject.toml allows.
 
 No GPU was in this machine: a wheel with CUDA kernels ran on its CPU kernels. A dash is a step that was not run.
 """
-
-
-def rows(lines: Iterable[Iterable[str]]) -> str:
-    """A table of Markdown; the first line is its head."""
-    head, *rest = [list(line) for line in lines]
-    return "\n".join("| " + " | ".join(line) + " |" for line in (head, ["---"] * len(head), *rest)) + "\n"
 
 
 def table(results: dict) -> str:
@@ -43,14 +36,14 @@ def table(results: dict) -> str:
         [row["kind"], row["python"], row["torch"], *(cell(row["steps"].get(name)) for name in names)]
         for row in sorted(results["rows"], key=lambda row: (row["kind"], *map(int, row["python"].split("."))))
     ]
-    return rows([["wheel", "Python", "torch", *names], *body])
+    return report.piped([["wheel", "Python", "torch", *names], *body], numbers=False) + "\n"
 
 
 def sizes(results: dict) -> str:
     """File, size and commit of each wheel, the smallest first."""
     files = {row["wheel"]: (row["bytes"], row["commit"]) for row in results["rows"]}
     lines = ((f"`{n}`", f"{b / 2**20:.1f}", f"`{c}`") for n, (b, c) in sorted(files.items(), key=lambda f: f[1]))
-    return rows([["file", "MiB", "commit"], *lines])
+    return report.piped([("file", "MiB", "commit"), *lines]) + "\n"
 
 
 def pages() -> dict[str, str]:

@@ -1,5 +1,6 @@
 """A table and a plot of what the benches measured."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from pyvidx.data.tables import read_json
@@ -80,9 +81,10 @@ def markdown(cases: list[dict]) -> str:
     return "\n\n".join([*blocks, f"{NOTE}."])
 
 
-def piped(rows: list[tuple[str, ...]]) -> str:
-    """Rows for Markdown, the first the head; the columns from the fourth on end at the right."""
-    rows = [rows[0], ("---",) * 3 + ("---:",) * (len(rows[0]) - 3), *rows[1:]]
+def piped(rows: Sequence[Sequence[str]], numbers: bool = True) -> str:
+    """Rows for Markdown, the first the head. With numbers the columns from the fourth on end at the right."""
+    rule = ["---"] * 3 + ["---:" if numbers else "---"] * (len(rows[0]) - 3)
+    rows = [rows[0], rule, *rows[1:]]
     return "\n".join("| " + " | ".join(cells) + " |" for cells in rows)
 
 
