@@ -149,7 +149,7 @@ inline dim3 checked_grid(const char* kernel, Grid grid) {
 // A number that a kernel counts in 32 bits.
 inline unsigned narrow(int64_t n, const char* what) {
   if (n < 0 || n > 0xffffffffll) {
-    throw std::runtime_error(std::string(what) + " must be below 2^32, got " + std::to_string(n));
+    throw std::invalid_argument(std::string(what) + " must be below 2^32, got " + std::to_string(n));
   }
   return unsigned(n);
 }
