@@ -16,6 +16,7 @@ BUILDERS = {
     "test_cuda_link.py": "native",
     "test_hf_kernel.py": "native",
     "test_no_sync.py": "no_gpu",
+    "test_predict.py": "emu",
     "test_wheel.py": "native",
 }
 

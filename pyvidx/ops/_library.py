@@ -19,9 +19,9 @@ from torch import Tensor
 NAMESPACE = "pyvidx"  # of the ops in torch; cmake/hf_kernel.py writes another
 _lib = torch.library.Library(NAMESPACE, "DEF")
 REFERENCES: dict[str, Callable[..., Any]] = {}  # op name -> reference, in order of definition
+FLOPS: dict[str, Callable[..., Any]] = {}  # op name -> its matrix products, for pyvidx.models.flops
 # From 2.15 on, torch makes a RuntimeError of the library's std::invalid_argument, which was a ValueError until then.
 TELLS_NO_TYPES = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 15)
-FLOPS: dict[str, Callable[..., Any]] = {}  # op name -> its matrix products, for pyvidx.models.flops
 
 
 def define(
