@@ -160,7 +160,13 @@ def cuda_objects(build: Build, nvcc: str, archs: list[str]) -> list[Path]:
     targets = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in archs]
     targets.append(f"-gencode=arch=compute_{archs[-1]},code=compute_{archs[-1]}")
     flags = CONFIG["nvcc_flags"] + INCLUDE + ["-Xptxas=-v"] + targets
-    return [build.compile(s, flags, compiler=nvcc) for s in sources("cuda", "cu")]
+    # Told apart by what they are for: a build for another GPU leaves them as they are.
+    return [build.compile(s, flags, tag="-".join(archs), compiler=nvcc) for s in sources("cuda", "cu")]
+
+
+def cuda_logs(folder: Path, archs: list[str]) -> list[Path]:
+    """What nvcc said of the objects of cuda_objects, in the folder of their build."""
+    return sorted((folder / "obj").glob(f"cuda.*.{'-'.join(archs)}.o.log")) if archs else []
 
 
 def cuda_link_flags(nvcc: str) -> list[str]:
@@ -217,7 +223,7 @@ def info_module(build: Build, out: Path, kernels: Build, archs: list[str]) -> Pa
     import ptxas
     import pybind11
 
-    logs = sorted((kernels.folder / "obj").glob("cuda.*.log")) if archs else []
+    logs = cuda_logs(kernels.folder, archs)
     flags = CONFIG["cxx_flags"] + [f"-isystem {pybind11.get_include()}", f"-isystem {sysconfig.get_paths()['include']}"]
     flags += _written(build, "kernel_resources.h", "PYVIDX_KERNEL_RESOURCES", ptxas.of_logs(logs))
     return build.link(out, [build.compile(s, flags) for s in sources("python")], [])

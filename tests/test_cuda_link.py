@@ -59,6 +59,6 @@ def test_one_binary_with_cuda(tmp_path):
     env = os.environ | {"PYVIDX_OPS_LIBRARY": str(tmp_path / "pyvidx/_ops.abi3.so")}
     probe = subprocess.run([sys.executable, "-c", PROBE], cwd=ROOT, env=env, text=True, capture_output=True)
     assert probe.stdout.strip() == "[] 3.0", probe.stdout + probe.stderr
-    kernels = ptxas.of_logs(sorted((ROOT / "build/native/kernels/obj").glob("cuda.*.log")))
+    kernels = ptxas.of_logs(native_build.cuda_logs(ROOT / "build/native/kernels", ["75"]))
     assert len(kernels) > 50 and all(set(per_arch) == {"75"} for per_arch in kernels.values())
     assert cuda_check.offenders(kernels, native_build.CONFIG["local_memory_allowed"]) == []
