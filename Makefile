@@ -16,8 +16,9 @@ PY = .venv/bin/python
 CXX_FILES = $(shell find csrc tests cmake -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 ISA_LEVELS = v2 v3 v4 v4bf16
 OLDEST = build/transformers-5.20.2
-# Every test runs on one thread. loadgroup keeps the tests together that build in one folder (tests/conftest.py).
-PARALLEL = -n auto --maxprocesses 8 --dist loadgroup
+# Every test runs on one thread, those of a file in one process: they share what they made. The order of files is kept,
+# so that those which take longest are not the last.
+PARALLEL = -n auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder
 
 .PHONY: env demo test check docs isa-test hosts-test coverage wheel wheel-check hf-kernel bench cuda-check emu-test gpu-check clean
 

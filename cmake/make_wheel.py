@@ -20,6 +20,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tempfile
 import zipfile
 from pathlib import Path
 
@@ -53,31 +54,30 @@ def cuda_tag() -> str:
 
 def build(kind: str, out: Path) -> Path:
     """The wheel of a kind, in `out`."""
-    base = ROOT / "build/wheel" / kind
-    for left in (base / "lib", base / "bdist", base / "dist"):  # a file of an older build would be packed, too
-        shutil.rmtree(left, ignore_errors=True)
-    base.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, "setup.py", "-q", "egg_info", f"--egg-base={base}"]
-    environment = {"PYVIDX_CUDA": "0", "PYVIDX_PURE": "0"}
-    if kind == "cuda":
-        out = out / cuda_tag()
-        command += [f"--tag-build=+{cuda_tag()}", "build_ext", f"--build-temp={base}/native"]
-        environment["PYVIDX_CUDA"] = "1"
-        environment["PYVIDX_CUDA_ARCHS"] = os.environ.get("PYVIDX_CUDA_ARCHS") or " ".join(native.CONFIG["cuda_archs"])
-    elif kind == "pure":
-        environment["PYVIDX_PURE"] = "1"
-    # The objects of a CPU wheel are those of the build in the source tree.
-    command += ["build", f"--build-base={base}", f"--build-lib={base}/lib", "bdist_wheel"]
-    run([*command, f"--bdist-dir={base}/bdist", f"--dist-dir={base}/dist"], **environment)
-    (wheel,) = (base / "dist").glob("*.whl")
-    out.mkdir(parents=True, exist_ok=True)
-    if kind == "pure":
+    with tempfile.TemporaryDirectory() as folder:  # in one of an earlier run, its files would be packed, too
+        base = Path(folder)
+        command = [sys.executable, "setup.py", "-q", "egg_info", f"--egg-base={base}"]
+        environment = {"PYVIDX_CUDA": "0", "PYVIDX_PURE": "0"}
+        if kind == "cuda":
+            out = out / cuda_tag()
+            command.append(f"--tag-build=+{cuda_tag()}")
+            archs = os.environ.get("PYVIDX_CUDA_ARCHS") or " ".join(native.CONFIG["cuda_archs"])
+            environment |= {"PYVIDX_CUDA": "1", "PYVIDX_CUDA_ARCHS": archs}
+        elif kind == "pure":
+            environment["PYVIDX_PURE"] = "1"
+        # The objects are those of the build in the source tree.
+        command += ["build", f"--build-base={base}", f"--build-lib={base}/lib", "bdist_wheel"]
+        run([*command, f"--bdist-dir={base}/bdist", f"--dist-dir={base}/dist"], **environment)
+        (wheel,) = (base / "dist").glob("*.whl")
+        out.mkdir(parents=True, exist_ok=True)
+        if kind == "pure":
+            return Path(shutil.copy(wheel, out))
+        exclude = [word for name in TORCHS for word in ("--exclude", name)]
+        (done := base / "repaired").mkdir()
+        auditwheel = [sys.executable, "-m", "auditwheel", "repair", "--only-plat", "--plat", PLATFORM, *exclude]
+        run([*auditwheel, "-w", done, wheel])
+        (wheel,) = done.glob("*.whl")
         return Path(shutil.copy(wheel, out))
-    exclude = [word for name in TORCHS for word in ("--exclude", name)]
-    (done := base / "repaired").mkdir(exist_ok=True)
-    run([sys.executable, "-m", "auditwheel", "repair", "--only-plat", "--plat", PLATFORM, *exclude, "-w", done, wheel])
-    (wheel,) = done.glob("*.whl")
-    return Path(shutil.move(wheel, out / wheel.name))
 
 
 def audit(wheel: Path) -> str:

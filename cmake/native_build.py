@@ -15,6 +15,11 @@ import sys
 import sysconfig
 from pathlib import Path
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
 ROOT = Path(__file__).resolve().parents[1]
 CONFIG = json.loads((ROOT / "cmake/build.json").read_text())
 INCLUDE = ["-Icsrc/include"]
@@ -113,11 +118,14 @@ class Build:
     def run(self) -> None:
         text = "\n".join(self.lines) + "\n"
         file = self.folder / "build.ninja"
-        if not file.exists() or file.read_text() != text:
-            file.write_text(text)
         jobs = os.environ.get("MAX_JOBS") or str(os.cpu_count())
-        # In ROOT, where the compilers run: the headers they found are named from there.
-        subprocess.check_call([_ninja(), "-f", str(file), "-j", jobs, "--quiet"], cwd=ROOT)
+        with open(self.folder / "lock", "w") as lock:  # two ninjas in one folder spoil each other's work
+            if fcntl:
+                fcntl.flock(lock, fcntl.LOCK_EX)
+            if not file.exists() or file.read_text() != text:
+                file.write_text(text)
+            # In ROOT, where the compilers run: the headers they found are named from there.
+            subprocess.check_call([_ninja(), "-f", str(file), "-j", jobs, "--quiet"], cwd=ROOT)
 
 
 def _ninja() -> str:

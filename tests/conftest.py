@@ -8,23 +8,7 @@ def pytest_addoption(parser):
     parser.addoption("--sample", type=int, metavar="N", help="at most N cases of every parametrized test")
 
 
-# These build in a folder of the project, so that only one process at a time may run what builds in one folder.
-BUILDERS = {
-    "test_cmake.py": "cmake",
-    "test_cuda_check.py": "cuda_check",
-    "test_cuda_emu.py": "emu",
-    "test_cuda_link.py": "native",
-    "test_hf_kernel.py": "native",
-    "test_no_sync.py": "no_gpu",
-    "test_predict.py": "emu",
-    "test_wheel.py": "native",
-}
-
-
 def pytest_collection_modifyitems(config, items):
-    for item in items:
-        if item.path.name in BUILDERS:
-            item.add_marker(pytest.mark.xdist_group(BUILDERS[item.path.name]))
     if config.getoption("--sample") is not None:
         _sample(items, config.getoption("--sample"))
 
