@@ -14,7 +14,7 @@ struct Partial {
   int ld;
   __device__ __forceinline__ Partial(const BankAttentionArgs& a, int64_t head, int64_t split) {
     const int64_t n = a.q.size[2];
-    ld = int(bank_attention_padded(a.q.size[3] / a.heads));
+    ld = int(bank_attention_padded(head_width(a)));
     sums = a.partial.at<A>(head, split);
     largest = sums + n * ld, total = largest + bank_attention_padded(n);
   }
@@ -155,17 +155,20 @@ __global__ __launch_bounds__(kMergeThreads) void bank_attention_merge_kernel(Ban
   const unsigned steps = unsigned(a.q.size[1]), i = blockIdx.x * kMergeThreads + threadIdx.x;
   const unsigned column = i % D, query = i / D % n, step = i / D / n, s = step % steps, b = step / steps;
   if (b >= a.q.size[0]) return;
-  const int64_t head = step * a.heads + column / d;
+  const unsigned head = step * unsigned(a.heads) + column / d;
+  const Partial<A> part(a, head, 0);
+  const A *const of_query = part.largest + query, *const of_column = part.sums + query * part.ld + column % d;
+  const int64_t totals_at = part.total - part.largest;
+  const int splits = int(a.partial.size[1]);
   A largest = A(kAbsent), total = 0, sum = 0;
   constexpr int kAhead = 8;
-  for (int64_t first = 0; first < a.partial.size[1]; first += kAhead) {
+  for (int first = 0; first < splits; first += kAhead) {
     A top[kAhead], totals[kAhead], sums[kAhead], next = largest;
 #pragma unroll
     for (int i = 0; i < kAhead; ++i) {
-      top[i] = A(kAbsent), totals[i] = 0, sums[i] = 0;
-      if (first + i >= a.partial.size[1]) continue;
-      const Partial<A> part(a, head, first + i);
-      top[i] = part.largest[query], totals[i] = part.total[query], sums[i] = part.sums[query * part.ld + column % d];
+      const int64_t at = min(first + i, splits - 1) * a.partial.stride[1];  // the last one again, which then counts 0
+      top[i] = first + i < splits ? of_query[at] : A(kAbsent);
+      totals[i] = of_query[totals_at + at], sums[i] = of_column[at];
     }
 #pragma unroll
     for (int i = 0; i < kAhead; ++i) next = larger(next, top[i]);

@@ -65,7 +65,7 @@ __device__ __forceinline__ int frames_of_row(const BankAttentionInput& a, int64_
 template <typename T, int kSize>
 __global__ __launch_bounds__(kMergeThreads) void bank_attention_prepare_kernel(BankAttentionBackwardArgs a) {
   using A = Acc<T>;
-  const unsigned n = unsigned(a.q.size[2]), d = unsigned(a.q.size[3] / a.heads), steps = unsigned(a.q.size[1]);
+  const unsigned n = unsigned(a.q.size[2]), d = unsigned(head_width(a)), steps = unsigned(a.q.size[1]);
   const unsigned B = unsigned(a.q.size[0]), heads = unsigned(a.heads), all = unsigned(a.delta.size[3] / 2);
   const unsigned blocks = (B * steps * heads * all + kMergeThreads - 1) / kMergeThreads;
   if (blockIdx.x >= blocks) {
@@ -221,7 +221,7 @@ __global__ __launch_bounds__(kRowThreads, 1) void bank_attention_rows_kernel(Ban
   const unsigned groups = (all + kRowsPerBlock - 1) / kRowsPerBlock, heads = unsigned(a.heads);
   const unsigned b = blockIdx.x / groups / heads, h = blockIdx.x / groups % heads;
   const int own = threadIdx.x / 32 * 16, steps = int(a.q.size[1]), n = int(a.q.size[2]);
-  const int d = int(a.q.size[3] / a.heads), slab = first_column<T, kD>(blockIdx.y);
+  const int d = head_width(a), slab = first_column<T, kD>(blockIdx.y);
   const unsigned first = blockIdx.x % groups * kRowsPerBlock + own, i = first + threadIdx.x % 16, slot = i / N,
                  p = i % N;
   if (first >= all) return;
