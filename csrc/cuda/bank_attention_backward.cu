@@ -16,7 +16,7 @@ template <typename T>
 constexpr int kQueryTiles = sizeof(T) == 8 ? 1 : 2;
 // A warp's own rows: in registers, where there is room for them.
 template <typename T, int kD>
-constexpr bool kHeld = kD == 64 && sizeof(T) == 2 && !kQuadPairs<T>;
+constexpr bool kHeld = kD == 64 && sizeof(T) == 2;
 template <typename T, int kD>
 __device__ __forceinline__ auto held(const RowTable<const T>& rows) {
   if constexpr (kHeld<T, kD>) {

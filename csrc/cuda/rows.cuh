@@ -84,21 +84,9 @@ struct RowTable {
   __device__ __forceinline__ RowTable from(int d) const { return {row, offset + d, count, D - d}; }
 };
 
-// 16 rows of kD elements in registers, each lane with what dot_rows asks of it as the left side: of its two rows, a
-// chunk in four.
-template <typename T, int kD>
-struct HeldRows {
-  using Element = T;
-  static constexpr int D = kD;
-  Register<T> chunk[2][kD / (4 * kChunk<T>)][kRegisters];
-  template <typename R>
-  __device__ __forceinline__ explicit HeldRows(const R& rows);
-  __device__ __forceinline__ const HeldRows& from(int) const { return *this; }
-};
+// Are these rows that a lane holds in registers? See HeldRows.
 template <typename R>
 constexpr bool kHeldInRegisters = false;
-template <typename T, int kD>
-constexpr bool kHeldInRegisters<HeldRows<T, kD>> = true;
 
 // kD: a width that the compiler can unroll for, or one of these. The first two promise that 16-byte accesses fit.
 constexpr int kWhole = 0;    // D is that of the rows, a multiple of a chunk
@@ -137,9 +125,7 @@ __device__ __forceinline__ uint4 load16_if(bool present, const void* p) {
 template <typename T, int kD, typename R>
 __device__ __forceinline__ void load_chunk(const R& rows, int row, int d, Register<T> (&chunk)[kRegisters]) {
   if constexpr (kHeldInRegisters<R>) {
-#pragma unroll
-    for (int i = 0; i < kRegisters; ++i) chunk[i] = rows.chunk[row / 8][d / (4 * kChunk<T>)][i];
-    return;
+    rows.give(row, d, chunk);
   } else {
     const T* const p = rows.at(row) + d;
     const bool present = rows.has(row) && (kD > 0 || d < rows.D);  // a fixed width is a multiple of what a warp reads
@@ -173,18 +159,6 @@ __device__ __forceinline__ void load_chunk(const R& rows, int row, int d, Regist
   }
 }
 
-template <typename T, int kD>
-template <typename R>
-__device__ __forceinline__ HeldRows<T, kD>::HeldRows(const R& rows) {
-  const int g = threadIdx.x % 32 / 4, c = threadIdx.x % 4;
-#pragma unroll
-  for (int half = 0; half < 2; ++half) {
-#pragma unroll
-    for (int d = 0; d < kD; d += 4 * kChunk<T>) {
-      load_chunk<T, kD>(rows.from(c * kChunk<T>), g + 8 * half, d, chunk[half][d / (4 * kChunk<T>)]);
-    }
-  }
-}
 // kCount elements from d on of a row of out.
 template <int kD, int kCount, typename R, typename A>
 __device__ __forceinline__ void store_columns(const R& out, int row, int d, const A (&x)[kCount]) {
