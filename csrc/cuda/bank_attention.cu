@@ -72,7 +72,7 @@ __global__ __launch_bounds__(kBankThreads, 1) void bank_attention_kernel(BankAtt
   Tile tile{shared[threadIdx.y * (blockDim.x / 32) + threadIdx.x / 32]};
   const int64_t h = task.h;
   const int n = task.n, d = task.d, q0 = task.q0;
-  const auto q = rows_of_head<const T, kD>(a.q, task.b, task.s, h, d);
+  const auto q = held<T, kD>(rows_of_head<const T, kD>(a.q, task.b, task.s, h, d).behind(q0));
   const RowTable<const T> keys{tile.shared.row, h * d, kKeys, d}, values{tile.shared.row, (a.heads + h) * d, kKeys, d};
   const A scale = A(a.scale * kLog2e);
 
@@ -84,7 +84,7 @@ __global__ __launch_bounds__(kBankThreads, 1) void bank_attention_kernel(BankAtt
     tile.show(a, task, k0);
     tile.ask(a, task, k0 + kKeys);
     A w[kTiles][4], next[2] = {largest[0], largest[1]}, fade[2];
-    dot_rows<T, kD>(q, q0, keys, 0, w);
+    dot_rows<T, kD>(q, 0, keys, 0, w);
     each_score<T>(w, 0, [&](int key, int half, A& x) {
       const A bias = tile.shared.bias[key];
       x = bias == A(kAbsent) ? A(kAbsent) : x * scale + bias;

@@ -14,17 +14,6 @@ template <typename T>
 constexpr int kKeyTiles = sizeof(T) == 2 ? 4 : 1;
 template <typename T>
 constexpr int kQueryTiles = sizeof(T) == 8 ? 1 : 2;
-// A warp's own rows: in registers, where there is room for them.
-template <typename T, int kD>
-constexpr bool kHeld = kD == 64 && sizeof(T) == 2;
-template <typename T, int kD>
-__device__ __forceinline__ auto held(const RowTable<const T>& rows) {
-  if constexpr (kHeld<T, kD>) {
-    return HeldRows<T, kD>(rows);
-  } else {
-    return rows;
-  }
-}
 constexpr int kRowThreads = 128, kRowsPerBlock = kRowThreads / 2;
 
 // Of those whose gradients a block sums up.
@@ -132,8 +121,8 @@ __global__ __launch_bounds__(kBankThreads, 1) void bank_attention_queries_kernel
   Tile tile{shared[threadIdx.y * (blockDim.x / 32) + threadIdx.x / 32]};
   const int64_t h = task.h;
   const int n = task.n, d = task.d, q0 = task.q0, slab = first_column<T, kD>(blockIdx.z);
-  const auto q = rows_of_head<const T, kD>(a.q, task.b, task.s, h, d);
-  const auto grad = rows_of_head<const T, kD>(a.grad_out, task.b, task.s, h, d);
+  const auto q = held<T, kD>(rows_of_head<const T, kD>(a.q, task.b, task.s, h, d).behind(q0));
+  const auto grad = held<T, kD>(rows_of_head<const T, kD>(a.grad_out, task.b, task.s, h, d).behind(q0));
   const A scale = A(a.scale * kLog2e);
   A lse[2] = {}, delta[2] = {};  // of the lane's two rows
 #pragma unroll
@@ -151,8 +140,8 @@ __global__ __launch_bounds__(kBankThreads, 1) void bank_attention_queries_kernel
     tile.show(a, task, k0);
     tile.ask(a, task, k0 + kKeys);
     A w[kTiles][4], dw[kTiles][4];
-    dot_rows<T, kD>(q, q0, keys, 0, w);
-    dot_rows<T, kD>(grad, q0, values, 0, dw);
+    dot_rows<T, kD>(q, 0, keys, 0, w);
+    dot_rows<T, kD>(grad, 0, values, 0, dw);
     each_score<T>(w, 0, [&](int key, int half, A& x) {
       const A bias = tile.shared.bias[key];
       x = bias == A(kAbsent) ? A(0) : power_of_two(x * scale + bias - lse[half]);
@@ -230,8 +219,8 @@ __global__ __launch_bounds__(kRowThreads, 1) void bank_attention_rows_kernel(Ban
     grad_row[own + threadIdx.x % 16] = i < all ? a.grad_rows.at<T>(b, slot, p) : nullptr;
   }
   __syncwarp();
-  const auto keys = held<T, kD>({row + own, int64_t(h) * d, 16, d});
-  const auto values = held<T, kD>({row + own, (a.heads + h) * d, 16, d});
+  const auto keys = held<T, kD>(RowTable<const T>{row + own, int64_t(h) * d, 16, d});
+  const auto values = held<T, kD>(RowTable<const T>{row + own, (a.heads + h) * d, 16, d});
   const T *const q_first = a.q.at<const T>(b, 0, 0, h * d), *const grad_first = a.grad_out.at<const T>(b, 0, 0, h * d);
   const QueryPair<A>* const pairs_first = QueryPair<A>::at(a.delta, b, 0, h, 0);
   const auto at_step = [n, d](const View<4>& x, const T* first_step, int s) {
