@@ -1,10 +1,23 @@
-// Two walks. The one for grad_q is the forward kernel's (a warp per 16 queries and part of the keys, keys in tiles,
-// splits that a further kernel adds up if there are more than one), but for 64 columns at a time, which leaves
-// registers for w and dw. In the one for grad_rows a warp owns 16 rows of one head, neighboring positions of a slot,
-// and goes through all steps and queries: so nothing is added by two threads. What a step's table says of a row is the
-// sum of the sizes of its keys there, since keys of one row add up to one: a kernel before it looks them up once for
-// all heads. 16 rows that no key of a step names skip it, as most slots of a clip's list do at most steps. w is
-// computed in both. Traffic: 2 reads of the rows, 1 write. Arithmetic: 14 n D flops per key, on tensor cores.
+// Two walks. The one for grad_q is the forward kernel's, but for 64 columns at a time, which leaves registers for w and
+// dw. In the one for grad_rows a warp owns 16 rows of one head, neighboring positions of a slot, and goes through all
+// steps and queries: so nothing is added by two threads. What a step's table says of a row is the sum of the sizes of
+// its keys there, since keys of one row add up to one: a kernel before it looks that up, once for all heads. 16 rows
+// that no key of a step names skip it, as most slots of a clip's list do at most steps. w is computed in both. Traffic:
+// 2 reads of the rows, 1 write. Arithmetic: 14 n D flops per key, on tensor cores.
+//
+// Floor, half, 16 steps of 32 queries, 53 slots of 257 positions: 87 MB, 29 us on H100; 30 GFLOP for the keys that are
+// named, 55 with the others of their tiles. A warp reads q and grad_out twice a step, 2.7 GB from L1: 87 us. Versions,
+// predicted us on V100, A100, H100; of grad_rows' kernel at sm_90: registers, instructions of a warp and step, and how
+// often it waits for memory:
+//   the table searched by every warp             3033  2309  1625   240   1541  318   21 loads a step, in series
+//   rows named beforehand                        -     -     372    222    615   34   prediction: 235
+//   at 168 registers, three blocks               thrown away: spills 8 to 50 bytes, on every architecture
+//   each warp begins at another step             -     -     359    222    606   33   thrown away: within the model's
+//   noise 16 steps looked up at a time                 1643   534   338   224    530   34 own rows in registers on
+//   sm_70, too          1143  -     - queries in registers in grad_q's walk        1074  -     326    224    530   34
+//   kept
+// The prediction missed since 8 warps of a multiprocessor do not hide what the first of a block waits for, twice a
+// step.
 #include "bank_attention.cuh"
 
 namespace pyvidx::cuda {
