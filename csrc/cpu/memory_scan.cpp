@@ -56,8 +56,14 @@ void scan(const MemoryScanArgs& a, const MemoryStepArgs& state, const Executor& 
         }
         write_plan(a, p, s, length);
         if (!on) continue;
-        Rows<T> ahead{};
+        Rows<T> ahead{};  // the next frame's row, and a share of the next position's
         if (s + 1 < t) ahead.frame = a.frames.at<const T>(b, s + 1, n);
+        if (row + 1 < end) {
+          const int64_t next_b = (row + 1) / N, next_n = (row + 1) % N;
+          const auto slot = [&](int64_t j) { return j < slots ? a.bank.at<T>(next_b, j, next_n) : nullptr; };
+          ahead.keep = slot(s), ahead.gone = slot(s + t), ahead.left = slot(s + 2 * t);
+          if (s + 1 == t) ahead.frame = a.frames.at<const T>(next_b, 0, next_n);
+        }
         any_bank_rows(step, p, &ahead);
         if (length < slots) ++length;
       }
