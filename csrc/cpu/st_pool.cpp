@@ -53,16 +53,16 @@ void pool_rows(const T* const* x, int64_t step, int64_t C, Acc<T>* patch_sums, A
   });
 }
 
-// The patches from p on in kFrames frames. Those from next_p on in next_frames are fetched meanwhile.
+// The patches from p on in kFrames frames.
 template <typename T, int kFrames>
-void pool_frames(const StPoolArgs& a, int64_t b, int64_t p, int64_t count, const int64_t* frames, int64_t next_p,
+void pool_frames(const StPoolArgs& a, int64_t b, int64_t p, int64_t count, const int64_t* frames,
                  const int64_t* next_frames, Acc<T>* patch_sums) {
   const int64_t C = a.x.size[3], step = a.x.stride[2];
   for (int64_t row = 0; row < count; row += kTogether) {
     const T *x[kFrames], *next[kFrames];
     Acc<T>* frame_sums[kFrames];
     for (int f = 0; f < kFrames; ++f) {
-      x[f] = a.x.at<const T>(b, frames[f], p + row), next[f] = a.x.at<const T>(b, next_frames[f], next_p + row);
+      x[f] = a.x.at<const T>(b, frames[f], p + row), next[f] = a.x.at<const T>(b, next_frames[f], p + row);
       frame_sums[f] = a.frame_sums.at<Acc<T>>(b, p / kPoolRows, frames[f]);
     }
     Acc<T>* sums = patch_sums + row * C;
@@ -89,21 +89,15 @@ void pool_part(const StPoolArgs& a, int64_t b, int64_t p) {
     while (t < T_ && !is_real(a.mask, b, t)) ++t;
     return t;
   };
-  // After the last frames the next part begins: with 8 frames, half of x would not be fetched ahead otherwise.
-  const int64_t first = next_real(0), next_part = p + count + kPoolRows <= P ? p + count : p;
   int64_t real = 0, frames[kTogether], after[kTogether];
-  for (int64_t t = first; t < T_;) {
+  for (int64_t t = next_real(0); t < T_;) {
     int64_t n = 0;
     for (; n < kTogether && t < T_; t = next_real(t + 1)) frames[n++] = t;
-    const bool more = t < T_;
-    for (int64_t i = 0, ahead = more ? t : first; i < n; ++i, ahead = next_real(ahead + 1)) {
-      after[i] = ahead < T_ ? ahead : frames[i];
-    }
-    const int64_t next_p = more ? p : next_part;
+    for (int64_t i = 0, ahead = t; i < n; ++i, ahead = next_real(ahead + 1)) after[i] = ahead < T_ ? ahead : frames[i];
     if (n == kTogether) {
-      pool_frames<T, kTogether>(a, b, p, count, frames, next_p, after, patch_sums);
+      pool_frames<T, kTogether>(a, b, p, count, frames, after, patch_sums);
     } else {
-      for (int64_t i = 0; i < n; ++i) pool_frames<T, 1>(a, b, p, count, frames + i, next_p, after + i, patch_sums);
+      for (int64_t i = 0; i < n; ++i) pool_frames<T, 1>(a, b, p, count, frames + i, after + i, patch_sums);
     }
     real += n;
   }
