@@ -1,5 +1,7 @@
 // t steps of a memory bank, position by position: its M + 1 rows stay in the L2 cache while the frames stream by, and
-// the next frame's row is prefetched, as the rows of a position lie far apart.
+// the next frame's row and a share of the next position's rows are prefetched, as they lie far apart. At v3, M = 20,
+// t = 16 on a Zen 4 the latter took 5.9 to 4.3 ms in float32, 4.1 to 3.4 in bfloat16. What binds are the steps in the
+// caches: 8 rows each for every row of a frame, 66 instructions for 16 values.
 //
 // The replay takes kReplayBytes of every row at a time, and a merge reads what it needs where it came from a moment
 // ago: so what is only copied goes past the caches. Of itself it costs more than t steps in place, which move 5 rows of

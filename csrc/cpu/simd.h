@@ -272,7 +272,8 @@ PYVIDX_SIMD void prefetch(const void* p) {
 #endif
 }
 
-// Outputs beyond this size leave the caches anyway: writing them past the caches saves reading them first.
+// Outputs beyond this size leave the L2 cache anyway: writing them past the caches saves reading them first. An output
+// of 3 MB that is read at once gains as well (temporal_scale.cpp).
 constexpr int64_t kStreamBytes = 1 << 20;
 
 // f(i, Full{}) for each whole vector of n elements, then f(i, Part{rest}).
