@@ -29,8 +29,8 @@ using simd::VD;
 using simd::VF;
 using simd::VU;
 
-// 1 + e^(-kQuickGELU x) as a power of 2: the product with log2(e) is rounded no worse than the exponent of e would be.
-// Clamped to x of [-51, 51], where the power has an exponent; relative error below 2e-7.
+// 1 + e^(-kQuickGELU x) as a power of 2: the exponent is as exact as that of e would be, and the polynomial's relative
+// error is below 2e-7. Clamped to x of [-51, 51], where the power is a normal number.
 PYVIDX_SIMD VF denominator(VF x) {
   constexpr float kRound = 12582912.f;  // 1.5 * 2^23: rounds to an integer held in the low bits
   constexpr float kLog2 = float(-kQuickGELU * 1.4426950408889634);
