@@ -295,7 +295,8 @@ PYVIDX_SIMD void each(int64_t n, const T* out, bool stream, F&& f) {
 // --- mathematics --------------------------------------------------------------------------------------------------
 
 // In pairs, 6 instructions for 8 lanes: one lane after the other takes 14, and as many additions' time as there are
-// lanes.
+// lanes. At v3 memory_merge_ with all in the caches takes 213 us for 264, a LayerNorm's rows in bfloat16 5 to 15 %
+// less.
 template <size_t kHalf, typename V, size_t... i>
 PYVIDX_SIMD auto folded(V v, std::index_sequence<i...> lanes) {
   v += __builtin_shufflevector(v, v, (i ^ kHalf)...);
