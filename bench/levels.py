@@ -50,6 +50,9 @@ class Walk:
         pyfuncitem.obj(**{n: pyfuncitem.funcargs[n] for n in names} | {"measure": measure})
         return True
 
+    def pytest_sessionfinish(self):
+        sys.stdin.readline()  # not before the others have measured the last case: ending takes time on their core
+
 
 def worker() -> None:
     import pytest

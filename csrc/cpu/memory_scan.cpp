@@ -1,5 +1,7 @@
 // t steps of a memory bank, position by position: its M + 1 rows stay in the L2 cache while the frames stream by, and
-// the next frame's row is prefetched, as the rows of a position lie far apart.
+// the next frame's row and a share of the next position's rows are prefetched, as they lie far apart. At v3, M = 20,
+// t = 16 on a Zen 4 the latter took 5.9 to 4.3 ms in float32, 4.1 to 3.4 in bfloat16. What binds are the steps in the
+// caches: 8 rows each for every row of a frame, 66 instructions for 16 values.
 //
 // The replay takes kReplayBytes of every row at a time, and a merge reads what it needs where it came from a moment
 // ago: so what is only copied goes past the caches. Of itself it costs more than t steps in place, which move 5 rows of
@@ -56,8 +58,14 @@ void scan(const MemoryScanArgs& a, const MemoryStepArgs& state, const Executor& 
         }
         write_plan(a, p, s, length);
         if (!on) continue;
-        Rows<T> ahead{};
+        Rows<T> ahead{};  // the next frame's row, and a share of the next position's
         if (s + 1 < t) ahead.frame = a.frames.at<const T>(b, s + 1, n);
+        if (row + 1 < end) {
+          const int64_t next_b = (row + 1) / N, next_n = (row + 1) % N;
+          const auto slot = [&](int64_t j) { return j < slots ? a.bank.at<T>(next_b, j, next_n) : nullptr; };
+          ahead.keep = slot(s), ahead.gone = slot(s + t), ahead.left = slot(s + 2 * t);
+          if (s + 1 == t) ahead.frame = a.frames.at<const T>(next_b, 0, next_n);
+        }
         any_bank_rows(step, p, &ahead);
         if (length < slots) ++length;
       }

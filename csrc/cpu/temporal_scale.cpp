@@ -1,8 +1,18 @@
 // A task walks the frames of a clip with a few rows (token positions), so that the K frames around each are still in
 // the caches: x is read from memory once. Within a frame, a vector of channels of four rows at a time, for which each
-// tap is loaded once. Frames that read as 0 are rows of zeros. Traffic: 2 passes; backward 3, and one to fetch the
-// lines of grad_x that are written: storing them past the caches took four times as long between the sums' loads and
-// stores.
+// tap is loaded once (bfloat16 at v3: of one row, whose addresses fit the registers). Frames that read as 0 are rows of
+// zeros. Traffic: 2 passes; backward 3.
+//
+// Tried at v3, 384 channels on a Zen 4; instructions for 16 values in bfloat16, share of a copy in float32 and
+// bfloat16:
+//   forward, T = 8: before                                             45  .58 .38
+//     + outputs of over 1 MB past the caches (with a sum behind it: -13 %)  45  .89 .50
+//     + one row, addresses found before the loop                       33  .83 .55
+//     + the next rows fetched where the walk over the frames ends      33  .96 .56  kept
+//   backward, T = 64: before                                           75  .68 .49
+//     + gradients collected, then stored past the caches               77  .98 .63
+//     + addresses found before the loop                                68  1.0 .66  kept
+// What is left in bfloat16 at T = 8: 150 us with all in the caches, as long as the copy takes, and the memory's share.
 #include "pyvidx/temporal_scale.h"
 
 #include "level.h"
@@ -19,9 +29,14 @@ using simd::Of;
 using simd::store;
 using simd::Vec;
 
-constexpr int kTogether = 4;  // rows
+template <typename T>
+constexpr int kTogether = simd::kPairs<T> && sizeof(T) == 2 ? 1 : 4;  // rows
 template <typename T>
 constexpr int kTogetherBack = simd::kPairs<T> ? 2 : 4;  // of pairs, two are what 16 registers hold
+
+// Channels whose gradients are collected before they are stored: stores past the caches that take turns with those of
+// the sums leave half-filled lines.
+constexpr int64_t kBlock = 256;
 
 // Rows of one frame, `step` elements apart.
 template <typename T>
@@ -73,6 +88,16 @@ void fill_window(const View<4>& x, const Taps<T>& taps, int64_t b, int64_t t, in
   }
 }
 
+// The rows from n on of frame t, to be fetched. After the last frame of the walk the next rows' walk begins: with 8
+// frames, a quarter of x would not be fetched ahead otherwise.
+template <typename T>
+Rows<const T> rows_ahead(const View<4>& x, int64_t b, int64_t t, int64_t first, int64_t last, int64_t n) {
+  if (t < last) return rows_of<const T>(x, b, t, n);
+  const int64_t again = first + t - last, more = n + kScaleRows;
+  return again < last && more + kScaleRows <= x.size[2] ? rows_of<const T>(x, b, again, more)
+                                                        : rows_of<const T>(x, b, last - 1, n);
+}
+
 // Rows may be stored past the caches where all of them are aligned.
 template <typename T>
 bool aligned(const Rows<T>& rows) {
@@ -85,16 +110,18 @@ void scale_rows(const Taps<T>& taps, const Rows<const T>* window, Rows<const T> 
   const int64_t K = kTaps > 0 ? kTaps : taps.K;
   Rows<const T> from[kTaps > 0 ? kTaps : kMaxTaps];
   for (int64_t k = 0; k < K; ++k) from[k] = window[k].from(row);
+  const Acc<T>* weights[(kTaps > 0 ? kTaps : kMaxTaps) + 1];  // GCC would find the rows' addresses for each vector
+  for (int64_t k = 0; k <= K; ++k) weights[k] = taps.row(k);
   out = out.from(row), next = next.from(row), residual = residual.from(row);
-  each_pair<T>(taps.C, out.data, stream, [&](int64_t c, auto part) {
+  each_pair<T>(taps.C, out.data, stream, [=](int64_t c, auto part) {
     Of<T, decltype(part)> sum[kRows];
 #pragma GCC unroll 4
     for (int r = 0; r < kRows; ++r) {
       simd::prefetch(next.data + r * next.step + c);
-      sum[r] = load(taps.row(K) + c, part);
+      sum[r] = load(weights[K] + c, part);
     }
     for (int64_t k = 0; k < K; ++k) {
-      const auto w = load(taps.row(k) + c, part);
+      const auto w = load(weights[k] + c, part);
 #pragma GCC unroll 4
       for (int r = 0; r < kRows; ++r) sum[r] += w * load(from[k].data + r * from[k].step + c, part);
     }
@@ -118,14 +145,13 @@ void scale(const TemporalScaleArgs& a, const Executor& executor) {
       for (int64_t t = 0; t < T_; ++t) {
         Rows<const T> window[kMaxTaps];
         fill_window(a.x, taps, b, t, n, 1, [&](int64_t from) { return is_real(a.mask, b, from); }, window);
-        const int64_t ahead = t + taps.K / 2 + 1;
-        const Rows<const T> next = rows_of<const T>(a.x, b, ahead < T_ ? ahead : t, n);
+        const Rows<const T> next = rows_ahead<T>(a.x, b, t + taps.K / 2 + 1, 0, T_, n);
         const Rows<const T> residual = a.residual ? rows_of<const T>(a.residual, b, t, n) : Rows<const T>{};
         const Rows<T> out = rows_of<T>(a.out, b, t, n);
         const bool stream = large && aligned(out);
         int64_t row = 0;
-        for (; row + kTogether <= count; row += kTogether)
-          scale_rows<T, kTaps, kTogether>(taps, window, residual, next, out, row, stream);
+        for (; row + kTogether<T> <= count; row += kTogether<T>)
+          scale_rows<T, kTaps, kTogether<T>>(taps, window, residual, next, out, row, stream);
         for (; row < count; ++row) scale_rows<T, kTaps, 1>(taps, window, residual, next, out, row, stream);
       }
     }
@@ -135,42 +161,58 @@ void scale(const TemporalScaleArgs& a, const Executor& executor) {
 
 template <typename T, int kTaps, bool kSums, int kRows>
 void backward_rows(const Taps<T>& taps, const Rows<const T>* window, Rows<const T> x, Rows<const T> next,
-                   Rows<const T> next_x, Rows<T> grad_x, Acc<T>* sums, int64_t row) {
-  const int64_t K = kTaps > 0 ? kTaps : taps.K;
+                   Rows<const T> next_x, Rows<T> grad_x, Acc<T>* sums, int64_t row, bool stream) {
+  const int64_t K = kTaps > 0 ? kTaps : taps.K, C = taps.C;
   Rows<const T> from[kTaps > 0 ? kTaps : kMaxTaps];
   for (int64_t k = 0; k < K; ++k) from[k] = window[k].from(row);
   x = x.from(row), next = next.from(row), next_x = next_x.from(row), grad_x = grad_x.from(row);
-  each_pair<T>(taps.C, [&](int64_t c, auto part) {
-    Of<T, decltype(part)> sum[kRows] = {}, value[kRows] = {};
-#pragma GCC unroll 4
-    for (int r = 0; r < kRows; ++r) {
-      simd::prefetch(next.data + r * next.step + c);
-      if constexpr (kSums) {
-        simd::prefetch(next_x.data + r * next_x.step + c);
-        value[r] = load(x.data + r * x.step + c, part);
-      }
-    }
-    for (int64_t k = 0; k < K; ++k) {
-      const auto w = load(taps.row(k) + c, part);
-      Of<T, decltype(part)> products = {}, plain = {};
+  const Acc<T>* weights[kTaps > 0 ? kTaps : kMaxTaps];
+  Acc<T>* totals[(kTaps > 0 ? kTaps : kMaxTaps) + 1];
+  for (int64_t k = 0; k < K; ++k) weights[k] = taps.row(k);
+  for (int64_t k = 0; kSums && k <= K; ++k) totals[k] = sums + k * C;
+  alignas(64) T collected[kRows * kBlock];
+  for (int64_t first = 0; first < C; first += kBlock) {
+    const int64_t n = C - first < kBlock ? C - first : kBlock;
+    const Rows<T> to = stream ? Rows<T>{collected, kBlock} : Rows<T>{grad_x.data + first, grad_x.step};
+    each_pair<T>(n, [=](int64_t i, auto part) {
+      const int64_t c = first + i;
+      Of<T, decltype(part)> sum[kRows] = {}, value[kRows] = {};
 #pragma GCC unroll 4
       for (int r = 0; r < kRows; ++r) {
-        const auto g = load(from[k].data + r * from[k].step + c, part);
-        sum[r] += w * g;
-        if constexpr (kSums) products += value[r] * g, plain += g;
-      }
-      if constexpr (kSums) {
-        Acc<T>* total = sums + k * taps.C + c;
-        store(total, load(total, part) + products, part);
-        if (k == K / 2) {
-          total = sums + K * taps.C + c;
-          store(total, load(total, part) + plain, part);
+        simd::prefetch(next.data + r * next.step + c);
+        if constexpr (kSums) {
+          simd::prefetch(next_x.data + r * next_x.step + c);
+          value[r] = load(x.data + r * x.step + c, part);
         }
       }
-    }
+      for (int64_t k = 0; k < K; ++k) {
+        const auto w = load(weights[k] + c, part);
+        Of<T, decltype(part)> products = {}, plain = {};
 #pragma GCC unroll 4
-    for (int r = 0; r < kRows; ++r) store(grad_x.data + r * grad_x.step + c, sum[r], part);
-  });
+        for (int r = 0; r < kRows; ++r) {
+          const auto g = load(from[k].data + r * from[k].step + c, part);
+          sum[r] += w * g;
+          if constexpr (kSums) products += value[r] * g, plain += g;
+        }
+        if constexpr (kSums) {
+          Acc<T>* total = totals[k] + c;
+          store(total, load(total, part) + products, part);
+          if (k == K / 2) {
+            total = totals[K] + c;
+            store(total, load(total, part) + plain, part);
+          }
+        }
+      }
+#pragma GCC unroll 4
+      for (int r = 0; r < kRows; ++r) store(to.data + r * to.step + i, sum[r], part);
+    });
+    for (int r = 0; stream && r < kRows; ++r) {
+      T* out = grad_x.data + r * grad_x.step + first;
+      each_pair<T>(n, out, true, [&](int64_t i, auto part) {
+        simd::store_raw(out + i, simd::load_raw(to.data + r * to.step + i, part), part);
+      });
+    }
+  }
 }
 
 // A frame that the forward read as 0: its gradient is 0, and it has part in the bias alone.
@@ -189,13 +231,15 @@ void backward_part(const TemporalScaleBackwardArgs& a, const Taps<T>& taps, int6
   const int64_t T_ = a.grad_out.size[1], N = a.grad_out.size[2], C = taps.C;
   const int64_t chunks = (N + kScaleRows - 1) / kScaleRows, spans = (T_ + kScaleFrames - 1) / kScaleFrames;
   const int64_t b = part / chunks / spans, first = part / chunks % spans * kScaleFrames;
+  const int64_t last = first + kScaleFrames < T_ ? first + kScaleFrames : T_;
   const int64_t n = part % chunks * kScaleRows, count = N - n < kScaleRows ? N - n : kScaleRows;
   Acc<T>* sums = nullptr;
   if constexpr (kSums) {
     sums = a.partial.at<Acc<T>>(part);
     __builtin_memset(sums, 0, (taps.K + 1) * C * sizeof *sums);
   }
-  for (int64_t s = first; s < first + kScaleFrames && s < T_; ++s) {
+  const bool large = a.grad_out.size[0] * T_ * N * C * int64_t(sizeof(T)) > simd::kStreamBytes;
+  for (int64_t s = first; s < last; ++s) {
     const Rows<T> grad_x = rows_of<T>(a.grad_x, b, s, n);
     if (!is_real(a.mask, b, s)) {
       masked_rows<T, kSums>(taps, rows_of<const T>(a.grad_out, b, s, n), grad_x, sums + taps.K * C, count);
@@ -203,14 +247,15 @@ void backward_part(const TemporalScaleBackwardArgs& a, const Taps<T>& taps, int6
     }
     Rows<const T> window[kMaxTaps];
     fill_window(a.grad_out, taps, b, s, n, -1, [](int64_t) { return true; }, window);
-    const int64_t ahead = s + taps.K / 2 + 1;
-    const Rows<const T> next = rows_of<const T>(a.grad_out, b, ahead < T_ ? ahead : s, n);
+    const Rows<const T> next = rows_ahead<T>(a.grad_out, b, s + taps.K / 2 + 1, first, last, n);
     const Rows<const T> x = kSums ? rows_of<const T>(a.x, b, s, n) : taps.zeros();
-    const Rows<const T> next_x = kSums ? rows_of<const T>(a.x, b, s + 1 < T_ ? s + 1 : s, n) : taps.zeros();
+    const Rows<const T> next_x = kSums ? rows_ahead<T>(a.x, b, s + 1, first, last, n) : taps.zeros();
+    const bool stream = large && aligned(grad_x);
     int64_t row = 0;
     for (; row + kTogetherBack<T> <= count; row += kTogetherBack<T>)
-      backward_rows<T, kTaps, kSums, kTogetherBack<T>>(taps, window, x, next, next_x, grad_x, sums, row);
-    for (; row < count; ++row) backward_rows<T, kTaps, kSums, 1>(taps, window, x, next, next_x, grad_x, sums, row);
+      backward_rows<T, kTaps, kSums, kTogetherBack<T>>(taps, window, x, next, next_x, grad_x, sums, row, stream);
+    for (; row < count; ++row)
+      backward_rows<T, kTaps, kSums, 1>(taps, window, x, next, next_x, grad_x, sums, row, stream);
   }
 }
 
@@ -242,6 +287,7 @@ void gradients(const TemporalScaleBackwardArgs& a, const Executor& executor) {
   const int64_t grain = kGrainElements / (kScaleRows * kScaleFrames * C + 1) + 1;
   parallel_for(executor, temporal_scale_parts(B, T_, N), grain, [&](int64_t begin, int64_t end) {
     for (int64_t part = begin; part < end; ++part) backward_part<T, kTaps, kSums>(a, taps, part);
+    simd::fence();
   });
   if constexpr (kSums) add_up<T>(a, executor, taps);
 }
