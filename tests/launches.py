@@ -24,7 +24,6 @@ SEVERAL = {
     "constant_pad_nd": 2,
     "bank_attention": 2,
     "st_pool": 2,
-    "resize_normalize": 2,
 }  # csrc/cuda: one each, or these
 
 

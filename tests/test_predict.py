@@ -119,6 +119,15 @@ def test_what_numbers_become():
         semantics.build(opcode, list(operands))(warp, warp.alive)
         return warp.file["R"][3][: len(given)].copy()
 
+    warp.file["R"][4], warp.file["R"][5], warp.file["R"][6] = 0xFF02_0103, 0xFE01_80FF, 10
+    products = {
+        "4A.U8.S8": 255 * -2 + 2 * 1 + 1 * -128 + 3 * -1, "4A.U8.U8": 255 * 254 + 2 * 1 + 128 + 3 * 255,
+        "2A.LO.U16.U8": 0xFF02 * 0x80 + 0x0103 * 0xFF, "2A.HI.S16.U8": (0xFF02 - 65536) * 254 + 0x0103,
+    }  # fmt: skip
+    for kind, product in products.items():
+        assert done(f"IDP.{kind}", "R3", "R4", "R5", "R6").view(np.int32)[0] == product + 10, kind
+    warp.file["R"][4], warp.file["R"][5] = -7 & 0xFFFF_FFFF, 300
+    assert done("I2IP.U8.S32.SAT", "R3", "R4", "R5", "R6")[0] == 10 << 16 | 0 << 8 | 255
     halves = torch.from_numpy(done("F2FP.BF16.PACK_AB", "R3", "RZ", "R1").astype(np.uint16)).view(torch.bfloat16)
     assert torch.equal(halves.nan_to_num(7), given.bfloat16().nan_to_num(7)), "of two that are as near the even one"
     least = done("FMNMX", "R3", "R1", "R2", "PT").view(np.float32)

@@ -1,23 +1,27 @@
-// A block makes 32 columns x 32 rows of one frame. It works out their windows, which no memory but its own holds. It
-// goes down the source rows that they read, `chunk` quads of rows at a time: parts them into planes, so that a word is
-// four levels of one channel; resizes them across, a lane a column and a warp a quad of rows, into words of four rows'
-// levels; and at the end down, a lane a column and a warp a row in eight. 23-bit weights times 8-bit levels are dot
-// products of four: two of 16 low bits (dp2a) and one of the signed rest (dp4a) for four pixels, exact. Traffic: 1 read
-// of the window of the crop, and again of the rows and columns that two blocks share (a quarter of them for 360p to
-// 224, a tenth for 1080p), from L2; 1 write. Arithmetic: 3 (H w n_w + h w n_h) / 4 x 3 dot products a frame. What does
-// not fit into shared memory (enlarged a lot, or reduced to below a tenth or so) goes the long way: windows of any
-// length in global memory, worked out by a launch of its own.
+// A block makes 32 columns x 32 rows of one frame. Two of its warps work out the windows, which no other memory holds,
+// while the others load pixels. It goes down the source rows that the windows read, `chunk` quads of rows at a time:
+// parts them into planes, so that a word is four levels of one channel; resizes them across, a lane a column and a warp
+// a quad of rows, into words of four rows' levels; and at the end down, a lane a column and a warp a row. Weights have
+// 23 bits, levels 8: four products are two dot products of the weights' low 16 bits (dp2a) and one of the signed rest
+// (dp4a), exact as they are.
+// Traffic: 1 read of the window of the crop, and again of the rows and columns that two blocks share (a quarter for
+// 360p to 224, an eighth for 1080p), from L2; 1 write. Arithmetic: 9 / 4 (H w n_w + h w n_h) dot products a frame: 1.4
+// us of an H200 for 8 frames of 360p, where a copy's bytes take 1.3; so what is around them decides. What does not fit
+// into shared memory (reduced to below a tenth or so) goes the long way: windows of any length in global memory, worked
+// out by a launch of its own.
 //
-#include "block.cuh"
-#include "pyvidx/resize_normalize.h"
+// Tried, half, 8 frames of 360p and 1080p; shares of a copy are predicted (docs/predictions.md):
+//   version                                     registers, sm_70 / 90   rounds   per 16 bytes   V100       H200
+//   two launches, tap by tap, 16 rows a block   80 / 80                 22, 46   1153, 552      .16, .32   .11, .14
+//   dot products; all warps work out windows    80 / 80                 1, 11    571, 364       -          .38, .35
+//   two warps do; 16-byte shared loads          75 / 76                 2, 11    355, 213       .66, .75   .52, .54
+#include "resize_long.cuh"
 #ifndef __CUDACC_RTC__
 #include <algorithm>
 #endif
 
 namespace pyvidx::cuda {
 
-constexpr int kResizeThreads = 256, kResizeWarps = kResizeThreads / 32;
-constexpr int kTile = 32;  // columns and rows
 constexpr int kPlanes = 3 * int(kQuad);
 
 // What the windows of a tile take, at most; sizes of what it holds in shared memory.
@@ -27,10 +31,9 @@ struct ResizePlan {
   int column_quads, row_quads;  // of a window
   int wide, high;               // quads of pixels in a row that the tile reads, and of rows
   unsigned per_wide;            // 2^32 / wide, rounded up
+  int levels;                   // words of those that are resized across
   int chunk;                    // quads of rows at a time
 };
-
-__device__ __forceinline__ int clamped(int level) { return level < 0 ? 0 : level > 255 ? 255 : level; }
 
 __device__ __forceinline__ unsigned packed_levels(const int (&level)[4]) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 720
@@ -65,34 +68,6 @@ struct Levels {
   }
   __device__ __forceinline__ int rounded() const { return int(low + (unsigned(high) << 16)) >> kWeightBits; }
 };
-
-// Four pixels of each of kRows rows, red first, a byte a level; 0 beyond the end of a row, and in place of rows beyond
-// the last one that one. kWords: four pixels are three words, and rows end with such.
-template <bool kWords, int kRows>
-__device__ __forceinline__ void load_pixels(const View<4>& frames, int64_t t, int y, int x,
-                                            unsigned (&pixel)[3 * kRows]) {
-  const int last = int(frames.size[1]) - 1, W = int(frames.size[2]);
-  const uint8_t* row = frames.at<const uint8_t>(t, y < last ? y : last, x);
-#pragma unroll
-  for (int r = 0; r < kRows; ++r) {
-#pragma unroll
-    for (int i = 0; i < 3; ++i) {
-      if constexpr (kWords) {
-        pixel[3 * r + i] = x < W ? reinterpret_cast<const unsigned*>(row)[i] : 0;
-      } else {
-        unsigned word = 0;
-#pragma unroll
-        for (int b = 0; b < 4; ++b) {
-          const int after = (4 * i + b) / 3, c = (4 * i + b) % 3;
-          const unsigned level = x < W - after ? row[after * frames.stride[2] + c * frames.stride[3]] : 0;
-          word |= level << (8 * b);
-        }
-        pixel[3 * r + i] = word;
-      }
-    }
-    if (y + r < last) row += frames.stride[1];
-  }
-}
 
 // Of these, four levels of each channel.
 __device__ __forceinline__ void part_pixels(unsigned* plane) {
@@ -133,10 +108,16 @@ struct LaneWindow {
   __device__ __forceinline__ void weights(int quads, double* scratch, Put&& put) const {
     double sum = 0;
 #pragma unroll 1
-    for (int k = 0; k < quads * int(kQuad); ++k) {
-      const bool read = inside && k < count && begin + k >= int(window.begin);
-      const double weight = read ? window.weight(axis, begin + k) : 0;
-      sum += weight, scratch[k * kTile] = weight;
+    for (int k = 0; k < quads * int(kQuad); k += int(kQuad)) {
+      double weight[kQuad];
+#pragma unroll
+      for (int i = 0; i < int(kQuad); ++i) weight[i] = window.weight(axis, begin + k + i);
+#pragma unroll
+      for (int i = 0; i < int(kQuad); ++i) {
+        const bool read = inside && k + i < count && begin + k + i >= int(window.begin);
+        weight[i] = read ? weight[i] : 0;
+        sum += weight[i], scratch[(k + i) * kTile] = weight[i];
+      }
     }
     const double inverse = inside ? 1 / sum : 0;
 #pragma unroll 1
@@ -158,14 +139,13 @@ struct LaneWindow {
 template <typename T, bool kWords>
 __global__ __launch_bounds__(kResizeThreads, 3) void resize_normalize_kernel(ResizeNormalizeArgs a, ResizePlan plan) {
   PYVIDX_SHARED(unsigned, shared);
-  unsigned* const across = shared;                                 // [high][3][32]: four rows' levels
-  unsigned* const columns = across + plan.high * 3 * kTile;        // [column_quads][3][32]: weights
+  unsigned* const across = shared;                                 // [high][3][32]: four rows' levels; before these
+  double* const scratch = reinterpret_cast<double*>(shared);       // [both quads][4][32]
+  unsigned* const columns = shared + plan.levels;                  // [column_quads][3][32]: weights
   unsigned* const rows = columns + plan.column_quads * 3 * kTile;  // [32][row_quads][4]
   int* const first_column = reinterpret_cast<int*>(rows + plan.row_quads * 4 * kTile);  // [32]
   int *const first_row = first_column + kTile, *const row_quads = first_row + kTile;    // [32] each, in quads
-  double* const scratch = reinterpret_cast<double*>(row_quads + 2 * kTile);             // [both quads][4][32]
-  unsigned* const pixels =                                                              // [chunk][wide][4][3]
-      reinterpret_cast<unsigned*>(scratch + (plan.column_quads + plan.row_quads) * kQuad * kTile);
+  unsigned* const pixels = reinterpret_cast<unsigned*>(row_quads + kTile);              // [chunk][wide][4][3]
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const unsigned tile = blockIdx.x / plan.tiles_across;
   const int64_t t = tile / plan.tiles_down;
@@ -278,99 +258,6 @@ __global__ __launch_bounds__(kResizeThreads, 3) void resize_normalize_kernel(Res
   }
 }
 
-// ---- the long way: source rows 32 at a time, resized across into shared memory, then added to the output rows ----
-
-constexpr int kLongRows = 16, kLongOwn = kLongRows / kResizeWarps;
-constexpr int kLongChunk = 32, kLongTake = kLongChunk / kResizeWarps;  // source rows, and those of a warp
-constexpr int kWindowThreads = 128;
-
-__global__ __launch_bounds__(kWindowThreads) void resize_windows_kernel(ResizeNormalizeArgs a) {
-  const int64_t i = int64_t(blockIdx.x) * kWindowThreads + threadIdx.x, rows = a.rows.size[0];
-  if (i < rows) {
-    resample_window(a.down(), a.top + i, a.rows.at<int32_t>(i));
-  } else if (i - rows < a.columns.size[0]) {
-    resample_window(a.across(), a.left + i - rows, a.columns.at<int32_t>(i - rows));
-  }
-}
-
-template <typename T>
-__global__ __launch_bounds__(kResizeThreads, 2) void resize_long_kernel(ResizeNormalizeArgs a, unsigned tiles_down,
-                                                                        unsigned tiles_across) {
-  __shared__ uint8_t across[kLongChunk][3][kTile];
-  const int64_t H = a.frames.size[1], rows = a.rows.size[0], columns = a.columns.size[0];
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  const int64_t t = blockIdx.x / tiles_across / tiles_down;
-  const int64_t x = int64_t(blockIdx.x % tiles_across) * kTile + lane;
-  const int64_t y0 = int64_t(blockIdx.x / tiles_across % tiles_down) * kLongRows;
-  const int64_t y_last = (y0 + kLongRows < rows ? y0 + kLongRows : rows) - 1;
-  const int quads = int((a.columns.size[1] - 1) / kQuad), taps = int(a.rows.size[1] - 1);
-  const int32_t* const column = a.columns.at<const int32_t>(x < columns ? x : columns - 1);
-  const int64_t begin = *a.rows.at<const int32_t>(y0), past = *a.rows.at<const int32_t>(y_last) + taps;
-  const int64_t end = past < H ? past : H;
-
-  int sum[kLongOwn][3];
-#pragma unroll
-  for (int r = 0; r < kLongOwn; ++r) {
-#pragma unroll
-    for (int c = 0; c < 3; ++c) sum[r][c] = 1 << (kWeightBits - 1);
-  }
-#pragma unroll 1
-  for (int64_t chunk = begin; chunk < end; chunk += kLongChunk) {
-    int own[kLongTake][3];
-#pragma unroll
-    for (int r = 0; r < kLongTake; ++r) {
-#pragma unroll
-      for (int c = 0; c < 3; ++c) own[r][c] = 1 << (kWeightBits - 1);
-    }
-#pragma unroll 1
-    for (int q = 0; q < quads; ++q) {
-      const int32_t* const k = column + 1 + q * kQuad;
-      const int weight[4] = {k[0], k[1], k[2], k[3]};
-      unsigned pixel[3 * kLongTake];
-      load_pixels<false, kLongTake>(a.frames, t, int(chunk) + warp * kLongTake, *column + q * int(kQuad), pixel);
-#pragma unroll
-      for (int r = 0; r < kLongTake; ++r) {
-#pragma unroll
-        for (int i = 0; i < 12; ++i) {
-          own[r][i % 3] += weight[i / 3] * int(pixel[3 * r + i / 4] >> (8 * (i % 4)) & 255u);
-        }
-      }
-    }
-    __syncthreads();  // the last chunk has been read
-#pragma unroll
-    for (int r = 0; r < kLongTake; ++r) {
-#pragma unroll
-      for (int c = 0; c < 3; ++c) across[warp * kLongTake + r][c][lane] = uint8_t(clamped(own[r][c] >> kWeightBits));
-    }
-    __syncthreads();
-#pragma unroll
-    for (int r = 0; r < kLongOwn; ++r) {
-      const int64_t y = y0 + warp + r * kResizeWarps;
-      if (y >= rows) break;
-      const int32_t* const window = a.rows.at<const int32_t>(y);
-      const int64_t first = *window, last = first + taps;
-      const int64_t low = first > chunk ? first : chunk, stop = last < chunk + kLongChunk ? last : chunk + kLongChunk;
-#pragma unroll 1
-      for (int64_t Y = low; Y < (stop < end ? stop : end); ++Y) {
-        const int weight = window[1 + Y - first];
-#pragma unroll
-        for (int c = 0; c < 3; ++c) sum[r][c] += weight * int(across[Y - chunk][c][lane]);
-      }
-    }
-  }
-  if (x >= columns) return;
-#pragma unroll
-  for (int r = 0; r < kLongOwn; ++r) {
-    const int64_t y = y0 + warp + r * kResizeWarps;
-    if (y >= rows) return;
-#pragma unroll
-    for (int c = 0; c < 3; ++c) {
-      const Acc<T> level = Acc<T>(clamped(sum[r][c] >> kWeightBits));
-      *a.out.at<T>(t, c, y, x) = from_acc<T>(level * Acc<T>(a.scale[c]) + Acc<T>(a.shift[c]));
-    }
-  }
-}
-
 }  // namespace pyvidx::cuda
 
 #ifndef __CUDACC_RTC__
@@ -386,24 +273,27 @@ bool in_words(const View<4>& frames) {
          frames.stride[0] % 4 == 0 && reinterpret_cast<uintptr_t>(frames.data) % 4 == 0;
 }
 
-ResizePlan plan_of(const ResizeNormalizeArgs& a) {
-  ResizePlan plan{a.across(), a.down(), unsigned(ceil_div(a.columns.size[0], kTile)),
-                  unsigned(ceil_div(a.rows.size[0], kTile))};
+// Of shared memory.
+int64_t bytes_of(const ResizePlan& plan) {
+  const int64_t of_lane = 3 * plan.column_quads + 4 * plan.row_quads + 3;
+  return 4 * (plan.levels + of_lane * kTile + int64_t(plan.chunk) * plan.wide * kPlanes);
+}
+
+// With as many rows at a time as keep a few blocks on a multiprocessor; fewer where even one has too little room.
+ResizePlan plan_of(const ResizeNormalizeArgs& a, int64_t room) {
+  ResizePlan plan{a.across(), a.down(), 0, 0, 0, 0, 0, 0, 0, 0, 2 * kResizeWarps};
+  plan.tiles_across = unsigned(ceil_div(a.columns.size[0], kTile));
+  plan.tiles_down = unsigned(ceil_div(a.rows.size[0], kTile));
   const auto quads = [](double pixels) { return int(std::min(pixels, 1e6)) / int(kQuad) + 2; };
   plan.column_quads = int(std::min<int64_t>(ceil_div(plan.across.reads(), kQuad), 1 << 20));
   plan.row_quads = int(std::min<int64_t>(plan.down.taps() / kQuad, 1 << 20));
   plan.wide = quads((kTile - 1) * plan.across.scale + kQuad) + plan.column_quads;
   plan.per_wide = unsigned(((int64_t(1) << 32) + plan.wide - 1) / plan.wide);
   plan.high = quads((kTile - 1) * plan.down.scale + kQuad) + plan.row_quads;
+  plan.levels = std::max(plan.high * 3, (plan.column_quads + plan.row_quads) * int(kQuad) * 2) * kTile;
+  while (plan.chunk > kResizeWarps && int64_t(plan.chunk) * plan.wide * kPlanes * 4 > 16 * 1024) plan.chunk /= 2;
+  while (plan.chunk > 1 && bytes_of(plan) > room) plan.chunk /= 2;
   return plan;
-}
-
-// Of shared memory, with chunks of so many quads of rows.
-int64_t bytes_of(const ResizePlan& plan, int chunk) {
-  const int64_t pixels = int64_t(chunk) * plan.wide * kPlanes * 4;
-  const int64_t weights = int64_t(plan.column_quads + plan.row_quads) * kQuad * kTile * 8;
-  const int64_t of_lane = int64_t(plan.high + plan.column_quads) * 3 + plan.row_quads * 4 + 4;
-  return of_lane * kTile * 4 + weights + pixels;
 }
 
 template <typename T>
@@ -430,13 +320,9 @@ void launch(const ResizeNormalizeArgs& args, const ResizePlan& plan, int64_t byt
 
 void resize_normalize_cuda(const ResizeNormalizeArgs& args, cudaStream_t stream) {
   if (args.out.size[0] * args.out.size[2] * args.out.size[3] == 0) return;
-  ResizePlan plan = plan_of(args);
-  // As many rows as keep a few blocks on a multiprocessor, then fewer where even one has too little room.
-  plan.chunk = 2 * kResizeWarps;
-  while (plan.chunk > kResizeWarps && int64_t(plan.chunk) * plan.wide * kPlanes * 4 > 16 * 1024) plan.chunk /= 2;
   const int64_t room = int64_t(device_smem());
-  while (plan.chunk > 1 && bytes_of(plan, plan.chunk) > room) plan.chunk /= 2;
-  const int64_t bytes = bytes_of(plan, plan.chunk);
+  const ResizePlan plan = plan_of(args, room);
+  const int64_t bytes = bytes_of(plan);
   visit_dtype<float, double, __half, __nv_bfloat16>("resize_normalize", args.out.dtype, [&](auto t) {
     using T = typename decltype(t)::type;
     if (bytes > room) return launch_long<T>(args, stream);

@@ -35,15 +35,13 @@ struct Axis {
   PYVIDX_INLINE int64_t taps() const { return (reads() + 2 * (kQuad - 1)) / kQuad * kQuad; }
 };
 
+// Both pieces of bicubic are computed: lanes of a warp need both, and pixels in a row overlap then.
 PYVIDX_INLINE double resample_filter(double x, bool bilinear) {
   x = x < 0 ? -x : x;
   if (bilinear) return x < 1 ? 1 - x : 0.0;
-  if (x < 1) {
-    const double slope = rounded_product(1.5, x) - 2.5;
-    return rounded_product(rounded_product(slope, x), x) + 1;
-  }
-  if (x < 2) return rounded_product(rounded_product(rounded_product(x - 5, x) + 8, x) - 4, -0.5);
-  return 0.0;
+  const double near = rounded_product(rounded_product(rounded_product(1.5, x) - 2.5, x), x) + 1;
+  const double far = rounded_product(rounded_product(rounded_product(x - 5, x) + 8, x) - 4, -0.5);
+  return x < 1 ? near : x < 2 ? far : 0.0;
 }
 
 // The pixels [begin, end) that an output in [0, resized) reads, and their weights before they are made to add up to 1.

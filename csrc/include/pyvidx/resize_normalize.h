@@ -21,7 +21,7 @@ struct ResizeNormalizeArgs {
   int64_t top, left;
   bool bilinear;
   double scale[3], shift[3];
-  View<2> rows, columns;  // [rows or columns, 1 + taps of their axis]  scratch, i32
+  View<2> rows, columns;  // [rows or columns, 1 + taps of their axis]  scratch, i32; on a GPU of long windows
   View<4> out;            // [T, 3, rows, columns]  out, any strides but the last, which is 1
 
   PYVIDX_INLINE Axis down() const { return Axis(frames.size[1], h, bilinear); }
