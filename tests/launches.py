@@ -23,7 +23,6 @@ FREE = (
 SEVERAL = {
     "constant_pad_nd": 2,
     "bank_attention": 2,
-    "st_pool": 2,
 }  # csrc/cuda: one each, or these
 
 

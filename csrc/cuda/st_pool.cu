@@ -1,19 +1,23 @@
-// Where a frame has few patches (kPoolAtOnce): a block takes 32 bytes of the channels of a clip, so that all its sums
-// are whole; a warp 16 patches, two lanes each. It goes through the frames eight at a time, with the next eight under
-// way; patches' sums stay in registers. Eight frames' sums are halved from lane to lane, each step with half as many
-// values for half as many lanes, and those of the warps meet in shared memory. Traffic: 1 read of x. Else a block takes
-// a part, 32 patches of some frames, and 128 bytes of its channels; its warps take turns at the frames. In a warp 8
-// lanes of 16 bytes lie side by side, and each of the four groups of lanes has 8 patches. So a lane has 8 reads of a
-// frame under way at once, keeps its patches' sums in registers, and four groups' sums of a frame meet in two shuffles;
-// the warps' sums of the patches meet in shared memory. A second kernel adds up the parts of a frame and, where the
-// frames were split over blocks as well, of a patch. Traffic: 1 read of x, and the sums of the frames in float once out
-// and back (1 / 16 of x in 16 bits each way), which stay in L2.
+// Where a frame has few patches (kPoolAtOnce): a block takes 16 bytes of the channels of a clip, so that all its sums
+// are whole; a lane of it one patch. It goes through the frames eight at a time, with the next eight under way;
+// patches' sums stay in registers. Eight frames' sums are halved from lane to lane, each step with half as many values
+// for half as many lanes, and those of the warps meet in shared memory. Traffic: 1 read of x, from L2 twice, for
+// neighbors share its sectors of 32 bytes: this is what is left between a clip of 100 frames and a copy on an H200.
+//
+// Else a block takes a part, 32 patches of some frames, and 128 bytes of its channels; its warps take turns at the
+// frames. In a warp 8 lanes of 16 bytes lie side by side, and each of the four groups of lanes has 8 patches. So a lane
+// has 8 reads of a frame under way at once, keeps its patches' sums in registers, and four groups' sums of a frame meet
+// in two shuffles; the warps' sums of the patches meet in shared memory. A second kernel adds up the parts of a frame
+// and, where the frames were split over blocks as well, of a patch. Traffic: 1 read of x, and the sums of the frames in
+// float once out and back (1 / 16 of x in 16 bits each way), which stay in L2.
 //
 // Tried, half, C = 1024; shares of a copy are predicted (docs/predictions.md), T = 8 and 100:
-//   version                registers, sm_70 / 90   rounds of loads   instructions per 16 bytes   V100       H200
-//   a warp a block         128 / 128               16, 34            54, 73                      .48, .95   .19, .50
-//   four warps a block     126 / 124               2, 5              76, 85                      .63, .95   .34, .66
-//   at once
+//   version                 registers, sm_70 / 90   rounds of loads   instructions per 16 bytes   V100       H200
+//   a warp a block          128 / 128               16, 34            54, 73                      .48, .95   .19, .50
+//   four warps a block      126 / 124               2, 5              76, 85                      .63, .95   .34, .66
+//   at once, 32 bytes       128 / 128               1, 1              97, 121                     .99, .99   .74, .47
+//   at once, 16 bytes       128 / 128               1, 1              97, 116                     .99, .99   .79, .60
+//   loads without branches  108 / 128               1, 12             83, 68                      1.0, 1.0   .85, .76
 //
 // Backward: a thread takes 16 bytes of channels of one patch in eight frames. Traffic: 1 write.
 #include "block.cuh"
@@ -23,7 +27,7 @@ namespace pyvidx::cuda {
 
 constexpr int kPoolWarps = 4, kPoolThreads = 32 * kPoolWarps;
 constexpr int kPoolLanes = 8, kPoolGroups = 32 / kPoolLanes, kPoolPatches = int(kPoolRows) / kPoolGroups;
-// At once: a warp's patches lie kOnceLanes lanes of 16 bytes each apart.
+// At once: a patch has kOnceLanes lanes of 16 bytes.
 constexpr int kOnceLanes = 1, kOncePatches = 32 / kOnceLanes, kOnceFrames = 8;
 constexpr int kOnceThreads = int(kPoolAtOnce) / kOncePatches * 32;
 constexpr int kAddUpThreads = 128, kSpreadThreads = 256, kSpreadFrames = 8;

@@ -9,14 +9,14 @@ namespace {
 
 // A CPU walks all frames of a part at once. A GPU has a block for each part and 128 bytes of its channels: where a
 // batch has too few of them, parts get fewer frames, but not so few that their patches' sums weigh beside x. It needs
-// no parts, 0, where frames are small and 32 bytes of all channels make blocks enough, or where it is done soon.
+// no parts, 0, where frames are small and each 16 bytes of channels make blocks enough, or where it is done soon.
 int64_t frames_of_part(const Tensor& x, int64_t chunks) {
   const int64_t B = x.size(0), T = x.size(1), bytes = x.size(3) * x.element_size();
 #if !defined(PYVIDX_EMU)
   if (x.is_cpu()) return T;
 #endif
   constexpr int64_t kBlocks = 1024, kLeast = 16, kEnough = 64, kSoon = 16;
-  if (x.size(2) <= kPoolAtOnce && (B * bytes / 32 >= kEnough || T <= kSoon)) return 0;
+  if (x.size(2) <= kPoolAtOnce && (B * bytes / 16 >= kEnough || T <= kSoon)) return 0;
   const int64_t blocks = std::max<int64_t>(1, B * chunks * (bytes / 128));
   const int64_t spans = std::max<int64_t>(1, std::min(kBlocks / blocks, T / kLeast));
   return (T + spans - 1) / spans;
