@@ -9,14 +9,18 @@
 // each other, M = 20, t = 16):
 //   a row at a time                                   32, 31    37 to copy, 32 to merge, 42 to put back
 //   four rows copied at a time                        40, 40    10, 32, 42
-//   merges named ahead, rows put back four at a time  48, 40    10, 17, 12   kept
+//   merges named ahead, rows put back four at a time  48, 40    10, 17, 12
+//   rows seven at a time, merges four, ids checked first  80, 80    24 in all; predicted .96 of a copy on an H100 where
+//                                                     it was .79, .89 on an H200 where it was .61   kept
 #include "memory_step.cuh"
 #include "pyvidx/memory_scan.h"
 
 namespace pyvidx::cuda {
 
 constexpr int kReplayThreads = 128;
-constexpr int kReplayAhead = 8, kMergeAhead = 4;  // rows, and merges of two, that a thread has under way together
+constexpr int kReplayAhead = 7;  // rows that a thread has under way together
+template <typename T>
+constexpr int kMergeAhead = sizeof(T) == 8 ? 2 : 4;  // merges
 
 constexpr int kScanWords = kEntryWords + 1;  // of shared memory per slot: its entry, and the id of its row
 
@@ -103,14 +107,15 @@ __global__ __launch_bounds__(kReplayThreads) void memory_replay_kernel(MemoryRep
       t, [&](int s) { return a.frames.at<const T>(b, s, n) + c; },
       [&](int s) { return a.extended.at<T>(b, slots + s, n) + c; });
   // A few steps' rows at a time, but for those that these steps make themselves.
+  constexpr int kMerges = kMergeAhead<T>;
 #pragma unroll 1
-  for (int from = 0; from < t; from += kMergeAhead) {
-    int source[kMergeAhead][2];
-    Pack packs[kMergeAhead][2] = {};
-    Acc<T> weight[kMergeAhead][2];
+  for (int from = 0; from < t; from += kMerges) {
+    int source[kMerges][2];
+    Pack packs[kMerges][2] = {};
+    Acc<T> weight[kMerges][2];
     const int made = slots + t + from;  // the id of the first row of these steps
 #pragma unroll
-    for (int i = 0; i < kMergeAhead; ++i) {
+    for (int i = 0; i < kMerges; ++i) {
       const int s = from + i;
 #pragma unroll
       for (int which = 0; which < 2; ++which) {
@@ -118,20 +123,26 @@ __global__ __launch_bounds__(kReplayThreads) void memory_replay_kernel(MemoryRep
         weight[i][which] = s < t && a.weighted ? Acc<T>(*a.counts.at<const int32_t>(b, s, n, which)) : Acc<T>(1);
       }
     }
+    bool whole = true;
 #pragma unroll
-    for (int i = 0; i < kMergeAhead; ++i) {
+    for (int i = 0; i < kMerges; ++i) {
       const int s = from + i;
       auto written = [&](int id) { return id >= 0 && (id < slots + s || (id >= slots + t && id < slots + t + s)); };
-      if (source[i][0] < 0) continue;
+      whole = whole && (source[i][0] < 0 || (written(source[i][0]) && written(source[i][1])));
+    }
+    if (!whole) __trap();  // a broken plan: better stop than read elsewhere
+#pragma unroll
+    for (int i = 0; i < kMerges; ++i) {
 #pragma unroll
       for (int which = 0; which < 2; ++which) {
         const int id = source[i][which];
-        if (!written(id)) __trap();  // a broken plan: better stop than read elsewhere
-        if (id < made) packs[i][which] = *reinterpret_cast<const Pack*>(a.extended.at<const T>(b, id, n) + c);
+        if (source[i][0] >= 0 && id < made) {
+          packs[i][which] = *reinterpret_cast<const Pack*>(a.extended.at<const T>(b, id, n) + c);
+        }
       }
     }
 #pragma unroll
-    for (int i = 0; i < kMergeAhead; ++i) {
+    for (int i = 0; i < kMerges; ++i) {
       if (from + i >= t) break;
       Acc<T> x[kSize] = {};
       if (source[i][0] >= 0) {
@@ -144,7 +155,7 @@ __global__ __launch_bounds__(kReplayThreads) void memory_replay_kernel(MemoryRep
       const Pack result = pack_raw<T, kVectorized>(x);
       store_raw(a.extended.at<T>(b, made + i, n) + c, result);
 #pragma unroll
-      for (int later = i + 1; later < kMergeAhead; ++later) {
+      for (int later = i + 1; later < kMerges; ++later) {
 #pragma unroll
         for (int which = 0; which < 2; ++which) {
           if (source[later][which] == made + i) packs[later][which] = result;
@@ -162,14 +173,16 @@ __global__ __launch_bounds__(kReplayThreads) void memory_replay_kernel(MemoryRep
       if (first + i >= slots) continue;
       id[i] = *a.table.at<const int32_t>(b, t - 1, n, first + i), slot[i] = *a.order.at<const int32_t>(b, n, first + i);
     }
+    bool whole = true;
 #pragma unroll
     for (int i = 0; i < kReplayAhead; ++i) {  // a row from before this clip lies where it lay
-      if (first + i >= slots) continue;
-      const bool old = id[i] < slots;
-      if (id[i] >= slots + 2 * t || slot[i] < 0 || slot[i] >= slots || (id[i] >= 0 && old && id[i] != slot[i]))
-        __trap();
-      if (old) continue;
-      packs[i] = *reinterpret_cast<const Pack*>(a.extended.at<const T>(b, id[i], n) + c);
+      const bool lies = id[i] < 0 || id[i] >= slots || id[i] == slot[i];
+      whole = whole && (first + i >= slots || (id[i] < slots + 2 * t && slot[i] >= 0 && slot[i] < slots && lies));
+    }
+    if (!whole) __trap();
+#pragma unroll
+    for (int i = 0; i < kReplayAhead; ++i) {
+      if (id[i] >= slots) packs[i] = *reinterpret_cast<const Pack*>(a.extended.at<const T>(b, id[i], n) + c);
     }
 #pragma unroll
     for (int i = 0; i < kReplayAhead; ++i) {
@@ -193,7 +206,7 @@ void memory_scan_cuda(const MemoryScanArgs& args, cudaStream_t stream) {
   visit_floating("memory_scan_", args.bank.dtype, [&](auto t) {
     using T = typename decltype(t)::type;
     const bool vectorized = vectorizable<T>(args.bank) && vectorizable<T>(args.frames);
-    const unsigned threads = memory_threads(ceil_div(args.bank.size[3], vectorized ? kVec<T> : 1), rows);
+    const unsigned threads = memory_threads<T>(ceil_div(args.bank.size[3], vectorized ? kVec<T> : 1), rows);
     if (vectorized) {
       set_max_dynamic_smem(memory_scan_kernel<T, true>, smem);
       PYVIDX_LAUNCH((memory_scan_kernel<T, true>), rows, threads, smem, stream, args);
