@@ -7,6 +7,7 @@
 namespace pyvidx::cuda {
 
 constexpr int kAddUpThreads = 1024;
+constexpr int kAddUpAhead = 16;  // rows of a warp under way together
 
 // put(c, sum) for the sums over `count` rows of `partial` ([count, C], `step` elements apart), from one thread for each
 // channel. Blocks of kAddUpThreads, add_up_blocks(C) of them along x; all threads of a block take part.
@@ -18,8 +19,17 @@ __device__ __forceinline__ void add_up(const A* partial, int64_t step, int64_t c
   const int64_t c = int64_t(blockIdx.x) * 32 + lane;
   A sum = 0;
   if (c < C) {
-#pragma unroll 8
-    for (int64_t i = warp; i < count; i += kWarps) sum += partial[i * step + c];
+#pragma unroll 1
+    for (int64_t first = warp; first < count; first += kAddUpAhead * kWarps) {
+      A x[kAddUpAhead];
+#pragma unroll
+      for (int i = 0; i < kAddUpAhead; ++i) {
+        const int64_t row = first + i * kWarps;
+        x[i] = row < count ? partial[row * step + c] : A(0);
+      }
+#pragma unroll
+      for (int i = 0; i < kAddUpAhead; ++i) sum += x[i];
+    }
   }
   shared[warp][lane] = sum;
   __syncthreads();

@@ -249,6 +249,8 @@ def added_minimum(more, o):
 
 
 def prmt(more, o):
+    if more:  # modes that read the selector otherwise
+        raise Unknown("PRMT." + ".".join(more))
     write, a, selector, b = writer(o[0]), integer(o[1]), integer(o[2]), integer(o[3])
 
     def permute(w, m):
