@@ -20,10 +20,15 @@ FREE = (
     "_unsafe_view", "alias", "detach", "device", "empty", "empty_like", "empty_strided", "lift_fresh", "new_empty",
     "new_empty_strided", "promote_types", "split", "sym_size",
 )  # fmt: skip
-SEVERAL = {
-    "constant_pad_nd": 2,
-    "bank_attention": 2,
-}  # csrc/cuda: one each, or these
+SEVERAL = {"constant_pad_nd": 2}  # ops of csrc/cuda that are called here: one each, but for bank_attention
+
+
+def launches_of_bank_attention(q, rows, table, *others) -> int:
+    """bank_attention_gpu_splits of csrc/include/pyvidx/bank_attention.h: up to 2048 keys a step need no second pass, nor
+    do so many queries, steps and heads that each block has its own."""
+    (B, t, n, _), heads, groups = q.shape, others[2], -(-q.shape[2] // 16)
+    keys, tasks = rows.shape[2] * (rows.shape[1] if table is None else table.shape[3]), min(8, groups * min(t, 4))
+    return 2 if keys > 2048 and 256 * tasks // (B * t * heads * groups) > 1 else 1
 
 
 class Launches(TorchDispatchMode):
@@ -37,7 +42,8 @@ class Launches(TorchDispatchMode):
         name = func._schema.name.split("::")[1]
         view = any(r.alias_info is not None and not r.alias_info.is_write for r in func._schema.returns)
         if not view and name not in FREE:
-            self.count[name] += SEVERAL.get(name, 1)
+            one = launches_of_bank_attention(*args) if name == "bank_attention" else SEVERAL.get(name, 1)
+            self.count[name] += one
         return func(*args, **(kwargs or {}))
 
     def attention(self, q, k, v, **options):
@@ -83,10 +89,10 @@ def test_bt_adapter():
     held(mode, 263)
 
 
-@pytest.mark.parametrize("dtype, text, most", [("float32", 12, 169), ("float16", 12, 181), ("float32", 0, 139)])
+@pytest.mark.parametrize("dtype, text, most", [("float32", 12, 159), ("float16", 12, 171), ("float32", 0, 129)])
 def test_malmm_push(dtype, text, most):
     """A frame into full memories, with and without an instruction; 250 and 262 before. 16-bit rows are cast for banks
-    in float32; of bank_attention's launches half add up what its blocks found."""
+    in float32, 12 launches. bank_attention adds up what its blocks found over the visual bank alone, 6 launches."""
     config = MALMMConfig(vision=replace(EVA_G, layers=1))
     with counted(dtype) as mode:
         model = MALMM(config).eval()

@@ -206,6 +206,30 @@ def test_graphs_of_ops_do_all_their_work():
     assert result.returncode == 0 and " passed" in result.output, result.output
 
 
+COUNT = """
+import os, torch
+import tests.launches as launches
+for B, t, n, keys, tabled in ((1, 1, 44, 44 * 21, 0), (1, 1, 32, 2048, 0), (1, 1, 32, 2049, 0), (1, 16, 32, 3000, 1),
+                              (2, 1, 300, 5000, 0), (9, 16, 32, 3000, 1)):
+    q, rows = torch.zeros(B, t, n, 96), torch.zeros(B, 1, keys, 192)
+    table = torch.zeros(B, t, keys, 1, dtype=torch.int32) if tabled else None
+    before = len(open(os.environ["PYVIDX_EMU_LOG"]).readlines())
+    args = (q, rows, table, None, None, 12, 1.0)
+    torch.ops.pyvidx.bank_attention(*args)
+    launched = len(open(os.environ["PYVIDX_EMU_LOG"]).readlines()) - before
+    assert launched == launches.launches_of_bank_attention(*args), (B, t, n, keys, launched)
+    print(launched, end=" ")
+"""
+
+
+def test_launches_of_bank_attention_are_as_tests_launches_counts_them(tmp_path):
+    log = tmp_path / "launches"
+    log.touch()
+    env = {"PYVIDX_OPS_LIBRARY": str(build.ops_library("plain")), "PYVIDX_EMU_LOG": str(log), "PYVIDX_EMU_DRY": "0"}
+    done = run.run_process("plain", [sys.executable, "-c", "import pyvidx.ops\n" + COUNT], env)
+    assert done.returncode == 0 and done.output.split() == ["1", "1", "2", "2", "2", "1"], done.output
+
+
 # ---- the ops' own tests ----
 
 NO_KERNEL = "not registration and not compiled and not rejects and not autocast"  # tests that are about Python

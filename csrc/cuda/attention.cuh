@@ -25,6 +25,41 @@ __device__ __forceinline__ bool first_of_row() {
   return score_column<T>(0, 0) == 0;
 }
 
+// The warp's 16 rows of kD elements in registers, each lane with what dot_rows asks of it as the left side: of two rows
+// a chunk in four, or one row (quad_pairs.cuh).
+template <typename T, int kD>
+struct HeldRows {
+  static constexpr int D = kD, kEach = 4 * kChunk<T>;
+  Register<T> two[2][kD / kEach][kRegisters], one[kD / kChunk<T>][kRegisters];
+
+  template <typename R>
+  __device__ __forceinline__ explicit HeldRows(const R& rows) {
+    const int g = threadIdx.x % 32 / 4, c = threadIdx.x % 4;
+    if (on_quad_pairs<T>()) {
+#pragma unroll
+      for (int i = 0; i < kD / kChunk<T>; ++i) load_chunk<T, kD>(rows, QuadPair().left_row(), i * kChunk<T>, one[i]);
+    } else {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+#pragma unroll
+        for (int i = 0; i < kD / kEach; ++i) {
+          load_chunk<T, kD>(rows.from(c * kChunk<T>), g + 8 * half, i * kEach, two[half][i]);
+        }
+      }
+    }
+  }
+  __device__ __forceinline__ const HeldRows& from(int) const { return *this; }
+  // A chunk of row `row`; on a GPU the indices are constants.
+  __device__ __forceinline__ void give(int row, int d, Register<T> (&chunk)[kRegisters]) const {
+#pragma unroll
+    for (int i = 0; i < kRegisters; ++i) {
+      chunk[i] = on_quad_pairs<T>() ? one[d / kChunk<T>][i] : two[row / 8][d / kEach][i];
+    }
+  }
+};
+template <typename T, int kD>
+constexpr bool kHeldInRegisters<HeldRows<T, kD>> = true;
+
 // x <- the products of the warp's 16 rows of a, from row a0 on, with rows b0 .. b0 + 8 kTiles - 1 of b. All rows are
 // loaded before the first product, so that their latencies pass together.
 template <typename T, int kD, int kTiles, typename L, typename R>

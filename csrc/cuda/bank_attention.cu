@@ -14,7 +14,7 @@ struct Partial {
   int ld;
   __device__ __forceinline__ Partial(const BankAttentionArgs& a, int64_t head, int64_t split) {
     const int64_t n = a.q.size[2];
-    ld = int(bank_attention_padded(a.q.size[3] / a.heads));
+    ld = int(bank_attention_padded(head_width(a)));
     sums = a.partial.at<A>(head, split);
     largest = sums + n * ld, total = largest + bank_attention_padded(n);
   }
@@ -26,6 +26,40 @@ __device__ __forceinline__ A log_of_sum(A largest, A total) {
   return total > 0 ? (largest + log2(total)) / A(kLog2e) : A(0);
 }
 
+// What a warp has found, as its lanes hold it: of their two rows, totals and sums of their columns.
+template <typename T, int kSlabs>
+struct Found {
+  using A = Acc<T>;
+  A largest[2] = {A(kAbsent), A(kAbsent)}, total[2] = {};
+  A sums[kSlabs][kColumns<T>][4] = {};
+
+  static constexpr int kNumbers = 4 + kSlabs * kColumns<T> * 4;
+  using Storage = A[kNumbers][32];
+  __device__ __forceinline__ void put(Storage& to) const {
+    const int lane = threadIdx.x % 32;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) to[half][lane] = largest[half], to[2 + half][lane] = total[half];
+#pragma unroll
+    for (int i = 4; i < kNumbers; ++i) to[i][lane] = (&sums[0][0][0])[i - 4];
+  }
+  __device__ __forceinline__ void add(const Storage& from) {
+    const int lane = threadIdx.x % 32;
+    A fade[2], factor[2];
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const A other = from[half][lane], next = larger(largest[half], other);
+      fade[half] = power_of_two(largest[half] - next), factor[half] = power_of_two(other - next);
+      total[half] = total[half] * fade[half] + from[2 + half][lane] * factor[half];
+      largest[half] = next;
+    }
+#pragma unroll
+    for (int i = 4; i < kNumbers; ++i) {
+      A& x = (&sums[0][0][0])[i - 4];
+      x = x * fade[i % 4 / 2] + from[i][lane] * factor[i % 4 / 2];
+    }
+  }
+};
+
 template <typename T, int kD, int kSlabs>
 __global__ __launch_bounds__(kBankThreads, 1) void bank_attention_kernel(BankAttentionArgs a) {
   using A = Acc<T>;
@@ -35,16 +69,16 @@ __global__ __launch_bounds__(kBankThreads, 1) void bank_attention_kernel(BankAtt
   __shared__ typename Tile::Shared shared[kBankWarps];
   const int64_t splits = a.partial.size[1];
   const BankTask task(a, splits);
-  if (!task.active) return;
-  Tile tile{shared[threadIdx.x / 32]};
+  Tile tile{shared[threadIdx.y * (blockDim.x / 32) + threadIdx.x / 32]};
   const int64_t h = task.h;
   const int n = task.n, d = task.d, q0 = task.q0;
-  const Rows<const T> q = rows_of_head<const T>(a.q, task.b, task.s, h, d);
+  const auto q = rows_of_head<const T, kD>(a.q, task.b, task.s, h, d);
   const RowTable<const T> keys{tile.shared.row, h * d, kKeys, d}, values{tile.shared.row, (a.heads + h) * d, kKeys, d};
   const A scale = A(a.scale * kLog2e);
 
-  A largest[2] = {A(kAbsent), A(kAbsent)}, total[2] = {};  // of the lane's two rows; totals are of its columns
-  A sums[kSlabs][kColumns<T>][4] = {};
+  Found<T, kSlabs> found;
+  A(&largest)[2] = found.largest, (&total)[2] = found.total;
+  A(&sums)[kSlabs][kColumns<T>][4] = found.sums;
   tile.ask(a, task, task.first);
   for (unsigned k0 = task.first; k0 < task.last; k0 += kKeys) {
     tile.show(a, task, k0);
@@ -77,6 +111,8 @@ __global__ __launch_bounds__(kBankThreads, 1) void bank_attention_kernel(BankAtt
       add_weighted<T, kD>(w, values, 0, slab * 8 * kColumns<T>, sums[slab]);
     }
   }
+  gather_parts<T>(found);
+  if (!task.active || threadIdx.y > 0) return;
 #pragma unroll
   for (int half = 0; half < 2; ++half) total[half] = row_sum<T>(total[half]);
   if (splits == 1) {
@@ -88,7 +124,7 @@ __global__ __launch_bounds__(kBankThreads, 1) void bank_attention_kernel(BankAtt
 #pragma unroll
         for (int i = 0; i < 4; ++i) sums[slab][column][i] *= inverse[i / 2];
       }
-      store_sums<T, kD>(sums[slab], rows_of_head<T>(a.out, task.b, task.s, h, d), q0, slab * 8 * kColumns<T>);
+      store_sums<T, kD>(sums[slab], rows_of_head<T, kD>(a.out, task.b, task.s, h, d), q0, slab * 8 * kColumns<T>);
     }
   } else {
     const Partial<A> to(a, task.head(a), task.split);
@@ -119,16 +155,30 @@ __global__ __launch_bounds__(kMergeThreads) void bank_attention_merge_kernel(Ban
   const unsigned steps = unsigned(a.q.size[1]), i = blockIdx.x * kMergeThreads + threadIdx.x;
   const unsigned column = i % D, query = i / D % n, step = i / D / n, s = step % steps, b = step / steps;
   if (b >= a.q.size[0]) return;
-  const int64_t head = step * a.heads + column / d;
+  const unsigned head = step * unsigned(a.heads) + column / d;
+  const Partial<A> part(a, head, 0);
+  const A *const of_query = part.largest + query, *const of_column = part.sums + query * part.ld + column % d;
+  const int64_t totals_at = part.total - part.largest;
+  const int splits = int(a.partial.size[1]);
   A largest = A(kAbsent), total = 0, sum = 0;
-#pragma unroll 4
-  for (int64_t split = 0; split < a.partial.size[1]; ++split) {
-    const Partial<A> part(a, head, split);
-    const A next = larger(largest, part.largest[query]), fade = power_of_two(largest - next);
-    const A factor = power_of_two(part.largest[query] - next);
-    total = total * fade + factor * part.total[query];
-    sum = sum * fade + factor * part.sums[query * part.ld + column % d];
-    largest = next;
+  constexpr int kAhead = 8;
+  for (int first = 0; first < splits; first += kAhead) {
+    A top[kAhead], totals[kAhead], sums[kAhead], next = largest;
+#pragma unroll
+    for (int i = 0; i < kAhead; ++i) {
+      const int64_t at = min(first + i, splits - 1) * a.partial.stride[1];  // the last one again, which then counts 0
+      top[i] = first + i < splits ? of_query[at] : A(kAbsent);
+      totals[i] = of_query[totals_at + at], sums[i] = of_column[at];
+    }
+#pragma unroll
+    for (int i = 0; i < kAhead; ++i) next = larger(next, top[i]);
+    const A fade = power_of_two(largest - next);
+    total *= fade, sum *= fade, largest = next;
+#pragma unroll
+    for (int i = 0; i < kAhead; ++i) {
+      const A factor = power_of_two(top[i] - next);
+      total += factor * totals[i], sum += factor * sums[i];
+    }
   }
   *a.out.at<T>(b, s, query, column) = from_acc<T>(total > 0 ? sum / total : A(0));
   if (a.lse && column % d == 0) *a.lse.at<A>(b, s, column / d, query) = log_of_sum(largest, total);
@@ -149,13 +199,13 @@ void bank_attention_cuda(const BankAttentionArgs& args, cudaStream_t stream) {
     throw std::invalid_argument("bank_attention: a head's width must be a multiple of 8 up to 128");
   }
   const int64_t splits = args.partial.size[1];
-  const BankLaunch launch(args, splits);
   narrow(elements, "bank_attention: the elements of q");
   visit_dtype<float, double, __half, __nv_bfloat16>("bank_attention", args.q.dtype, [&](auto t) {
     using T = typename decltype(t)::type;
+    const BankLaunch launch(args, splits, kBankParts<T>);
     constexpr int kSlabs = int(kBankAttentionMaxWidth) / (8 * kColumns<T>);
-    const bool vectorized = sizeof(T) <= 4 && vectorizable<T>(args.q) && vectorizable<T>(args.rows) &&
-                            (splits > 1 || vectorizable<T>(args.out));
+    const bool vectorized = sizeof(T) <= 4 && has_chunks<T, 2>(args.q) && vectorizable<T>(args.rows) &&
+                            (splits > 1 || has_chunks<T, 2>(args.out));
     if constexpr (sizeof(T) <= 4) {
       if (vectorized && d == 64) {
         PYVIDX_LAUNCH((bank_attention_kernel<T, 64, 1>), launch.blocks, launch.threads, 0, stream, args);

@@ -5,19 +5,24 @@
 
 namespace pyvidx::cuda {
 
-constexpr int kBankWarps = 8, kBankThreads = 32 * kBankWarps, kMergeThreads = 256;
+constexpr int kBankWarps = int(kBankAttentionWarps), kBankThreads = 32 * kBankWarps, kMergeThreads = 256;
 template <typename T>
 constexpr int kBankTiles = sizeof(T) == 2   ? 8
                            : sizeof(T) == 4 ? 4
                                             : 1;  // double is for checking gradients
 
-// What a warp of the kernels that walk over keys works on: 16 queries of one head, one split of the positions. Warps
-// that follow each other have the same keys, or those of the next step, most of which are the same rows: they find
-// them in L1.
+// d. A division in 64 bits takes about 100 instructions.
+__device__ __forceinline__ int head_width(const BankAttentionInput& a) {
+  return int(unsigned(a.q.size[3]) / unsigned(a.heads));
+}
+
+// What a warp of the kernels that walk over keys works on: 16 queries of one head, and of one split of the keys the
+// part that is threadIdx.y's. Warps that follow each other in x have the same keys, or those of the next step, most of
+// which are the same rows: they find them in L1.
 struct BankTask {
   unsigned b, s, h, split, first, last, L;  // keys, L of each position
   int q0, n, d;
-  bool active;
+  bool active;  // otherwise it has no keys
   __device__ __forceinline__ BankTask(const BankAttentionInput& a, int64_t splits) {
     const unsigned groups = unsigned(a.q.size[2] + 15) / 16, steps = unsigned(a.q.size[1]), heads = unsigned(a.heads);
     unsigned rest = blockIdx.x * (blockDim.x / 32) + threadIdx.x / 32;
@@ -26,10 +31,11 @@ struct BankTask {
     split = rest % unsigned(splits), rest /= unsigned(splits);
     h = rest % heads, b = rest / heads;
     active = b < a.q.size[0];
-    const int64_t N = a.rows.size[2];
     L = unsigned(a.table ? a.table.size[3] : a.rows.size[1]);
-    first = unsigned(N * split / splits) * L, last = unsigned(N * (split + 1) / splits) * L;
-    n = int(a.q.size[2]), d = int(a.q.size[3] / a.heads);
+    const unsigned keys = active ? unsigned(a.rows.size[2]) * L : 0, pieces = unsigned(splits) * blockDim.y;
+    const unsigned each = (keys + pieces - 1) / pieces;
+    first = (split * blockDim.y + threadIdx.y) * each, last = first + each < keys ? first + each : keys;
+    n = int(a.q.size[2]), d = head_width(a);
   }
   __device__ __forceinline__ int64_t head(const BankAttentionInput& a) const {
     return (int64_t(b) * a.q.size[1] + s) * a.heads + h;
@@ -37,15 +43,27 @@ struct BankTask {
 };
 
 // The n queries, or their gradients, of one head and step of x [B, t, n, H * d].
-template <typename T>
-__device__ __forceinline__ Rows<T> rows_of_head(const View<4>& x, int64_t b, int64_t s, int64_t h, int d) {
-  return {x.at<T>(b, s, 0, h * d), x.stride[2] * int64_t(sizeof(T)), int(x.size[2]), d};
+template <typename T, int kD>
+__device__ __forceinline__ auto rows_of_head(const View<4>& x, int64_t b, int64_t s, int64_t h, int d) {
+  using Stride = typename StrideOf<kD>::type;
+  return Rows<T, Stride>{x.at<T>(b, s, 0, h * d), Stride(x.stride[2] * int64_t(sizeof(T))), int(x.size[2]), d};
 }
 
-// Frames in key j, which counts as one without sizes.
-__device__ __forceinline__ int key_size(const BankAttentionInput& a, int64_t b, int64_t s, int64_t p, int64_t j) {
-  const int size = a.sizes ? *a.sizes.at<const int32_t>(b, s, p, j) : 1;
-  return size < 1 ? 1 : size;
+// Warps among which a task's keys may be parted; those of double would not leave room for what they find.
+template <typename T>
+constexpr int kBankParts = sizeof(T) == 8 ? 4 : kBankWarps;
+
+// What warps have found that parted a task's keys goes to the first of them.
+template <typename T, typename Found>
+__device__ __forceinline__ void gather_parts(Found& found) {
+  __shared__ typename Found::Storage others[kBankParts<T> / 2];
+  for (unsigned parts = blockDim.y / 2; parts > 0; parts /= 2) {  // the upper half of them to the lower
+    auto& other = others[threadIdx.y % parts * (blockDim.x / 32) + threadIdx.x / 32];
+    __syncthreads();  // the last ones have been read
+    if (threadIdx.y / parts == 1) found.put(other);
+    __syncthreads();
+    if (threadIdx.y < parts) found.add(other);
+  }
 }
 
 // A warp's tile of kKeys keys. What a table says of them is asked for a tile ahead, and looked at when its turn has
@@ -92,17 +110,20 @@ struct KeyTile {
 };
 
 #ifndef __CUDACC_RTC__
-// Threads of a block and blocks for kernels that walk over keys, `slabs` times.
+// Blocks for kernels that walk over keys, `slabs` times, and their threads: as many tasks as have keys in common, where
+// that leaves a block for each multiprocessor, and then each task's keys in up to `parts` parts, a power of two.
 struct BankLaunch {
-  unsigned threads;
+  dim3 threads;
   Grid blocks;
-  BankLaunch(const BankAttentionInput& a, int64_t splits, int64_t slabs = 1) : threads(0), blocks(0) {
-    const int64_t groups = ceil_div(a.q.size[2], 16), steps = a.q.size[1] < 4 ? a.q.size[1] : 4;
-    const int64_t warps = groups * steps < kBankWarps ? groups * steps : kBankWarps;
-    const int64_t all = a.q.size[0] * a.q.size[1] * a.heads * splits * groups;
+  BankLaunch(const BankAttentionInput& a, int64_t splits, int64_t parts, int64_t slabs = 1) : threads(0), blocks(0) {
+    const int64_t all = a.q.size[0] * a.q.size[1] * a.heads * splits * ceil_div(a.q.size[2], 16);
+    const int64_t keys = a.rows.size[2] * (a.table ? a.table.size[3] : a.rows.size[1]);
     narrow(all, "bank_attention: queries / 16 times heads, steps and splits");
-    narrow(a.rows.size[2] * (a.table ? a.table.size[3] : a.rows.size[1]), "bank_attention: the keys of a step");
-    threads = unsigned(32 * warps), blocks = Grid(ceil_div(all, warps), 1, slabs);
+    narrow(keys + splits * kBankWarps, "bank_attention: the keys of a step");
+    int64_t tasks = bank_attention_tasks(a);
+    if (splits == 1 && tasks > 1 && parts > 1) tasks = all / 128 < 1 ? 1 : all / 128 < tasks ? all / 128 : tasks;
+    while (parts * tasks > kBankWarps && parts > 1) parts /= 2;
+    threads = dim3(unsigned(32 * tasks), unsigned(parts)), blocks = Grid(ceil_div(all, tasks), 1, slabs);
   }
 };
 #endif

@@ -84,7 +84,8 @@ __device__ __forceinline__ void dot_rows_on_quad_pairs(const L& a, int a0, const
     for (int i = 0; i < 4; ++i) x[j][i] = 0;
   }
   constexpr int kStep = kD > 0 ? 2 : 1;  // chunks of a row: a sector of 32 bytes
-#pragma unroll(kD > 0 ? 2 : 1)           // 2 are as many loads as registers hold
+  // 2 are as many loads as registers hold, but for rows that are there already.
+#pragma unroll(kHeldInRegisters<L> ? 8 : kD > 0 ? 2 : 1)
   for (int d = 0; d < width<kD>(a); d += kStep * kChunk<T>) {
     unsigned left[kStep][kRegisters], right[kTiles / 2][kStep][kRegisters];
 #pragma unroll

@@ -43,6 +43,35 @@ struct RowsOfTwo {
   __device__ __forceinline__ RowsOfTwo from(int d) const { return {first.from(d), second.from(d)}; }
 };
 
+// p + row * stride bytes in one instruction, which the compiler does not find where it widens a stride in another
+// place.
+__device__ __forceinline__ int64_t address_of(int64_t p, int row, int stride) {
+#if defined(PYVIDX_EMU)
+  return p + int64_t(row) * stride;
+#else
+  int64_t address;
+  asm("mad.wide.s32 %0, %1, %2, %3;" : "=l"(address) : "r"(row), "r"(stride), "l"(p));
+  return address;
+#endif
+}
+__device__ __forceinline__ int64_t address_of(int64_t p, int row, int64_t stride) { return p + row * stride; }
+
+// Rows of which there is one at least, the last of them in the place of those behind it: loads need no predicate, where
+// what comes of these rows is thrown away.
+template <typename T, typename Stride>
+struct RepeatedRows : Rows<T, Stride> {
+  __device__ __forceinline__ explicit RepeatedRows(Rows<T, Stride> rows) : Rows<T, Stride>(rows) {}
+  __device__ __forceinline__ T* at(int row) const {
+    return reinterpret_cast<T*>(
+        address_of(reinterpret_cast<int64_t>(this->data), min(row, this->count - 1), this->stride));
+  }
+  __device__ __forceinline__ RepeatedRows from(int d) const { return RepeatedRows(Rows<T, Stride>::from(d)); }
+};
+template <typename R>
+constexpr bool kAllThere = false;
+template <typename T, typename Stride>
+constexpr bool kAllThere<RepeatedRows<T, Stride>> = true;
+
 // Rows by their addresses, which shared memory holds; nullptr: no row.
 template <typename T>
 struct RowTable {
@@ -55,39 +84,61 @@ struct RowTable {
   __device__ __forceinline__ RowTable from(int d) const { return {row, offset + d, count, D - d}; }
 };
 
+// Are these rows that a lane holds in registers? See HeldRows.
+template <typename R>
+constexpr bool kHeldInRegisters = false;
+
 // kD: a width that the compiler can unroll for, or one of these. The first two promise that 16-byte accesses fit.
 constexpr int kWhole = 0;    // D is that of the rows, a multiple of a chunk
 constexpr int kRagged = -1;  // any D, any alignment
+// Strides of rows that vectorized kernels read fit in 32 bits, see has_chunks.
+template <int kD>
+struct StrideOf {
+  using type = int;
+};
+template <>
+struct StrideOf<kRagged> {
+  using type = int64_t;
+};
 template <int kD, typename R>
 __device__ __forceinline__ int width(const R& rows) {
   return kD > 0 ? kD : rows.D;
 }
 
-// R: Rows or RowTable. A row that is not there reads as 0, and is not written.
+// R: any of the rows above. A row that is not there reads as 0, and is not written.
 template <typename T, int kD, typename R>
 __device__ __forceinline__ void load_chunk(const R& rows, int row, int d, Register<T> (&chunk)[kRegisters]) {
-  const T* const p = rows.at(row) + d;
-  const bool present = rows.has(row) && (kD > 0 || d < rows.D);  // a fixed width is a multiple of what a warp reads
-  if constexpr (kD != kRagged) {
-    uint4 bits[sizeof(chunk) / 16];
-#pragma unroll
-    for (int i = 0; i < int(sizeof(chunk) / 16); ++i) bits[i] = load16_if(present, p + i * kVec<T>);
-    memcpy(chunk, bits, sizeof chunk);
+  if constexpr (kHeldInRegisters<R>) {
+    rows.give(row, d, chunk);
   } else {
+    const T* const p = rows.at(row) + d;
+    const bool present = rows.has(row) && (kD > 0 || d < rows.D);  // a fixed width is a multiple of what a warp reads
+    if constexpr (kD > 0 && kAllThere<R>) {
+      uint4 bits[sizeof(chunk) / 16];
 #pragma unroll
-    for (int i = 0; i < kRegisters; ++i) chunk[i] = 0;
-    if (!present) return;
+      for (int i = 0; i < int(sizeof(chunk) / 16); ++i) bits[i] = __ldg(reinterpret_cast<const uint4*>(p) + i);
+      memcpy(chunk, bits, sizeof chunk);
+    } else if constexpr (kD != kRagged) {
+      uint4 bits[sizeof(chunk) / 16];
+#pragma unroll
+      for (int i = 0; i < int(sizeof(chunk) / 16); ++i) bits[i] = load16_if(present, p + i * kVec<T>);
+      memcpy(chunk, bits, sizeof chunk);
+    } else {
+#pragma unroll
+      for (int i = 0; i < kRegisters; ++i) chunk[i] = 0;
+      if (!present) return;
 #pragma unroll 1  // rarely needed, so that it should not take much code: registers move up by one
-    for (int i = 0; i < kRegisters; ++i) {
+      for (int i = 0; i < kRegisters; ++i) {
 #pragma unroll
-      for (int r = 1; r < kRegisters; ++r) chunk[r - 1] = chunk[r];
-      T element[kPacked<T>];
+        for (int r = 1; r < kRegisters; ++r) chunk[r - 1] = chunk[r];
+        T element[kPacked<T>];
 #pragma unroll
-      for (int e = 0; e < kPacked<T>; ++e) {
-        const int at = i * kPacked<T> + e;
-        element[e] = d + at < rows.D ? p[at] : from_acc<T>(0);
+        for (int e = 0; e < kPacked<T>; ++e) {
+          const int at = i * kPacked<T> + e;
+          element[e] = d + at < rows.D ? p[at] : from_acc<T>(0);
+        }
+        memcpy(&chunk[kRegisters - 1], element, sizeof element);
       }
-      memcpy(&chunk[kRegisters - 1], element, sizeof element);
     }
   }
 }
@@ -115,5 +166,14 @@ __device__ __forceinline__ void store_columns(const R& out, int row, int d, cons
     }
   }
 }
+
+#ifndef __CUDACC_RTC__
+// Can rows along dimension kRow be read in chunks, and have they strides of 32 bits?
+template <typename T, int kRow, int kDims>
+bool has_chunks(const View<kDims>& x) {
+  const int64_t most = 0x7fffffff / int64_t(sizeof(T));
+  return x.size[kDims - 1] % kChunk<T> == 0 && vectorizable<T>(x) && x.stride[kRow] <= most && x.stride[kRow] >= -most;
+}
+#endif
 
 }  // namespace pyvidx::cuda

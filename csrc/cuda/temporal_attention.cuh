@@ -24,15 +24,6 @@ __device__ __forceinline__ Head head_of(unsigned index, const View<6>& qkv) {
   return {row / P, row % P, index % H};
 }
 
-// Strides of rows that vectorized kernels read fit in 32 bits, see the launchers.
-template <int kD>
-struct StrideOf {
-  using type = int;
-};
-template <>
-struct StrideOf<kRagged> {
-  using type = int64_t;
-};
 template <typename T, int kD>
 using HeadRows = Rows<T, typename StrideOf<kD>::type>;
 template <typename T, int kD, int kDims, typename... Part>
@@ -320,18 +311,11 @@ void launch(const TemporalAttentionBackwardArgs& args, int64_t blocks, unsigned 
   check_launch("temporal_attention_backward_kernel");
 }
 
-// Can rows_of take strides of 32 bits for this view, and chunks be read?
-template <typename T, int kDims>
-bool has_chunks(const View<kDims>& x) {
-  const int64_t most = 0x7fffffff / int64_t(sizeof(T));
-  return x.size[kDims - 1] % kChunk<T> == 0 && vectorizable<T>(x) && x.stride[1] <= most && x.stride[1] >= -most;
-}
-
 template <typename T>
 void launch_temporal_attention(const TemporalAttentionArgs& args, cudaStream_t stream) {
   const int64_t frames = args.qkv.size[1], D = args.qkv.size[5];
   const int64_t heads = args.qkv.size[0] * args.qkv.size[2] * args.qkv.size[4];
-  const bool vectorized = has_chunks<T>(args.qkv) && has_chunks<T>(args.out);
+  const bool vectorized = has_chunks<T, 1>(args.qkv) && has_chunks<T, 1>(args.out);
   with_sizes<T, false>(frames, D, vectorized, [&](auto sizes) {
     const int64_t warps = decltype(sizes)::kTwo ? ceil_div(heads, 2) : heads * ceil_div(frames, 16);
     narrow(warps, "temporal_attention: heads times groups of 16 frames");
@@ -344,7 +328,8 @@ void launch_temporal_attention_backward(const TemporalAttentionBackwardArgs& arg
   const int64_t frames = args.qkv.size[1], D = args.qkv.size[5];
   const int64_t heads = args.qkv.size[0] * args.qkv.size[2] * args.qkv.size[4];
   const int64_t groups = ceil_div(frames, 16), per_block = groups < 4 ? 4 / groups : 1;
-  const bool vectorized = has_chunks<T>(args.qkv) && has_chunks<T>(args.grad_out) && has_chunks<T>(args.grad_qkv);
+  const bool vectorized =
+      has_chunks<T, 1>(args.qkv) && has_chunks<T, 1>(args.grad_out) && has_chunks<T, 1>(args.grad_qkv);
   narrow(heads * groups, "temporal_attention_backward: heads times groups of 16 frames");
   with_sizes<T, true>(frames, D, vectorized, [&](auto sizes) {
     const int64_t tasks = decltype(sizes)::kTwo ? ceil_div(heads, 2) : heads;

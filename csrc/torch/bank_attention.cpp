@@ -7,18 +7,25 @@
 namespace pyvidx {
 namespace {
 
-// Enough splits of the positions for the threads of a CPU, which has `tasks` without them, or the blocks of a GPU
-// (steps and heads), each long enough that merging them is nothing beside it.
-int64_t splits_of(const Tensor& q, const Tensor& rows, const OptionalTensor& table, int64_t heads, int64_t tasks) {
-  const int64_t positions = std::max<int64_t>(1, rows.size(2)), blocks = std::max<int64_t>(1, q.size(0) * q.size(1));
-  const int64_t keys = rows.size(2) * (table ? table->size(3) : rows.size(1));
-  const int64_t wanted = q.is_cpu() ? 16 / std::max<int64_t>(1, tasks) : 1024 / (blocks * heads);
-  return std::max<int64_t>(1, std::min({wanted, keys / 256, positions}));
-}
-
 BankAttentionInput input(const Tensor& q, const Tensor& rows, const OptionalTensor& table, const OptionalTensor& sizes,
                          const OptionalTensor& mask, int64_t heads, double scale) {
   return {view<4>(q), view<4>(rows), view<4>(table), view<4>(sizes), view<2>(mask), heads, scale};
+}
+
+bool on_cpu([[maybe_unused]] const Tensor& x) {
+#if defined(PYVIDX_EMU)
+  return false;  // kernels of a GPU
+#else
+  return x.is_cpu();
+#endif
+}
+
+// Enough splits of the positions for the threads of a CPU, which has `tasks` without them, each long enough that
+// merging them is nothing beside it; of the keys for the blocks of a GPU.
+int64_t splits_of(const Tensor& q, const BankAttentionInput& a, int64_t tasks) {
+  if (!on_cpu(q)) return bank_attention_gpu_splits(a);
+  const int64_t positions = a.rows.size[2], keys = positions * (a.table ? a.table.size[3] : a.rows.size[1]);
+  return std::max<int64_t>(1, std::min({16 / std::max<int64_t>(1, tasks), keys / 256, positions}));
 }
 
 Check check_inputs(const char* op, const Tensor& q, const Tensor& rows, const OptionalTensor& table,
@@ -45,11 +52,10 @@ void attend(const Tensor& q, const Tensor& rows, const OptionalTensor& table, co
             const OptionalTensor& mask, int64_t heads, double scale, const Tensor& out, const OptionalTensor& lse) {
   if (q.numel() == 0) return;
   const Tensor q_ = unit_last_stride(q), rows_ = unit_last_stride(rows);
+  const BankAttentionInput in = input(q_, rows_, table, sizes, mask, heads, scale);
   const int64_t steps = q.size(0) * q.size(1), n = q.size(2), d = q.size(3) / heads;
-  Tensor partial =
-      make_empty(q, {steps * heads, splits_of(q, rows, table, heads, steps), bank_attention_partial(n, d)}, wide(q));
-  BankAttentionArgs args{input(q_, rows_, table, sizes, mask, heads, scale), view<4>(out), view<4>(lse),
-                         view<3>(partial)};
+  Tensor partial = make_empty(q, {steps * heads, splits_of(q, in, steps), bank_attention_partial(n, d)}, wide(q));
+  BankAttentionArgs args{in, view<4>(out), view<4>(lse), view<3>(partial)};
   PYVIDX_RUN(bank_attention, q, args);
 }
 
@@ -96,17 +102,22 @@ std::tuple<Tensor, Tensor> bank_attention_backward(const Tensor& grad_out, const
   const Tensor grad_ = unit_last_stride(grad_out), q_ = unit_last_stride(q), rows_ = unit_last_stride(rows),
                out_ = unit_last_stride(out);
   const int64_t B = q.size(0), t = q.size(1), n = q.size(2), D = q.size(3);
-  const int64_t splits = splits_of(q, rows, table, heads, B);
-  Tensor delta = make_empty(q, {B, t, heads, n}, wide(q));
+  const BankAttentionInput in = input(q_, rows_, table, sizes, mask, heads, scale);
+  const int64_t splits = splits_of(q, in, B);
+  Tensor delta = make_empty(q, {B, t, heads, bank_attention_pairs(n)}, wide(q));
   Tensor partial = make_empty(q, {B * t * heads, splits, n * bank_attention_padded(D / heads)}, wide(q));
   Tensor grad_q = make_empty(q, {B, t, n, D});
-  OptionalTensor grad_rows;
+  OptionalTensor grad_rows, named;
   if (need_rows) grad_rows = make_empty(rows, {B, rows.size(1), rows.size(2), 2 * D});
-  BankAttentionBackwardArgs args{input(q_, rows_, table, sizes, mask, heads, scale),
+  if (need_rows && !on_cpu(q) && (table || sizes || mask)) {
+    named = make_empty(rows, {B, t, rows.size(1), rows.size(2)}, ScalarType::Int);
+  }
+  BankAttentionBackwardArgs args{in,
                                  view<4>(grad_),
                                  view<4>(out_),
                                  view<4>(lse),
                                  view<4>(delta),
+                                 view<4>(named),
                                  view<3>(partial),
                                  view<4>(grad_q),
                                  view<4>(grad_rows)};

@@ -1,8 +1,8 @@
 """python -m pyvidx.bench.traces LIBRARY < what is asked > traces: what the launches of bench cases do, without a GPU.
 
 A case is set up with the kernels of the CPU. Then, in a process of its own, the library of the emulator takes their
-place, which lists launches with their grids and parameters and runs but the smallest of them (tables for the others);
-blocks of all are then run here, by their SASS.
+place, which lists launches with their grids and parameters and runs but the smallest of them, and those that prepare tables
+for others; blocks of all are then run here, by their SASS.
 """
 
 import contextlib
@@ -23,6 +23,7 @@ from pyvidx.bench.cases import Asked
 from pyvidx.bench.execution import Launch
 
 SMALL = 1 << 10  # threads of a launch that is run
+PREPARE = "prepare"  # in the name of kernels that are run as well: the others' loops depend on what they write
 
 
 def made(asked: Asked):
@@ -44,7 +45,7 @@ def made(asked: Asked):
 def each_launch(library: str, run, gpu: model.Gpu, seen) -> None:
     """Call seen(launch) at each launch of one call, on a pretended GPU of this kind."""
     of_block = gpu.shared_kb * 1024 - gpu.shared_reserved
-    told = {"DRY": SMALL, "SMS": gpu.sms, "SMEM": of_block, "CAPABILITY": gpu.arch}
+    told = {"DRY": SMALL, "RUN": PREPARE, "SMS": gpu.sms, "SMEM": of_block, "CAPABILITY": gpu.arch}
     os.environ.update({f"PYVIDX_EMU_{name}": str(value) for name, value in told.items()})
     errors = []
 

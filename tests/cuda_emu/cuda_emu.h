@@ -11,7 +11,8 @@
 // between blocks, inline PTX.
 //
 // PYVIDX_EMU_SMEM=<bytes>, _SMS=<number> and _CAPABILITY=<70> describe the pretended device. PYVIDX_EMU_LOG=<file>
-// lists the launches; with PYVIDX_EMU_DRY=<n> those of more than n threads are not run.
+// lists the launches; with PYVIDX_EMU_DRY=<n> those of more than n threads are not run, but for kernels with
+// PYVIDX_EMU_RUN=<word> in their name.
 #pragma once
 
 #if !defined(__x86_64__)

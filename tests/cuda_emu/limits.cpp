@@ -73,7 +73,8 @@ const std::map<std::string, std::function<void()>> kCalls = {
                                      rows(kMany, 1, 1, C),
                                      rows(kMany, 1, 1, C),
                                      rows(kMany, 1, 1, 1),
-                                     rows(kMany, 1, 1, 1),
+                                     rows(kMany, 1, 1, 64),
+                                     {},
                                      rows(kMany, 1, 64),
                                      rows(kMany, 1, 1, C),
                                      {}},
@@ -81,10 +82,16 @@ const std::map<std::string, std::function<void()>> kCalls = {
      }},
     {"bank_attention_backward of rows",
      [] {
-       bank_attention_backward_cuda(
-           {bank_input(kMany, 0, 1), rows(kMany, 0, 1, C), rows(kMany, 0, 1, C), rows(kMany, 0, 1, 1),
-            rows(kMany, 0, 1, 1), rows(0, 1, 64), rows(kMany, 0, 1, C), rows(kMany, 1, 1, 2 * C)},
-           {});
+       bank_attention_backward_cuda({bank_input(kMany, 0, 1),
+                                     rows(kMany, 0, 1, C),
+                                     rows(kMany, 0, 1, C),
+                                     rows(kMany, 0, 1, 1),
+                                     rows(kMany, 0, 1, 64),
+                                     {},
+                                     rows(0, 1, 64),
+                                     rows(kMany, 0, 1, C),
+                                     rows(kMany, 1, 1, 2 * C)},
+                                    {});
      }},
     {"memory_step",
      [] {
