@@ -5,7 +5,7 @@
 # make docs                    docs/ and the docstrings as a site in build/docs; a link that leads nowhere fails
 # make hosts-test              the tests of hosts with the oldest transformers that they are for
 # make coverage                the tests again, and which lines of pyvidx/ they ran: build/coverage.json
-# make wheel                   dist/: a wheel with the CPU kernels and one without, audited; CUDA=1: one with CUDA kernels, too
+# make wheel                   dist/: a wheel with the CPU kernels, one without, and the sources; CUDA=1: one with CUDA kernels, too
 # make wheel-check             the wheels of dist/ in fresh environments (several GB each)
 # make hf-kernel               dist/hf-kernel: the ops for the `kernels` package of Hugging Face
 # make bench                   every bench at the papers' sizes, with a table and a plot
@@ -58,7 +58,7 @@ coverage:
 	$(PY) -m pytest tests -q -m "not slow" $(PARALLEL) --cov --cov-report=term:skip-covered --cov-report=json:build/coverage.json
 
 wheel:
-	$(PY) cmake/make_wheel.py cpu pure $(if $(CUDA),cuda)
+	$(PY) cmake/make_wheel.py cpu pure source $(if $(CUDA),cuda)
 
 wheel-check:
 	$(PY) cmake/wheel_check.py --transformers 5.17.0 5.20.2 newest --floor

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.command.sdist import sdist
 
 sys.path.insert(0, str(Path(__file__).parent / "cmake"))
 
@@ -48,8 +49,20 @@ class NinjaBuild(build_ext):
             native.info_module(info, out, kernels, archs)
             info.run()
 
+    def get_source_files(self):
+        """What a source distribution must have besides pyvidx/."""
+        found = (p for folder in ("csrc", "cmake") for p in sorted(Path(folder).rglob("*")))
+        return [str(p) for p in found if p.is_file() and "__pycache__" not in p.parts]
+
     def get_outputs(self):
         return [str(p) for p in (Path(self.build_lib) / "pyvidx").glob("*.so")]
+
+
+class Source(sdist):
+    """Without the few files of tests/ that setuptools would add: the others, which they need, are in the repository."""
+
+    def make_release_tree(self, base_dir, files):
+        super().make_release_tree(base_dir, [f for f in files if not f.startswith("tests")])
 
 
 setup(
@@ -67,5 +80,5 @@ setup(
     # So that setuptools knows of native code. It has nothing of Python in it: one wheel serves all from 3.10 on.
     ext_modules=[] if os.environ.get("PYVIDX_PURE") == "1" else [Extension("pyvidx._ops", [], py_limited_api=True)],
     options={"bdist_wheel": {"py_limited_api": "cp310"}},
-    cmdclass={"build_ext": NinjaBuild},
+    cmdclass={"build_ext": NinjaBuild, "sdist": Source},
 )

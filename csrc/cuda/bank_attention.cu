@@ -1,8 +1,17 @@
-// A warp per 16 queries of a (b, head, split of the positions, step). Keys go in tiles of 64 (float: 32): their rows
-// are found in the table a tile ahead; the warp reads them from global memory straight into mma's registers (the warps
-// of the other queries, and of the next steps, find them in L1) and keeps a running softmax and its sums in registers.
-// A second pass adds up the splits, if there are more than one. Traffic: 1 pass over the rows per 4 steps. Arithmetic:
-// 4 n D flops per key, for 32 queries and 16 bits 32 per byte, on tensor cores.
+// A warp per 16 queries of a (b, head, step) and part of the keys, see bank_attention_tasks. Keys go in tiles of 64
+// (float: 32): their rows are found in the table a tile ahead; the warp reads them from global memory straight into
+// mma's registers (the warps of the other queries, and of the next steps, find them in L1) and keeps a running softmax
+// and its sums in registers. The warps of a block that parted a task's keys put together what they found, in shared
+// memory. Of a long bank several blocks share the keys, and a second pass adds up their splits: an atomic counter would
+// save it, but needs memory that is zero before and belongs to one launch alone, also in a graph. Traffic: 1 pass over
+// the rows per 4 steps. Arithmetic: 4 n D flops per key, for 32 queries and 16 bits 32 per byte, on tensor cores.
+//
+// Versions, predicted for a frame of MA-LMM's visual bank, 5397 keys, in us (half on V100, A100, H100; float on H100):
+//   blocks of 2 warps, 16 splits               37.9  26.9  22.2   42.0   6 tiles in turn a warp, then 12 rounds to add
+//   up of 8, four to a task, 11 splits            -     -     13.9   21.6   2 tiles in turn, splits loaded 8 at a time
+//   the same, no divisions in 64 bits          29.1  21.3  12.3   20.8
+//   the same, queries stay in registers        28.7  -     12.3   -      kept: 9 % fewer instructions
+// A query bank of 44 positions, 924 keys, is one launch of 36 blocks: 8.0 us on H100 in half, 16.2 in float.
 #include "bank_attention.cuh"
 
 namespace pyvidx::cuda {
@@ -72,7 +81,7 @@ __global__ __launch_bounds__(kBankThreads, 1) void bank_attention_kernel(BankAtt
   Tile tile{shared[threadIdx.y * (blockDim.x / 32) + threadIdx.x / 32]};
   const int64_t h = task.h;
   const int n = task.n, d = task.d, q0 = task.q0;
-  const auto q = rows_of_head<const T, kD>(a.q, task.b, task.s, h, d);
+  const auto q = held<T, kD>(rows_of_head<const T, kD>(a.q, task.b, task.s, h, d).behind(q0));
   const RowTable<const T> keys{tile.shared.row, h * d, kKeys, d}, values{tile.shared.row, (a.heads + h) * d, kKeys, d};
   const A scale = A(a.scale * kLog2e);
 
@@ -84,7 +93,7 @@ __global__ __launch_bounds__(kBankThreads, 1) void bank_attention_kernel(BankAtt
     tile.show(a, task, k0);
     tile.ask(a, task, k0 + kKeys);
     A w[kTiles][4], next[2] = {largest[0], largest[1]}, fade[2];
-    dot_rows<T, kD>(q, q0, keys, 0, w);
+    dot_rows<T, kD>(q, 0, keys, 0, w);
     each_score<T>(w, 0, [&](int key, int half, A& x) {
       const A bias = tile.shared.bias[key];
       x = bias == A(kAbsent) ? A(kAbsent) : x * scale + bias;

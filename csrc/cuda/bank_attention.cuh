@@ -49,6 +49,18 @@ __device__ __forceinline__ auto rows_of_head(const View<4>& x, int64_t b, int64_
   return Rows<T, Stride>{x.at<T>(b, s, 0, h * d), Stride(x.stride[2] * int64_t(sizeof(T))), int(x.size[2]), d};
 }
 
+// The 16 rows that stay on a warp's left side: in registers, where there is room for them.
+template <typename T, int kD>
+constexpr bool kHeld = kD == 64 && sizeof(T) == 2;
+template <typename T, int kD, typename R>
+__device__ __forceinline__ auto held(const R& rows) {
+  if constexpr (kHeld<T, kD>) {
+    return HeldRows<T, kD>(rows);
+  } else {
+    return rows;
+  }
+}
+
 // Warps among which a task's keys may be parted; those of double would not leave room for what they find.
 template <typename T>
 constexpr int kBankParts = sizeof(T) == 8 ? 4 : kBankWarps;

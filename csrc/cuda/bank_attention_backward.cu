@@ -1,10 +1,23 @@
-// Two walks. The one for grad_q is the forward kernel's (a warp per 16 queries and part of the keys, keys in tiles,
-// splits that a further kernel adds up if there are more than one), but for 64 columns at a time, which leaves
-// registers for w and dw. In the one for grad_rows a warp owns 16 rows of one head, neighboring positions of a slot,
-// and goes through all steps and queries: so nothing is added by two threads. What a step's table says of a row is the
-// sum of the sizes of its keys there, since keys of one row add up to one: a kernel before it looks them up once for
-// all heads. 16 rows that no key of a step names skip it, as most slots of a clip's list do at most steps. w is
-// computed in both. Traffic: 2 reads of the rows, 1 write. Arithmetic: 14 n D flops per key, on tensor cores.
+// Two walks. The one for grad_q is the forward kernel's, but for 64 columns at a time, which leaves registers for w and
+// dw. In the one for grad_rows a warp owns 16 rows of one head, neighboring positions of a slot, and goes through all
+// steps and queries: so nothing is added by two threads. What a step's table says of a row is the sum of the sizes of
+// its keys there, since keys of one row add up to one: a kernel before it looks that up, once for all heads. 16 rows
+// that no key of a step names skip it, as most slots of a clip's list do at most steps. w is computed in both. Traffic:
+// 2 reads of the rows, 1 write. Arithmetic: 14 n D flops per key, on tensor cores.
+//
+// Floor, half, 16 steps of 32 queries, 53 slots of 257 positions: 87 MB, 29 us on H100; 30 GFLOP for the keys that are
+// named, 55 with the others of their tiles. A warp reads q and grad_out twice a step, 2.7 GB from L1: 87 us. Versions,
+// predicted us on V100, A100, H100; of grad_rows' kernel at sm_90: registers, instructions of a warp and step, and how
+// often it waits for memory:
+//   the table searched by every warp             3033  2309  1625   240   1541  318   21 loads a step, in series
+//   rows named beforehand                        -     -     372    222    615   34   prediction: 235
+//   at 168 registers, three blocks               thrown away: spills 8 to 50 bytes, on every architecture
+//   each warp begins at another step             -     -     359    222    606   33   thrown away: within the model's
+//   noise 16 steps looked up at a time                 1643   534   338   224    530   34 own rows in registers on
+//   sm_70, too          1143  -     - queries in registers in grad_q's walk        1074  -     326    224    530   34
+//   kept
+// The prediction missed since 8 warps of a multiprocessor do not hide what the first of a block waits for, twice a
+// step.
 #include "bank_attention.cuh"
 
 namespace pyvidx::cuda {
@@ -14,17 +27,6 @@ template <typename T>
 constexpr int kKeyTiles = sizeof(T) == 2 ? 4 : 1;
 template <typename T>
 constexpr int kQueryTiles = sizeof(T) == 8 ? 1 : 2;
-// A warp's own rows: in registers, where there is room for them.
-template <typename T, int kD>
-constexpr bool kHeld = kD == 64 && sizeof(T) == 2;
-template <typename T, int kD>
-__device__ __forceinline__ auto held(const RowTable<const T>& rows) {
-  if constexpr (kHeld<T, kD>) {
-    return HeldRows<T, kD>(rows);
-  } else {
-    return rows;
-  }
-}
 constexpr int kRowThreads = 128, kRowsPerBlock = kRowThreads / 2;
 
 // Of those whose gradients a block sums up.
@@ -132,8 +134,8 @@ __global__ __launch_bounds__(kBankThreads, 1) void bank_attention_queries_kernel
   Tile tile{shared[threadIdx.y * (blockDim.x / 32) + threadIdx.x / 32]};
   const int64_t h = task.h;
   const int n = task.n, d = task.d, q0 = task.q0, slab = first_column<T, kD>(blockIdx.z);
-  const auto q = rows_of_head<const T, kD>(a.q, task.b, task.s, h, d);
-  const auto grad = rows_of_head<const T, kD>(a.grad_out, task.b, task.s, h, d);
+  const auto q = held<T, kD>(rows_of_head<const T, kD>(a.q, task.b, task.s, h, d).behind(q0));
+  const auto grad = held<T, kD>(rows_of_head<const T, kD>(a.grad_out, task.b, task.s, h, d).behind(q0));
   const A scale = A(a.scale * kLog2e);
   A lse[2] = {}, delta[2] = {};  // of the lane's two rows
 #pragma unroll
@@ -151,8 +153,8 @@ __global__ __launch_bounds__(kBankThreads, 1) void bank_attention_queries_kernel
     tile.show(a, task, k0);
     tile.ask(a, task, k0 + kKeys);
     A w[kTiles][4], dw[kTiles][4];
-    dot_rows<T, kD>(q, q0, keys, 0, w);
-    dot_rows<T, kD>(grad, q0, values, 0, dw);
+    dot_rows<T, kD>(q, 0, keys, 0, w);
+    dot_rows<T, kD>(grad, 0, values, 0, dw);
     each_score<T>(w, 0, [&](int key, int half, A& x) {
       const A bias = tile.shared.bias[key];
       x = bias == A(kAbsent) ? A(0) : power_of_two(x * scale + bias - lse[half]);
@@ -230,8 +232,8 @@ __global__ __launch_bounds__(kRowThreads, 1) void bank_attention_rows_kernel(Ban
     grad_row[own + threadIdx.x % 16] = i < all ? a.grad_rows.at<T>(b, slot, p) : nullptr;
   }
   __syncwarp();
-  const auto keys = held<T, kD>({row + own, int64_t(h) * d, 16, d});
-  const auto values = held<T, kD>({row + own, (a.heads + h) * d, 16, d});
+  const auto keys = held<T, kD>(RowTable<const T>{row + own, int64_t(h) * d, 16, d});
+  const auto values = held<T, kD>(RowTable<const T>{row + own, (a.heads + h) * d, 16, d});
   const T *const q_first = a.q.at<const T>(b, 0, 0, h * d), *const grad_first = a.grad_out.at<const T>(b, 0, 0, h * d);
   const QueryPair<A>* const pairs_first = QueryPair<A>::at(a.delta, b, 0, h, 0);
   const auto at_step = [n, d](const View<4>& x, const T* first_step, int s) {

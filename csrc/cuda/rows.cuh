@@ -28,6 +28,8 @@ struct Rows {
   }
   // The same rows from an element on.
   __device__ __forceinline__ Rows from(int d) const { return {data + d, stride, count, D - d}; }
+  // Those behind the first ones.
+  __device__ __forceinline__ Rows behind(int rows) const { return {at(rows), stride, count - rows, D}; }
 };
 
 // Up to 8 rows each of two tensors: rows 0 to 7 and 8 to 15.

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from pyvidx.ops._library import define, require, require_floating, require_out
-from pyvidx.ops.memory_merge import check_state, reference_step, weighted_mean
+from pyvidx.ops.memory_merge import check_state, reference_step, require_permutation, weighted_mean
 
 
 class MergePlan(NamedTuple):
@@ -126,6 +126,7 @@ def _require_no_gradient(name: str, *tensors: Tensor) -> None:
 
 def reference_scan(bank, sizes, order, similarity, length, frames, weighted, active):
     slots, t = bank.shape[1], frames.shape[1]
+    require_permutation("memory bank", order)
     entry = torch.arange(slots, device=bank.device)
     table = order.where(entry < length[:, None, None], -1)  # [B, N, M+1]
     on = torch.ones_like(length, dtype=torch.bool) if active is None else active != 0
@@ -165,7 +166,25 @@ def _fake_scan(bank, sizes, order, similarity, length, frames, weighted, active)
     return tuple(bank.new_empty(B, t, N, n, dtype=torch.int32) for n in (slots, 2, 2))
 
 
+def _require_plan(table, sources, order):
+    """The plan names rows that are there; asked on the CPU alone, as in require_index."""
+    slots, t = table.shape[3], table.shape[1]
+    if table.device.type != "cpu" or torch.compiler.is_compiling():
+        return
+    s = torch.arange(t)[:, None, None]  # beside [B, t, N, 2]
+    merged = (sources >= slots + t) & (sources < slots + t + s)
+    there = ((sources >= 0) & (sources < slots + s)) | merged | (sources == -1).all(3, keepdim=True)
+    if not there.all():
+        raise IndexError("memory_replay_: sources must be rows from before their step")
+    last = table[:, -1]
+    fits = (order.sort(2).values == torch.arange(slots)).all()
+    fits &= ((last < 0) | (last == order) | ((last >= slots) & (last < slots + 2 * t))).all()
+    if not fits:
+        raise IndexError("memory_replay_: table and order must be those after the scan")
+
+
 def _reference_replay_(rows, frames, table, sources, counts, order, weighted, out):
+    _require_plan(table, sources, order)
     out.copy_(reference_replay(rows, frames, sources, counts, weighted))
     slot = order.transpose(1, 2).long()  # [B, M+1, N]
     last = table[:, -1].transpose(1, 2).long()

@@ -207,13 +207,18 @@ class ChatTask(Task):
             torch.save(weights, part)
 
     def check(self, row: Row) -> None:
-        """Raise ValueError where the video of a row does not fit into its text."""
-        ((ids, _),) = self._texts(Batch(torch.empty(0), [row.prompt], [row.answer], {}))
+        """Raise ValueError where a row's video, or a first token of its answer, does not fit into its text."""
+        ((ids, answer),) = self._texts(Batch(torch.empty(0), [row.prompt], [row.answer], {}))
         got, want = ids.count(self.patch), 1 + self.model.encoder.config.vision.patches
+        about = f"with the prompt {row.prompt!r:.80} and the answer {row.answer!r:.80} about {row.video}"
         if got != want:
             raise ValueError(
-                f"train: a text of {self.max_tokens} tokens must hold the {want} of its video, got {got} "
-                f"with the prompt {row.prompt!r:.80} and the answer {row.answer!r:.80} about {row.video}"
+                f"train: a text of {self.max_tokens} tokens must hold the {want} of its video, got {got} {about}"
+            )
+        if answer == len(ids):
+            raise ValueError(
+                f"train: a text of {self.max_tokens} tokens must hold some of its answer, got none {about}; raise "
+                f"max_tokens or shorten the prompt"
             )
 
     def _texts(self, batch: Batch) -> list[tuple[list[int], int]]:
@@ -320,7 +325,7 @@ def _stored(config: Config, file: str, features: Features, task: ChatTask, ranks
     most = config.max_tokens - len(task.tokenizer(task.template.prompt("").replace(VIDEO, task.video))["input_ids"])
     for row in found:
         # The others fit: no token has less than a byte, and those of a video begin with this one.
-        if len(row.prompt.encode()) > most or "<" in row.prompt + row.answer:
+        if len(row.prompt.encode()) >= most or "<" in row.prompt + row.answer:
             task.check(row)
     videos = list(dict.fromkeys(row.video for row in found))
     model, size = task.model, task.model.encoder.config.vision.image_size

@@ -7,7 +7,7 @@ from pyvidx import ops
 from pyvidx.ops._library import TELLS_NO_TYPES
 from pyvidx.ops.memory_merge import new_state
 from pyvidx.ops.token_gather import source_table
-from tests.harness import randn
+from tests.harness import needs_kernels, randn
 
 raw = torch.ops.pyvidx
 # Below the public functions, torch tells what the library throws: from 2.15 on as another type.
@@ -73,6 +73,7 @@ def fusion_gradients(keep, source, B=1, T=2, P=5, C=8):
     return raw.gated_fusion_backward(*args, 1.0, False, False, False, True, True, False)
 
 
+@needs_kernels
 @pytest.mark.parametrize("index", INDICES)
 def test_gated_fusion_backward_writes_in_grad_x_alone(index):
     good = torch.tensor([[0, 1, 2]])
@@ -81,6 +82,7 @@ def test_gated_fusion_backward_writes_in_grad_x_alone(index):
         fusion_gradients(torch.tensor([[0, index, 2]]), source_table(good, 1, 2, 5))
 
 
+@needs_kernels
 def test_gated_fusion_backward_asks_for_the_inverse():
     """A token named twice would be written by two threads; one that no row writes would keep what lay in memory."""
     keep = torch.tensor([[0, 1, 2]])
@@ -101,6 +103,7 @@ def test_backward_indices_stay_in_the_gradient():
             raw.memory_merge_backward(randn(1, 3, 2, 8), torch.ones(1, 4, 2), index, True)
 
 
+@needs_kernels
 def test_nothing_divides_by_zero():
     """SIGFPE before: no patches, no frames, no rows that were kept."""
     with pytest.raises(IndexError, match=r"in \[0, 0\)"):
@@ -140,6 +143,7 @@ RAW_CASES = {
 }
 
 
+@needs_kernels
 @pytest.mark.parametrize("case", RAW_CASES)
 def test_raw_calls_are_checked(case):
     change, message = RAW_CASES[case]
@@ -173,6 +177,7 @@ def memory_calls(frame_dtype):
     }
 
 
+@needs_kernels
 @pytest.mark.parametrize("name", ["memory_merge_", "memory_scan_", "memory_replay_"])
 def test_autocast_does_not_mix_dtypes(name):
     for call in memory_calls(torch.float32)[name]:
@@ -275,6 +280,7 @@ def test_out_of_an_inference_tensor():
         assert ops.residual_norm(x, x, (torch.ones(8), torch.zeros(8)), out=(x, y))[0] is x
 
 
+@needs_kernels
 def test_out_must_not_share_memory():
     """Refused where the kernel would read what it has written."""
     room = torch.randn(4, 2, 5, 8)

@@ -5,7 +5,15 @@ import torch
 
 from pyvidx.ops import fusion_input, gated_fusion, output_gate
 from pyvidx.ops import gated_fusion_reference as plain
-from tests.harness import DEVICES, DTYPES, assert_close_to_reference, assert_gradients_close, poisoned, randn
+from tests.harness import (
+    DEVICES,
+    DTYPES,
+    assert_close_to_reference,
+    assert_gradients_close,
+    needs_kernels,
+    poisoned,
+    randn,
+)
 
 # B, T, P, C: one, odd, prime, one past a vector, two 16-byte vectors past a warp, more than a block's registers
 SHAPES = [(1, 2, 1, 1), (2, 6, 5, 17), (1, 4, 7, 64), (2, 2, 16, 131), (1, 2, 3, 272), (1, 2, 2, 4104)]
@@ -204,6 +212,7 @@ def test_output_gate_out(norm, device):
     assert torch.equal(out, output_gate(x_cls, cls, gate, norm=norm))
 
 
+@needs_kernels
 @pytest.mark.parametrize("device", DEVICES)
 def test_transposed_input(device):
     """A last stride other than 1 is copied, not misread."""

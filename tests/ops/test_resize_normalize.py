@@ -6,7 +6,7 @@ import torch
 
 from pyvidx.ops._library import TELLS_NO_TYPES
 from pyvidx.ops.resize_normalize import reference, resize_normalize
-from tests.harness import DEVICES, DTYPES, poisoned
+from tests.harness import DEVICES, DTYPES, needs_kernels, poisoned
 
 FILTERS = ["bicubic", "bilinear"]
 LEVELS = dict(std=(1 / 255,) * 3)  # out is the levels themselves
@@ -197,6 +197,7 @@ def test_raw_calls_are_checked(change, message):
         torch.ops.pyvidx.resize_normalize(*(args | change).values())
 
 
+@needs_kernels
 def test_out_must_not_lie_in_frames():
     room = torch.zeros(2, 3, 3, 3)
     frames = room.view(-1).view(torch.uint8)[:96].view(2, 4, 4, 3)

@@ -4,7 +4,15 @@ import pytest
 import torch
 
 from pyvidx.ops.temporal_attention import reference, reference_backward, temporal_attention
-from tests.harness import DEVICES, DTYPES, assert_close_to_reference, assert_gradients_close, poisoned, randn
+from tests.harness import (
+    DEVICES,
+    DTYPES,
+    assert_close_to_reference,
+    assert_gradients_close,
+    needs_kernels,
+    poisoned,
+    randn,
+)
 
 # B, T, P, H, D: one of each, odd, the papers' widths (64; 88 in EVA-g), around the tiles of 8, 16, 32 and 64 frames
 CASES = [
@@ -70,6 +78,7 @@ def test_awkward_strides(dtype, device):
     assert torch.equal(op_backward(spread, turned, 0.2), op_backward(spread.contiguous(), turned.contiguous(), 0.2))
 
 
+@needs_kernels
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("T", [8, 40])
