@@ -74,6 +74,7 @@ template <typename T, int kSize>
 __global__ __launch_bounds__(kOnceThreads) void st_pool_at_once_kernel(StPoolArgs a, unsigned slices) {
   using A = Acc<T>;
   constexpr int kSums = kOnceFrames * kSize, kKept = kSums * kOnceLanes / 32 > 0 ? kSums * kOnceLanes / 32 : 1;
+  constexpr int kSame = kSums * kOnceLanes >= 32 ? kOnceLanes : 32 / kSums;  // lanes that end with the same sums
   __shared__ A sums[2][kOnceThreads / 32][kOnceLanes][kSums];
   const int64_t T_ = a.x.size[1], P = a.x.size[2], C = a.x.size[3];
   const int64_t b = blockIdx.x / slices, c0 = int64_t(blockIdx.x % slices) * kOnceLanes * kSize;
@@ -107,7 +108,7 @@ __global__ __launch_bounds__(kOnceThreads) void st_pool_at_once_kernel(StPoolArg
     }
     load(t0 + kOnceFrames);
     const int first = halve<16, kSums>(frames, lane);
-    if (kSums * kOnceLanes >= 32 || lane % (32 / kSums) / kOnceLanes == 0) {
+    if (lane % kSame / kOnceLanes == 0) {
 #pragma unroll
       for (int i = 0; i < kKept; ++i) sums[turn][warp][lane % kOnceLanes][first + i] = frames[i];
     }

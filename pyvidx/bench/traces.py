@@ -1,8 +1,8 @@
 """python -m pyvidx.bench.traces LIBRARY < what is asked > traces: what the launches of bench cases do, without a GPU.
 
 A case is set up with the kernels of the CPU. Then, in a process of its own, the library of the emulator takes their
-place, which lists launches with their grids and parameters and runs but the smallest of them, and those that prepare tables
-for others; blocks of all are then run here, by their SASS.
+place, which lists launches with their grids and parameters and runs but the smallest of them, and those that prepare
+tables for others; blocks of all are then run here, by their SASS.
 """
 
 import contextlib

@@ -26,8 +26,8 @@ def plain(*args):
 
 
 def inputs(shape, device="cpu", dtype=torch.float32, tabled=True, sliced=True):
-    """q, rows, table, sizes, mask, heads, scale; a fifth of the table's entries name nothing. Not sliced: q and rows lie
-    as kernels read them 16 bytes at a time."""
+    """q, rows, table, sizes, mask, heads, scale; a fifth of the table's entries name nothing. Not sliced: q and rows
+    lie as kernels read them 16 bytes at a time."""
     B, t, n, N, S, L, H, d = shape
     g = torch.Generator().manual_seed(5)
     table = torch.rand(B, t, N, S, generator=g).argsort(-1)[..., :L].int()
