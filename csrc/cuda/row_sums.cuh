@@ -1,13 +1,13 @@
 // The second stage of sums over rows. The first leaves rows of partial sums; here they are added up, in an order that
 // depends on their number alone. A block takes 32 channels, and a warp every 32nd row, so that a few hundred rows are a
-// few rounds of loads.
+// few rounds of loads. Sixteen rows at a time, with those beyond the last one masked, lost: .73 of a copy on an H100
+// where gated_fusion_backward has .83, .76 where temporal_scale_backward has .80 (predicted).
 #pragma once
 #include "block.cuh"
 
 namespace pyvidx::cuda {
 
 constexpr int kAddUpThreads = 1024;
-constexpr int kAddUpAhead = 16;  // rows of a warp under way together
 
 // put(c, sum) for the sums over `count` rows of `partial` ([count, C], `step` elements apart), from one thread for each
 // channel. Blocks of kAddUpThreads, add_up_blocks(C) of them along x; all threads of a block take part.
@@ -19,17 +19,8 @@ __device__ __forceinline__ void add_up(const A* partial, int64_t step, int64_t c
   const int64_t c = int64_t(blockIdx.x) * 32 + lane;
   A sum = 0;
   if (c < C) {
-#pragma unroll 1
-    for (int64_t first = warp; first < count; first += kAddUpAhead * kWarps) {
-      A x[kAddUpAhead];
-#pragma unroll
-      for (int i = 0; i < kAddUpAhead; ++i) {
-        const int64_t row = first + i * kWarps;
-        x[i] = row < count ? partial[row * step + c] : A(0);
-      }
-#pragma unroll
-      for (int i = 0; i < kAddUpAhead; ++i) sum += x[i];
-    }
+#pragma unroll 8
+    for (int64_t i = warp; i < count; i += kWarps) sum += partial[i * step + c];
   }
   shared[warp][lane] = sum;
   __syncthreads();
