@@ -24,9 +24,10 @@ SEVERAL = {"constant_pad_nd": 2}  # ops of csrc/cuda that are called here: one e
 
 
 def launches_of_bank_attention(q, rows, table, *others) -> int:
-    """bank_attention_gpu_splits of csrc/include/pyvidx/bank_attention.h: up to 2048 keys a step need no second pass,
+    """Of bank_attention_gpu_splits in csrc/include/pyvidx/bank_attention.h: up to 2048 keys a step need no second pass,
     nor do so many queries, steps and heads that each block has its own."""
-    (B, t, *_), heads, groups = q.shape, others[2], -(-q.shape[2] // 16)
+    B, t = q.shape[:2]
+    heads, groups = others[2], -(-q.shape[2] // 16)
     keys, tasks = rows.shape[2] * (rows.shape[1] if table is None else table.shape[3]), min(8, groups * min(t, 4))
     return 2 if keys > 2048 and 256 * tasks // (B * t * heads * groups) > 1 else 1
 

@@ -22,7 +22,7 @@ __device__ __forceinline__ int head_width(const BankAttentionInput& a) {
 struct BankTask {
   unsigned b, s, h, split, first, last, L;  // keys, L of each position
   int q0, n, d;
-  bool active;  // otherwise it has no keys
+  bool active;  // otherwise it has no keys and no queries
   __device__ __forceinline__ BankTask(const BankAttentionInput& a, int64_t splits) {
     const unsigned groups = unsigned(a.q.size[2] + 15) / 16, steps = unsigned(a.q.size[1]), heads = unsigned(a.heads);
     unsigned rest = blockIdx.x * (blockDim.x / 32) + threadIdx.x / 32;
@@ -36,6 +36,7 @@ struct BankTask {
     const unsigned each = (keys + pieces - 1) / pieces;
     first = (split * blockDim.y + threadIdx.y) * each, last = first + each < keys ? first + each : keys;
     n = int(a.q.size[2]), d = head_width(a);
+    if (!active) q0 = n;
   }
   __device__ __forceinline__ int64_t head(const BankAttentionInput& a) const {
     return (int64_t(b) * a.q.size[1] + s) * a.heads + h;

@@ -76,7 +76,8 @@ def goals(traces: list[dict], gpus: list[model.Gpu]) -> str:
     )
     if not missed:
         return said
-    floors = "\n".join(f"* `{op}`: {why}" for op, why in FLOORS.items() if any(op == cells[0].split()[0] for cells in missed))
+    ops = {cells[0].split()[0] for cells in missed}
+    floors = "\n".join(f"* `{op}`: {why}" for op, why in FLOORS.items() if op in ops)
     told = f"{said} These do not; the last columns are what limits the longest launch:\n\n{piped([MISSED, *missed])}"
     return f"{told}\n\nWhat stands between some of them and a copy:\n\n{floors}" if floors else told
 

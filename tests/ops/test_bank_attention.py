@@ -26,8 +26,8 @@ def plain(*args):
 
 
 def inputs(shape, device="cpu", dtype=torch.float32, tabled=True, sliced=True):
-    """q, rows, table, sizes, mask, heads, scale; a fifth of the table's entries name nothing. Not sliced: q and rows
-    lie as kernels read them 16 bytes at a time."""
+    """q, rows, table, sizes, mask, heads, scale; a fifth of the table's entries name nothing. Not sliced: kernels can
+    read 16 bytes of q and rows at a time."""
     B, t, n, N, S, L, H, d = shape
     g = torch.Generator().manual_seed(5)
     table = torch.rand(B, t, N, S, generator=g).argsort(-1)[..., :L].int()
@@ -88,6 +88,14 @@ def test_backward(shape, tabled, dtype, device):
 def test_aligned_rows(width, tabled, dtype, device):
     """Forward and backward of heads of the papers' width and of another, with queries and rows beyond a tile."""
     q, rows, *rest = inputs((1, 2, 19, 5, 4, 3, 1, width), device, dtype, tabled, sliced=False)
+    assert_close_to_reference(op, reference, (q, rows, *rest))
+    assert_gradients_close(attend, plain, (q.requires_grad_(), rows.requires_grad_(), *rest))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_warp_without_work(device):
+    """261 heads of steps for blocks of two."""
+    q, rows, *rest = inputs((1, 3, 1, 1, 2, 2, 87, 64), device, torch.float16, sliced=False)
     assert_close_to_reference(op, reference, (q, rows, *rest))
     assert_gradients_close(attend, plain, (q.requires_grad_(), rows.requires_grad_(), *rest))
 
