@@ -20,11 +20,7 @@ FREE = (
     "_unsafe_view", "alias", "detach", "device", "empty", "empty_like", "empty_strided", "lift_fresh", "new_empty",
     "new_empty_strided", "promote_types", "split", "sym_size",
 )  # fmt: skip
-SEVERAL = {
-    "constant_pad_nd": 2,
-    "st_pool": 2,
-    "resize_normalize": 2,
-}  # csrc/cuda: one each, or these
+SEVERAL = {"constant_pad_nd": 2}  # ops of csrc/cuda that are called here: one each, but for bank_attention
 
 
 def launches_of_bank_attention(q, rows, table, *others) -> int:

@@ -119,6 +119,29 @@ def test_what_numbers_become():
         semantics.build(opcode, list(operands))(warp, warp.alive)
         return warp.file["R"][3][: len(given)].copy()
 
+    warp.file["R"][4], warp.file["R"][5], warp.file["R"][6] = 0xFF02_0103, 0xFE01_80FF, 10
+    products = {
+        "4A.U8.S8": 255 * -2 + 2 * 1 + 1 * -128 + 3 * -1, "4A.U8.U8": 255 * 254 + 2 * 1 + 128 + 3 * 255,
+        "2A.LO.U16.U8": 0xFF02 * 0x80 + 0x0103 * 0xFF, "2A.HI.S16.U8": (0xFF02 - 65536) * 254 + 0x0103,
+    }  # fmt: skip
+    for kind, product in products.items():
+        assert done(f"IDP.{kind}", "R3", "R4", "R5", "R6").view(np.int32)[0] == product + 10, kind
+    warp.file["R"][4], warp.file["R"][5] = -7 & 0xFFFF_FFFF, 300
+    assert done("I2IP.U8.S32.SAT", "R3", "R4", "R5", "R6")[0] == 10 << 16 | 0 << 8 | 255
+    warp.file["R"][4] = np.resize(np.array([2**24 + 1, -(2**24) - 1, 2**24 + 3, 7], np.int32).view(np.uint32), 32)
+    nearest, up, down = (
+        [2.0**24 + a, -(2.0**24) + b, 2.0**24 + c, 7] for a, b, c in [(0, 0, 4), (2, 0, 4), (0, -2, 2)]
+    )
+    zero = [2.0**24, -(2.0**24), 2.0**24 + 2, 7]
+    for mode, values in {"": nearest, ".RP": up, ".RM": down, ".RZ": zero}.items():
+        assert done(f"I2F{mode}", "R3", "R4").view(np.float32)[:4].tolist() == values, mode
+    with pytest.raises(operands.Unknown, match="PRMT.F4E"):
+        done("PRMT.F4E", "R3", "R4", "R5", "R6")
+    with np.errstate(over="ignore"):
+        relu = torch.from_numpy(done("F2FP.RELU.F16.F32.PACK_AB", "R3", "RZ", "R1").astype(np.uint16)).view(
+            torch.float16
+        )
+    assert torch.equal(relu.nan_to_num(7), given.half().relu().nan_to_num(7))
     halves = torch.from_numpy(done("F2FP.BF16.PACK_AB", "R3", "RZ", "R1").astype(np.uint16)).view(torch.bfloat16)
     assert torch.equal(halves.nan_to_num(7), given.bfloat16().nan_to_num(7)), "of two that are as near the even one"
     least = done("FMNMX", "R3", "R1", "R2", "PT").view(np.float32)
@@ -201,6 +224,7 @@ def test_goals():
     )
     text = tables.goals([fast, slow], list(GPUS.values()))
     assert "3 of 6 hold" in text and text.count("| st_pool |") == 3 and "| latency |" in text
+    assert text.rstrip().endswith(f"* `st_pool`: {tables.FLOORS['st_pool']}") and "memory_scan_" not in text
     assert tables.goals([{**slow, "op": "bank_attention"}], list(GPUS.values())).count("0 of 0 hold") == 1
 
 
@@ -255,6 +279,17 @@ def test_what_is_read_is_chosen(capsys, tmp_path):
         (tmp_path / "other.json").write_text(text)
         with pytest.raises(ValueError, match="must be what --json wrote"):
             predict.load(tmp_path / "other.json")
+
+
+def test_what_is_not_understood_costs_no_other_case(capsys, tmp_path, monkeypatch):
+    traces, file = predict.load(COMMITTED)[:2], tmp_path / "some.json"
+    monkeypatch.setattr(predict, "traced", lambda *given, **more: (traces, ["st_pool: Unknown: TENSORMAGIC"]))
+    with pytest.raises(SystemExit, match="not in what was written:\nst_pool: Unknown: TENSORMAGIC"):
+        main(["predict", "--json", str(file)])
+    assert predict.load(file) == traces
+    with pytest.raises(SystemExit):
+        main(["predict", "--read", str(file), "--samples", "2"])
+    assert "--read runs none" in capsys.readouterr().err
 
 
 def test_against_the_simulator():

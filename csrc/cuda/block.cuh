@@ -111,6 +111,22 @@ __device__ __forceinline__ void load_vec(const T* p, Acc<T> (&out)[kVec<T>]) {
   unpack<T>(load16(p), out);
 }
 
+// 16 bytes of global memory, or zeros. Predicated rather than behind a branch, so that the loads of many rows are under
+// way together. The memory must not change while the kernel runs.
+__device__ __forceinline__ uint4 load16_if(bool present, const void* p) {
+#if defined(PYVIDX_EMU)
+  return present ? load16(p) : uint4{0, 0, 0, 0};
+#else
+  uint4 bits;
+  asm("{\n.reg .pred p;\nsetp.ne.u32 p, %5, 0;\n"
+      "mov.u32 %0, 0;\nmov.u32 %1, 0;\nmov.u32 %2, 0;\nmov.u32 %3, 0;\n"
+      "@p ld.global.nc.v4.u32 {%0, %1, %2, %3}, [%4];\n}"
+      : "=&r"(bits.x), "=&r"(bits.y), "=&r"(bits.z), "=&r"(bits.w)
+      : "l"(p), "r"(unsigned(present)));
+  return bits;
+#endif
+}
+
 // To global memory, in one instruction. Written in C++, nvcc takes the store apart where it peels iterations off a loop
 // (seen with 13.0), and a store to any memory is slower. Nothing is loaded ahead of it: load all first, then store.
 __device__ __forceinline__ void store16(void* p, uint4 bits) {
@@ -163,6 +179,11 @@ struct Packed {
 #pragma unroll
     for (int j = 0; j < kSize / kVec<T>; ++j) bits[j] = load16(p + j * kVec<T>);
   }
+  // What no thread writes; zeros where it is not there.
+  __device__ __forceinline__ void load_if(bool present, const T* p) {
+#pragma unroll
+    for (int j = 0; j < kSize / kVec<T>; ++j) bits[j] = load16_if(present, p + j * kVec<T>);
+  }
   // What no thread writes.
   __device__ __forceinline__ void load_constant(const T* p) {
 #pragma unroll
@@ -184,6 +205,7 @@ struct Packed<T, 1> {
   T element = from_acc<T>(0);
 
   __device__ __forceinline__ void load(const T* p) { element = *p; }
+  __device__ __forceinline__ void load_if(bool present, const T* p) { element = present ? *p : from_acc<T>(0); }
   __device__ __forceinline__ void unpack(Acc<T> (&x)[1]) const { x[0] = to_acc(element); }
 };
 

@@ -9,13 +9,16 @@
 // Versions (registers of sm_70 and sm_90, float; rounds of loads that wait for each other before the bank's rows;
 // rounds for 12 attached tensors of 768 floats, and bytes of them at a position that are under way together):
 //   128 threads, entries read where they lie    72, 80    5    24    6 KB
-//   352 threads, entries in shared memory       60, 64    2     7   17 KB   kept; attached rows in parts of 32 packs
+//   352 threads, entries in shared memory       60, 64    2     7   17 KB   attached rows in parts of 32 packs
+//   two parts a warp, six warps for 16 bits     64, 64    2     4   34 KB   kept; in half 82, 84 registers: predicted
+//       .96 of a copy on an H100 where it was .78, .89 on an H200 where it was .62
 #include "memory_step.cuh"
 #include "pyvidx/memory_merge.h"
 
 namespace pyvidx::cuda {
 
-constexpr int kMaxAttached = 16;  // per launch: kernel parameters may take 4 KB
+constexpr int kMaxAttached = 16;   // per launch: kernel parameters may take 4 KB
+constexpr int kAttachedAhead = 2;  // parts of rows that a warp has under way together
 
 struct AttachedChunk {
   MemoryAttached item[kMaxAttached];
@@ -30,27 +33,36 @@ __device__ __forceinline__ void run_attached(const MemoryAttached* items, int co
   constexpr int kSize = kPack<T, kVectorized>;
   using Pack = Raw<T, kVectorized>;
   const Mean<Acc<T>> mean = mean_of<Acc<T>>(weighted, p);
+  const int warps = int(blockDim.x) / 32;
 #pragma unroll 1
-  for (int unit = int(threadIdx.x) / 32; unit < count * units; unit += int(blockDim.x) / 32) {
-    const MemoryAttached& item = items[unit / units];
-    const int c = (unit % units * 32 + int(threadIdx.x) % 32) * kSize;
-    if (c >= int(item.rows.size[3])) continue;
-    T* const keep = p.k < 0 ? nullptr : item.rows.at<T>(b, p.keep, n) + c;
-    T* const target = p.target < 0 ? nullptr : item.rows.at<T>(b, p.target, n) + c;
-    Pack bits[3] = {};
-    if (keep) {
-      bits[0] = *reinterpret_cast<const Pack*>(keep);
-      bits[1] = *reinterpret_cast<const Pack*>(item.rows.at<const T>(b, p.gone, n) + c);
-    }
-    if (target) bits[2] = *reinterpret_cast<const Pack*>(item.frame.at<const T>(b, n) + c);
-    if (keep) {
-      Acc<T> x[kSize], y[kSize];
-      unpack_raw<T>(bits[0], x), unpack_raw<T>(bits[1], y);
+  for (int first = int(threadIdx.x) / 32; first < count * units; first += kAttachedAhead * warps) {
+    T *keep[kAttachedAhead], *target[kAttachedAhead];
+    Pack bits[kAttachedAhead][3] = {};
 #pragma unroll
-      for (int i = 0; i < kSize; ++i) x[i] = mean(x[i], y[i]);
-      store_pack(keep, x);
+    for (int u = 0; u < kAttachedAhead; ++u) {
+      const int unit = first + u * warps;
+      const MemoryAttached& item = items[unit < count * units ? unit / units : 0];
+      const int c = (unit % units * 32 + int(threadIdx.x) % 32) * kSize;
+      const bool own = unit < count * units && c < int(item.rows.size[3]);
+      keep[u] = !own || p.k < 0 ? nullptr : item.rows.at<T>(b, p.keep, n) + c;
+      target[u] = !own || p.target < 0 ? nullptr : item.rows.at<T>(b, p.target, n) + c;
+      if (keep[u]) {
+        bits[u][0] = *reinterpret_cast<const Pack*>(keep[u]);
+        bits[u][1] = *reinterpret_cast<const Pack*>(item.rows.at<const T>(b, p.gone, n) + c);
+      }
+      if (target[u]) bits[u][2] = *reinterpret_cast<const Pack*>(item.frame.at<const T>(b, n) + c);
     }
-    if (target) store_raw(target, bits[2]);  // where `gone` was
+#pragma unroll
+    for (int u = 0; u < kAttachedAhead; ++u) {
+      if (keep[u]) {
+        Acc<T> x[kSize], y[kSize];
+        unpack_raw<T>(bits[u][0], x), unpack_raw<T>(bits[u][1], y);
+#pragma unroll
+        for (int i = 0; i < kSize; ++i) x[i] = mean(x[i], y[i]);
+        store_pack(keep[u], x);
+      }
+      if (target[u]) store_raw(target[u], bits[u][2]);  // where `gone` was
+    }
   }
 }
 
@@ -284,7 +296,7 @@ void launch_attached(const MemoryStepArgs& args, const Run& run, cudaStream_t st
   visit_floating("memory_merge_", run.dtype, [&](auto t) {
     using T = typename decltype(t)::type;
     const int units = run.units<T>();
-    const unsigned threads = memory_threads(int64_t(32) * run.count * units, rows);
+    const unsigned threads = memory_threads<T>(int64_t(32) * run.count * units, rows);
     if (run.vectorized) {
       set_max_dynamic_smem(memory_attached_kernel<T, true>, smem);
       PYVIDX_LAUNCH((memory_attached_kernel<T, true>), rows, threads, smem, stream, args, run.chunk, run.count, units);
@@ -303,7 +315,7 @@ void launch_step(const MemoryStepArgs& args, const Run& run, cudaStream_t stream
   const size_t smem = entries_smem("memory_merge_", args.order, kEntryWords);
   const int units = run.units<F>();
   const int64_t packs = ceil_div(args.bank.size[3], run.vectorized ? kVec<T> : 1);
-  const unsigned threads = memory_threads(std::max(packs, int64_t(32) * run.count * units), rows);
+  const unsigned threads = memory_threads<T>(std::max(packs, int64_t(32) * run.count * units), rows);
   if (run.vectorized) {
     set_max_dynamic_smem(memory_step_kernel<T, F, true>, smem);
     PYVIDX_LAUNCH((memory_step_kernel<T, F, true>), rows, threads, smem, stream, args, run.chunk, run.count, units);

@@ -27,6 +27,15 @@ template <typename T>
 __device__ __forceinline__ void unpack_raw(T element, Acc<T> (&x)[1]) {
   x[0] = to_acc(element);
 }
+template <typename T, bool kVectorized>
+__device__ __forceinline__ Raw<T, kVectorized> pack_raw(const Acc<T> (&x)[kPack<T, kVectorized>]) {
+  T element[kPack<T, kVectorized>];
+#pragma unroll
+  for (int i = 0; i < kPack<T, kVectorized>; ++i) element[i] = from_acc<T>(x[i]);
+  Raw<T, kVectorized> bits;
+  memcpy(&bits, element, sizeof bits);
+  return bits;
+}
 template <typename T>
 __device__ __forceinline__ void store_raw(T* p, T x) {
   *p = x;
@@ -36,17 +45,17 @@ __device__ __forceinline__ void store_raw(void* p, uint4 x) { store16(p, x); }
 constexpr int kCopyAhead = 3;  // packs of a thread that are under way together; with 4 memory_merge_kernel spills
 
 // `count` packs, several under way at once: a store is a wall for the loads behind it.
-template <typename Pack, typename From, typename To>
+template <typename Pack, int kAhead = kCopyAhead, typename From, typename To>
 __device__ __forceinline__ void copy_packs(int count, From from, To to) {
 #pragma unroll 1
-  for (int first = 0; first < count; first += kCopyAhead) {
-    Pack packs[kCopyAhead];
+  for (int first = 0; first < count; first += kAhead) {
+    Pack packs[kAhead];
 #pragma unroll
-    for (int i = 0; i < kCopyAhead; ++i) {
+    for (int i = 0; i < kAhead; ++i) {
       if (first + i < count) packs[i] = *reinterpret_cast<const Pack*>(from(first + i));
     }
 #pragma unroll
-    for (int i = 0; i < kCopyAhead; ++i) {
+    for (int i = 0; i < kAhead; ++i) {
       if (first + i >= count) break;
       store_raw(to(first + i), packs[i]);
     }

@@ -297,9 +297,11 @@ inline void check_columns(int64_t C) {
 
 // Threads of a block, as many as give one pack to each. Half of them where so many blocks do not fit the GPU at a time:
 // then a second pass over the row is less to wait for than a second round of blocks.
-inline unsigned memory_threads(int64_t packs, unsigned positions) {
+template <typename T>
+unsigned memory_threads(int64_t packs, unsigned positions) {
   const int64_t warps = std::min<int64_t>(std::max<int64_t>(ceil_div(packs, 32), 1), kMemoryWarps);
-  const int64_t at_a_time = device_attribute(cudaDevAttrMultiProcessorCount) * (2 * kMemoryWarps / warps);
+  constexpr int kResident = sizeof(T) == 2 ? 20 : 22;  // warps that the registers of a multiprocessor are enough for
+  const int64_t at_a_time = device_attribute(cudaDevAttrMultiProcessorCount) * (kResident / warps);
   return unsigned(32 * (positions <= at_a_time ? warps : (warps + 1) / 2));
 }
 

@@ -1,6 +1,7 @@
 // The second stage of sums over rows. The first leaves rows of partial sums; here they are added up, in an order that
 // depends on their number alone. A block takes 32 channels, and a warp every 32nd row, so that a few hundred rows are a
-// few rounds of loads.
+// few rounds of loads. Sixteen rows at a time, with those beyond the last one masked, lost: .73 of a copy on an H100
+// where gated_fusion_backward has .83, .76 where temporal_scale_backward has .80 (predicted).
 #pragma once
 #include "block.cuh"
 

@@ -107,22 +107,6 @@ __device__ __forceinline__ int width(const R& rows) {
   return kD > 0 ? kD : rows.D;
 }
 
-// 16 bytes of global memory, or zeros. Predicated rather than behind a branch, so that the loads of many rows are under
-// way together. The memory must not change while the kernel runs.
-__device__ __forceinline__ uint4 load16_if(bool present, const void* p) {
-#if defined(PYVIDX_EMU)
-  return present ? load16(p) : uint4{0, 0, 0, 0};
-#else
-  uint4 bits;
-  asm("{\n.reg .pred p;\nsetp.ne.u32 p, %5, 0;\n"
-      "mov.u32 %0, 0;\nmov.u32 %1, 0;\nmov.u32 %2, 0;\nmov.u32 %3, 0;\n"
-      "@p ld.global.nc.v4.u32 {%0, %1, %2, %3}, [%4];\n}"
-      : "=&r"(bits.x), "=&r"(bits.y), "=&r"(bits.z), "=&r"(bits.w)
-      : "l"(p), "r"(unsigned(present)));
-  return bits;
-#endif
-}
-
 // R: any of the rows above. A row that is not there reads as 0, and is not written.
 template <typename T, int kD, typename R>
 __device__ __forceinline__ void load_chunk(const R& rows, int row, int d, Register<T> (&chunk)[kRegisters]) {

@@ -8,14 +8,16 @@ namespace pyvidx {
 namespace {
 
 // A CPU walks all frames of a part at once. A GPU has a block for each part and 128 bytes of its channels: where a
-// batch has too few of them, parts get fewer frames, but not so few that their patches' sums weigh beside x.
+// batch has too few of them, parts get fewer frames, but not so few that their patches' sums weigh beside x. It needs
+// no parts, 0, where frames are small and each 16 bytes of channels make blocks enough, or where it is done soon.
 int64_t frames_of_part(const Tensor& x, int64_t chunks) {
-  const int64_t T = x.size(1);
+  const int64_t B = x.size(0), T = x.size(1), bytes = x.size(3) * x.element_size();
 #if !defined(PYVIDX_EMU)
   if (x.is_cpu()) return T;
 #endif
-  constexpr int64_t kBlocks = 1024, kLeast = 16;
-  const int64_t blocks = std::max<int64_t>(1, x.size(0) * chunks * (x.size(3) * x.element_size() / 128));
+  constexpr int64_t kBlocks = 1024, kLeast = 16, kEnough = 64, kSoon = 16;
+  if (x.size(2) <= kPoolAtOnce && (B * bytes / 16 >= kEnough || T <= kSoon)) return 0;
+  const int64_t blocks = std::max<int64_t>(1, B * chunks * (bytes / 128));
   const int64_t spans = std::max<int64_t>(1, std::min(kBlocks / blocks, T / kLeast));
   return (T + spans - 1) / spans;
 }
@@ -30,10 +32,10 @@ Check check_clip(const Tensor& x, const OptionalTensor& mask) {
 void pool(const Tensor& x, const OptionalTensor& mask, const Tensor& spatial, const Tensor& temporal) {
   if (x.numel() == 0) return;
   const int64_t B = x.size(0), T = x.size(1), P = x.size(2), C = x.size(3), chunks = (P + kPoolRows - 1) / kPoolRows;
-  const int64_t frames = frames_of_part(x, chunks), spans = (T + frames - 1) / frames;
+  const int64_t frames = frames_of_part(x, chunks), spans = frames > 0 ? (T + frames - 1) / frames : 0;
   const Tensor x_ = unit_last_stride(x);
   Tensor patch_sums = make_empty(x, {spans > 1 ? B : 0, spans, P, C}, wide(x));
-  Tensor frame_sums = make_empty(x, {B, chunks, T, C}, wide(x));
+  Tensor frame_sums = make_empty(x, {spans > 0 ? B : 0, chunks, T, C}, wide(x));
   StPoolArgs args{view<4>(x_),         view<2>(mask), view<3>(spatial), view<3>(temporal), view<4>(patch_sums),
                   view<4>(frame_sums), frames};
   PYVIDX_RUN(st_pool, x, args);

@@ -114,8 +114,11 @@ def i2f(more, o):
             write(w, m, x.astype(F64).view(U64))
             return
         value = x.astype(F32)
-        if "RP" in more:
-            value = np.where(value.astype(F64) < x.astype(F64), np.nextafter(value, F32(np.inf)), value)
+        near, exact = value.astype(F64), x.astype(F64)
+        up = ("RP" in more) | (("RZ" in more) & (exact < 0))
+        down = ("RM" in more) | (("RZ" in more) & (exact > 0))
+        value = np.where((near < exact) & up, np.nextafter(value, F32(np.inf)), value)
+        value = np.where((near > exact) & down, np.nextafter(value, F32(-np.inf)), value)
         write(w, m, value.astype(F32).view(U32))
 
     return convert
@@ -149,10 +152,13 @@ def f2f(more, o):
 
 
 def f2fp(more, o):
+    if {"RZ", "RS"} & {*more}:
+        raise Unknown("F2FP." + ".".join(more))
     write, read = writer(o[0]), [real(x) for x in o[1:3]]
-    half = "BF16" not in more
+    half, relu = "BF16" not in more, "RELU" in more
 
     def bits(x):
+        x = np.where(x < 0, F32(0), x) if relu else x
         if half:
             return x.astype(np.float16).view(np.uint16).astype(U32)
         whole = x.astype(F32).view(U32)

@@ -13,6 +13,7 @@ from pyvidx.bench.operands import (
     SHIFT,
     U32,
     U64,
+    Unknown,
     integer,
     is_predicate,
     predicate,
@@ -248,6 +249,8 @@ def added_minimum(more, o):
 
 
 def prmt(more, o):
+    if more:  # modes that read the selector otherwise
+        raise Unknown("PRMT." + ".".join(more))
     write, a, selector, b = writer(o[0]), integer(o[1]), integer(o[2]), integer(o[3])
 
     def permute(w, m):
@@ -263,6 +266,39 @@ def prmt(more, o):
     return permute
 
 
+def dot(more, o):
+    """c + the products of four bytes of a by four of b (4A), or of two halves of a by the low or high two bytes of b
+    (2A.LO, 2A.HI); of each whether it is signed."""
+    write, a, b, c = writer(o[0]), *(integer(x) for x in o[1:4])
+    halves, kinds = more[0] == "2A", [x for x in more if x[0] in "US" and x[1:].isdigit()]
+    if len(kinds) != 2 or (more[0], halves) not in (("4A", False), ("2A", True)):
+        raise Unknown("IDP." + ".".join(more))
+
+    def parts(x, kind):
+        return np.broadcast_to(x, 32).copy().view(f"{'iu'[kind[0] == 'U']}{int(kind[1:]) // 8}").reshape(32, -1)
+
+    def dot(w, m):
+        x, y = parts(a(w), kinds[0]), parts(b(w), kinds[1])
+        if halves:
+            y = y[:, 2:] if "HI" in more else y[:, :2]
+        write(w, m, (c(w).astype(I64) + (x.astype(I64) * y).sum(1)).astype(U32))
+
+    return dot
+
+
+def packed(more, o):
+    """a and b, held to what a byte has, as the second and first byte below the low half of c."""
+    if more != ["U8", "S32", "SAT"]:
+        raise Unknown("I2IP." + ".".join(more))
+    write, a, b, c = writer(o[0]), *(integer(x) for x in o[1:4])
+
+    def pack(w, m):
+        high, low = (np.clip(x(w).view(I32), 0, 255).astype(U32) for x in (a, b))
+        write(w, m, c(w) << U32(16) | high << U32(8) | low)
+
+    return pack
+
+
 def absolute(more, o):
     write, read = writer(o[0]), integer(o[1])
     return lambda w, m: write(w, m, np.abs(read(w).view(I32)).view(U32))
@@ -271,5 +307,5 @@ def absolute(more, o):
 TABLE = {
     "MOV": mov, "IMAD": imad, "IADD3": iadd3, "VIADD": iadd3, "LEA": lea, "LOP3": lop3, "PLOP3": plop3, "SHF": shf,
     "SEL": sel, "ISETP": isetp, "IMNMX": minimum, "VIMNMX": minimum, "VIADDMNMX": added_minimum, "PRMT": prmt,
-    "IABS": absolute,
+    "IABS": absolute, "IDP": dot, "I2IP": packed,
 }  # fmt: skip

@@ -13,6 +13,7 @@ from pyvidx.bench.cases import PAPERS, Asked
 from pyvidx.data.tables import read_json
 
 ROOT = cubin.ROOT
+SAMPLES = 3  # blocks of a launch that are run
 ABOUT = "predicted, not measured: what the launches of the bench cases do, by their SASS; pyvidx bench predict --read"
 
 
@@ -38,9 +39,10 @@ def name_of(asked: Asked) -> str:
 
 
 def traced(
-    cases: list[Asked], archs: list[int], *, samples: int = 3, seen: Callable[[str], None] | None = None
-) -> list[dict]:
-    """What the launches of the cases do, from their SASS.
+    cases: list[Asked], archs: list[int], *, samples: int = SAMPLES, seen: Callable[[str], None] | None = None
+) -> tuple[list[dict], list[str]]:
+    """What the launches of the cases do, from their SASS, and of cases for which that is not known the reason: a kernel
+    does not compile, or its SASS is not understood.
 
     Args:
         samples: blocks of a launch that are run.
@@ -48,7 +50,7 @@ def traced(
 
     Raises:
         FileNotFoundError: this is no checkout.
-        RuntimeError: a tool is missing, a kernel does not compile, or its SASS is not understood.
+        RuntimeError: a tool is missing, or the process that traces has died.
     """
     cubin.check_tools()
     library = emulator()
@@ -68,11 +70,9 @@ def traced(
                 traces.append({"case": dataclasses.asdict(asked), **found["result"]})
             if seen is not None:
                 seen(name_of(asked))
-    if errors:
-        raise RuntimeError("\n".join(errors))
-    if process.returncode != 0 or len(traces) < len(cases):
+    if process.returncode != 0 or len(traces) + len(errors) < len(cases):
         raise RuntimeError("predict: the process that traces has ended early; what it said is above")
-    return traces
+    return traces, errors
 
 
 def environment() -> dict[str, str]:

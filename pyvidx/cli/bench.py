@@ -36,7 +36,7 @@ def add_predict(commands) -> None:
                    help="of V100, A100, H100 and H200 (default: all)")  # fmt: skip
     r.add_argument("--cases", nargs="+", default=[], metavar="WORDS",
                    help="only cases that have all these words in their name, as in 'st_pool T=8'")  # fmt: skip
-    r.add_argument("--samples", type=count, default=3, help="blocks of a launch that are run (default 3)")
+    r.add_argument("--samples", type=count, help="blocks of a launch that are run (default 3); not with --read")
     r.add_argument(
         "--read", type=existing, metavar="FILE", help="what --json wrote: nothing is compiled, the model runs anew"
     )
@@ -68,6 +68,9 @@ def run_report(p: Parser, options) -> None:
 def run_predict(p: Parser, options) -> None:
     from pyvidx.bench import known, model, predict, tables
 
+    if options.read and options.samples:
+        p.error("--samples is of blocks that are run, and --read runs none: give one of them")
+    errors = []
     check_outputs(p, options.overwrite, options.json, inputs=[options.read, options.markdown])
     try:
         page = options.markdown and Path(options.markdown).read_text(encoding="utf-8")
@@ -79,7 +82,8 @@ def run_predict(p: Parser, options) -> None:
             told = lambda name: print(f"traced {printable(name)}", file=sys.stderr)  # noqa: E731
             there = [*predict.PAPERS, *(known.simulated_cases() if 70 in options.arch else [])]
             cases = predict.chosen(options.cases, there)
-            traces = predict.traced(cases, sorted({*options.arch}), samples=options.samples, seen=told)
+            samples = options.samples or predict.SAMPLES
+            traces, errors = predict.traced(cases, sorted({*options.arch}), samples=samples, seen=told)
     except (OSError, ValueError) as error:
         p.error(str(error))
     gpus = model.gpus(options.arch)
@@ -90,3 +94,5 @@ def run_predict(p: Parser, options) -> None:
     if page is not None:
         write_text(options.markdown, tables.filled(page, tables.markdown(traces, gpus)))
         print(f"wrote {options.markdown}")
+    if errors:
+        sys.exit("\n".join(["pyvidx bench: not predicted, and not in what was written:", *errors]))

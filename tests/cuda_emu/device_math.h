@@ -91,6 +91,8 @@ inline unsigned __byte_perm(unsigned x, unsigned y, unsigned selector) {
   return result;
 }
 
+inline unsigned __umulhi(unsigned x, unsigned y) { return unsigned(uint64_t(x) * y >> 32); }
+
 // ---- math; what C has too (fminf, expf, exp2f, fmaf ...) comes from <cmath> ----
 
 inline float rsqrtf(float x) { return 1.f / std::sqrt(x); }

@@ -4,8 +4,10 @@ import torch
 from pyvidx.ops.st_pool import reference, st_pool
 from tests.harness import DEVICES, DTYPES, assert_close_to_reference, assert_gradients_close, poisoned, randn
 
-# B, T, P, C: one; odd and prime; one past the patches of a part; whole 16 bytes; frames enough for two parts and more
-CASES = [(1, 1, 1, 1), (2, 3, 5, 17), (1, 5, 33, 40), (2, 6, 7, 64), (1, 35, 3, 16), (2, 33, 34, 9)]
+# B, T, P, C: one; odd and prime; one past the patches of a part; whole 16 bytes; frames enough for two parts and more;
+# one past the frames that a GPU has under way; one past the patches that it sums up at once
+CASES = [(1, 1, 1, 1), (2, 3, 5, 17), (1, 5, 33, 40), (2, 6, 7, 64), (1, 35, 3, 16), (2, 33, 34, 9), (1, 9, 17, 24),
+         (1, 2, 257, 8)]  # fmt: skip
 op = torch.ops.pyvidx.st_pool
 
 

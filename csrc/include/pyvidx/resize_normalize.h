@@ -21,11 +21,11 @@ struct ResizeNormalizeArgs {
   int64_t top, left;
   bool bilinear;
   double scale[3], shift[3];
-  View<2> rows, columns;  // [rows or columns, 1 + taps of their axis]  scratch, i32
+  View<2> rows, columns;  // [rows or columns, 1 + taps of their axis]  scratch, i32; on a GPU of long windows
   View<4> out;            // [T, 3, rows, columns]  out, any strides but the last, which is 1
 
-  PYVIDX_INLINE Axis down() const { return {frames.size[1], h, bilinear}; }
-  PYVIDX_INLINE Axis across() const { return {frames.size[2], w, bilinear}; }
+  PYVIDX_INLINE Axis down() const { return Axis(frames.size[1], h, bilinear); }
+  PYVIDX_INLINE Axis across() const { return Axis(frames.size[2], w, bilinear); }
 };
 
 void resize_normalize_cpu(const ResizeNormalizeArgs& args, const Executor& executor);

@@ -15,15 +15,17 @@ namespace pyvidx {
 // A part: kPoolRows patches of `frames` consecutive frames. It has one sum for each patch and one for each frame; the
 // second stage adds up those of several parts. The split depends on the sizes alone.
 constexpr int64_t kPoolRows = 32;
+// A GPU sums up frames of at most so many patches at once, without parts.
+constexpr int64_t kPoolAtOnce = 256;
 
 struct StPoolArgs {
   View<4> x;           // [B, T, P, C]       in, T, P > 0, any strides but the last, which is 1
   View<2> mask;        // [B, T]             in, i32, optional: 0 where a frame is left out
   View<3> spatial;     // [B, P, C]          out, dtype of x
   View<3> temporal;    // [B, T, C]          out, dtype of x
-  View<4> patch_sums;  // [B, spans, P, C]   scratch, wide, contiguous; size 0 where spans is 1
-  View<4> frame_sums;  // [B, chunks, T, C]  scratch, wide, contiguous
-  int64_t frames;      // of a part, at least 1; on the CPU all of them
+  View<4> patch_sums;  // [B, spans, P, C]   scratch, wide, contiguous; size 0 where spans is 1, and without parts
+  View<4> frame_sums;  // [B, chunks, T, C]  scratch, wide, contiguous; size 0 without parts
+  int64_t frames;      // of a part, at least 1; on the CPU all of them; 0: no parts
 };
 
 void st_pool_cpu(const StPoolArgs& args, const Executor& executor);
