@@ -18,6 +18,7 @@
 //   at once, 32 bytes       128 / 128               1, 1              97, 121                     .99, .99   .74, .47
 //   at once, 16 bytes       128 / 128               1, 1              97, 116                     .99, .99   .79, .60
 //   loads without branches  108 / 128               1, 12             83, 68                      1.0, 1.0   .85, .76
+// The model does not know what 32 lines in one load of a warp cost L1: at once for many frames is to be measured first.
 //
 // Backward: a thread takes 16 bytes of channels of one patch in eight frames. Traffic: 1 write.
 #include "block.cuh"
