@@ -90,8 +90,8 @@ class MALMM(Foldable):
             ValueError: pixels, the text, frames, length or the number of frames (see compat) do not fit.
         """
         require_tensors("MALMM", pixels=pixels)
-        if pixels.dim() != 5 or 0 in pixels.shape[:2]:
-            raise ValueError(f"MALMM: pixels must be [B, T, 3, h, w] with B, T >= 1, got {tuple(pixels.shape)}")
+        if pixels.dim() != 5 or pixels.shape[1] == 0:
+            raise ValueError(f"MALMM: pixels must be [B, T, 3, h, w] with T >= 1, got {tuple(pixels.shape)}")
         if frames is not None:
             return self._ragged(pixels, frames, text_ids, text_mask, length, visual, query)
         prompt = self.prompt(text_ids, text_mask, batch=pixels.shape[0])
