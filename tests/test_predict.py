@@ -224,7 +224,7 @@ def test_goals():
     )
     text = tables.goals([fast, slow], list(GPUS.values()))
     assert "3 of 6 hold" in text and text.count("| st_pool |") == 3 and "| latency |" in text
-    assert text.rstrip().endswith(f"* `st_pool`: {tables.FLOORS['st_pool']}") and "memory_scan_" not in text
+    assert text.rstrip().endswith(f"* `st_pool`: {tables.REASONS['st_pool']}") and "memory_scan_" not in text
     assert tables.goals([{**slow, "op": "bank_attention"}], list(GPUS.values())).count("0 of 0 hold") == 1
 
 

@@ -7,19 +7,18 @@ COLUMNS = ("op", "shape", "dtype", "GPU", "us", "of copy", "limit", "registers",
 COMPARED = ("op", "shape", "dtype", "GPU", "us", "known us", "of copy", "known", "error", "limit")
 MISSED = ("op", "shape", "dtype", "GPU", "of copy", "wanted", "limit", "launches", *(f"{x}, us" for x in model.LIMITS))
 MEMORY_BOUND, SHORT, LONG = {70: 0.80, 90: 0.85}, 0.75, 0.65
-# What no version of a kernel takes away, of ops that miss a goal.
-FLOORS = {
-    "gated_fusion_backward": "a second launch adds up what blocks have found, in a fixed order: 2 us and more. One "
+# Why ops miss a goal, in words: what numbers there are stand in the table.
+REASONS = {
+    "gated_fusion_backward": "a second launch adds up what blocks have found, in a fixed order. One "
     "launch would need a counter that is 0 before it, which another launch would have to clear.",
     "temporal_scale_backward": "as gated_fusion_backward.",
-    "token_gather": "rows are named by an index that is loaded before them: two rounds of memory, 0.7 us on an H200, "
-    "as long as the bytes of one clip take.",
+    "token_gather": "rows are named by an index that is loaded before them: two rounds of memory, which "
+    "the few bytes of one clip do not hide.",
     "st_pool": "a block has 16 bytes of channels, so that its sums are whole, and sectors of 32 bytes come from L2 "
     "twice.",
     "resize_normalize": "weights have 23 bits and levels 8, so that four taps of three channels are nine dot products. "
-    "These alone keep an H200 for as long as a copy does, and what is around them comes on top.",
-    "memory_scan_": "each of 16 steps waits for the choice before it: an argmax, rows from L2 and their sums, some "
-    "1,400 cycles, 12 us on an H100, as long as the bytes take; planning takes 2,300 cycles more.",
+    "What is around them comes on top.",
+    "memory_scan_": "each of 16 steps waits for the choice before it: an argmax, rows from L2 and their sums.",
 }
 NOTE = (
     "us: all launches of the case; of copy: a copy of the same bytes / ours; limit, registers, warps (on a "
@@ -77,9 +76,9 @@ def goals(traces: list[dict], gpus: list[model.Gpu]) -> str:
     if not missed:
         return said
     ops = {cells[0].split()[0] for cells in missed}
-    floors = "\n".join(f"* `{op}`: {why}" for op, why in FLOORS.items() if op in ops)
+    reasons = "\n".join(f"* `{op}`: {why}" for op, why in REASONS.items() if op in ops)
     told = f"{said} These do not; the last columns are what limits the longest launch:\n\n{piped([MISSED, *missed])}"
-    return f"{told}\n\nWhat stands between some of them and a copy:\n\n{floors}" if floors else told
+    return f"{told}\n\nWhat stands between some of them and a copy:\n\n{reasons}" if reasons else told
 
 
 def text(traces: list[dict], gpus: list[model.Gpu]) -> str:
