@@ -266,6 +266,14 @@ __device__ __forceinline__ T warp_max(T x) {
   return x;
 }
 
+__device__ __forceinline__ unsigned warp_max(unsigned x) {
+#if defined(PYVIDX_EMU) || (defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800)
+  return __reduce_max_sync(kFullWarp, x);
+#else
+  return warp_max<unsigned>(x);
+#endif
+}
+
 template <typename T>
 struct ArgMax {
   T value;
