@@ -373,8 +373,15 @@ struct RowSum {
       for (int i = 0; i < kCount; ++i) mine[warp * kCount + i] = x[i];
     }
     __syncthreads();
+    constexpr int kPeers = kMaxWarps <= 8 ? 8 : kMaxWarps <= 16 ? 16 : 32;  // lanes that add up; the others do the same
+    const int peer = lane % kPeers;
 #pragma unroll
-    for (int i = 0; i < kCount; ++i) x[i] = warp_sum(lane < warps ? mine[lane * kCount + i] : A(0));
+    for (int i = 0; i < kCount; ++i) x[i] = peer < warps ? mine[peer * kCount + i] : A(0);
+#pragma unroll
+    for (int offset = kPeers / 2; offset > 0; offset /= 2) {
+#pragma unroll
+      for (int i = 0; i < kCount; ++i) x[i] += __shfl_xor_sync(kFullWarp, x[i], offset);
+    }
   }
 };
 

@@ -1,7 +1,8 @@
 // t steps of a memory bank in one launch: one block per position (b, n) walks all frames. The state of its position
-// lives in shared memory, the rows of its bank in the caches, and the frame after the next step's choice is prefetched
-// to L2: a step waits for loads that depend on the choice before it, never for device memory. The length of a video is
-// changed by the block of its first position, and read by no other. memory_step.cuh has the versions of the step.
+// lives in shared memory, the rows of its bank in the caches, and the next frame is on its way to registers: a step
+// waits for loads that depend on the choice before it, never for device memory. The last warp plans, the others take
+// rows. The length of a video is changed by the block of its first position, and read by no other. memory_step.cuh has
+// the versions of the step.
 //
 // The replay gives each thread 16 bytes of the width: it walks the steps and reads only what it wrote itself, so
 // nothing is synchronized. Traffic: M + 1 + t rows read, M + 1 + 2t and the slots that changed written; those, and two
@@ -24,7 +25,6 @@ constexpr int kMergeAhead = sizeof(T) == 8 ? 2 : 4;  // merges
 
 constexpr int kScanWords = kEntryWords + 1;  // of shared memory per slot: its entry, and the id of its row
 
-// The last warp plans, and changes the entries while the others are at the rows.
 constexpr int kScanThreads = kMemoryThreads + 32;
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 750
 constexpr int kScanBound =

@@ -1,13 +1,19 @@
 // One step of a memory bank at one position, by one block. Shared by the streaming step (memory_merge) and the walk
 // over a clip (memory_scan), which so give the same bits.
 //
-// The first warp finds the pair, from a copy of the position's entries in shared memory, and later changes them; all
-// warps take the rows between, one pack of each a thread. Versions, for 1408 floats in a clip (registers of sm_70 and
-// sm_90 by SASS; instructions of all warps at a position and step; bytes at a position that are under way together):
+// One warp finds the pair, from a copy of the position's entries in shared memory, and later changes them; all others
+// take the rows between, one pack of each a thread. Versions, for 1408 floats in a clip (registers of sm_70 and sm_90
+// by SASS; instructions of all warps at a position and step; bytes at a position that are under way together; cycles of
+// a step that has an H100 for itself, predicted):
 //   128 threads, three passes, all warps plan      90, 80    4,160   5 barriers   12 KB
 //   352 threads, one pass, all warps plan          80, 80    7,900   2 barriers   34 KB   thrown away: bound by issue
-//   352 threads, one pass, the first warp plans    66, 66    3,470   2 barriers   34 KB   kept: 39 instructions per 16
-//       bytes where it were 47. Prediction: 1.8 times as fast at sm_90, where steps wait for each other.
+//   352 threads, one pass, the first warp plans    66, 66    3,420   2 barriers   34 KB   3,990
+//   a lane plans for each row, the maximum of integers; a warp of its own moves entries while the others take rows; the
+//       next frame is loaded a step ahead; rows that are not there read some row; shared addresses are held in
+//       registers; the frame is stored early, a wall behind all loads
+//                                                  72, 80    2,690   2 barriers   39 KB   1,640   kept: of a copy .84
+//                                                  on
+//       an H100 where it was .47, .66 on an H200 where it was .34
 #pragma once
 #include "memory_pack.cuh"
 #include "pyvidx/memory_merge.h"

@@ -1,7 +1,7 @@
 // A block makes 32 columns x 32 rows of one frame. Two of its warps work out the windows, which no other memory holds,
 // while the others load pixels. It goes down the source rows that the windows read, `chunk` quads of rows at a time:
 // parts them into planes, so that a word is four levels of one channel; resizes them across, a lane a column and a warp
-// a quad of rows, into words of four rows' levels; and at the end down, a lane a column and a warp a row. Weights have
+// a quad of rows, into words of four rows' levels; and at the end down, a lane four columns of a row. Weights have
 // 23 bits, levels 8: four products are two dot products of the weights' low 16 bits (dp2a) and one of the signed rest
 // (dp4a), exact as they are.
 // Traffic: 1 read of the window of the crop, and again of the rows and columns that two blocks share (a quarter for
@@ -15,6 +15,7 @@
 //   two launches, tap by tap, 16 rows a block   80 / 80                 22, 46   1153, 552      .16, .32   .11, .14
 //   dot products; all warps work out windows    80 / 80                 1, 11    571, 364       -          .38, .35
 //   two warps do; 16-byte shared loads          75 / 76                 2, 11    355, 213       .66, .75   .52, .54
+//   down four columns a lane; first quad apart  75 / 70                 2, 11    296, 194       .73, .79   .59, .58
 #include "resize_long.cuh"
 #ifndef __CUDACC_RTC__
 #include <algorithm>

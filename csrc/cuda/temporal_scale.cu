@@ -224,7 +224,7 @@ __global__ __launch_bounds__(kAnyThreads) void temporal_scale_backward_any_kerne
 }
 
 template <typename T>
-__global__ __launch_bounds__(kAddUpThreads) void temporal_scale_add_up_kernel(TemporalScaleBackwardArgs a) {
+__global__ __launch_bounds__(kAddUpThreads, 1) void temporal_scale_add_up_kernel(TemporalScaleBackwardArgs a) {
   const int64_t k = blockIdx.y, C = a.grad_bias.size[0];
   add_up(a.partial.at<const Acc<T>>(0, k), a.partial.stride[0], a.partial.size[0], C, [&](int64_t c, Acc<T> sum) {
     *(k < a.weight.size[1] ? a.grad_weight.at<T>(c, k) : a.grad_bias.at<T>(c)) = from_acc<T>(sum);
