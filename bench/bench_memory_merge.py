@@ -74,9 +74,10 @@ def test_memory_merge_(layers, M, dtype, device, measure):
     measure(step_case(1, M, dtype, layers, device))
 
 
-def test_memory_merge_of_models(device, measure):
+@pytest.mark.parametrize("dtype", DTYPES[2:], ids=lambda d: str(d).removeprefix("torch."))
+def test_memory_merge_of_models(dtype, device, measure):
     """A model in 16 bits, whose bank is in float32."""
-    measure(step_case(1, 20, torch.bfloat16, 6, device, torch.float32))
+    measure(step_case(1, 20, dtype, 6, device, torch.float32))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
