@@ -260,22 +260,22 @@ __device__ __forceinline__ void renew_similarities(const Entries& e, int place, 
 
 // The packs of frames that a thread takes, in their order. Each is loaded when the one before has been taken: a step
 // waits for no row from device memory.
-template <typename T, bool kVectorized>
+template <typename T, bool kVectorized, typename Frame = T>
 struct FramePacks {
   using Pack = Raw<T, kVectorized>;
-  const T* frame;
+  const Frame* frame;
   int64_t step;          // elements from a frame to the next
   int frames, first, C;  // frames that are left; the thread's first column
   Pack pack = {};
 
-  __device__ __forceinline__ FramePacks(const T* frame, int64_t step, int frames, int first, int C)
+  __device__ __forceinline__ FramePacks(const Frame* frame, int64_t step, int frames, int first, int C)
       : frame(frame), step(step), frames(frames), first(first), C(C) {
-    if (frames > 0 && first < C) pack = *reinterpret_cast<const Pack*>(frame + first);
+    if (frames > 0 && first < C) pack = load_as<T, kVectorized>(frame + first);
   }
   // The pack at column c; where that is beyond the last one, the next frame's first.
   __device__ __forceinline__ void fetch(int c) {
     if (c >= C) frame += step, --frames, c = first;
-    if (frames > 0) pack = *reinterpret_cast<const Pack*>(frame + c);
+    if (frames > 0) pack = load_as<T, kVectorized>(frame + c);
   }
 };
 
