@@ -80,6 +80,7 @@ __global__ __launch_bounds__(kMemoryThreads, kMemoryBlocks<T>) void memory_attac
   const Entries e = entries_in(shared, a.similarity);
   load_entries(e, a.sizes, a.order, a.similarity, b, n);
   __syncthreads();
+  // Of the plan but its rows, which are those of the bank.
   if (threadIdx.x < 32) plan_step(step, e, bool(a.frame), stored_entries(e), a.bank, a.weighted, b, n);
   __syncthreads();
   run_attached<T, kVectorized>(chunk.item, count, units, a.weighted, step.plan, b, n);

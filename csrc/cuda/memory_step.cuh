@@ -8,12 +8,11 @@
 //   128 threads, three passes, all warps plan      90, 80    4,160   5 barriers   12 KB
 //   352 threads, one pass, all warps plan          80, 80    7,900   2 barriers   34 KB   thrown away: bound by issue
 //   352 threads, one pass, the first warp plans    66, 66    3,420   2 barriers   34 KB   3,990
-//   a lane plans for each row, the maximum of integers; a warp of its own moves entries while the others take rows; the
-//       next frame is loaded a step ahead; rows that are not there read some row; shared addresses are held in
-//       registers; the frame is stored early, a wall behind all loads
-//                                                  72, 80    2,690   2 barriers   39 KB   1,640   kept: of a copy .84
-//                                                  on
-//       an H100 where it was .47, .66 on an H200 where it was .34
+//   352 threads and a warp that plans              72, 80    2,690   2 barriers   39 KB   1,640   kept: of a copy .84
+//       on an H100 where it was .47, .66 on an H200 where it was .34
+// In the last, a lane plans for each row, and the largest similarity is a maximum of integers; entries move while rows
+// are read; the next frame is loaded a step ahead; a row that is not there is another one, so that loads have no
+// conditions; the frame is stored before anything is computed, so that ptxas puts no load behind that.
 #pragma once
 #include "memory_pack.cuh"
 #include "pyvidx/memory_merge.h"
@@ -153,7 +152,7 @@ __device__ __forceinline__ Mean<A> mean_of(bool weighted, int size0, int size1) 
 // they load.
 template <typename T>
 struct Step {
-  T* row[kStepRows];  // some row where there is none: what is read then is not used
+  T* row[kStepRows];  // another of them where there is none: what is read then is not used
   StepPlan plan;
   Mean<Acc<T>> mean;
 };
@@ -171,8 +170,9 @@ __device__ __forceinline__ void plan_step(Step<T>& step, const Entries& e, bool 
   if (lane == kLeft) place = k - 1;
   if (lane == kRight) place = merges && k + 2 <= M ? k + 2 : -1;
   if (lane == kLast) place = !append || k == newest ? -1 : newest + merges;
-  const int slot = place < 0 ? -1 : e.order[place];
-  T* const row = bank.at<T>(b, slot < 0 ? 0 : slot, n);
+  const int other = merges ? k : newest < 0 ? 0 : newest;  // a row that is read anyway
+  const int held = e.order[place < 0 ? other : place], slot = place < 0 ? -1 : held;
+  T* const row = bank.at<T>(b, held, n);
   const int size = merges && slot >= 0 ? e.sizes[slot] : 1;
   const int size0 = __shfl_sync(kFullWarp, size, kKeep), size1 = __shfl_sync(kFullWarp, size, kGone);
   const Mean<Acc<T>> mean = mean_of<Acc<T>>(weighted, size0, size1);
