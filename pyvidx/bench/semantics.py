@@ -134,6 +134,6 @@ def _p2r(more, o):
 
 
 TABLE = floating.TABLE | integers.TABLE | {
-    "S2R": _special, "S2UR": _special, "CS2R": _cs2r, "R2UR": _r2ur, "LDC": _ldc, "ULDC": _ldc, "VOTE": _vote, "VOTEU": _vote,
-    "SHFL": _shfl, "REDUX": _redux, "P2R": _p2r, "UP2UR": _p2r,
+    "S2R": _special, "S2UR": _special, "CS2R": _cs2r, "R2UR": _r2ur, "LDC": _ldc, "ULDC": _ldc, "VOTE": _vote,
+    "VOTEU": _vote, "SHFL": _shfl, "REDUX": _redux, "P2R": _p2r, "UP2UR": _p2r,
 }  # fmt: skip
