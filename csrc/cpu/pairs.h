@@ -48,6 +48,7 @@ PYVIDX_SIMD void write(void* p, Two v) { write(p, v.a), write((char*)p + kBytes,
 PYVIDX_SIMD void stream(void* p, Two v) { stream(p, v.a), stream((char*)p + kBytes, v.b); }
 
 PYVIDX_SIMD Two exp(Two x) { return {exp(x.a), exp(x.b)}; }
+PYVIDX_SIMD Two coarse_inverse(Two x) { return {coarse_inverse(x.a), coarse_inverse(x.b)}; }
 
 struct Pair {};        // two whole vectors
 struct PairStream {};  // stored past the caches: the address must be a multiple of kBytes
