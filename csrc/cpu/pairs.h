@@ -82,8 +82,7 @@ struct Lane2<BFloat16> {
     const __m256i low = _mm256_blend_epi16(even, _mm256_slli_epi32(odd, 16), 0xaa);
     const __m256i half = _mm256_or_si256(_mm256_and_si256(high, _mm256_set1_epi16(1)), _mm256_set1_epi16(0x7ffe));
     const __m256i carry = _mm256_srli_epi16(_mm256_avg_epu16(low, half), 15);
-    const __m256i room = _mm256_andnot_si256(high, _mm256_set1_epi16(0x7fff));
-    return _mm256_add_epi16(high, _mm256_min_epu16(carry, room));
+    return _mm256_adds_epi16(high, carry);
   }
 };
 #else

@@ -76,11 +76,9 @@ PYVIDX_SIMD void with_powers(const T* x, int64_t n, T* out, bool stream, F&& f) 
   alignas(64) Acc<T> powers[kBlock];
   for (int64_t first = 0; first < n; first += kBlock) {
     const int64_t count = n - first < kBlock ? n - first : kBlock;
-    each_pair<T>(count,
-                 [&](int64_t i, auto part) { store(powers + i, power<T>(load(x + first + i, part)), part); });
-    each_pair<T>(count, out + first, stream, [&](int64_t i, auto part) {
-      f(first + i, part, load(x + first + i, part), load(powers + i, part));
-    });
+    each_pair<T>(count, [&](int64_t i, auto part) { store(powers + i, power<T>(load(x + first + i, part)), part); });
+    each_pair<T>(count, out + first, stream,
+                 [&](int64_t i, auto part) { f(first + i, part, load(x + first + i, part), load(powers + i, part)); });
   }
 }
 
