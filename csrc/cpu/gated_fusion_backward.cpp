@@ -66,8 +66,7 @@ PYVIDX_SIMD Of<T, Part> value(const Row<T>& r, const Channels<T>& ch, int64_t c,
   if constexpr (kNorm == Norm::saved) return load(r.value + c, part);
   const auto x = source(r, c, part), z = load(r.z + c, part);
   if constexpr (!kGate) return z + x;
-  const auto w = load(ch.mix + c, part);
-  return (1 - w) * z + w * x;
+  return z + load(ch.mix + c, part) * (x - z);  // the gate's gradient takes x - z as well
 }
 
 template <typename A, typename V, typename Part>
@@ -214,7 +213,7 @@ Row<T> row_at(const GatedFusionBackwardArgs& a, int64_t b, int64_t s, int64_t k)
   if (a.grad_out) r.grad_out = a.grad_out.at<const T>(b, s, k);
   if constexpr (kNorm != Norm::none) {
     const Acc<T>* stats = a.stats.at<const Acc<T>>(b, s, k);
-    r.grad_normed = a.grad_normed.at<const T>(b, s, k), r.mean = stats[0], r.rstd = stats[1];
+    r.grad_normed = a.grad_normed.at<const T>(b, s, k), r.mean = simd::usual_nan(stats[0]), r.rstd = simd::usual_nan(stats[1]);
   }
   if constexpr (kNorm == Norm::saved) r.value = a.value.at<const T>(b, s, k);
   if constexpr (kNorm == Norm::again || kGateGrad) {
