@@ -24,6 +24,7 @@ namespace pyvidx {
 namespace {
 
 constexpr int kEight = 8;
+constexpr int64_t kTasksAhead = 3;  // whose rows are fetched: a task takes three times as long as a row from memory
 
 template <typename T>
 constexpr int kLine = 64 / sizeof(T);  // elements of a cache line
@@ -211,12 +212,12 @@ void attend_eight(const TemporalAttentionArgs& a, const Executor& executor) {
     Scratch scratch(kEight * D * sizeof(A));
     A* const q = scratch.take<A>(kEight * D);
     alignas(64) A w[kEight * kEight];
-    each_task(a.qkv, begin, end, [&](Task task, Task next_task) {
+    each_task(a.qkv, begin, end, kTasksAhead, [&](Task task, Task next_task) {
       const Rows<T, 3> rows = rows_at(task), next = rows_at(next_task);
       Ahead<T, 3> ahead(next, D, kScoreCalls<T>);
       pack_eight(rows[0], D, q);
       scores_of_eight<T>(q, rows[1], D, w, ahead);
-      softmax_columns<QueriesOfEight<T>>(w, kEight, kEight, A(a.scale));
+      softmax_columns<QueriesOfEight<T>, std::is_same_v<T, BFloat16>>(w, kEight, kEight, A(a.scale));
       T* const out = a.out.at<T>(task.b, 0, task.p, task.h);
       const auto products = [&](auto how) __attribute__((always_inline)) {
         for (int64_t d = 0; d < D; d += kLine<T>) {
@@ -243,13 +244,13 @@ void attend_eight_backward(const TemporalAttentionBackwardArgs& a, const Executo
     Scratch scratch(2 * kEight * D * sizeof(A));
     A *const q = scratch.take<A>(kEight * D), *const grad = scratch.take<A>(kEight * D);
     alignas(64) A w[kEight * kEight], dw[kEight * kEight];
-    each_task(a.qkv, begin, end, [&](Task task, Task next_task) {
+    each_task(a.qkv, begin, end, kTasksAhead, [&](Task task, Task next_task) {
       const Rows<T, 4> rows = rows_at(task), next = rows_at(next_task);
       Ahead<T, 4> ahead(next, D, 2 * kScoreCalls<T>);
       pack_eight(rows[0], D, q);
       pack_eight(rows[3], D, grad);
       scores_of_eight<T>(q, rows[1], D, w, ahead);
-      softmax_columns<QueriesOfEight<T>>(w, kEight, kEight, A(a.scale));
+      softmax_columns<QueriesOfEight<T>, std::is_same_v<T, BFloat16>>(w, kEight, kEight, A(a.scale));
       scores_of_eight<T>(grad, rows[2], D, dw, ahead);
       softmax_columns_backward<QueriesOfEight<T>>(w, dw, kEight, kEight, A(a.scale));
       T* const out = a.grad_qkv.at<T>(task.b, 0, task.p, 0, task.h);

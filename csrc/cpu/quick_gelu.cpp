@@ -41,12 +41,12 @@ PYVIDX_SIMD VF power(VF x) {
   constexpr float kLog2 = float(-kQuickGELU * 1.4426950408889634);
   x = simd::smaller(VF{} + 51.f, simd::larger(VF{} - 51.f, x));
   const VF t = x * kLog2 + kRound, f = x * kLog2 - (t - kRound);
-  VF p;  // the least error on [-1/2, 1/2] of polynomials that are 1 at 0
+  VF p;
   if constexpr (kCoarse<T>) {
-    p = ((f * 5.500893126e-2f + 2.422109678e-1f) * f + 6.932829281e-1f) * f + 1.f;
+    p = simd::coarse_fraction_power(f);
   } else {
     const VF f2 = f * f;
-    p = f * 1.326472731e-3f + 9.671512991e-3f;
+    p = f * 1.326472731e-3f + 9.671512991e-3f;  // the least error on [-1/2, 1/2] of polynomials that are 1 at 0
     p = p * f2 + (f * 5.550733581e-2f + 2.402224243e-1f);
     p = p * f2 + (f * 6.931470037e-1f + 1.f);
   }
