@@ -35,27 +35,29 @@ def official_step(bank, sizes, frame, attached, attached_frame):
     return merge(grown), total, rows
 
 
-def step_case(B, M, dtype, layers, device):
-    """Every call is the next step: append, then at the next call merge."""
-    widths = [KV] * 2 * layers
+def step_case(B, M, dtype, layers, device, bank_dtype=None):
+    """Every call is the next step: append, then at the next call merge. bank_dtype: of the bank's rows alone."""
+    widths, kept = [KV] * 2 * layers, bank_dtype or dtype
     frames = torch.randn(16, B, N, C, device=device).to(dtype)
     projected = [torch.randn(B, N, width, device=device).to(dtype) for width in widths]
-    state = new_state(B, M, N, C, dtype, device, widths)
+    state = new_state(B, M, N, C, kept, device, widths, dtype)
     for i in range(M + 1):
         memory_merge_(*state[:5], frames[i % 16], state.attached, projected)
     ours, theirs = itertools.cycle(frames), itertools.cycle(frames)
     old = [
-        torch.randn(B, M, N, C, device=device).to(dtype),
+        torch.randn(B, M, N, C, device=device).to(kept),
         torch.ones(B, M, N, device=device),
         [torch.randn(B, M, N, width, device=device).to(dtype) for width in widths],
     ]
 
     def eager():
-        old[:] = official_step(old[0], old[1], next(theirs), old[2], projected)
+        old[:] = official_step(old[0], old[1], next(theirs).to(kept), old[2], projected)
 
-    return Case("memory_merge_", {"B": B, "M": M, "N": N, "C": C, "attached": len(widths)}, dtype,
+    shape = {"B": B, "M": M, "N": N, "C": C, "attached": len(widths)}
+    shape |= {"bank": str(kept).removeprefix("torch.")} if kept != dtype else {}
+    return Case("memory_merge_", shape, dtype,
                 lambda: memory_merge_(*state[:5], next(ours), state.attached, projected), eager,
-                bytes=8 * nbytes(frames[0]) + 5 * nbytes(*projected), compiled=False,
+                bytes=nbytes(frames[0]) + 7 * nbytes(state.bank[:, 0]) + 5 * nbytes(*projected), compiled=False,
                 footprint=nbytes(state.bank, frames, *state.attached, *projected))  # fmt: skip
 
 
@@ -70,6 +72,12 @@ def merge_case(B, T, dtype, device):
 @pytest.mark.parametrize("layers", [0, 6])
 def test_memory_merge_(layers, M, dtype, device, measure):
     measure(step_case(1, M, dtype, layers, device))
+
+
+@pytest.mark.parametrize("dtype", DTYPES[2:], ids=lambda d: str(d).removeprefix("torch."))
+def test_memory_merge_of_models(dtype, device, measure):
+    """A model in 16 bits, whose bank is in float32."""
+    measure(step_case(1, 20, dtype, 6, device, torch.float32))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))

@@ -37,7 +37,7 @@ void attached_rows(const MemoryAttached& a, const Plan& p, const MemoryAttached*
   }
 }
 
-template <typename T>
+template <typename T, typename F>
 void step(const MemoryStepArgs& a, const Executor& executor) {
   const int64_t B = a.bank.size[0], N = a.bank.size[2], C = a.bank.size[3];
   int64_t width = 8 * C;
@@ -56,8 +56,8 @@ void step(const MemoryStepArgs& a, const Executor& executor) {
         if (plans[count].k >= 0 || plans[count].target >= 0) ++count;
       }
       for (int64_t i = 0; i < count; ++i) {
-        Rows<T> ahead{};
-        if (i + 1 < count) ahead = rows_of<T>(plans[i + 1], a.bank, a.frame);
+        Rows<T, F> ahead{};
+        if (i + 1 < count) ahead = rows_of<T, F>(plans[i + 1], a.bank, a.frame);
         any_bank_rows(a, plans[i], i + 1 < count ? &ahead : nullptr);
       }
       for (int i = 0; i < a.attached_count; ++i) {
@@ -188,7 +188,10 @@ void run_step(const MemoryStepArgs& args, const Executor& executor) {
   for (int i = 0; i < args.attached_count; ++i) {
     visit_floating("memory_merge_", args.attached[i].rows.dtype, [](auto) {});  // threads must not throw
   }
-  visit_floating("memory_merge_", args.bank.dtype, [&](auto t) { step<typename decltype(t)::type>(args, executor); });
+  const DType frame = args.frame ? args.frame.dtype : args.bank.dtype;
+  visit_mixed<Half, BFloat16>("memory_merge_", args.bank.dtype, frame, [&](auto t, auto f) {
+    step<typename decltype(t)::type, typename decltype(f)::type>(args, executor);
+  });
 }
 
 void run_merge(const MemoryMergeArgs& args, const Executor& executor) {

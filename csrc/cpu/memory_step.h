@@ -91,14 +91,16 @@ PYVIDX_INLINE Plan make_plan(const MemoryStepArgs& a, int64_t b, int64_t n, int6
 }
 
 // The rows of a plan in one tensor. Missing ones point to a row that is there; what is computed of it is not used.
-template <typename T>
+// F: type of the frame, where it is not that of the bank.
+template <typename T, typename F = T>
 struct Rows {
   T *keep, *target;
-  const T *gone, *left, *right, *last, *frame;
+  const T *gone, *left, *right, *last;
+  const F* frame;
 };
 
-template <typename T>
-PYVIDX_INLINE Rows<T> rows_of(const Plan& p, const View<4>& rows, const View<3>& frame) {
+template <typename T, typename F = T>
+PYVIDX_INLINE Rows<T, F> rows_of(const Plan& p, const View<4>& rows, const View<3>& frame) {
   const int32_t any = p.k >= 0 ? p.keep : p.target;
   auto row = [&](int32_t slot) { return rows.at<T>(p.b, slot < 0 ? any : slot, p.n); };
   return {row(p.keep),
@@ -107,7 +109,7 @@ PYVIDX_INLINE Rows<T> rows_of(const Plan& p, const View<4>& rows, const View<3>&
           row(p.left),
           row(p.right),
           row(p.last),
-          frame ? frame.at<const T>(p.b, p.n) : nullptr};
+          frame ? frame.at<const F>(p.b, p.n) : nullptr};
 }
 
 constexpr int64_t kLine = 64;
@@ -140,11 +142,23 @@ struct Mean {
   }
 };
 
+// As a row of T would be: F may be of 16 bits where T is float.
+template <typename T, typename F, typename Part>
+PYVIDX_INLINE typename simd::LaneOf<T, Part>::Raw load_as(const F* p, Part part) {
+  if constexpr (std::is_same<T, F>::value) {
+    return load_raw(p, part);
+  } else if constexpr (simd::kIsPair<Part>) {  // by halves: two of bfloat16 come as its even and its odd elements
+    return {load(p, simd::Full{}), load(p + simd::kWidth<T>, simd::Full{})};
+  } else {
+    return load(p, part);
+  }
+}
+
 // The bank's rows of one position. `ahead`: rows to prefetch meanwhile, those of the next walk.
-template <typename T, bool kMerge, bool kAppend>
-void bank_rows(const MemoryStepArgs& a, const Plan& p, const Rows<T>* ahead) {
+template <typename T, typename F, bool kMerge, bool kAppend>
+void bank_rows(const MemoryStepArgs& a, const Plan& p, const Rows<T, F>* ahead) {
   const int64_t C = a.bank.size[3];
-  const Rows<T> r = rows_of<T>(p, a.bank, a.frame);
+  const Rows<T, F> r = rows_of<T, F>(p, a.bank, a.frame);
   const Mean<T> mean(p.s0, p.s1);
   Vec<T> keep2{}, left2{}, right2{}, last2{}, frame2{}, left_keep{}, keep_right{}, keep_frame{}, last_frame{};
   constexpr int64_t kBlock = 1024 / sizeof(T);
@@ -169,7 +183,7 @@ void bank_rows(const MemoryStepArgs& a, const Plan& p, const Rows<T>* ahead) {
       }
       if constexpr (kAppend) {
         const auto last = load(r.last + c, part);
-        raw_frame = load_raw(r.frame + c, part);
+        raw_frame = load_as<T>(r.frame + c, part);
         const auto frame = L::up(raw_frame);
         add_product(frame2, frame, frame), add_product(last2, last, last);
         add_product(last_frame, last, frame), add_product(keep_frame, keep, frame);
@@ -187,14 +201,14 @@ void bank_rows(const MemoryStepArgs& a, const Plan& p, const Rows<T>* ahead) {
   }
 }
 
-template <typename T>
-void any_bank_rows(const MemoryStepArgs& a, const Plan& p, const Rows<T>* ahead) {
+template <typename T, typename F>
+void any_bank_rows(const MemoryStepArgs& a, const Plan& p, const Rows<T, F>* ahead) {
   if (p.k >= 0 && p.target >= 0) {
-    bank_rows<T, true, true>(a, p, ahead);
+    bank_rows<T, F, true, true>(a, p, ahead);
   } else if (p.k >= 0) {
-    bank_rows<T, true, false>(a, p, ahead);
+    bank_rows<T, F, true, false>(a, p, ahead);
   } else {
-    bank_rows<T, false, true>(a, p, ahead);
+    bank_rows<T, F, false, true>(a, p, ahead);
   }
 }
 

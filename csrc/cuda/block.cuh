@@ -236,12 +236,15 @@ __device__ __forceinline__ void store_channels(T* p, const Acc<T> (&x)[kSize]) {
 
 #ifndef __CUDACC_RTC__
 // May every row (last dimension) of the view be read with load_vec<T>, with no tail? A view of length 0 may.
-template <typename T, int kDims>
+// kSize: elements of one access.
+template <typename T, int kSize = kVec<T>, int kDims>
 bool vectorizable(const View<kDims>& view) {
-  if (view.size[kDims - 1] % kVec<T> != 0 || reinterpret_cast<uintptr_t>(view.data) % 16 != 0) return false;
+  if (view.size[kDims - 1] % kSize != 0 || reinterpret_cast<uintptr_t>(view.data) % (kSize * sizeof(T)) != 0) {
+    return false;
+  }
   if (view.stride[kDims - 1] != 1 && view.size[kDims - 1] > 1) return false;
   for (int d = 0; d < kDims - 1; ++d) {
-    if (view.size[d] > 1 && view.stride[d] % kVec<T> != 0) return false;
+    if (view.size[d] > 1 && view.stride[d] % kSize != 0) return false;
   }
   return true;
 }

@@ -12,6 +12,8 @@
 //   352 threads, entries in shared memory       60, 64    2     7   17 KB   attached rows in parts of 32 packs
 //   two parts a warp, six warps for 16 bits     64, 64    2     4   34 KB   kept; in half 82, 84 registers: predicted
 //       .96 of a copy on an H100 where it was .78, .89 on an H200 where it was .62
+// A frame of 16 bits goes into a bank of floats as it is, 8 bytes a thread, in at most 64 registers. The four kernels
+// for it are 140 KB of a cubin; casting before is a launch and 8 bytes an element more.
 #include "memory_step.cuh"
 #include "pyvidx/memory_merge.h"
 
@@ -85,8 +87,8 @@ __global__ __launch_bounds__(kMemoryThreads, kMemoryBlocks<T>) void memory_attac
   run_attached<T, kVectorized>(chunk.item, count, units, a.weighted, plan, b, n);
 }
 
-// `count` of the attached tensors, of type F, are taken in the same launch.
-template <typename T, typename F, bool kVectorized>
+// `count` of the attached tensors, of type F, are taken in the same launch. Frame: type of the new row, T or F.
+template <typename T, typename F, typename Frame, bool kVectorized>
 __global__ __launch_bounds__(kMemoryThreads, kMemoryBlocks<T>) void memory_step_kernel(MemoryStepArgs a,
                                                                                        AttachedChunk chunk, int count,
                                                                                        int units) {
@@ -115,7 +117,7 @@ __global__ __launch_bounds__(kMemoryThreads, kMemoryBlocks<T>) void memory_step_
   if (step.plan.k < 0 && step.plan.target < 0) return;
   run_attached<F, kVectorized>(chunk.item, count, units, a.weighted, step.plan, b, n);
   const int C = int(a.bank.size[3]);
-  const T* const frame = a.frame ? a.frame.at<const T>(b, n) : nullptr;
+  const Frame* const frame = a.frame ? a.frame.at<const Frame>(b, n) : nullptr;
   step_rows<T, kVectorized>(step, a.bank.at<T>(), frame, C, partial);
   __syncthreads();
   if (threadIdx.x >= 32) return;
@@ -308,8 +310,7 @@ void launch_attached(const MemoryStepArgs& args, const Run& run, cudaStream_t st
   check_launch("memory_attached_kernel");
 }
 
-// The step with a run of attached tensors of type F, which may be empty.
-template <typename T, typename F>
+template <typename T, typename F, typename Frame>
 void launch_step(const MemoryStepArgs& args, const Run& run, cudaStream_t stream) {
   const unsigned rows = checked_rows(args.bank.size[0] * args.bank.size[2]);
   const size_t smem = entries_smem("memory_merge_", args.order, kEntryWords);
@@ -317,13 +318,41 @@ void launch_step(const MemoryStepArgs& args, const Run& run, cudaStream_t stream
   const int64_t packs = ceil_div(args.bank.size[3], run.vectorized ? kVec<T> : 1);
   const unsigned threads = memory_threads<T>(std::max(packs, int64_t(32) * run.count * units), rows);
   if (run.vectorized) {
-    set_max_dynamic_smem(memory_step_kernel<T, F, true>, smem);
-    PYVIDX_LAUNCH((memory_step_kernel<T, F, true>), rows, threads, smem, stream, args, run.chunk, run.count, units);
+    set_max_dynamic_smem(memory_step_kernel<T, F, Frame, true>, smem);
+    PYVIDX_LAUNCH((memory_step_kernel<T, F, Frame, true>), rows, threads, smem, stream, args, run.chunk, run.count,
+                  units);
   } else {
-    set_max_dynamic_smem(memory_step_kernel<T, F, false>, smem);
-    PYVIDX_LAUNCH((memory_step_kernel<T, F, false>), rows, threads, smem, stream, args, run.chunk, run.count, units);
+    set_max_dynamic_smem(memory_step_kernel<T, F, Frame, false>, smem);
+    PYVIDX_LAUNCH((memory_step_kernel<T, F, Frame, false>), rows, threads, smem, stream, args, run.chunk, run.count,
+                  units);
   }
   check_launch("memory_step_kernel");
+}
+
+// The step with a run of attached tensors, which may be empty. False: there is no kernel for these types together.
+template <typename T>
+bool launch_step_with(const MemoryStepArgs& args, const Run& run, DType frame, cudaStream_t stream) {
+  const DType own = args.bank.dtype;
+  if (run.dtype == own && frame == own) return launch_step<T, T, T>(args, run, stream), true;
+  bool done = false;
+  if constexpr (std::is_same_v<T, float>) {
+    auto launch = [&](auto low) {
+      using F = typename decltype(low)::type;
+      if (run.dtype != DTypeOf<F>::value || (frame != own && frame != run.dtype)) return;
+      done = true;
+      if (frame == own) return launch_step<T, F, T>(args, run, stream);
+      launch_step<T, F, F>(args, run, stream);
+    };
+    launch(Type<__half>{}), launch(Type<__nv_bfloat16>{});
+  }
+  return done;
+}
+
+// May the rows of the frame be read by packs of T?
+template <typename T>
+bool fits_packs(const View<3>& frame) {
+  if (frame.dtype == DTypeOf<T>::value) return vectorizable<T>(frame);
+  return vectorizable<uint16_t, kVec<T>>(frame);
 }
 
 }  // namespace
@@ -334,22 +363,18 @@ void memory_step_cuda(const MemoryStepArgs& args, cudaStream_t stream) {
   for (int i = 0; i < args.attached_count; ++i) check_columns(args.attached[i].rows.size[3]);
   visit_floating("memory_merge_", args.bank.dtype, [&](auto t) {
     using T = typename decltype(t)::type;
-    const bool vectorized = vectorizable<T>(args.bank) && (!args.frame || vectorizable<T>(args.frame));
+    const DType frame = args.frame ? args.frame.dtype : args.bank.dtype;
+    const bool vectorized = vectorizable<T>(args.bank) && (!args.frame || fits_packs<T>(args.frame));
     for (int done = 0; done < args.attached_count;) {
       const Run run(args, done);
       done += run.count;
-      if (done == args.attached_count && run.vectorized == vectorized) {  // the last run goes along
-        if (run.dtype == args.bank.dtype) return launch_step<T, T>(args, run, stream);
-        if constexpr (std::is_same_v<T, float>) {
-          if (run.dtype == DType::f16) return launch_step<T, __half>(args, run, stream);
-          if (run.dtype == DType::bf16) return launch_step<T, __nv_bfloat16>(args, run, stream);
-        }
-      }
+      const bool last = done == args.attached_count && run.vectorized == vectorized;
+      if (last && launch_step_with<T>(args, run, frame, stream)) return;  // the last run goes along
       launch_attached(args, run, stream);
     }
     Run none;
-    none.vectorized = vectorized;
-    launch_step<T, T>(args, none, stream);
+    none.vectorized = vectorized, none.dtype = frame;
+    if (!launch_step_with<T>(args, none, frame, stream)) throw_unsupported_dtype("memory_merge_", frame);
   });
 }
 

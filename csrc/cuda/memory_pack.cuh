@@ -36,6 +36,26 @@ __device__ __forceinline__ Raw<T, kVectorized> pack_raw(const Acc<T> (&x)[kPack<
   memcpy(&bits, element, sizeof bits);
   return bits;
 }
+// A pack of T from a row of F: of 16 bits, where T is float.
+template <typename T, bool kVectorized, typename F>
+__device__ __forceinline__ Raw<T, kVectorized> load_as(const F* p) {
+  if constexpr (sizeof(F) == sizeof(T)) {
+    return *reinterpret_cast<const Raw<T, kVectorized>*>(p);
+  } else {
+    constexpr int kSize = kPack<T, kVectorized>;
+    F element[kSize];
+    if constexpr (kVectorized) {
+      const uint2 bits = *reinterpret_cast<const uint2*>(p);
+      memcpy(static_cast<void*>(element), &bits, sizeof bits);
+    } else {
+      element[0] = *p;
+    }
+    Acc<T> x[kSize];
+#pragma unroll
+    for (int i = 0; i < kSize; ++i) x[i] = to_acc(element[i]);
+    return pack_raw<T, kVectorized>(x);
+  }
+}
 template <typename T>
 __device__ __forceinline__ void store_raw(T* p, T x) {
   *p = x;

@@ -240,8 +240,8 @@ __device__ __forceinline__ void publish(Step<T>& step, const StepPlan& p, const 
 // packs each, at partial. All threads of the block take part, each on its own columns, which so are the same in every
 // step. Sums are those of kMemoryThreads threads or of as many as there are packs, however many the block has: the bits
 // depend on nothing but the width.
-template <typename T, bool kVectorized>
-__device__ __forceinline__ void step_rows(const Step<T>& step, T* bank, const T* frame, int C, Acc<T>* partial) {
+template <typename T, bool kVectorized, typename Frame>
+__device__ __forceinline__ void step_rows(const Step<T>& step, T* bank, const Frame* frame, int C, Acc<T>* partial) {
   using A = Acc<T>;
   constexpr int kSize = kPack<T, kVectorized>;
   const int lane = int(threadIdx.x) % 32, warps = sum_warps<kSize>(C);
@@ -257,7 +257,7 @@ __device__ __forceinline__ void step_rows(const Step<T>& step, T* bank, const T*
         if (step.rows[i] >= 0) bits[i] = *reinterpret_cast<const Raw<T, kVectorized>*>(bank + step.rows[i] + c);
       }
       const int64_t target = step.rows[kTarget];
-      if (target >= 0) bits[kTarget] = *reinterpret_cast<const Raw<T, kVectorized>*>(frame + c);
+      if (target >= 0) bits[kTarget] = load_as<T, kVectorized>(frame + c);
       const bool older = step.rows[kLast] >= 0;
       const Mean<A> mean = step.mean;
       A keep[kSize], gone[kSize], left[kSize], right[kSize], newest[kSize], fresh[kSize];

@@ -18,7 +18,7 @@ Tensor memory_merge_(Tensor bank, Tensor sizes, Tensor order, Tensor similarity,
                      bool weighted, const OptionalTensor& active) {
   const Check check = check_state("memory_merge_", bank, sizes, order, similarity, length, active);
   const int64_t B = bank.size(0), slots = bank.size(1), N = bank.size(2), C = bank.size(3);
-  check.like("frame [B, N, C]", frame, {B, N, C});
+  if (frame) check.mixed("frame [B, N, C]", *frame, {B, N, C});
   check.that(attached_frame.size() == (frame ? attached.size() : 0),
              "with a frame, attached_frame must hold one frame per attached tensor, without one none");
   Changed changed(check, bank, sizes, order, similarity, length);

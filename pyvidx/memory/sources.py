@@ -13,7 +13,7 @@ from torch import Tensor
 from pyvidx.layers.linear import dense, dense_rows
 from pyvidx.memory.qformer import Prompt, QFormer, attention
 from pyvidx.ops.bank_attention import bank_attention
-from pyvidx.ops.memory_merge import MemoryState, memory_merge_, rows_in_order
+from pyvidx.ops.memory_merge import MemoryState, memory_merge_, rows_in_order, takes_frame
 from pyvidx.ops.memory_scan import MergePlan, memory_replay_, memory_scan_
 
 
@@ -57,6 +57,11 @@ class Memories(NamedTuple):
 def slots(rows: Tensor, stored: int) -> Tensor:
     """The filled slots of a bank or what is attached to it, [B, M+1, N, W] -> [B, stored * N, W], in any order."""
     return rows[:, :stored].flatten(1, 2)
+
+
+def as_rows(x: Tensor, bank: Tensor) -> Tensor:
+    """Frames [B, t, N, C] as the bank's op takes them: one alone is read as it is, where it can be."""
+    return x if x.shape[1] == 1 and takes_frame(bank, x) else x.to(bank.dtype)
 
 
 def entries_before(memory: MemoryState, stored: int, weighted: bool) -> Tensor:
@@ -125,7 +130,7 @@ class PushSource(FrameSource):
         visual = memories.visual
         if visual is None:
             return
-        rows, kv = frames.to(visual.bank.dtype), ()
+        rows, kv = as_rows(frames, visual.bank), ()
         if frames.shape[1] > 1:
             self.plan = memory_scan_(*visual[:5], rows, weighted=weighted)  # the bank depends on the frames alone
             return
@@ -149,7 +154,7 @@ class PushSource(FrameSource):
     def remember(self, i: int, x: Tensor, keys_values: Tensor) -> tuple[Tensor, Tensor | None]:
         """Push layer i's rows x [R, t, N, D] into its query bank, with keys and values [R, t, N, 2D] -> see `read`."""
         memory = self.memories.query[i]
-        (kept,), rows = memory.attached, x.to(memory.bank.dtype)
+        (kept,), rows = memory.attached, as_rows(x, memory.bank)
         kv = keys_values.to(kept.dtype)  # they differ in autocast
         if x.shape[1] == 1:
             memory_merge_(*memory[:5], rows[:, 0], memory.attached, (kv[:, 0],), weighted=self.weighted)

@@ -193,6 +193,7 @@ def require_tensors(op: str, **values) -> None:
 
 
 FLOATING = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+LOW = (torch.float16, torch.bfloat16)
 
 
 def require_floating(op: str, *, autocast: bool = True, **tensors: Tensor | None) -> None:

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pyvidx.ops._library import FLOATING, define, require, require_floating, require_index
+from pyvidx.ops._library import FLOATING, LOW, define, require, require_floating, require_index
 
 EPS = 1e-8  # the least norm a cosine divides by
 
@@ -110,7 +110,8 @@ def memory_merge_(
         order: int32 [B, N, M+1], a permutation of the slots, the stored ones first, in time order.
         similarity: float32 [B, N, M], cosines between consecutive entries, each norm at least 1e-8.
         length: int32 [B], entries stored.
-        frame: [B, N, C], dtype of bank, or None: only merge.
+        frame: [B, N, C], dtype of bank, or None: only merge. For a float32 bank it may have 16 bits: the result is that
+            of the frame cast to float32, bit for bit.
         attached: tensors [B, M+1, N, Ci], of any dtype and width each, whose rows merge with the same k and weights
             (cached keys and values: an affine map of the rows stays one, because the weights sum to 1).
         attached_frame: [B, N, Ci] for each of attached, or empty without a frame.
@@ -156,6 +157,11 @@ def memory_merge(bank: Tensor, sizes: Tensor, *, weighted: bool = True) -> tuple
     return _op(bank, sizes, weighted)
 
 
+def takes_frame(bank: Tensor, frame: Tensor) -> bool:
+    """Whether memory_merge_ takes a frame of this dtype for this bank as it is."""
+    return frame.dtype == bank.dtype or (bank.dtype == torch.float32 and frame.dtype in LOW)
+
+
 def check_state(name, bank, sizes, order, similarity, length, active):
     """What every op that changes a MemoryState in place asks of it."""
     require(bank.dim() == 4 and bank.shape[1] >= 2, f"{name}: bank must be [B, M+1, N, C] with M >= 1", bank)
@@ -188,7 +194,9 @@ def _check_rows(name, *tensors):
 def _check_step(bank, sizes, order, similarity, length, frame, attached, attached_frame, active):
     name = "memory_merge_"
     check_state(name, bank, sizes, order, similarity, length, active)
-    require_floating(name, bank=bank, frame=frame, autocast=False)
+    fits = frame is None or (takes_frame(bank, frame) and frame.device == bank.device)
+    text = f"{name}: frame must have the dtype of bank, or 16 bits where bank is float32, and its device"
+    require(fits, text, frame, bank)
     B, slots, N, C = bank.shape
     require(frame is None or frame.shape == (B, N, C), f"{name}: frame must be [B, N, C] of bank", frame, bank)
     one_each = len(attached_frame) == (0 if frame is None else len(attached))

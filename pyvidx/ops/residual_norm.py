@@ -3,11 +3,9 @@
 import torch
 from torch import Tensor
 
-from pyvidx.ops._library import FLOATING, define, require, require_out
+from pyvidx.ops._library import FLOATING, LOW, define, require, require_out
 from pyvidx.ops.gated_fusion import Norm, check_norm, wide_dtype
 from pyvidx.ops.gated_fusion_reference import layer_norm, row_gradients
-
-LOW = (torch.float16, torch.bfloat16)
 
 
 def residual_norm(

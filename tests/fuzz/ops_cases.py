@@ -375,7 +375,9 @@ def _state(d: Draw, attached: int = 0):
 @raw
 def memory_merge_(d):
     attached = d.random.randrange(3)
-    state, frame = _state(d, attached), d.maybe(lambda: d.floats(2, 5, d.C))
+    state = _state(d, attached)
+    dtype = torch.bfloat16 if d.dtype == torch.float32 and d.flag() else None
+    frame = d.maybe(lambda: d.floats(2, 5, d.C, dtype=dtype))
     state["attached"] = list(state["attached"])
     new = [] if frame is None else [d.floats(2, 5, 8) for _ in range(attached)]
     names = ("bank", "sizes", "order", "similarity", "length")

@@ -29,6 +29,7 @@ from tests.harness import (
 # B, M, N, C: one of everything, odd, prime, past a vector, the longest rows in the bank's 1 KB blocks
 CASES = [(1, 1, 1, 1), (2, 3, 3, 17), (1, 4, 5, 64), (1, 2, 2, 531)]
 WIDTHS = (7, 32)  # of the attached tensors
+LOW = [torch.float16, torch.bfloat16]
 EMULATED = "PYVIDX_OPS_LIBRARY" in os.environ  # CUDA kernels on the CPU: slow, and not the CPU kernels
 op, op_step = torch.ops.pyvidx.memory_merge, torch.ops.pyvidx.memory_merge_
 
@@ -210,6 +211,32 @@ def test_many_attached_of_mixed_dtypes(device):
 
 
 @pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", LOW, ids=str)
+@pytest.mark.parametrize("attached_dtype", [torch.float32, *LOW], ids=str)
+@pytest.mark.parametrize("C", [5, 12, 531])  # rows of 16 bits at any place, at multiples of 8 bytes alone, long ones
+@pytest.mark.parametrize("run", [memory_merge_, run_reference], ids=["op", "reference"])
+def test_16_bit_frames_are_as_if_cast(run, C, attached_dtype, dtype, device):
+    as_is, cast = (new_state(2, 2, 3, C, torch.float32, device, WIDTHS, attached_dtype) for _ in range(2))
+    for t in range(5):
+        frame, *rows = frames_of(as_is, t)
+        frame, rows = frame.contiguous().to(dtype), [x.contiguous() for x in rows]
+        index = run(*as_is[:5], frame, as_is.attached, rows)
+        assert torch.equal(index, run(*cast[:5], frame.float(), cast.attached, rows))
+        for a, b in zip((*as_is[:5], *as_is.attached), (*cast[:5], *cast.attached)):
+            assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_16_bit_frames_without_attached(device):
+    """Strided ones, too."""
+    state = new_state(2, 3, 3, 64, device=device)
+    for t in range(6):
+        frame = randn(2, 3, 64, dtype=LOW[t % 2], device=device, seed=t)
+        check_step(memory_merge_, state, [frame])
+    check_invariants(state, torch.full_like(state.length, 6))
+
+
+@pytest.mark.parametrize("device", DEVICES)
 def test_follows_float64(device):
     """300 steps of a slow stream in float32 stay beside the same choices in float64."""
     state = new_state(1, 4, 2, 24, device=device)
@@ -362,6 +389,7 @@ def test_registration():
     state, frames = step_arguments()
     torch.library.opcheck(op_step.default, (*state[:5], frames[0], list(state.attached), frames[1:], True, None))
     torch.library.opcheck(op_step.default, (*state[:5], None, [], [], False, torch.ones(2, dtype=torch.int32)))
+    torch.library.opcheck(op_step.default, (*state[:5], frames[0].bfloat16(), [], [], True, None))
 
 
 def test_compiled():
@@ -395,7 +423,11 @@ def test_compiled():
         (lambda s: {"length": s["length"][:1]}, "length must be torch.int32"),
         (lambda s: {"active": torch.ones(2)}, "active must be torch.bool"),
         (lambda s: {"frame": s["frame"][:, 1:]}, r"frame must be \[B, N, C\]"),
-        (lambda s: {"frame": s["frame"].half()}, "frame must have the dtype"),
+        (lambda s: {"frame": s["frame"].double()}, "frame must have the dtype of bank, or 16 bits"),
+        (lambda s: {"bank": s["bank"].half()}, "frame must have the dtype of bank, or 16 bits"),
+        (lambda s: {"bank": s["bank"].double(), "frame": s["frame"].half()}, "frame must have the dtype of bank"),
+        (lambda s: {"bank": s["bank"].half(), "frame": s["frame"].bfloat16()}, "frame must have the dtype of bank"),
+        (lambda s: {"attached_frame": [x.half() for x in s["attached_frame"]]}, r"attached_frame\[0\] must be"),
         (lambda s: {"frame": None}, "without one none"),
         (lambda s: {"attached_frame": []}, "one frame per attached tensor"),
         (lambda s: {"attached": [s["attached"][0][:, 1:], s["attached"][1]]}, r"attached\[0\] must be"),

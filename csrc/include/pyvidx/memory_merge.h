@@ -29,7 +29,7 @@ struct MemoryStepArgs {
   View<3> order;       // [B, N, M+1]     in/out, i32: a permutation of the slots; the first length[b] in time order
   View<3> similarity;  // [B, N, M]       in/out, f32: cos(e[j], e[j+1]), 0 from length - 1 on
   View<1> length;      // [B]             in/out, i32
-  View<3> frame;       // [B, N, C]       in, dtype of bank, optional
+  View<3> frame;       // [B, N, C]       in, dtype of bank, or 16 bits for an f32 bank, optional
   View<1> active;      // [B]             in, i32, optional: nothing changes where it is 0
   View<2> index;       // [B, N]          out, i32: k, or -1 where nothing merged
   const MemoryAttached* attached;  // on the host
