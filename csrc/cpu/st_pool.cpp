@@ -151,16 +151,21 @@ void spread(const StPoolBackwardArgs& a, const Executor& executor) {
   const int64_t B = a.grad_x.size[0], T_ = a.grad_x.size[1], P = a.grad_x.size[2], C = a.grad_x.size[3];
   const bool stream = B * T_ * P * C * int64_t(sizeof(T)) > simd::kStreamBytes;
   parallel_for(executor, B * T_, kGrainElements / (P * C + 1) + 1, [&](int64_t begin, int64_t end) {
+    Scratch scratch(C * sizeof(Acc<T>));
+    Acc<T>* const of_frame = scratch.take<Acc<T>>(C);  // the part of a frame's gradient that all its patches share
     for (int64_t i = begin; i < end; ++i) {
       const int64_t b = i / T_, t = i % T_;
       const bool real = is_real(a.mask, b, t);
-      const Acc<T> of_frames = inverse<Acc<T>>(real_frames(a.mask, b, T_)), of_patches = inverse<Acc<T>>(P);
+      const Acc<T> share = inverse<Acc<T>>(real_frames(a.mask, b, T_));
       const T* temporal = a.grad_temporal.at<const T>(b, t);
+      each_pair<T>(C, [&](int64_t c, auto part) {
+        store(of_frame + c, load(temporal + c, part) * inverse<Acc<T>>(P), part);
+      });
       for (int64_t p = 0; p < P; ++p) {
         const T* spatial = a.grad_spatial.at<const T>(b, p);
         T* out = a.grad_x.at<T>(b, t, p);
-        each_pair<T>(C, out, stream, [&](int64_t c, auto part) {
-          const auto grad = load(spatial + c, part) * of_frames + load(temporal + c, part) * of_patches;
+        each_pair<T>(C, out, stream, [=](int64_t c, auto part) {
+          const auto grad = load(spatial + c, part) * share + load(of_frame + c, part);
           store(out + c, real ? grad : Of<T, decltype(part)>{}, part);
         });
       }
