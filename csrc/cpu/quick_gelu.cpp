@@ -10,7 +10,10 @@
 //   1 / (1 + e) by rcp and a Newton step        64  7.0           thrown away: two more products, where those bind
 //   clamped as integers                         59  5.7           no gain
 //   fetched ahead by software                   69                no gain
-// In the whole op with all in the caches: 7.5 before, 5.7 now. Forward, the arithmetic still binds: 3.0 ms of 3.5.
+//   + a cubic power, 1 / (1 + e) by rcp          59           .74 .86  kept for bfloat16, which has 8 bits
+//   the same in one loop                         53           .61 .74  thrown away
+// With all in the caches a forward takes 3.3 ms before the last two, 2.4 now. 99.8 % of its values over all of bfloat16
+// are the nearest ones, the worst is .54 units off; of gradients 99.6 %.
 #include "pyvidx/quick_gelu.h"
 
 #include "level.h"

@@ -158,9 +158,8 @@ void spread(const StPoolBackwardArgs& a, const Executor& executor) {
       const bool real = is_real(a.mask, b, t);
       const Acc<T> share = inverse<Acc<T>>(real_frames(a.mask, b, T_));
       const T* temporal = a.grad_temporal.at<const T>(b, t);
-      each_pair<T>(C, [&](int64_t c, auto part) {
-        store(of_frame + c, load(temporal + c, part) * inverse<Acc<T>>(P), part);
-      });
+      each_pair<T>(
+          C, [&](int64_t c, auto part) { store(of_frame + c, load(temporal + c, part) * inverse<Acc<T>>(P), part); });
       for (int64_t p = 0; p < P; ++p) {
         const T* spatial = a.grad_spatial.at<const T>(b, p);
         T* out = a.grad_x.at<T>(b, t, p);

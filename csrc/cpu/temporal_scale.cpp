@@ -1,7 +1,7 @@
 // A task walks the frames of a clip with a few rows (token positions), so that the K frames around each are still in
 // the caches: x is read from memory once. Within a frame, a vector of channels of four rows at a time, for which each
-// tap is loaded once (bfloat16 at v3: of one row, whose addresses fit the registers). Frames that read as 0 are rows of
-// zeros. Traffic: 2 passes; backward 3.
+// tap is loaded once (bfloat16 at v3: of one row, whose addresses fit the registers); backward at v3, of one row of
+// four frames. Frames that read as 0 are rows of zeros. Traffic: 2 passes; backward 3.
 //
 // Tried at v3, 384 channels on a Zen 4; instructions for 16 values in bfloat16, share of a copy in float32 and
 // bfloat16:
@@ -11,8 +11,11 @@
 //     + the next rows fetched where the walk over the frames ends      33  .96 .56  kept
 //   backward, T = 64: before                                           75  .68 .49
 //     + gradients collected, then stored past the caches               77  .98 .63
-//     + addresses found before the loop                                68  1.0 .66  kept
-// What is left in bfloat16 at T = 8: 150 us with all in the caches, as long as the copy takes, and the memory's share.
+//     + addresses found before the loop                                68  1.0 .66
+//     + one row of four frames: rows are widened once                  59       .8  kept; 3.1 to 2.5 ms in the caches
+//   forward by four frames, collected and copied: no gain; 16, 32, 64 rows a task: no gain
+// What is left forward in bfloat16 at T = 8, 0.3 ms: 0.14 with all in the caches; and the call of an op takes 0.12
+// where torch's operators ran between (0.01 where it is repeated), of which the checks in Python are a third.
 #include "pyvidx/temporal_scale.h"
 
 #include "level.h"
