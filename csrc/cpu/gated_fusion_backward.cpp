@@ -217,8 +217,7 @@ Row<T> row_at(const GatedFusionBackwardArgs& a, int64_t b, int64_t s, int64_t k)
   if (a.grad_out) r.grad_out = a.grad_out.at<const T>(b, s, k);
   if constexpr (kNorm != Norm::none) {
     const Acc<T>* stats = a.stats.at<const Acc<T>>(b, s, k);
-    r.grad_normed = a.grad_normed.at<const T>(b, s, k), r.mean = simd::usual_nan(stats[0]),
-    r.rstd = simd::usual_nan(stats[1]);
+    r.grad_normed = a.grad_normed.at<const T>(b, s, k), r.mean = stats[0], r.rstd = stats[1];
   }
   if constexpr (kNorm == Norm::saved) r.value = a.value.at<const T>(b, s, k);
   if constexpr (kNorm == Norm::again || kGateGrad) {
