@@ -160,8 +160,10 @@ def main() -> None:
     about["before_level"] = about["before_level"] or earlier.get("before_level")
     about["columns"] = list(columns) + [name for name in earlier["columns"] if name not in columns]
     starts: dict[str, list[dict]] = {}  # of each case
-    for _ in range(options.starts):
-        for row in measured(columns, options.ops, options.seconds):
+    for start in range(options.starts):
+        turn = start % len(columns)  # the first process gets the best memory, up to 40 % faster: each is it in turn
+        order = dict([*columns.items()][turn:] + [*columns.items()][:turn])
+        for row in measured(order, options.ops, options.seconds):
             starts.setdefault(key(row), []).append(row)
             shares = [f"{name} {at['floor_share']:.2f} {at['vs_eager']:.1f}x" for name, at in row["at"].items()]
             print(row["op"], row["shape"], row["dtype"], *shares, flush=True)
