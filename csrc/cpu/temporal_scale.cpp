@@ -12,7 +12,7 @@
 //   backward, T = 64: before                                           75  .68 .49
 //     + gradients collected, then stored past the caches               77  .98 .63
 //     + addresses found before the loop                                68  1.0 .66
-//     + one row of four frames: rows are widened once                  59       .8  kept; 3.1 to 2.5 ms in the caches
+//     + one row of four frames: rows are widened once                  59  .93 .67  kept; in the caches 3.1 to 2.5 ms
 //   forward by four frames, collected and copied: no gain; 16, 32, 64 rows a task: no gain
 // What is left forward in bfloat16 at T = 8, 0.3 ms: 0.14 with all in the caches; and the call of an op takes 0.12
 // where torch's operators ran between (0.01 where it is repeated), of which the checks in Python are a third.
