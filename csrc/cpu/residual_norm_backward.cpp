@@ -40,7 +40,7 @@ PYVIDX_SIMD void backward_row(const ResidualNormBackwardArgs& a, const Row<X, G,
   alignas(64) Acc<X> whole[kBlock];
   const int64_t C = a.value.size[3];
   const X* weight = a.weight.at<const X>();
-  const Acc<X> mean = r.stats[0], rstd = r.stats[1];
+  const Acc<X> mean = simd::usual_nan(r.stats[0]), rstd = simd::usual_nan(r.stats[1]);
   simd::Chains<X> sum_g, sum_gx;
   each_pair<X, N>(C, [&](int64_t c, auto part) {
     simd::prefetch(next.grad_normed + c);

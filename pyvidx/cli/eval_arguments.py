@@ -202,7 +202,7 @@ def _annotated(command: argparse.ArgumentParser, *, required: bool = False) -> N
         nargs="+",
         required=True,
         metavar="FILE",
-        help='the benchmark\'s file; without --format JSON {id: {"answer": ...}}',
+        help="the benchmark's file" + ("" if required else '; without --format JSON {id: {"answer": ...}}'),
     )
     command.add_argument(
         "--format", required=required, choices=list(annotations.FORMATS), help="see pyvidx.eval.annotations"
