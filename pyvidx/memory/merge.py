@@ -17,7 +17,7 @@ from pyvidx.memory.slots import full, slot_of, span_, stamp_
 from pyvidx.ops import memory_merge_, memory_replay_, memory_scan_
 from pyvidx.ops._library import require
 
-CHUNK = 64  # frames that one scan takes: its plan and its list of attached rows grow with their number
+CHUNK = 64  # frames that one scan takes beside attached rows, whose list grows with their number; 4 times it, without
 
 
 @register("merge")
@@ -116,9 +116,8 @@ class Merge(Policy):
         step = (bank.rows, bank.sizes, bank.order, bank.similarity, bank.length)
         index = memory_merge_(*step, frame, bank.attached, attached, weighted=self.weighted, active=active)
         if order is not None:
-            k = index.long().clamp_min(0)
-            keep, gone = (order.gather(2, (k + i)[..., None]).squeeze(2).long() for i in (0, 1))
-            span_(bank, keep, gone, index >= 0)
+            k, on = index.clamp_min(0), index >= 0  # where nothing merged, keep and gone are one slot
+            span_(bank, *(order.gather(2, e.long()[..., None]).squeeze(2).long() for e in (k, k + on)), None)
 
     def _extend(
         self, bank: Bank, frames: Tensor, seconds: Tensor | None, active: Tensor | None, attached: Sequence[Tensor]
@@ -126,14 +125,14 @@ class Merge(Policy):
         alone = 0 if bank.head is None else min(self.anchors - bank.head.bound, frames.shape[1])  # for the anchors
         if not self._by_op or active is not None or (bank.head is not None and bank.ragged):
             alone = frames.shape[1]
-        ends = [alone, *range(alone + CHUNK, frames.shape[1], CHUNK), frames.shape[1]]
         given = (frames, seconds, active, *attached)
-        for begin, end in zip([0, *ends], ends):
-            if begin == end:
-                continue
-            new, when, on, *kept = (None if x is None else x[:, begin:end] for x in given)
-            bank = super()._extend(bank, new, when, on, kept) if end == alone else self._scan(bank, new, when, kept)
-        return bank
+        if alone:
+            new, when, on, *kept = (None if x is None else x[:, :alone] for x in given)
+            bank = super()._extend(bank, new, when, on, kept)
+        if alone == frames.shape[1]:
+            return bank
+        new, when, _, *kept = (None if x is None else x[:, alone:] for x in given)
+        return self._scan(bank, new, when, kept)
 
     def _scan(self, bank: Bank, frames: Tensor, seconds: Tensor | None, attached: Sequence[Tensor]) -> Bank:
         """Push T frames [B, T, N, C] to all videos by memory_scan_: each position walks them alone, in one launch."""
@@ -141,41 +140,45 @@ class Merge(Policy):
             bank, frames[:, 0], None if seconds is None else seconds[:, 0], None, [x[:, 0] for x in attached]
         )
         bank = bank.give_up()
-        B, T = frames.shape[:2]
-        S, G = bank.rows.shape[1:3]
+        T, chunk = frames.shape[1], CHUNK if attached else 4 * CHUNK
         with plain(bank.rows.device.type):
             number = torch.arange(T, device=frames.device)
             when = (bank.frames[:, None] + number if seconds is None else seconds).double()
-            new, *kept = (
-                x.reshape(B, T, *rows.shape[2:]).to(rows.dtype)
-                for x, rows in zip((frames, *attached), (bank.rows, *bank.attached))
-            )
-            before = bank.sizes.gather(2, bank.order.long()), bank.order.clone()
+            order = bank.order.long()
+            before = bank.sizes.gather(2, order), order
             step = (bank.rows, bank.sizes, bank.order, bank.similarity, bank.length)
-            plan = memory_scan_(*step, new, weighted=self.weighted)
-            for rows, x in zip(bank.attached, kept):
-                memory_replay_(rows, x, plan, bank.order, weighted=self.weighted)
+            for begin in range(0, T, chunk):
+                new, *kept = (
+                    x[:, begin : begin + chunk].reshape(len(bank), -1, *rows.shape[2:]).to(rows.dtype)
+                    for x, rows in zip((frames, *attached), (bank.rows, *bank.attached))
+                )
+                plan = memory_scan_(*step, new, weighted=self.weighted)
+                for rows, x in zip(bank.attached, kept):
+                    memory_replay_(rows, x, plan, bank.order, weighted=self.weighted)
+            bank.seen.add_(T)
+            bank = dataclasses.replace(bank, bound=min(bank.bound + T, bank.rows.shape[1]))
             if bank.first is not None:
                 _spans_(bank, *before, when)
-            bank.seen.add_(T)
-            bank = dataclasses.replace(bank, bound=min(bank.bound + T, S))
             return self._compress(bank, None) if self._due(bank) else bank
 
 
 def _spans_(bank: Bank, sizes: Tensor, order: Tensor, when: Tensor) -> None:
-    """The times of all entries after a scan over frames of the times [B, T], from what the bank held before: sizes
+    """The times of all entries after frames of the times [B, T] have come in, from what the bank held before: sizes
     [B, G, S] in time order, and the order. An entry holds consecutive frames, so where it ends is the sum of sizes."""
     B, G, S = sizes.shape
     items = torch.cat([sizes, sizes.new_ones(B, G, when.shape[1])], 2)
-    begins = items.cumsum(2) - items
-    ends = bank.sizes.gather(2, bank.order.long()).cumsum(2)
-    entry = torch.searchsorted(ends, begins, right=True).clamp_max(S - 1)
-    stored = torch.arange(S, device=sizes.device) < bank.length[:, None, None]
-    for times, reduce, nothing in ((bank.first, "amin", torch.inf), (bank.last, "amax", -torch.inf)):
-        value = torch.cat([times.gather(2, order.long()), when[:, None].expand(B, G, -1)], 2).where(items > 0, nothing)
-        reached = torch.full_like(times, nothing).scatter_reduce_(2, entry, value, reduce)
-        slot = bank.order.long()
-        times.scatter_(2, slot, reached.where(stored, times.gather(2, slot)))
+    slot = bank.order.long()
+    counts = bank.sizes.gather(2, slot)
+    entry = torch.searchsorted(counts.cumsum(2), items.cumsum(2) - items, right=True).clamp_max_(S - 1)
+    of_both = lambda x: x.expand(2, *x.shape)  # noqa: E731
+    spans = torch.stack([bank.first, -bank.last])  # the least of both is wanted
+    held = spans.gather(3, of_both(order)).where(sizes > 0, torch.inf)
+    given = torch.stack([when, -when])[:, :, None].expand(2, B, G, -1)
+    reached = torch.full_like(spans, torch.inf)
+    reached.scatter_reduce_(3, of_both(entry), torch.cat([held, given], 3), "amin")
+    spans.scatter_(3, of_both(slot), reached.where(counts > 0, spans.gather(3, of_both(slot))))
+    bank.first.copy_(spans[0])
+    torch.neg(spans[1], out=bank.last)
 
 
 @register("average")

@@ -85,13 +85,11 @@ def copy_(bank: Bank, entry: Tensor, on: Tensor | None) -> None:
 
 
 def span_(bank: Bank, keep: Tensor, gone: Tensor, on: Tensor | None) -> None:
-    """The times of slots `keep` reach over those of `gone` as well. on: bool [B] or [B, G]."""
+    """The times of slots `keep` reach over those of `gone` as well. on: bool [B]."""
     if bank.first is not None:
-        both = [
-            [times.gather(2, slot[..., None]).squeeze(2) for slot in (keep, gone)] for times in (bank.first, bank.last)
-        ]
-        set_(bank.first, keep, torch.minimum(*both[0]), on)
-        set_(bank.last, keep, torch.maximum(*both[1]), on)
+        gone = gone if on is None else torch.where(on[:, None], gone, keep)  # over their own: nothing changes
+        for times, reduce in ((bank.first, "amin"), (bank.last, "amax")):
+            times.scatter_reduce_(2, keep[..., None], times.gather(2, gone[..., None]), reduce)
 
 
 def remove_(bank: Bank, entry: Tensor, on: Tensor | None) -> None:
