@@ -2,8 +2,8 @@
 clip through the policy merge, `extend` against a loop of pushes.
 
 Against the steps one by one: t calls of memory_merge_, and of memory_merge_ on the layer's rows alone. Floors: the scan
-reads the clip, writes its plan and the frames that find a slot; the replay reads M + 1 + t rows per position and writes
-M + 1 + 2t and those slots that changed.
+reads the clip and those of the bank's rows that a step merges or compares, and writes its plan and the slots that
+changed; the replay reads M + 1 + t rows per position and writes M + 1 + 2t and those slots that changed.
 """
 
 import pytest
@@ -28,6 +28,19 @@ def inputs(M, width, dtype, device, bank=torch.float32):
     return state, clip, rows
 
 
+def bank_rows(plan, before):
+    """How many rows of a full bank a scan must read, and how many it changes. before: ids [B, N, M+1] in time order."""
+    tables = torch.cat([before[:, None], plan.table], 1)
+    slots, read = tables.shape[3], torch.zeros_like(before, dtype=torch.bool)
+    for s in range(T):
+        ids = tables[:, s]
+        k = (ids == plan.sources[:, s, :, :1]).long().argmax(2, keepdim=True)
+        for entry in (k - 1, k, k + 1, k + 2, torch.full_like(k, slots - 1)):  # the pair, its neighbors, the newest
+            named = ids.gather(2, entry.clamp(0, slots - 1))
+            read |= torch.zeros_like(read).scatter_(2, named.clamp_max(slots - 1).long(), named < slots)
+    return int(read.sum()), int((tables[:, -1] >= slots).sum())
+
+
 def scan_case(M, device, dtype=torch.float32):
     state, clip, _ = inputs(M, 1, dtype, device, dtype)
     other, _, _ = inputs(M, 1, dtype, device, dtype)
@@ -36,10 +49,12 @@ def scan_case(M, device, dtype=torch.float32):
         for s in range(T):
             memory_merge_(*other[:5], clip[:, s])
 
+    before = state.order.clone()
     plan = memory_scan_(*state[:5], clip)
+    rows = sum(bank_rows(plan, before)) * C * clip.element_size()
     return Case("memory_scan_", {"B": 1, "T": T, "M": M, "N": N, "C": C}, dtype,
                 lambda: memory_scan_(*state[:5], clip), eager, compiled=False,
-                bytes=nbytes(clip, *plan) + nbytes(clip[:, : M + 1]))  # fmt: skip
+                bytes=nbytes(clip, *plan) + rows)  # fmt: skip
 
 
 def replay_case(M, dtype, device):

@@ -2,13 +2,17 @@
 
 A process per level (PYVIDX_ISA) walks through the same cases of the op benches, CLIP-L/14 at T = 8 and 64 and banks of
 20, float32 and bfloat16, on one thread. They take turns, case by case, and each measures its op against a copy of the
-same bytes and plain torch in the same rounds. `--before CHECKOUT v3` adds what that level was in another checkout with
-a finished build. docs/cases/levels.md is the table of the newest file (python -m bench.pages).
+same bytes and plain torch in the same rounds. A process may be slow for as long as it lives, or while another user of
+the machine is busy: `--starts 3` takes the medians over three starts of all. `--before CHECKOUT v3` adds what that
+level was in another checkout with a finished build; `--keep FILE` takes what is not measured, rows of other ops and
+what a level was before, from an earlier result. docs/cases/levels.md is the table of the newest file
+(python -m bench.pages).
 """
 
 import argparse
 import json
 import platform
+import statistics
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -104,6 +108,29 @@ def measured(columns: dict[str, tuple[Path, str]], ops: Sequence[str], seconds: 
             worker.end()
 
 
+def key(row: dict) -> str:
+    """What a row is of."""
+    return json.dumps([row["op"], row["shape"], row["dtype"]])
+
+
+def median(rows: Sequence[dict]) -> dict:
+    """Rows of one case, from several starts, as one."""
+
+    def middle(column: str) -> dict[str, float]:
+        return {name: statistics.median(row["at"][column][name] for row in rows) for name in KEPT}
+
+    return rows[0] | {"at": {column: middle(column) for column in rows[0]["at"]}}
+
+
+def kept(rows: Sequence[dict], earlier: Sequence[dict]) -> list[dict]:
+    """The earlier rows in their order, with what `rows` have newly; then the other ones of these."""
+    new = {key(row): row for row in rows}
+    merged = []
+    for row in earlier:
+        merged.append(row | {"at": row["at"] | new.pop(key(row), row)["at"]})
+    return merged + list(new.values())
+
+
 def cpu() -> str:
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
@@ -118,6 +145,8 @@ def main() -> None:
     p.add_argument("--ops", nargs="+", choices=OPS, default=OPS, metavar="OP")
     p.add_argument("--seconds", type=float, default=0.5, help="time per case and level (default 0.5)")
     p.add_argument("--before", nargs=2, metavar=("CHECKOUT", "LEVEL"), help="also this level of another checkout")
+    p.add_argument("--starts", type=int, default=1, help="the medians over so many starts of all processes (default 1)")
+    p.add_argument("--keep", type=Path, metavar="FILE", help="an earlier result, for what is not measured now")
     p.add_argument("--cpu", default=cpu(), help="what the CPU is called in the file (default: /proc/cpuinfo's name)")
     p.add_argument("--note", default="", help="how quiet the machine was, and what before is")
     p.add_argument("--out", type=Path, required=True, metavar="FILE", help="the result, JSON")
@@ -127,12 +156,19 @@ def main() -> None:
         columns["before"] = (Path(options.before[0]).resolve(), options.before[1])
     about = {"cpu": options.cpu, "threads": 1, "torch": torch.__version__, "command": "python -m bench.levels"}
     about |= {"note": options.note, "seconds": options.seconds, "before_level": options.before and options.before[1]}
-    rows = []
-    for row in measured(columns, options.ops, options.seconds):
-        rows.append(row)
-        shares = [f"{name} {at['floor_share']:.2f} {at['vs_eager']:.1f}x" for name, at in row["at"].items()]
-        print(row["op"], row["shape"], row["dtype"], *shares, flush=True)
-        write_json(options.out, about | {"columns": list(columns), "rows": rows}, indent=1)
+    earlier = json.loads(options.keep.read_text()) if options.keep else {"columns": [], "rows": []}
+    about["before_level"] = about["before_level"] or earlier.get("before_level")
+    about["columns"] = list(columns) + [name for name in earlier["columns"] if name not in columns]
+    starts: dict[str, list[dict]] = {}  # of each case
+    for start in range(options.starts):
+        turn = start % len(columns)  # the first process gets the best memory, up to 40 % faster: each is it in turn
+        order = dict([*columns.items()][turn:] + [*columns.items()][:turn])
+        for row in measured(order, options.ops, options.seconds):
+            starts.setdefault(key(row), []).append(row)
+            shares = [f"{name} {at['floor_share']:.2f} {at['vs_eager']:.1f}x" for name, at in row["at"].items()]
+            print(row["op"], row["shape"], row["dtype"], *shares, flush=True)
+        rows = kept([median(of_case) for of_case in starts.values()], earlier["rows"])
+        write_json(options.out, about | {"rows": rows}, indent=1)
 
 
 if __name__ == "__main__":

@@ -115,6 +115,23 @@ def test_levels_of_a_cpu_stand_side_by_side():
     assert all(at.keys() == set(levels.KEPT) and min(at.values()) > 0 for at in row["at"].values())
 
 
+def test_levels_are_medians_over_starts_beside_what_is_kept():
+    def row(op, **shares):
+        return {
+            "op": op,
+            "shape": {},
+            "dtype": "float32",
+            "at": {c: dict.fromkeys(levels.KEPT, s) for c, s in shares.items()},
+        }
+
+    middle = levels.median([row("x", v2=1, v3=5), row("x", v2=3, v3=4), row("x", v2=2, v3=9)])
+    assert middle == row("x", v2=2, v3=5)
+    earlier = [row("y", v2=7, before=8), row("x", v2=0, v3=0, before=6)]
+    assert levels.kept([middle, row("z", v2=1)], earlier) == [
+        earlier[0], row("x", v2=2, v3=5, before=6), row("z", v2=1)
+    ]  # fmt: skip
+
+
 def test_levels_of_other_cases_do_not_stand_side_by_side(monkeypatch):
     ended = []
 

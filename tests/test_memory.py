@@ -175,6 +175,20 @@ def test_any_chunking_gives_the_same_state(name, data, T, M, anchors):
     assert same(policy.compress(bank), at_once)
 
 
+@pytest.mark.parametrize("anchors", [0, 1])
+@pytest.mark.parametrize("attached", [False, True])
+def test_scans_of_a_clip_are_as_one_frame_after_the_other(attached, anchors, monkeypatch):
+    """More frames than one scan takes, and a last scan that is shorter."""
+    monkeypatch.setattr("pyvidx.memory.merge.CHUNK", 2)
+    policy, (frames, seconds) = policy_of("merge", 3, anchors), frames_of(2, 19)
+    rows, widths = ([frames[..., :2]], [2]) if attached else ([], [])
+    banks = [policy.new(2, N, C, attached=widths) for _ in range(2)]
+    at_once = policy.extend(banks[0], frames, seconds, attached=rows)
+    for t in range(19):
+        banks[1] = policy.push(banks[1], frames[:, t], seconds[:, t], attached=[x[:, t] for x in rows])
+    assert same(at_once, banks[1])
+
+
 @every_policy
 @given(data=st.data(), T=lengths, M=capacities, anchors=anchor_counts)
 @small

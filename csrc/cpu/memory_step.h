@@ -160,7 +160,23 @@ void bank_rows(const MemoryStepArgs& a, const Plan& p, const Rows<T, F>* ahead) 
   const int64_t C = a.bank.size[3];
   const Rows<T, F> r = rows_of<T, F>(p, a.bank, a.frame);
   const Mean<T> mean(p.s0, p.s1);
-  Vec<T> keep2{}, left2{}, right2{}, last2{}, frame2{}, left_keep{}, keep_right{}, keep_frame{}, last_frame{};
+  Vec<T> keep2{}, left2{}, right2{}, last2{}, frame2{}, left_keep{}, keep_right{}, last_frame{};
+  const auto merge = [&](int64_t c, auto part) __attribute__((always_inline)) {
+    using L = simd::LaneOf<T, decltype(part)>;
+    const auto raw = L::down(mean(load(r.keep + c, part), load(r.gone + c, part)));
+    const auto keep = L::up(raw), left = load(r.left + c, part), right = load(r.right + c, part);
+    add_product(keep2, keep, keep), add_product(left2, left, left), add_product(right2, right, right);
+    add_product(left_keep, left, keep), add_product(keep_right, keep, right);
+    store_raw(r.keep + c, raw, part);
+  };
+  // After the merge: the newest may be the merged row.
+  const auto append = [&](int64_t c, auto part) __attribute__((always_inline)) {
+    const auto last = load(r.last + c, part);
+    const auto raw = load_as<T>(r.frame + c, part);
+    const auto frame = simd::LaneOf<T, decltype(part)>::up(raw);
+    add_product(frame2, frame, frame), add_product(last2, last, last), add_product(last_frame, last, frame);
+    store_raw(r.target + c, raw, part);
+  };
   constexpr int64_t kBlock = 1024 / sizeof(T);
   for (int64_t begin = 0; begin < C; begin += kBlock) {
     const int64_t end = begin + kBlock < C ? begin + kBlock : C;
@@ -170,35 +186,14 @@ void bank_rows(const MemoryStepArgs& a, const Plan& p, const Rows<T, F>* ahead) 
       if (kAppend) prefetch(ahead->last, begin, end), prefetch(ahead->frame, begin, end);
     }
     each_pair<T>(end - begin, [&](int64_t i, auto part) {
-      const int64_t c = begin + i;
-      using L = simd::LaneOf<T, decltype(part)>;
-      typename L::Raw raw_keep, raw_frame;
-      Of<T, decltype(part)> keep{};
-      if constexpr (kMerge) {
-        raw_keep = L::down(mean(load(r.keep + c, part), load(r.gone + c, part)));
-        keep = L::up(raw_keep);
-        const auto left = load(r.left + c, part), right = load(r.right + c, part);
-        add_product(keep2, keep, keep), add_product(left2, left, left), add_product(right2, right, right);
-        add_product(left_keep, left, keep), add_product(keep_right, keep, right);
-      }
-      if constexpr (kAppend) {
-        const auto last = load(r.last + c, part);
-        raw_frame = load_as<T>(r.frame + c, part);
-        const auto frame = L::up(raw_frame);
-        add_product(frame2, frame, frame), add_product(last2, last, last);
-        add_product(last_frame, last, frame), add_product(keep_frame, keep, frame);
-      }
-      if constexpr (kMerge) store_raw(r.keep + c, raw_keep, part);
-      if constexpr (kAppend) store_raw(r.target + c, raw_frame, part);
+      if constexpr (kMerge) merge(begin + i, part);
+      if constexpr (kAppend) append(begin + i, part);
     });
   }
   auto similarity = [&](int64_t j, Acc<T> value) { *a.similarity.at<float>(p.b, p.n, j) = float(value); };
   if (p.left >= 0) similarity(p.k - 1, cosine(sum(left_keep), sum(left2), sum(keep2)));
   if (p.right >= 0) similarity(p.k, cosine(sum(keep_right), sum(keep2), sum(right2)));
-  if (p.last >= 0) {
-    similarity(p.last_index, p.last == p.keep ? cosine(sum(keep_frame), sum(keep2), sum(frame2))
-                                              : cosine(sum(last_frame), sum(last2), sum(frame2)));
-  }
+  if (p.last >= 0) similarity(p.last_index, cosine(sum(last_frame), sum(last2), sum(frame2)));
 }
 
 template <typename T, typename F>

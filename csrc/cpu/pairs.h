@@ -48,6 +48,7 @@ PYVIDX_SIMD void write(void* p, Two v) { write(p, v.a), write((char*)p + kBytes,
 PYVIDX_SIMD void stream(void* p, Two v) { stream(p, v.a), stream((char*)p + kBytes, v.b); }
 
 PYVIDX_SIMD Two exp(Two x) { return {exp(x.a), exp(x.b)}; }
+PYVIDX_SIMD Two coarse_inverse(Two x) { return {coarse_inverse(x.a), coarse_inverse(x.b)}; }
 
 struct Pair {};        // two whole vectors
 struct PairStream {};  // stored past the caches: the address must be a multiple of kBytes
@@ -73,16 +74,16 @@ template <>
 struct Lane2<BFloat16> {
   using Raw = __m256i;
   static PYVIDX_SIMD Two up(Raw r) { return {(VF)((VU)r << 16), (VF)((VU)r & 0xffff0000u)}; }
-  // Rounded to nearest even, in 16-bit lanes: the carry of low + 0x7fff + (high & 1). A NaN stays one: what follows
-  // from arithmetic, or came from 16 bits, has a bit set in the high half, and where all are set nothing is carried.
+  // Rounded to nearest even, in 16-bit lanes: the carry of low + 0x7fff + (high & 1). A NaN stays one: where nothing
+  // but a carry would make it a number, the highest positive one is held by saturation, the negative one by the
+  // maximum.
   static PYVIDX_SIMD Raw down(Two v) {
     const __m256i even = (__m256i)v.a, odd = (__m256i)v.b;
     const __m256i high = _mm256_blend_epi16(_mm256_srli_epi32(even, 16), odd, 0xaa);
     const __m256i low = _mm256_blend_epi16(even, _mm256_slli_epi32(odd, 16), 0xaa);
     const __m256i half = _mm256_or_si256(_mm256_and_si256(high, _mm256_set1_epi16(1)), _mm256_set1_epi16(0x7ffe));
     const __m256i carry = _mm256_srli_epi16(_mm256_avg_epu16(low, half), 15);
-    const __m256i room = _mm256_andnot_si256(high, _mm256_set1_epi16(0x7fff));
-    return _mm256_add_epi16(high, _mm256_min_epu16(carry, room));
+    return _mm256_max_epu16(_mm256_adds_epi16(high, carry), high);
   }
 };
 #else

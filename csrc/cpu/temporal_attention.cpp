@@ -30,7 +30,7 @@ void attend(const TemporalAttentionArgs& a, const Executor& executor) {
       A *q_memory = scratch.take<A>(frames * ld), *k_memory = scratch.take<A>(frames * ld);
       A *v_memory = scratch.take<A>(frames * ld), *sums = q_memory;
       A *qt = scratch.take<A>(ld * queries), *w = scratch.take<A>(frames * queries);
-      each_task(a.qkv, begin, end, [&](Task task, Task next) {
+      each_task(a.qkv, begin, end, 1, [&](Task task, Task next) {
         const Prefetch next_qk(D, part_of<T>(a.qkv, next, 0), part_of<T>(a.qkv, next, 1));
         const Prefetch next_v(D, part_of<T>(a.qkv, next, 2));
         const auto q = as_floats<T>(part_of<T>(a.qkv, task, 0), frames, D, whole, q_memory, ld);
@@ -71,7 +71,7 @@ void attend_backward(const TemporalAttentionBackwardArgs& a, const Executor& exe
       for (A*& m : memory) m = scratch.take<A>(frames * ld);
       A *sums = scratch.take<A>(frames * ld), *transposed = scratch.take<A>(ld * queries);
       A *w = scratch.take<A>(frames * queries), *dw = scratch.take<A>(frames * queries);
-      each_task(a.qkv, begin, end, [&](Task task, Task next) {
+      each_task(a.qkv, begin, end, 1, [&](Task task, Task next) {
         const auto packed = [&](Matrix<const T> x, int i) { return as_floats<T>(x, frames, D, false, memory[i], ld); };
         const Prefetch next_qk(D, part_of<T>(a.qkv, next, 0), part_of<T>(a.qkv, next, 1));
         const Prefetch next_v(D, part_of<T>(a.qkv, next, 2)), next_grad(D, rows_of<T>(a.grad_out, next));

@@ -6,14 +6,21 @@
 namespace pyvidx {
 namespace {
 
-// w[key][query] <- softmax over the keys of scale * w.
-template <typename V, typename A>
+// w[key][query] <- softmax over the keys of scale * w. kCoarse: as exact as a sum that is rounded to bfloat16 needs.
+template <typename V, bool kCoarse = false, typename A>
 __attribute__((noinline)) void softmax_columns(A* w, int64_t T, int64_t ld, A scale) {
+  if constexpr (kCoarse) scale *= 1.44269504088896f;  // powers of 2
   for (int64_t c = 0; c < ld; c += sizeof(V) / sizeof(A)) {
     V largest = simd::read<V>(w + c) * scale, sum = {};
     for (int64_t j = 1; j < T; ++j) largest = simd::larger(simd::read<V>(w + j * ld + c) * scale, largest);
     for (int64_t j = 0; j < T; ++j) {
-      const V e = simd::exp(simd::read<V>(w + j * ld + c) * scale - largest);
+      const V x = simd::read<V>(w + j * ld + c) * scale - largest;
+      V e;
+      if constexpr (kCoarse) {
+        e = simd::coarse_power(x);
+      } else {
+        e = simd::exp(x);
+      }
       simd::write(w + j * ld + c, e);
       sum += e;
     }
@@ -49,19 +56,21 @@ struct Task {
   int64_t b, p, h;
 };
 
-// f(task, the task after it) for the tasks [begin, end).
+// f(task, the task `ahead` after it or the last one) for the tasks [begin, end).
 template <typename F>
-PYVIDX_INLINE void each_task(const View<6>& qkv, int64_t begin, int64_t end, F&& f) {
+PYVIDX_INLINE void each_task(const View<6>& qkv, int64_t begin, int64_t end, int64_t ahead, F&& f) {
   const int64_t P = qkv.size[2], H = qkv.size[4];
-  Task task{begin / (P * H), begin / H % P, begin % H};
+  const auto step = [=](Task& task) {
+    if (++task.h < H) return;
+    task.h = 0;
+    if (++task.p == P) task.p = 0, ++task.b;
+  };
+  Task task{begin / (P * H), begin / H % P, begin % H}, next = task;
+  for (int64_t i = begin + 1; i < end && i <= begin + ahead; ++i) step(next);
   for (int64_t i = begin; i < end; ++i) {
-    Task next = task;
-    if (i + 1 < end && ++next.h == H) {
-      next.h = 0;
-      if (++next.p == P) next.p = 0, ++next.b;
-    }
     f(task, next);
-    task = next;
+    step(task);
+    if (i + ahead + 1 < end) step(next);
   }
 }
 

@@ -70,7 +70,7 @@ inline void attend_bf16(const TemporalAttentionArgs& a, const Executor& executor
       float *qt = scratch.take<float>(ld / 2 * queries), *v = scratch.take<float>(half * columns);
       float *w = scratch.take<float>(frames * queries), *weights = scratch.take<float>(half * queries);
       float* sums = scratch.take<float>(frames * columns);
-      each_task(a.qkv, begin, end, [&](Task task, Task next) {
+      each_task(a.qkv, begin, end, 1, [&](Task task, Task next) {
         const Prefetch next_qk(D, part_of<BFloat16>(a.qkv, next, 0), part_of<BFloat16>(a.qkv, next, 1));
         const Prefetch next_v(D, part_of<BFloat16>(a.qkv, next, 2));
         const auto q = as_pairs(part_of<BFloat16>(a.qkv, task, 0), frames, D, q_memory, ld);

@@ -1,7 +1,7 @@
 // A task walks the frames of a clip with a few rows (token positions), so that the K frames around each are still in
 // the caches: x is read from memory once. Within a frame, a vector of channels of four rows at a time, for which each
-// tap is loaded once (bfloat16 at v3: of one row, whose addresses fit the registers). Frames that read as 0 are rows of
-// zeros. Traffic: 2 passes; backward 3.
+// tap is loaded once (bfloat16 at v3: of one row, whose addresses fit the registers); backward at v3, of one row of
+// four frames. Frames that read as 0 are rows of zeros. Traffic: 2 passes; backward 3.
 //
 // Tried at v3, 384 channels on a Zen 4; instructions for 16 values in bfloat16, share of a copy in float32 and
 // bfloat16:
@@ -11,8 +11,11 @@
 //     + the next rows fetched where the walk over the frames ends      33  .96 .56  kept
 //   backward, T = 64: before                                           75  .68 .49
 //     + gradients collected, then stored past the caches               77  .98 .63
-//     + addresses found before the loop                                68  1.0 .66  kept
-// What is left in bfloat16 at T = 8: 150 us with all in the caches, as long as the copy takes, and the memory's share.
+//     + addresses found before the loop                                68  1.0 .66
+//     + one row of four frames: rows are widened once                  59  .93 .67  kept; in the caches 3.1 to 2.5 ms
+//   forward by four frames, collected and copied: no gain; 16, 32, 64 rows a task: no gain
+// What is left forward in bfloat16 at T = 8, 0.3 ms: 0.14 with all in the caches; and the call of an op takes 0.12
+// where torch's operators ran between (0.01 where it is repeated), of which the checks in Python are a third.
 #include "pyvidx/temporal_scale.h"
 
 #include "level.h"
@@ -33,6 +36,10 @@ template <typename T>
 constexpr int kTogether = simd::kPairs<T> && sizeof(T) == 2 ? 1 : 4;  // rows
 template <typename T>
 constexpr int kTogetherBack = simd::kPairs<T> ? 2 : 4;  // of pairs, two are what 16 registers hold
+
+constexpr int kFrames = 4;  // the backward takes at once
+template <typename T>
+constexpr bool kByFrames = simd::kPairs<T>;
 
 // Channels whose gradients are collected before they are stored: stores past the caches that take turns with those of
 // the sums leave half-filled lines.
@@ -215,6 +222,49 @@ void backward_rows(const Taps<T>& taps, const Rows<const T>* window, Rows<const 
   }
 }
 
+// One row in kFrames frames from s on, for three taps: each row of gradients is loaded and widened once for all frames
+// that it is met by, and the sums are read and written once. grad[i]: frame s - 1 + i.
+template <typename T, bool kSums>
+void backward_frames(const Taps<T>& taps, const T* const* grad, const T* const* x, const T* const* next,
+                     const T* const* next_x, T* const* grad_x, Acc<T>* sums, bool stream) {
+  const int64_t C = taps.C;
+  alignas(64) Acc<T> collected[kFrames][kBlock];
+  for (int64_t first = 0; first < C; first += kBlock) {
+    const int64_t n = C - first < kBlock ? C - first : kBlock;
+    simd::each_half<T>(n, [&](int64_t i, auto part) {
+      const int64_t c = first + i;
+      using V = Of<T, decltype(part)>;
+      V before = load(grad[0] + c, part), here = load(grad[1] + c, part), total[4];
+#pragma GCC unroll 4
+      for (int k = 0; kSums && k < 4; ++k) total[k] = load(sums + k * C + c, part);
+#pragma GCC unroll 4
+      for (int f = 0; f < kFrames; ++f) {
+        const V after = load(grad[f + 2] + c, part);
+        store(collected[f] + i,
+              load(taps.row(0) + c, part) * after + load(taps.row(1) + c, part) * here +
+                  load(taps.row(2) + c, part) * before,
+              part);
+        if constexpr (kSums) {
+          const V value = load(x[f] + c, part);
+          total[0] += value * after, total[1] += value * here, total[2] += value * before, total[3] += here;
+        }
+        before = here, here = after;
+      }
+#pragma GCC unroll 4
+      for (int k = 0; kSums && k < 4; ++k) store(sums + k * C + c, total[k], part);
+    });
+#pragma GCC unroll 4
+    for (int f = 0; f < kFrames; ++f) {
+      T* out = grad_x[f] + first;
+      each_pair<T>(n, out, stream, [&](int64_t i, auto part) {
+        simd::prefetch(next[f] + first + i);
+        if constexpr (kSums) simd::prefetch(next_x[f] + first + i);
+        store(out + i, load(collected[f] + i, part), part);
+      });
+    }
+  }
+}
+
 // A frame that the forward read as 0: its gradient is 0, and it has part in the bias alone.
 template <typename T, bool kSums>
 void masked_rows(const Taps<T>& taps, Rows<const T> grad, Rows<T> grad_x, Acc<T>* bias, int64_t count) {
@@ -223,6 +273,36 @@ void masked_rows(const Taps<T>& taps, Rows<const T> grad, Rows<T> grad_x, Acc<T>
       store(grad_x.data + row * grad_x.step + c, Of<T, decltype(part)>{}, part);
       if constexpr (kSums) store(bias + c, load(bias + c, part) + load(grad.data + row * grad.step + c, part), part);
     });
+  }
+}
+
+// `count` rows in the kFrames frames from s on, in a walk over frames [first, last).
+template <typename T, bool kSums>
+void frames_of_part(const TemporalScaleBackwardArgs& a, const Taps<T>& taps, int64_t b, int64_t s, int64_t n,
+                    int64_t first, int64_t last, int64_t count, bool large, Acc<T>* sums) {
+  Rows<const T> grad[kFrames + 2], x[kFrames], next[kFrames], next_x[kFrames];
+  Rows<T> grad_x[kFrames];
+  bool stream = large;
+  for (int64_t i = 0; i < kFrames + 2; ++i) {
+    const int64_t t = s - 1 + i;
+    grad[i] = t >= 0 && t < a.grad_out.size[1] ? rows_of<const T>(a.grad_out, b, t, n) : taps.zeros();
+  }
+  const int64_t ahead = s + kFrames < last ? kFrames + 1 : kFrames;
+  for (int64_t f = 0; f < kFrames; ++f) {
+    grad_x[f] = rows_of<T>(a.grad_x, b, s + f, n), stream &= aligned(grad_x[f]);
+    next[f] = rows_ahead<T>(a.grad_out, b, s + ahead + f, first, last, n);
+    x[f] = kSums ? rows_of<const T>(a.x, b, s + f, n) : taps.zeros();
+    next_x[f] = kSums ? rows_ahead<T>(a.x, b, s + kFrames + f, first, last, n) : taps.zeros();
+  }
+  for (int64_t row = 0; row < count; ++row) {
+    const T *g[kFrames + 2], *v[kFrames], *next_g[kFrames], *next_v[kFrames];
+    T* out[kFrames];
+    for (int i = 0; i < kFrames + 2; ++i) g[i] = grad[i].from(row).data;
+    for (int f = 0; f < kFrames; ++f) {
+      v[f] = x[f].from(row).data, next_g[f] = next[f].from(row).data, next_v[f] = next_x[f].from(row).data;
+      out[f] = grad_x[f].from(row).data;
+    }
+    backward_frames<T, kSums>(taps, g, v, next_g, next_v, out, sums, stream);
   }
 }
 
@@ -240,6 +320,15 @@ void backward_part(const TemporalScaleBackwardArgs& a, const Taps<T>& taps, int6
   }
   const bool large = a.grad_out.size[0] * T_ * N * C * int64_t(sizeof(T)) > simd::kStreamBytes;
   for (int64_t s = first; s < last; ++s) {
+    if constexpr (kTaps == 3 && kByFrames<T>) {
+      bool together = s + kFrames <= last;
+      for (int64_t t = s; together && t < s + kFrames; ++t) together = is_real(a.mask, b, t);
+      if (together) {
+        frames_of_part<T, kSums>(a, taps, b, s, n, first, last, count, large, sums);
+        s += kFrames - 1;
+        continue;
+      }
+    }
     const Rows<T> grad_x = rows_of<T>(a.grad_x, b, s, n);
     if (!is_real(a.mask, b, s)) {
       masked_rows<T, kSums>(taps, rows_of<const T>(a.grad_out, b, s, n), grad_x, sums + taps.K * C, count);

@@ -1,5 +1,8 @@
 // One pass over the kept rows: reads x at its own strides, adds the position and time rows, writes out.
 // Traffic: 2 passes over the kept rows (position and time stay in the caches).
+//
+// Tried at v3 in bfloat16: rows fetched 2, 3, 5 or 8 ahead, no gain over 1. At T = 8 it takes .10 ms with all in the
+// caches and .25 where torch's operators ran between, .12 of which is the call (see temporal_scale.cpp).
 #include "pyvidx/token_gather.h"
 
 #include "level.h"

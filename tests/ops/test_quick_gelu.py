@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from pyvidx.ops.quick_gelu import quick_gelu, reference
-from tests.harness import DEVICES, DTYPES, assert_close_to_reference, assert_gradients_close, randn
+from tests.harness import DEVICES, DTYPES, assert_close_to_reference, assert_gradients_close, needs_kernels, randn
 
 # one, odd, one past a vector, more than a piece of the CPU kernel or a block, a whole number of vectors
 SHAPES = [(1,), (5, 17), (3, 131), (2, 3, 1031), (4, 64)]
@@ -31,6 +31,20 @@ def test_large_and_odd_values(dtype, device):
     assert y[4].isnan()
     torch.testing.assert_close(y[:4], torch.tensor([0, 1e4, 0, float("inf")], device=device, dtype=dtype))
     torch.testing.assert_close(grad[:3], torch.tensor([0.5, 1, 0], device=device, dtype=dtype))
+
+
+@needs_kernels
+def test_every_bfloat16():
+    """The kernel computes to 11 bits what is rounded to 8: no value is far from half a unit in the last place off."""
+    x = torch.arange(-(1 << 15), 1 << 15).to(torch.int16).view(torch.bfloat16)
+    x = x[(x.abs() > 1e-30) & (x.abs() < 40)].requires_grad_()
+    y = quick_gelu(x)
+    (grad,) = torch.autograd.grad(y.float().sum(), x)
+    d = x.detach().double()
+    s = torch.sigmoid(1.702 * d)
+    unit = 2.0 ** (torch.floor(torch.log2((d * s).abs())) - 7)
+    assert ((y.double() - d * s).abs() / unit)[d * s != 0].max() < 0.55
+    assert (grad.double() - s * (1 + 1.702 * d * (1 - s))).abs().max() < 0.0045  # half a unit of 1: 0.0039
 
 
 @pytest.mark.parametrize("device", DEVICES)

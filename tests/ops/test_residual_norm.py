@@ -165,3 +165,14 @@ def test_rejects():
     ):  # fmt: skip
         with pytest.raises(ValueError, match=message):
             residual_norm(**({"x": x, "y": x, "norm": norm} | change))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("bits", [-1, 0x7FFFFFFF, 0x7FC00000])
+def test_a_nan_of_any_bits_stays_one(bits, dtype, device):
+    """Rounding to 16 bits must not carry a NaN over into a number."""
+    args = inputs((1, 1, 3, 40), "plain", dtype, device=device)
+    args[3] = torch.full((1, 1), bits, dtype=torch.int32, device=device).view(torch.float32)
+    out, normed = run(*args)
+    assert out.isnan().all() and normed.isnan().all()

@@ -5,7 +5,8 @@ import torch.nn.functional as F
 from pyvidx.ops.temporal_scale import MAX_TAPS, reference, temporal_scale
 from tests.harness import DEVICES, DTYPES, assert_close_to_reference, assert_gradients_close, poisoned, randn
 
-# B, T, N, C, K: one; odd and prime; one past the rows and frames of a part; whole 16 bytes; more taps than frames
+# B, T, N, C, K: one; odd and prime; one past the rows and frames of a part; whole 16 bytes; more taps than frames; one
+# and a half blocks of channels
 CASES = [
     (1, 1, 1, 1, 1),
     (2, 3, 5, 17, 3),
@@ -13,6 +14,7 @@ CASES = [
     (2, 5, 7, 64, 3),
     (1, 4, 6, 24, 5),
     (1, 2, 3, 8, MAX_TAPS),
+    (1, 6, 2, 384, 3),
 ]
 op = torch.ops.pyvidx.temporal_scale
 
