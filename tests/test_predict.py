@@ -109,6 +109,20 @@ def test_predicates_in_a_register(name, file, register):
     assert (warp.file[register][4] == 0xF4).all(), "of the mask's three, that which is set; the rest as it was"
 
 
+def test_what_the_lanes_of_a_warp_have_together():
+    launch = execution.Launch("sum_kernel", (1, 1, 1), (32, 1, 1), 0, bytes(24))
+    warp = execution.Block(execution.Program(small(70), 70), launch, 0, Recorded(), {}).warps[0]
+    warp.file["R"][1], even = np.arange(32) + 0xFFFF_FF00, np.arange(32) % 2 == 0
+    warp.file["P"][1] = np.arange(32) == 3
+    for mask, most, least, some in [(warp.alive, 31, 0, True), (even, 30, 0, False), (~even, 31, 1, True)]:
+        semantics.build("REDUX.MAX", ["UR4", "R1"])(warp, mask)
+        semantics.build("REDUX.MIN", ["UR5", "R1"])(warp, mask)
+        semantics.build("VOTEU.ANY", ["UP3", "P1"])(warp, mask)
+        assert [int(warp.file["UR"][i][0]) & 255 for i in (4, 5)] == [most, least] and warp.file["UP"][3] == some
+    with pytest.raises(operands.Unknown, match="REDUX.MAX.S32"):
+        semantics.build("REDUX.MAX.S32", ["UR4", "R1"])
+
+
 def test_what_numbers_become():
     launch = execution.Launch("sum_kernel", (1, 1, 1), (32, 1, 1), 0, bytes(24))
     warp = execution.Block(execution.Program(small(70), 70), launch, 0, Recorded(), {}).warps[0]

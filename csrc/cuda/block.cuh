@@ -269,6 +269,14 @@ __device__ __forceinline__ T warp_max(T x) {
   return x;
 }
 
+__device__ __forceinline__ unsigned warp_max(unsigned x) {
+#if defined(PYVIDX_EMU) || (defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800)
+  return __reduce_max_sync(kFullWarp, x);
+#else
+  return warp_max<unsigned>(x);
+#endif
+}
+
 template <typename T>
 struct ArgMax {
   T value;
@@ -365,8 +373,15 @@ struct RowSum {
       for (int i = 0; i < kCount; ++i) mine[warp * kCount + i] = x[i];
     }
     __syncthreads();
+    constexpr int kPeers = kMaxWarps <= 8 ? 8 : kMaxWarps <= 16 ? 16 : 32;  // lanes that add up; the others do the same
+    const int peer = lane % kPeers;
 #pragma unroll
-    for (int i = 0; i < kCount; ++i) x[i] = warp_sum(lane < warps ? mine[lane * kCount + i] : A(0));
+    for (int i = 0; i < kCount; ++i) x[i] = peer < warps ? mine[peer * kCount + i] : A(0);
+#pragma unroll
+    for (int offset = kPeers / 2; offset > 0; offset /= 2) {
+#pragma unroll
+      for (int i = 0; i < kCount; ++i) x[i] += __shfl_xor_sync(kFullWarp, x[i], offset);
+    }
   }
 };
 

@@ -82,7 +82,7 @@ __global__ __launch_bounds__(kFusionThreads<T>,
                              kFusionBlocks<T>) void gated_fusion_kernel(GatedFusionArgs a, unsigned class_rows,
                                                                         unsigned chunk_rows, unsigned chunks) {
   constexpr int kSize = kVec<T>, kRows = kFusionRows<T>;
-  __shared__ Acc<T> shared[2 * kFusionWarps * kRows];
+  __shared__ Acc<T> shared[2 * kRowWarps<T> * kRows];
   const int64_t C = a.x.size[3], c = int64_t(threadIdx.x) * kSize;
   const bool own = c < C, norm = a.normed.size[3] > 0;
   Acc<T> w[kSize] = {};
@@ -98,7 +98,7 @@ __global__ __launch_bounds__(kFusionThreads<T>,
   const View<4>& rows = a.rows();
   const Chunk chunk = chunk_of(blockIdx.x - class_rows, chunk_rows, chunks, rows.size[1], rows.size[2]);
   const Acc<T> inverse = Acc<T>(1) / Acc<T>(C);
-  RowSum<kRows, Acc<T>, kFusionWarps> row_sum{shared};
+  RowSum<kRows, Acc<T>, kRowWarps<T>> row_sum{shared};
   for (int64_t first = chunk.begin; first < chunk.end; first += kRows) {
     int64_t k[kRows];
     Patch from[kRows];
@@ -154,7 +154,7 @@ template <typename T, Fusion kForm>
 __global__ __launch_bounds__(kFusionLoopThreads,
                              2) void gated_fusion_loop_kernel(GatedFusionArgs a, unsigned class_rows,
                                                               unsigned chunk_rows, unsigned chunks) {
-  __shared__ Acc<T> shared[2 * kFusionWarps];
+  __shared__ Acc<T> shared[2 * kLoopWarps];
   const int64_t C = a.x.size[3];
   const auto mix = [&](int64_t c, Acc<T>(&w)[1]) { w[0] = kForm == Fusion::gate ? *a.mix.at<Acc<T>>(c) : Acc<T>(0); };
   if (blockIdx.x < class_rows) {
@@ -168,7 +168,7 @@ __global__ __launch_bounds__(kFusionLoopThreads,
   const int64_t T_ = a.pair ? a.x.size[1] / 2 : a.x.size[1], P = a.x.size[2];
   const View<4>& rows = a.rows();
   const Chunk chunk = chunk_of(blockIdx.x - class_rows, chunk_rows, chunks, rows.size[1], rows.size[2]);
-  RowSum<1, Acc<T>, kFusionWarps> row_sum{shared};
+  RowSum<1, Acc<T>, kLoopWarps> row_sum{shared};
   for (int64_t k = chunk.begin; k < chunk.end; ++k) {
     const Patch from[1] = {source_of(a.keep, a.tube, chunk.b, chunk.s, k, T_, P)};
     const int64_t at[1] = {k};

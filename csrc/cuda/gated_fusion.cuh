@@ -20,7 +20,9 @@ template <typename T>
 constexpr int kFusionBlocks = sizeof(T) == 2 ? 3 : 1;
 #endif
 constexpr int kFusionLoopThreads = 256;
-constexpr int kFusionWarps = 16;  // at most, of any kernel here
+constexpr int kLoopWarps = kFusionLoopThreads / 32;
+template <typename T>
+constexpr int kRowWarps = kFusionThreads<T> / 32;  // at most, of the kernels that do not loop
 
 enum class Fusion { first, sum, gate };
 

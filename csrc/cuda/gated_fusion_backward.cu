@@ -170,16 +170,16 @@ __device__ __forceinline__ void zero_rows(const GatedFusionBackwardArgs& a, int6
 
 // Where x or grad_x is touched, the source of row k; anywhere else it does not matter.
 __device__ __forceinline__ Patch backward_source(const GatedFusionBackwardArgs& a, const Chunk& chunk, int64_t k) {
-  const View<4>& x = a.grad_x ? a.grad_x : a.x;
-  if (!x) return {0, 0};
-  return source_of(a.keep, a.tube, chunk.b, chunk.s, k, a.pair ? x.size[1] / 2 : x.size[1], x.size[2]);
+  if (!a.grad_x && !a.x) return {0, 0};
+  const int64_t T_ = a.grad_x ? a.grad_x.size[1] : a.x.size[1], P = a.grad_x ? a.grad_x.size[2] : a.x.size[2];
+  return source_of(a.keep, a.tube, chunk.b, chunk.s, k, a.pair ? T_ / 2 : T_, P);
 }
 
 template <typename T, bool kNorm, bool kGate>
 __global__ __launch_bounds__(kFusionThreads<T>, kBackwardBlocks<T, kNorm && kGate>) void gated_fusion_backward_kernel(
     GatedFusionBackwardArgs a, FusionBackwardPlan plan) {
   constexpr int kSize = kVec<T>, kRows = kFusionBackwardRows<T>;
-  __shared__ Acc<T> shared[2 * kFusionWarps * 2 * kRows];
+  __shared__ Acc<T> shared[2 * kRowWarps<T> * 2 * kRows];
   const View<4>& shape = a.rows();
   const int64_t C = shape.size[3], c = int64_t(threadIdx.x) * kSize;
   const bool own = c < C;
@@ -197,7 +197,7 @@ __global__ __launch_bounds__(kFusionThreads<T>, kBackwardBlocks<T, kNorm && kGat
   const unsigned part = blockIdx.x - plan.class_rows;
   const Chunk chunk = chunk_of(part, plan.chunk, plan.chunks, shape.size[1], shape.size[2]);
   const Acc<T> inverse = Acc<T>(1) / Acc<T>(C);
-  RowSum<2 * kRows, Acc<T>, kFusionWarps> row_sum{shared};
+  RowSum<2 * kRows, Acc<T>, kRowWarps<T>> row_sum{shared};
   RowSums<kSize, Acc<T>> sums;
   for (int64_t first = chunk.begin; first < chunk.end; first += kRows) {
     int64_t k[kRows];
@@ -253,7 +253,7 @@ __global__ __launch_bounds__(kFusionThreads<T>, kBackwardBlocks<T, kNorm && kGat
 template <typename T, bool kNorm, bool kGate>
 __global__ __launch_bounds__(kFusionLoopThreads, 2) void gated_fusion_backward_loop_kernel(GatedFusionBackwardArgs a,
                                                                                            FusionBackwardPlan plan) {
-  __shared__ Acc<T> shared[2 * kFusionWarps * 2];
+  __shared__ Acc<T> shared[2 * kLoopWarps * 2];
   const View<4>& shape = a.rows();
   const int64_t C = shape.size[3];
   if (blockIdx.x >= plan.class_rows + plan.parts) {
@@ -270,7 +270,7 @@ __global__ __launch_bounds__(kFusionLoopThreads, 2) void gated_fusion_backward_l
   }
   const unsigned part = blockIdx.x - plan.class_rows;
   const Chunk chunk = chunk_of(part, plan.chunk, plan.chunks, shape.size[1], shape.size[2]);
-  RowSum<2, Acc<T>, kFusionWarps> row_sum{shared};
+  RowSum<2, Acc<T>, kLoopWarps> row_sum{shared};
   for (int64_t k = chunk.begin; k < chunk.end; ++k) {
     const Patch from = backward_source(a, chunk, k);
     const Acc<T>* stats = kNorm ? a.stats.at<const Acc<T>>(chunk.b, chunk.s, k) : nullptr;
@@ -311,8 +311,8 @@ __global__ __launch_bounds__(kFusionLoopThreads, 2) void gated_fusion_backward_l
 }
 
 template <typename T>
-__global__ __launch_bounds__(kAddUpThreads) void gated_fusion_add_up_kernel(GatedFusionBackwardArgs a,
-                                                                            unsigned class_rows) {
+__global__ __launch_bounds__(kAddUpThreads, 1) void gated_fusion_add_up_kernel(GatedFusionBackwardArgs a,
+                                                                               unsigned class_rows) {
   const int which = int(blockIdx.y);
   const View<1>& out = which == 0 ? a.grad_gate : which == 1 ? a.grad_weight : a.grad_bias;
   if (!out) return;

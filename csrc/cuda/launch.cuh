@@ -53,6 +53,19 @@
 
 namespace pyvidx::cuda {
 
+// A pointer to shared memory that stays in a register: on sm_90 nvcc works such addresses out anew before each use,
+// from a special register that takes as long as the memory.
+template <typename T>
+__device__ __forceinline__ T* held(T* shared) {
+#if defined(__CUDA_ARCH__)
+  unsigned address = unsigned(__cvta_generic_to_shared(shared));
+  asm volatile("" : "+r"(address));
+  return static_cast<T*>(__cvta_shared_to_generic(address));
+#else
+  return shared;
+#endif
+}
+
 constexpr unsigned kFullWarp = 0xffffffffu;
 
 // Copy kBytes (4, 8 or 16, both sides aligned to it) from global to shared memory without passing through registers

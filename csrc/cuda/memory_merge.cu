@@ -34,7 +34,7 @@ __device__ __forceinline__ void run_attached(const MemoryAttached* items, int co
                                              const StepPlan& p, int64_t b, int64_t n) {
   constexpr int kSize = kPack<T, kVectorized>;
   using Pack = Raw<T, kVectorized>;
-  const Mean<Acc<T>> mean = mean_of<Acc<T>>(weighted, p);
+  const Mean<Acc<T>> mean = mean_of<Acc<T>>(weighted, p.size0, p.size1);
   const int warps = int(blockDim.x) / 32;
 #pragma unroll 1
   for (int first = int(threadIdx.x) / 32; first < count * units; first += kAttachedAhead * warps) {
@@ -46,11 +46,11 @@ __device__ __forceinline__ void run_attached(const MemoryAttached* items, int co
       const MemoryAttached& item = items[unit < count * units ? unit / units : 0];
       const int c = (unit % units * 32 + int(threadIdx.x) % 32) * kSize;
       const bool own = unit < count * units && c < int(item.rows.size[3]);
-      keep[u] = !own || p.k < 0 ? nullptr : item.rows.at<T>(b, p.keep, n) + c;
-      target[u] = !own || p.target < 0 ? nullptr : item.rows.at<T>(b, p.target, n) + c;
+      keep[u] = !own || p.k < 0 ? nullptr : item.rows.at<T>(b, p.slot[kKeep], n) + c;
+      target[u] = !own || p.slot[kTarget] < 0 ? nullptr : item.rows.at<T>(b, p.slot[kTarget], n) + c;
       if (keep[u]) {
         bits[u][0] = *reinterpret_cast<const Pack*>(keep[u]);
-        bits[u][1] = *reinterpret_cast<const Pack*>(item.rows.at<const T>(b, p.gone, n) + c);
+        bits[u][1] = *reinterpret_cast<const Pack*>(item.rows.at<const T>(b, p.slot[kGone], n) + c);
       }
       if (target[u]) bits[u][2] = *reinterpret_cast<const Pack*>(item.frame.at<const T>(b, n) + c);
     }
@@ -75,16 +75,15 @@ __global__ __launch_bounds__(kMemoryThreads, kMemoryBlocks<T>) void memory_attac
   const unsigned N = unsigned(a.bank.size[2]), b = blockIdx.x / N, n = blockIdx.x % N;
   if (a.active && *a.active.at<const int32_t>(b) == 0) return;
   PYVIDX_SHARED(int32_t, shared);
-  __shared__ StepPlan plan;
+  __shared__ __align__(16) unsigned char step_bytes[sizeof(Step<T>)];
+  Step<T>& step = *reinterpret_cast<Step<T>*>(step_bytes);
   const Entries e = entries_in(shared, a.similarity);
   load_entries(e, a.sizes, a.order, a.similarity, b, n);
   __syncthreads();
-  if (threadIdx.x < 32) {
-    const StepPlan p = plan_step(e, bool(a.frame), stored_entries(e));
-    if (threadIdx.x == 0) plan = p;
-  }
+  // Of the plan but its rows, which are those of the bank.
+  if (threadIdx.x < 32) plan_step(step, e, bool(a.frame), stored_entries(e), a.bank, a.weighted, b, n);
   __syncthreads();
-  run_attached<T, kVectorized>(chunk.item, count, units, a.weighted, plan, b, n);
+  run_attached<T, kVectorized>(chunk.item, count, units, a.weighted, step.plan, b, n);
 }
 
 // `count` of the attached tensors, of type F, are taken in the same launch. Frame: type of the new row, T or F.
@@ -104,24 +103,25 @@ __global__ __launch_bounds__(kMemoryThreads, kMemoryBlocks<T>) void memory_step_
   const Entries e = entries_in(shared, a.similarity);
   load_entries(e, a.sizes, a.order, a.similarity, b, n);
   __syncthreads();
+  const int C = int(a.bank.size[3]);
+  FramePacks<T, kVectorized, Frame> frames(a.frame ? a.frame.at<const Frame>(b, n) : nullptr, 0, bool(a.frame),
+                                           int(threadIdx.x) * kPack<T, kVectorized>, C);
   if (threadIdx.x < 32) {
     const int length = stored_entries(e);
-    const StepPlan p = plan_step(e, bool(a.frame), length);
-    publish(step, p, a.bank, a.weighted, b, n);
+    plan_step(step, e, bool(a.frame), length, a.bank, a.weighted, b, n);
     if (threadIdx.x == 0) {
-      *a.index.at<int32_t>(b, n) = p.k;
-      if (n == 0) set_length(a.length, b, length, p.length + (p.target >= 0));
+      *a.index.at<int32_t>(b, n) = step.plan.k;
+      if (n == 0) set_length(a.length, b, length, step.plan.length + bool(a.frame));
     }
   }
   __syncthreads();
-  if (step.plan.k < 0 && step.plan.target < 0) return;
+  if (step.plan.k < 0 && !a.frame) return;
   run_attached<F, kVectorized>(chunk.item, count, units, a.weighted, step.plan, b, n);
-  const int C = int(a.bank.size[3]);
-  const Frame* const frame = a.frame ? a.frame.at<const Frame>(b, n) : nullptr;
-  step_rows<T, kVectorized>(step, a.bank.at<T>(), frame, C, partial);
+  step_rows<T, kVectorized>(step, frames, C, partial, int(blockDim.x) / 32);
   __syncthreads();
   if (threadIdx.x >= 32) return;
-  change_entries(e, step.plan, partial, sum_warps<kPack<T, kVectorized>>(C));
+  const StepPlan plan = step.plan;
+  renew_similarities(e, move_entries(e, plan), partial, sum_warps<kPack<T, kVectorized>>(C));
   store_entries(e, a.sizes, a.order, a.similarity, b, n);
 }
 

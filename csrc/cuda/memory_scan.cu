@@ -1,7 +1,8 @@
 // t steps of a memory bank in one launch: one block per position (b, n) walks all frames. The state of its position
-// lives in shared memory, the rows of its bank in the caches, and the frame after the next step's choice is prefetched
-// to L2: a step waits for loads that depend on the choice before it, never for device memory. The length of a video is
-// changed by the block of its first position, and read by no other. memory_step.cuh has the versions of the step.
+// lives in shared memory, the rows of its bank in the caches, and the next frame is on its way to registers: a step
+// waits for loads that depend on the choice before it, never for device memory. The last warp plans, the others take
+// rows. The length of a video is changed by the block of its first position, and read by no other. memory_step.cuh has
+// the versions of the step.
 //
 // The replay gives each thread 16 bytes of the width: it walks the steps and reads only what it wrote itself, so
 // nothing is synchronized. Traffic: M + 1 + t rows read, M + 1 + 2t and the slots that changed written; those, and two
@@ -17,83 +18,79 @@
 
 namespace pyvidx::cuda {
 
-constexpr int kReplayThreads = 128;
-constexpr int kReplayAhead = 7;  // rows that a thread has under way together
+constexpr int kReplayThreads = 128, kReplayBlocks = 6;  // of a multiprocessor: without, ptxas spills at sm_100
+constexpr int kReplayAhead = 7;                         // rows that a thread has under way together
 template <typename T>
 constexpr int kMergeAhead = sizeof(T) == 8 ? 2 : 4;  // merges
 
 constexpr int kScanWords = kEntryWords + 1;  // of shared memory per slot: its entry, and the id of its row
 
-// Bring a row of C elements to L2, one line per thread.
-template <typename T>
-__device__ __forceinline__ void prefetch_row(const T* row, int C) {
-  constexpr int kLine = 128 / sizeof(T);
-  for (int c = int(threadIdx.x) * kLine; c < C; c += int(blockDim.x) * kLine) prefetch_l2(row + c);
-}
+constexpr int kScanThreads = kMemoryThreads + 32;
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 750
+constexpr int kScanBound =
+    14 * 32;  // so that four blocks of half the threads fit, and MA-LMM's positions are one round
+#else
+constexpr int kScanBound = kScanThreads;
+#endif
 
 template <typename T, bool kVectorized>
-__global__ __launch_bounds__(kMemoryThreads, kMemoryBlocks<T>) void memory_scan_kernel(MemoryScanArgs a) {
+__global__ __launch_bounds__(kScanBound, kMemoryBlocks<T>) void memory_scan_kernel(MemoryScanArgs a) {
+  constexpr int kSize = kPack<T, kVectorized>;
   const unsigned N = unsigned(a.bank.size[2]), b = blockIdx.x / N, n = blockIdx.x % N;
   const int slots = int(a.order.size[2]), t = int(a.frames.size[1]), C = int(a.bank.size[3]);
-  const int thread = int(threadIdx.x);
+  const int thread = int(threadIdx.x), lane = thread % 32, own = int(blockDim.x) / 32 - 1;
+  const bool plans = thread / 32 == own;
   PYVIDX_SHARED(int32_t, shared);
   __shared__ __align__(16) unsigned char step_bytes[sizeof(Step<T>)], sums[sizeof(Acc<T>) * 8 * kMemoryWarps];
-  Step<T>& step = *reinterpret_cast<Step<T>*>(step_bytes);
-  Acc<T>* const partial = reinterpret_cast<Acc<T>*>(sums);
-  const Entries e = entries_in(shared, a.similarity);
-  int32_t* const ids = shared + kEntryWords * slots;
+  Step<T>& step = *held(reinterpret_cast<Step<T>*>(step_bytes));
+  Acc<T>* const partial = held(reinterpret_cast<Acc<T>*>(sums));
+  const Entries e = entries_in(held(shared), a.similarity);
+  int32_t* const ids = e.sizes + kEntryWords * slots;
   load_entries(e, a.sizes, a.order, a.similarity, b, n);
   for (int j = thread; j < slots; j += int(blockDim.x)) ids[j] = j;
   __syncthreads();
 
-  // From here on the first warp alone reads and changes the entries.
-  int length = thread < 32 ? stored_entries(e) : 0;
-  auto write_table = [&](int s) {
+  int length = plans ? stored_entries(e) : 0;
+  auto write = [&](int s, int from, int size) {
+    if (lane < 2) *a.sources.at<int32_t>(b, s, n, lane) = from, *a.counts.at<int32_t>(b, s, n, lane) = size;
 #pragma unroll 1
-    for (int j = thread; j < slots; j += 32) {
-      *a.table.at<int32_t>(b, s, n, j) = j < length ? ids[e.order[j]] : -1;
-    }
+    for (int j = lane; j < slots; j += 32) *a.table.at<int32_t>(b, s, n, j) = j < length ? ids[e.order[j]] : -1;
   };
   if (a.active && *a.active.at<const int32_t>(b) == 0) {
-    for (int s = 0; s < t && thread < 32; ++s) {
-      if (thread < 2) *a.sources.at<int32_t>(b, s, n, thread) = -1, *a.counts.at<int32_t>(b, s, n, thread) = 0;
-      write_table(s);
-    }
+    for (int s = 0; s < t && plans; ++s) write(s, -1, 0);
     return;
   }
-  if (n == 0 && thread == 0) set_length(a.length, b, length, length + t < slots ? length + t : slots);
+  if (n == 0 && plans && lane == 0) set_length(a.length, b, length, length + t < slots ? length + t : slots);
+  FramePacks<T, kVectorized> frames(a.frames.at<const T>(b, 0, n), a.frames.stride[1], plans ? 0 : t, thread * kSize,
+                                    C);
+  int place = -1;
 #pragma unroll 1
   for (int s = 0; s < t; ++s) {
-    if (thread < 32) {
-      const StepPlan p = plan_step(e, true, length);
-      publish(step, p, a.bank, a.weighted, b, n);
-      if (thread < 2) {
-        const int slot = thread == 0 ? p.keep : p.gone, size = thread == 0 ? p.size0 : p.size1;
-        *a.sources.at<int32_t>(b, s, n, thread) = p.k < 0 ? -1 : ids[slot];
-        *a.counts.at<int32_t>(b, s, n, thread) = p.k < 0 ? 0 : size;
-      }
-    }
-    if (s + 1 < t) prefetch_row(a.frames.at<const T>(b, s + 1, n), C);
+    if (plans) plan_step(step, e, true, length, a.bank, a.weighted, b, n);
     __syncthreads();
-    step_rows<T, kVectorized>(step, a.bank.at<T>(), a.frames.at<const T>(b, s, n), C, partial);
-    __syncthreads();
-    if (thread < 32) {
+    if (plans) {
       const StepPlan p = step.plan;
-      change_entries(e, p, partial, sum_warps<kPack<T, kVectorized>>(C));
-      length = p.length + 1;
-      if (thread == 0) {
-        if (p.k >= 0) ids[p.keep] = slots + t + s;
-        ids[p.target] = slots + s;
-      }
+      const int keep = p.slot[kKeep], slot = lane == 0 ? keep : p.slot[kGone];
+      const int from = p.k < 0 ? -1 : ids[slot], size = lane == 0 ? p.size0 : p.size1;
       __syncwarp();
-      write_table(s);
+      if (lane == 0) {
+        if (p.k >= 0) ids[keep] = slots + t + s;
+        ids[p.slot[kTarget]] = slots + s;
+      }
+      length = p.length + 1;
+      place = move_entries(e, p);
+      write(s, from, p.k < 0 ? 0 : size);
+    } else {
+      step_rows<T, kVectorized>(step, frames, C, partial, own);
     }
+    __syncthreads();
+    if (plans) renew_similarities(e, place, partial, sum_warps<kSize>(C));
   }
-  if (thread < 32) store_entries(e, a.sizes, a.order, a.similarity, b, n);
+  if (plans) store_entries(e, a.sizes, a.order, a.similarity, b, n);
 }
 
 template <typename T, bool kVectorized>
-__global__ __launch_bounds__(kReplayThreads) void memory_replay_kernel(MemoryReplayArgs a) {
+__global__ __launch_bounds__(kReplayThreads, kReplayBlocks) void memory_replay_kernel(MemoryReplayArgs a) {
   constexpr int kSize = kPack<T, kVectorized>;
   using Pack = Raw<T, kVectorized>;
   const unsigned N = unsigned(a.rows.size[2]), b = blockIdx.x / N, n = blockIdx.x % N;
@@ -206,7 +203,7 @@ void memory_scan_cuda(const MemoryScanArgs& args, cudaStream_t stream) {
   visit_floating("memory_scan_", args.bank.dtype, [&](auto t) {
     using T = typename decltype(t)::type;
     const bool vectorized = vectorizable<T>(args.bank) && vectorizable<T>(args.frames);
-    const unsigned threads = memory_threads<T>(ceil_div(args.bank.size[3], vectorized ? kVec<T> : 1), rows);
+    const unsigned threads = memory_threads<T>(ceil_div(args.bank.size[3], vectorized ? kVec<T> : 1), rows) + 32;
     if (vectorized) {
       set_max_dynamic_smem(memory_scan_kernel<T, true>, smem);
       PYVIDX_LAUNCH((memory_scan_kernel<T, true>), rows, threads, smem, stream, args);

@@ -220,8 +220,8 @@ __global__ __launch_bounds__(kNormThreads, 1) void residual_norm_backward_any_ke
 }
 
 template <typename X>
-__global__ __launch_bounds__(kAddUpThreads) void residual_norm_add_up_kernel(ResidualNormBackwardArgs a,
-                                                                             unsigned count) {
+__global__ __launch_bounds__(kAddUpThreads, 1) void residual_norm_add_up_kernel(ResidualNormBackwardArgs a,
+                                                                                unsigned count) {
   const View<1>& out = blockIdx.y == 0 ? a.grad_weight : a.grad_shift;
   const int64_t C = a.partial.size[2];
   add_up(a.partial.at<const Acc<X>>(int64_t(blockIdx.y)), C, count, C,

@@ -1,7 +1,7 @@
 // A block makes 32 columns x 32 rows of one frame. Two of its warps work out the windows, which no other memory holds,
 // while the others load pixels. It goes down the source rows that the windows read, `chunk` quads of rows at a time:
 // parts them into planes, so that a word is four levels of one channel; resizes them across, a lane a column and a warp
-// a quad of rows, into words of four rows' levels; and at the end down, a lane a column and a warp a row. Weights have
+// a quad of rows, into words of four rows' levels; and at the end down, a lane four columns of a row. Weights have
 // 23 bits, levels 8: four products are two dot products of the weights' low 16 bits (dp2a) and one of the signed rest
 // (dp4a), exact as they are.
 // Traffic: 1 read of the window of the crop, and again of the rows and columns that two blocks share (a quarter for
@@ -15,6 +15,7 @@
 //   two launches, tap by tap, 16 rows a block   80 / 80                 22, 46   1153, 552      .16, .32   .11, .14
 //   dot products; all warps work out windows    80 / 80                 1, 11    571, 364       -          .38, .35
 //   two warps do; 16-byte shared loads          75 / 76                 2, 11    355, 213       .66, .75   .52, .54
+//   down four columns a lane; first quad apart  75 / 70                 2, 11    296, 194       .73, .79   .59, .58
 #include "resize_long.cuh"
 #ifndef __CUDACC_RTC__
 #include <algorithm>
@@ -23,6 +24,25 @@
 namespace pyvidx::cuda {
 
 constexpr int kPlanes = 3 * int(kQuad);
+constexpr int kOwn = 4, kOwnLanes = kTile / kOwn;  // columns of a lane on the way down, and lanes of a row
+static_assert(kResizeThreads == kTile * kOwnLanes, "a thread has four pixels of a tile");
+
+// In one access, two for double.
+template <typename T>
+__device__ __forceinline__ void store_group(T* to, const T (&value)[kOwn]) {
+  if constexpr (sizeof(value) == sizeof(uint2)) {
+    uint2 bits;
+    memcpy(&bits, value, sizeof bits);
+    *reinterpret_cast<uint2*>(to) = bits;
+  } else {
+#pragma unroll
+    for (int i = 0; i < kOwn; i += kVec<T>) {
+      uint4 bits;
+      memcpy(&bits, value + i, sizeof bits);
+      store16(to + i, bits);
+    }
+  }
+}
 
 // What the windows of a tile take, at most; sizes of what it holds in shared memory.
 struct ResizePlan {
@@ -33,6 +53,7 @@ struct ResizePlan {
   unsigned per_wide;            // 2^32 / wide, rounded up
   int levels;                   // words of those that are resized across
   int chunk;                    // quads of rows at a time
+  bool groups;                  // may kOwn columns of a row be written together?
 };
 
 __device__ __forceinline__ unsigned packed_levels(const int (&level)[4]) {
@@ -214,8 +235,7 @@ __global__ __launch_bounds__(kResizeThreads, 3) void resize_normalize_kernel(Res
       unsigned now[kPlanes];
       Levels sum[kPlanes];
       load_planes(pixel, now);
-#pragma unroll 2
-      for (int q = 0; q < plan.column_quads; ++q, weight += 3 * kTile) {
+      const auto take = [&] {
         unsigned next[kPlanes];
         load_planes(pixel += kPlanes, next);
         const unsigned first = weight[0], second = weight[kTile], rest = weight[2 * kTile];
@@ -224,7 +244,11 @@ __global__ __launch_bounds__(kResizeThreads, 3) void resize_normalize_kernel(Res
           sum[i].add(__byte_perm(now[i], next[i], select), first, second, rest);
           now[i] = next[i];
         }
-      }
+        weight += 3 * kTile;
+      };
+      take();  // by itself: what sums begin with costs nothing then
+#pragma unroll 2
+      for (int q = 1; q < plan.column_quads; ++q) take();
 #pragma unroll
       for (int c = 0; c < 3; ++c) {
         const int level[4] = {sum[c].rounded(), sum[3 + c].rounded(), sum[6 + c].rounded(), sum[9 + c].rounded()};
@@ -233,27 +257,44 @@ __global__ __launch_bounds__(kResizeThreads, 3) void resize_normalize_kernel(Res
     }
   }
   __syncthreads();
-  const int64_t x = x0 + lane;
-  if (x > x_last) return;
-  Acc<T> scale[3], shift[3];
-#pragma unroll
-  for (int c = 0; c < 3; ++c) scale[c] = Acc<T>(a.scale[c]), shift[c] = Acc<T>(a.shift[c]);
-  T* out = a.out.at<T>(t, 0, y0 + warp, x);
-  const int count = int(y_last - y0 < kTile - 1 ? y_last - y0 + 1 : kTile), top = first_row[0];
-#pragma unroll 1
-  for (int r = warp; r < count; r += kResizeWarps, out += kResizeWarps * a.out.stride[2]) {
-    const unsigned* level = across + (first_row[r] - top) * 3 * kTile + lane;
-    const unsigned* weight = rows + r * plan.row_quads * 4;
-    Levels sum[3];
-#pragma unroll 1
-    for (int q = row_quads[r]; q > 0; --q, level += 3 * kTile, weight += 4) {
-      const uint4 w = load16(weight);
-#pragma unroll
-      for (int c = 0; c < 3; ++c) sum[c].add(level[c * kTile], w.x, w.y, w.z);
-    }
+  // Down, a lane four columns of a row.
+  const int r = int(threadIdx.x) / kOwnLanes, own = int(threadIdx.x) % kOwnLanes * kOwn;
+  const int64_t x = x0 + own, y = y0 + r;
+  if (x > x_last || y > y_last) return;
+  const unsigned* level = across + (first_row[r] - first_row[0]) * 3 * kTile + own;
+  const unsigned* weight = rows + r * plan.row_quads * 4;
+  Levels sum[3][kOwn];
+  const auto take = [&] {
+    const uint4 w = load16(weight);
 #pragma unroll
     for (int c = 0; c < 3; ++c) {
-      out[c * a.out.stride[1]] = from_acc<T>(Acc<T>(clamped(sum[c].rounded())) * scale[c] + shift[c]);
+      const uint4 words = load16(level + c * kTile);
+      const unsigned levels[kOwn] = {words.x, words.y, words.z, words.w};
+#pragma unroll
+      for (int i = 0; i < kOwn; ++i) sum[c][i].add(levels[i], w.x, w.y, w.z);
+    }
+    level += 3 * kTile, weight += 4;
+  };
+  take();
+#pragma unroll 1
+  for (int q = row_quads[r]; q > 1; --q) take();
+  T* const out = a.out.at<T>(t, 0, y, x);
+#pragma unroll
+  for (int c = 0; c < 3; ++c) {
+    const Acc<T> scale = Acc<T>(a.scale[c]), shift = Acc<T>(a.shift[c]);
+    T value[kOwn];
+#pragma unroll
+    for (int i = 0; i < kOwn; ++i) {
+      value[i] = from_acc<T>(Acc<T>(clamped(sum[c][i].rounded())) * scale + shift);
+    }
+    T* const to = out + c * a.out.stride[1];
+    if (plan.groups) {
+      store_group(to, value);
+    } else {
+#pragma unroll
+      for (int i = 0; i < kOwn; ++i) {
+        if (x + i <= x_last) to[i * a.out.stride[3]] = value[i];
+      }
     }
   }
 }
@@ -281,7 +322,7 @@ int64_t bytes_of(const ResizePlan& plan) {
 
 // With as many rows at a time as keep a few blocks on a multiprocessor; fewer where even one has too little room.
 ResizePlan plan_of(const ResizeNormalizeArgs& a, int64_t room) {
-  ResizePlan plan{a.across(), a.down(), 0, 0, 0, 0, 0, 0, 0, 0, 2 * kResizeWarps};
+  ResizePlan plan{a.across(), a.down(), 0, 0, 0, 0, 0, 0, 0, 0, 2 * kResizeWarps, false};
   plan.tiles_across = unsigned(ceil_div(a.columns.size[0], kTile));
   plan.tiles_down = unsigned(ceil_div(a.rows.size[0], kTile));
   const auto quads = [](double pixels) { return int(std::min(pixels, 1e6)) / int(kQuad) + 2; };
@@ -309,7 +350,8 @@ void launch_long(const ResizeNormalizeArgs& args, cudaStream_t stream) {
 }
 
 template <typename T, bool kWords>
-void launch(const ResizeNormalizeArgs& args, const ResizePlan& plan, int64_t bytes, cudaStream_t stream) {
+void launch(const ResizeNormalizeArgs& args, ResizePlan plan, int64_t bytes, cudaStream_t stream) {
+  plan.groups = vectorizable<T, kOwn>(args.out);
   set_max_dynamic_smem(resize_normalize_kernel<T, kWords>, size_t(bytes));
   const int64_t blocks = args.out.size[0] * plan.tiles_across * plan.tiles_down;
   PYVIDX_LAUNCH((resize_normalize_kernel<T, kWords>), blocks, kResizeThreads, bytes, stream, args, plan);

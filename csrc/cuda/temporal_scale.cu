@@ -18,7 +18,13 @@ constexpr int kAnyThreads = 128;
 constexpr int kForwardFrames = 4;  // of a thread
 template <typename T>
 constexpr int kBackwardFrames = sizeof(T) == 2 ? 2 : 4;  // at a time: 16-bit rows have twice the values in registers
-constexpr int kBackwardThreads = 128, kBackwardWarps = kBackwardThreads / 32;  // some 130 registers a thread: 3 blocks
+constexpr int kBackwardThreads = 128, kBackwardWarps = kBackwardThreads / 32;
+// Of a multiprocessor, so at most 128 registers; without, ptxas spills at 72. sm_120 needs a few more.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1200
+constexpr int kBackwardBlocks = 3;
+#else
+constexpr int kBackwardBlocks = 4;
+#endif
 
 // 16 bytes of channels in kFrames frames from t on, 0 where a frame is not there or left out by the mask.
 template <typename T, int kFrames>
@@ -147,8 +153,9 @@ __device__ __forceinline__ void backward_step(const TemporalScaleBackwardArgs& a
 }
 
 template <typename T, bool kSums>
-__global__ __launch_bounds__(kBackwardThreads) void temporal_scale_backward_kernel(TemporalScaleBackwardArgs a,
-                                                                                   unsigned tiles) {
+__global__ __launch_bounds__(kBackwardThreads,
+                             kBackwardBlocks) void temporal_scale_backward_kernel(TemporalScaleBackwardArgs a,
+                                                                                  unsigned tiles) {
   constexpr int kSize = kVec<T>, kValues = (kTaps + 1) * kSize;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const unsigned part = blockIdx.x / tiles;
@@ -224,7 +231,7 @@ __global__ __launch_bounds__(kAnyThreads) void temporal_scale_backward_any_kerne
 }
 
 template <typename T>
-__global__ __launch_bounds__(kAddUpThreads) void temporal_scale_add_up_kernel(TemporalScaleBackwardArgs a) {
+__global__ __launch_bounds__(kAddUpThreads, 1) void temporal_scale_add_up_kernel(TemporalScaleBackwardArgs a) {
   const int64_t k = blockIdx.y, C = a.grad_bias.size[0];
   add_up(a.partial.at<const Acc<T>>(0, k), a.partial.stride[0], a.partial.size[0], C, [&](int64_t c, Acc<T> sum) {
     *(k < a.weight.size[1] ? a.grad_weight.at<T>(c, k) : a.grad_bias.at<T>(c)) = from_acc<T>(sum);

@@ -46,8 +46,8 @@ PAPERS = [
     *_asked("memory_merge", "merge_case", {"B": 1, "T": 21, "dtype": HALF}),
     *_asked("memory_scan", "scan_case", {"M": 20}),
     *_asked("memory_scan", "replay_case", {"M": 20, "dtype": HALF}),
-    # Not with a table: a block of it is millions of instructions, minutes of the interpreter.
-    *_asked("bank_attention", "case", *({"path": "slots", "M": 20, "dtype": dtype} for dtype in (FLOAT, HALF))),
+    *_asked("bank_attention", "case", *({"path": "slots", "M": 20, "dtype": dtype} for dtype in (FLOAT, HALF)),
+            {"path": "table", "M": 20, "dtype": HALF}),
     *_asked("bank_attention", "backward_case", {"path": "table", "M": 20, "dtype": HALF}),
     *_asked("bank_attention", "self_case", {"rows": 8, "N": 257, "backward": False, "dtype": HALF}),
 ]  # fmt: skip

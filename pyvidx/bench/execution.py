@@ -53,9 +53,9 @@ class Counts:
 
 
 PIPES = {
-    "double": "DADD DMUL DFMA DSETP", "special": "MUFU I2F F2I F2F", "half": "HADD2 HFMA2", "float": "FADD FMUL FFMA",
-    "imad": "IMAD IDP", "memory": "LDG LD STG ST LDS STS SHFL LDL STL CCTL",
-    "control": "BRA EXIT CALL RET BSSY BSYNC BREAK BAR NOP WARPSYNC YIELD BMOV S2R S2UR CS2R BPT LDC VOTE",
+    "double": "DADD DMUL DFMA DSETP", "special": "MUFU I2F F2I F2F REDUX", "half": "HADD2 HFMA2",
+    "float": "FADD FMUL FFMA", "imad": "IMAD IDP", "memory": "LDG LD STG ST LDS STS SHFL LDL STL CCTL",
+    "control": "BRA EXIT CALL RET BSSY BSYNC BREAK BAR NOP WARPSYNC YIELD BMOV S2R S2UR CS2R BPT LDC VOTE VOTEU",
 }  # fmt: skip
 PIPE_OF = {name: pipe for pipe, names in PIPES.items() for name in names.split()}
 PRODUCTS = {"884": 256, "1684": 512, "1688": 1024, "16816": 2048}  # multiply-adds of one HMMA, by its shape

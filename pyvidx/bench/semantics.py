@@ -113,6 +113,15 @@ def _shfl(more, o):
     return shuffle
 
 
+def _redux(more, o):
+    """Over the lanes of a warp; to a uniform register."""
+    kind = next((x for x in more if x in ("MAX", "MIN")), None)
+    if kind is None or "S32" in more:
+        raise Unknown("REDUX." + ".".join(more))
+    write, read, best = writer(o[0]), integer(o[1]), np.max if kind == "MAX" else np.min
+    return lambda w, m: write(w, m, np.array([best(np.broadcast_to(read(w), 32)[m])], U32))
+
+
 def _p2r(more, o):
     """Predicates (PR, or UPR of what is uniform) of a mask, as bits beside those that a register has elsewhere."""
     file, write, before, mask = o[1].removesuffix("R"), writer(o[0]), integer(o[2]), int(o[3], 16)
@@ -126,5 +135,5 @@ def _p2r(more, o):
 
 TABLE = floating.TABLE | integers.TABLE | {
     "S2R": _special, "S2UR": _special, "CS2R": _cs2r, "R2UR": _r2ur, "LDC": _ldc, "ULDC": _ldc, "VOTE": _vote,
-    "SHFL": _shfl, "P2R": _p2r, "UP2UR": _p2r,
+    "VOTEU": _vote, "SHFL": _shfl, "REDUX": _redux, "P2R": _p2r, "UP2UR": _p2r,
 }  # fmt: skip

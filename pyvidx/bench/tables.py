@@ -18,7 +18,6 @@ REASONS = {
     "twice.",
     "resize_normalize": "weights have 23 bits and levels 8, so that four taps of three channels are nine dot products. "
     "What is around them comes on top.",
-    "memory_scan_": "each of 16 steps waits for the choice before it: an argmax, rows from L2 and their sums.",
 }
 NOTE = (
     "us: all launches of the case; of copy: a copy of the same bytes / ours; limit, registers, warps (on a "
