@@ -18,8 +18,8 @@
 
 namespace pyvidx::cuda {
 
-constexpr int kReplayThreads = 128;
-constexpr int kReplayAhead = 7;  // rows that a thread has under way together
+constexpr int kReplayThreads = 128, kReplayBlocks = 6;  // of a multiprocessor: without, ptxas spills at sm_100
+constexpr int kReplayAhead = 7;                         // rows that a thread has under way together
 template <typename T>
 constexpr int kMergeAhead = sizeof(T) == 8 ? 2 : 4;  // merges
 
@@ -90,7 +90,7 @@ __global__ __launch_bounds__(kScanBound, kMemoryBlocks<T>) void memory_scan_kern
 }
 
 template <typename T, bool kVectorized>
-__global__ __launch_bounds__(kReplayThreads) void memory_replay_kernel(MemoryReplayArgs a) {
+__global__ __launch_bounds__(kReplayThreads, kReplayBlocks) void memory_replay_kernel(MemoryReplayArgs a) {
   constexpr int kSize = kPack<T, kVectorized>;
   using Pack = Raw<T, kVectorized>;
   const unsigned N = unsigned(a.rows.size[2]), b = blockIdx.x / N, n = blockIdx.x % N;
