@@ -48,8 +48,9 @@ def distance(got: torch.Tensor, wanted: torch.Tensor) -> float:
     if not wanted.is_floating_point():
         return float((got != wanted).sum())
     got, wanted = got.double(), wanted.double()
-    apart = torch.where((got == wanted) | (got.isnan() & wanted.isnan()), 0.0, (got - wanted).abs()).nan_to_num(torch.inf)
-    return float(apart.max() / wanted.abs().nan_to_num(0).max().clamp_min(1e-30)) if got.numel() else 0.0
+    same = (got == wanted) | (got.isnan() & wanted.isnan())
+    apart = torch.where(same, 0.0, (got - wanted).abs()).nan_to_num(torch.inf)
+    return float(apart.max() / wanted.abs().max().clamp_min(1e-30))
 
 
 def compared(library: str, call, gpu: model.Gpu, memory: Tensors) -> dict:

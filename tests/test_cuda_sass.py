@@ -1,5 +1,6 @@
-"""What NVIDIA's compilers make of the kernels computes what g++ makes of them in the emulator. An emulator alone cannot see
-where the two differ: an array of arrays of a struct, whose members had initial values, got them in its first row only.
+"""What NVIDIA's compilers make of the kernels computes what g++ makes of them in the emulator. An emulator alone cannot
+see where the two differ: an array of arrays of a struct, whose members had initial values, got them in its first row
+only.
 
 `pytest -m "not slow"` takes one dtype each to the oldest and the newest machine code.
 """

@@ -59,7 +59,7 @@ def fmnmx(more, o):
 
 
 def rounded(value: np.ndarray, exact: np.ndarray, more: list[str]) -> np.ndarray:
-    """float32: value, which is nearest to exact (float64), or its neighbor on the side that is asked for; SAT: in [0, 1]."""
+    """value, the float32 nearest to exact, or its neighbor on the side that is asked for; with SAT in [0, 1]."""
     near = value.astype(F64)
     up = ("RP" in more) | (("RZ" in more) & (exact < 0))
     down = ("RM" in more) | (("RZ" in more) & (exact > 0))

@@ -46,7 +46,8 @@ def each_launch(library: str, run, gpu: model.Gpu, seen, *, small: int = SMALL) 
     """Call seen(launch) at each launch of one call, on a pretended GPU of this kind. Those of more threads than `small`
     are not run."""
     of_block = gpu.shared_kb * 1024 - gpu.shared_reserved
-    told = {"DRY": small, "SMS": gpu.sms, "SMEM": of_block, "CAPABILITY": gpu.arch} | ({"RUN": PREPARE} if small else {})
+    told = {"DRY": small, "SMS": gpu.sms, "SMEM": of_block, "CAPABILITY": gpu.arch}
+    told |= {"RUN": PREPARE} if small else {}
     os.environ.update({f"PYVIDX_EMU_{name}": str(value) for name, value in told.items()})
     errors = []
 
