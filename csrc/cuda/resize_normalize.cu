@@ -263,7 +263,7 @@ __global__ __launch_bounds__(kResizeThreads, 3) void resize_normalize_kernel(Res
   if (x > x_last || y > y_last) return;
   const unsigned* level = across + (first_row[r] - first_row[0]) * 3 * kTile + own;
   const unsigned* weight = rows + r * plan.row_quads * 4;
-  Levels sum[3][kOwn];
+  Levels sum[3 * kOwn];  // nvcc 12 and 13 begin only the first row of an array of arrays as Levels says
   const auto take = [&] {
     const uint4 w = load16(weight);
 #pragma unroll
@@ -271,7 +271,7 @@ __global__ __launch_bounds__(kResizeThreads, 3) void resize_normalize_kernel(Res
       const uint4 words = load16(level + c * kTile);
       const unsigned levels[kOwn] = {words.x, words.y, words.z, words.w};
 #pragma unroll
-      for (int i = 0; i < kOwn; ++i) sum[c][i].add(levels[i], w.x, w.y, w.z);
+      for (int i = 0; i < kOwn; ++i) sum[c * kOwn + i].add(levels[i], w.x, w.y, w.z);
     }
     level += 3 * kTile, weight += 4;
   };
@@ -285,7 +285,7 @@ __global__ __launch_bounds__(kResizeThreads, 3) void resize_normalize_kernel(Res
     T value[kOwn];
 #pragma unroll
     for (int i = 0; i < kOwn; ++i) {
-      value[i] = from_acc<T>(Acc<T>(clamped(sum[c][i].rounded())) * scale + shift);
+      value[i] = from_acc<T>(Acc<T>(clamped(sum[c * kOwn + i].rounded())) * scale + shift);
     }
     T* const to = out + c * a.out.stride[1];
     if (plan.groups) {

@@ -58,6 +58,26 @@ def fmnmx(more, o):
     return lambda w, m: write(w, m, np.where(p(w), least(a(w), b(w)), most(a(w), b(w))).view(U32))
 
 
+def rounded(value: np.ndarray, exact: np.ndarray, more: list[str]) -> np.ndarray:
+    """value, the float32 nearest to exact, or its neighbor on the side that is asked for; with SAT in [0, 1]."""
+    near = value.astype(F64)
+    up = ("RP" in more) | (("RZ" in more) & (exact < 0))
+    down = ("RM" in more) | (("RZ" in more) & (exact > 0))
+    value = np.where((near < exact) & up, np.nextafter(value, F32(np.inf)), value)
+    value = np.where((near > exact) & down, np.nextafter(value, F32(-np.inf)), value)
+    return np.fmin(np.fmax(value, F32(0)), F32(1)) if "SAT" in more else value
+
+
+def arithmetic(more, o, function):
+    write, sources = writer(o[0]), [real(x) for x in o[1:] if not is_predicate(x)]
+
+    def run(w, m):
+        exact = np.asarray(function(*(s(w).astype(F64) for s in sources)))
+        write(w, m, rounded(exact.astype(F32), exact, more).astype(F32).view(U32))
+
+    return run
+
+
 def floats(o, function):
     write, sources = writer(o[0]), [real(x) for x in o[1:] if not is_predicate(x)]
 
@@ -113,13 +133,7 @@ def i2f(more, o):
         if to_double:
             write(w, m, x.astype(F64).view(U64))
             return
-        value = x.astype(F32)
-        near, exact = value.astype(F64), x.astype(F64)
-        up = ("RP" in more) | (("RZ" in more) & (exact < 0))
-        down = ("RM" in more) | (("RZ" in more) & (exact > 0))
-        value = np.where((near < exact) & up, np.nextafter(value, F32(np.inf)), value)
-        value = np.where((near > exact) & down, np.nextafter(value, F32(-np.inf)), value)
-        write(w, m, value.astype(F32).view(U32))
+        write(w, m, rounded(x.astype(F32), x.astype(F64), more).astype(F32).view(U32))
 
     return convert
 
@@ -174,8 +188,9 @@ def fchk(more, o):
 
 
 TABLE = {
-    "FSETP": fsetp, "FSEL": fsel, "FMNMX": fmnmx, "FADD": lambda more, o: floats(o, np.add),
-    "FMUL": lambda more, o: floats(o, np.multiply), "FFMA": lambda more, o: floats(o, lambda a, b, c: a * b + c),
+    "FSETP": fsetp, "FSEL": fsel, "FMNMX": fmnmx, "FADD": lambda more, o: arithmetic(more, o, np.add),
+    "FMUL": lambda more, o: arithmetic(more, o, np.multiply),
+    "FFMA": lambda more, o: arithmetic(more, o, lambda a, b, c: a * b + c),
     "MUFU": mufu, "I2F": i2f, "I2FP": i2f, "F2I": f2i, "F2F": f2f, "F2FP": f2fp, "FCHK": fchk,
     "DADD": lambda more, o: doubles(o, np.add), "DMUL": lambda more, o: doubles(o, np.multiply),
     "DFMA": lambda more, o: doubles(o, lambda a, b, c: a * b + c),

@@ -1,12 +1,12 @@
 """What SASS instructions compute, for the 32 lanes of a warp at once: as much of it as decides where a kernel goes and
-which memory it touches. Integers, predicates and conversions are exact; sums of 16-bit pairs and matrix
-products are left out (their results keep what was in the registers)."""
+which memory it touches. Integers, predicates and conversions are exact; sums of 16-bit pairs, and
+matrix products of sm_70, are left out (their results keep what was in the registers)."""
 
 from collections.abc import Callable
 
 import numpy as np
 
-from pyvidx.bench import floating, integers
+from pyvidx.bench import floating, integers, tensor_cores
 from pyvidx.bench.operands import (
     U32,
     U64,
@@ -37,12 +37,19 @@ def build(opcode: str, operands: list[str]) -> Callable | None:
         return floating.half_constant(operands)
     if name == "HADD2" and "F32" in more:
         return floating.floats(operands, np.add)
+    if name == "HMMA":
+        return tensor_cores.product(more, operands)
     if name in OPAQUE:
         return None
     made = TABLE.get(name) or (TABLE.get(name[1:]) if name[0] == "U" else None)
     if made is None:
         raise Unknown(opcode)
     return made(more, operands)
+
+
+def is_opaque(opcode: str, operands: list[str]) -> bool:
+    """Is it one whose results are left out?"""
+    return opcode.split(".")[0] in OPAQUE and build(opcode, operands) is None
 
 
 def _special(more, o):

@@ -42,10 +42,12 @@ def made(asked: Asked):
     return function(**arguments)
 
 
-def each_launch(library: str, run, gpu: model.Gpu, seen) -> None:
-    """Call seen(launch) at each launch of one call, on a pretended GPU of this kind."""
+def each_launch(library: str, run, gpu: model.Gpu, seen, *, small: int = SMALL) -> None:
+    """Call seen(launch) at each launch of one call, on a pretended GPU of this kind. Those of more threads than `small`
+    are not run."""
     of_block = gpu.shared_kb * 1024 - gpu.shared_reserved
-    told = {"DRY": SMALL, "RUN": PREPARE, "SMS": gpu.sms, "SMEM": of_block, "CAPABILITY": gpu.arch}
+    told = {"DRY": small, "SMS": gpu.sms, "SMEM": of_block, "CAPABILITY": gpu.arch}
+    told |= {"RUN": PREPARE} if small else {}
     os.environ.update({f"PYVIDX_EMU_{name}": str(value) for name, value in told.items()})
     errors = []
 
