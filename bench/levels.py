@@ -154,7 +154,8 @@ def main() -> None:
     columns = {level: (ROOT, level) for level in here()}
     if options.before:
         columns["before"] = (Path(options.before[0]).resolve(), options.before[1])
-    about = {"cpu": options.cpu, "threads": 1, "torch": torch.__version__, "command": "python -m bench.levels"}
+    command = f"python -m bench.levels --starts {options.starts} --out FILE.json"
+    about = {"cpu": options.cpu, "threads": 1, "torch": torch.__version__, "command": command}
     about |= {"note": options.note, "seconds": options.seconds, "before_level": options.before and options.before[1]}
     earlier = json.loads(options.keep.read_text()) if options.keep else {"columns": [], "rows": []}
     about["before_level"] = about["before_level"] or earlier.get("before_level")

@@ -45,7 +45,7 @@ def levels() -> list[str]:
         report.piped([["op", "shape", "dtype", *names], *lines]) + "\n",
     ]  # fmt: skip
     if level is not None:
-        pairs = [(report.named(row), row["at"]["before"], row["at"][level]) for row in rows]
+        pairs = [(report.named(row), row["at"]["before"], row["at"][level]) for row in rows if "before" in row["at"]]
         lines = [
             [*name, *(f"{at['ms']:.2f}, {at['floor_share']:.2f}" for at in (old, new)),
              f"{old['floor_share'] / new['floor_share']:.2f}"]

@@ -17,7 +17,7 @@ constexpr int kNormRows = 2;  // warps of a block: few, so that even a frame's r
 
 // Blocks of a multiprocessor, by the channels of a lane: with fewer registers some would spill.
 template <typename X, int kChannels>
-constexpr int kNormBlocks = kChannels > 32   ? 5
+constexpr int kNormBlocks = kChannels > 32   ? (sizeof(X) == 4 ? 4 : 5)
                             : sizeof(X) == 4 ? 8
                                              : 12;
 
