@@ -72,6 +72,16 @@ def test_no_list_of_sources_or_architectures_twice():
         assert "x86-64-v" not in text and "sm_80" not in text, name
 
 
+def test_no_array_of_arrays_of_a_struct_on_a_gpu():
+    """The first row of such an array alone gets the initial values of the struct's members from nvcc 12 and 13."""
+    texts = {f.name: f.read_text() for f in (ROOT / "csrc/cuda").iterdir()}
+    structs = {name for text in texts.values() for name in re.findall(r"\bstruct (\w+)", text)}
+    array = re.compile(r"\b(\w+)(?:<[^;(){}]*?>)? (?:\w+\[[^;]*?\](?: = \{\})?, )*\w+\[[^;\]]+\]\[")
+    assert array.search("  Levels sum[3][kOwn];")[1] in structs
+    found = [(name, m[0]) for name, text in texts.items() for m in array.finditer(text) if m[1] in structs]
+    assert not found, found
+
+
 @pytest.mark.skipif(shutil.which("nm") is None, reason="needs nm (binutils)")
 def test_cpu_kernels_leave_nothing_to_share():
     """A function compiled at several instruction-set levels under one name is a crash on an older CPU: every level's
