@@ -70,7 +70,8 @@ PYVIDX_SIMD Of<T, Part> value(const Row<T>& r, const Channels<T>& ch, int64_t c,
   if constexpr (kNorm == Norm::saved) return load(r.value + c, part);
   const auto x = source(r, c, part), z = load(r.z + c, part);
   if constexpr (!kGate) return z + x;
-  return z + load(ch.mix + c, part) * (x - z);  // the gate's gradient takes x - z as well
+  const auto w = load(ch.mix + c, part);
+  return (1 - w) * z + w * x;  // as forward: a gate of 1 gives x to the bit
 }
 
 template <typename A, typename V, typename Part>

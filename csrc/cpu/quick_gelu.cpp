@@ -116,8 +116,10 @@ void activate_backward(const QuickGELUBackwardArgs& a, const Executor& executor)
     const T* grad = a.grad_out.at<const T>(first);
     T* out = a.grad_x.at<T>(first);
     with_powers(a.x.at<const T>(first), count, out, stream, [&](int64_t i, auto part, auto x, auto e) {
-      const auto s = inverse<T>(1 + e);  // 1 - s = e * s, to as many bits as s has
-      store(out + i, load(grad + i, part) * s * (1 + x * Acc<T>(kQuickGELU) * (e * s)), part);
+      const auto s = inverse<T>(1 + e);
+      auto rest = 1 - s;
+      if constexpr (kCoarse<T>) rest = e * s;  // to as many bits as s has
+      store(out + i, load(grad + i, part) * s * (1 + x * Acc<T>(kQuickGELU) * rest), part);
     });
   });
 }

@@ -23,14 +23,16 @@ def test_values_and_gradients(shape, sliced, dtype, device):
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64], ids=str)
 def test_large_and_odd_values(dtype, device):
-    x = torch.tensor([0.0, 1e4, -1e4, float("inf"), float("nan")], device=device, dtype=dtype).requires_grad_()
+    """Where e^-1.702x is beyond the dtype, too."""
+    given = [0.0, 1e4, -1e4, -50, -100, -600, -1e3, float("inf"), float("nan")]
+    x = torch.tensor(given, device=device, dtype=dtype).requires_grad_()
     y = quick_gelu(x)
     (grad,) = torch.autograd.grad(y.sum(), x)
-    assert y[4].isnan()
-    torch.testing.assert_close(y[:4], torch.tensor([0, 1e4, 0, float("inf")], device=device, dtype=dtype))
-    torch.testing.assert_close(grad[:3], torch.tensor([0.5, 1, 0], device=device, dtype=dtype))
+    assert y[8].isnan()
+    torch.testing.assert_close(y[:8], torch.tensor([0, 1e4, *[0] * 5, float("inf")], device=device, dtype=dtype))
+    torch.testing.assert_close(grad[:7], torch.tensor([0.5, 1, *[0] * 5], device=device, dtype=dtype))
 
 
 @needs_kernels
