@@ -4,7 +4,6 @@ import json
 import os
 import secrets
 import socket
-import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -28,7 +27,7 @@ def whole(path: str | os.PathLike[str]) -> Iterator[Path]:
         return
     path.parent.mkdir(parents=True, exist_ok=True)
     _remove_left_parts(path)
-    part = path.with_name(f"{_prefix(path)}{os.getpid()}.{secrets.token_hex(4)}.part{path.suffix}")
+    part = _part(path)
     try:
         part.touch(exist_ok=False)
         mode = (path if path.exists() else part).stat().st_mode & 0o777
@@ -92,8 +91,9 @@ def check_output(path: str | os.PathLike[str], *, overwrite: bool = True) -> Non
         raise FileExistsError(f"output: {path} exists; give another name, or --overwrite")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(prefix=_prefix(path), dir=path.parent):
-            pass
+        part = _part(path)  # so that the next writer removes what a kill leaves here, too
+        part.touch(exist_ok=False)
+        part.unlink()
     except OSError as error:
         raise type(error)(f"output: {path.parent} cannot be written to: {error}") from error
 
@@ -101,6 +101,10 @@ def check_output(path: str | os.PathLike[str], *, overwrite: bool = True) -> Non
 def _prefix(path: Path) -> str:
     """What the names of this host's parts of a file begin with; a name may have 255 bytes."""
     return f".{os.fsdecode(os.fsencode(path.stem)[:100])}.{socket.gethostname()[:32]}."
+
+
+def _part(path: Path) -> Path:
+    return path.with_name(f"{_prefix(path)}{os.getpid()}.{secrets.token_hex(4)}.part{path.suffix}")
 
 
 def _remove_left_parts(path: Path) -> None:

@@ -62,6 +62,17 @@ def test_a_kill_leaves_the_old_file_and_the_next_write_tidies_up(tmp_path):
     assert path.read_text() == "new" and os.listdir(tmp_path) == ["a.bin"]
 
 
+def test_a_kill_while_an_output_is_checked_is_tidied_up(tmp_path):
+    code = """import os, pathlib, signal
+from pyvidx.files import check_output
+pathlib.Path.unlink = lambda *given, **more: os.kill(os.getpid(), signal.SIGKILL)
+check_output("a.json")"""
+    child = subprocess.run([sys.executable, "-c", code], cwd=tmp_path)
+    assert child.returncode == -signal.SIGKILL and len(list(tmp_path.iterdir())) == 1
+    write_text(tmp_path / "a.json", "new")
+    assert [p.name for p in tmp_path.iterdir()] == ["a.json"]
+
+
 def test_a_write_in_another_thread_or_process_is_not_tidied_away(tmp_path):
     with whole(tmp_path / "a") as one:
         one.write_text("one")

@@ -233,7 +233,8 @@ class Child:
 
 def same(wanted: Path, out: Path) -> None:
     """Raise AssertionError unless what two runs wrote is the same to the bit, but for times and places."""
-    assert {p.name for p in (wanted / "out").iterdir()} == {p.name for p in (out / "out").iterdir()}
+    names, found = ({p.name for p in (folder / "out").iterdir()} for folder in (wanted, out))
+    assert names == found, f"missing: {sorted(names - found)}, left: {sorted(found - names)}"
     for path in (wanted / "out").iterdir():
         if path.suffix not in (".png", ""):  # pictures and TensorBoard's folder
             assert _content(path) == _content(out / "out" / path.name), path.name
