@@ -6,8 +6,7 @@ from torch import Tensor, nn
 from pyvidx.layers.int8 import is_product
 from pyvidx.layers.linear import wants_grad
 from pyvidx.layers.plain import plain
-from pyvidx.ops._library import has_kernel
-from pyvidx.ops.residual_norm import LOW
+from pyvidx.ops._library import LOW, has_kernel
 from pyvidx.ops.residual_norm import add_norm as one_pass
 
 KERNELS = frozenset(kind for kind in ("cpu", "cuda") if has_kernel("residual_norm", kind))  # where one pass is one

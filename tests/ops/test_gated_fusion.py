@@ -241,7 +241,7 @@ def test_no_videos():
 
 
 def test_large_rows_stream():
-    """Outputs beyond 4 MiB are written past the caches."""
+    """Outputs beyond 1 MB are written past the caches."""
     x, z, cls, gate, *_ = inputs((1, 8, 256, 1024), sliced=False)
     norm = (torch.ones(1024), torch.zeros(1024))
     expected = plain.fuse(x, z, cls, gate, None, None, None, *norm, SCALE, 1e-5, False)

@@ -58,7 +58,7 @@ def test_an_unaligned_start(device):
 
 @pytest.mark.parametrize("C", [1031, 1024])
 def test_large_outputs_stream(C):
-    """Beyond 4 MiB they are written past the caches."""
+    """Beyond 1 MB they are written past the caches."""
     x = inputs(1040, C, sliced=False).requires_grad_()
     torch.testing.assert_close(quick_gelu(x), reference(x))
     grads = [torch.autograd.grad(f(x).sum(), x) for f in (quick_gelu, reference)]

@@ -106,7 +106,7 @@ def test_out(device):
 
 
 def test_large_outputs_stream():
-    """Beyond 4 MiB they are written past the caches."""
+    """Beyond 1 MB they are written past the caches."""
     args = wanting_grad(inputs((1, 3, 700, 1024), "share"))
     assert_close_to_reference(run, plain, args)
     assert_gradients_close(run, plain, args)

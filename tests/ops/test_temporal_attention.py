@@ -133,7 +133,7 @@ def test_empty(shape, device):
 @pytest.mark.skipif("PYVIDX_OPS_LIBRARY" in os.environ, reason="about the CPU kernel, and too large to emulate")
 @pytest.mark.parametrize("T, dtype", [(8, torch.float32), (8, torch.bfloat16), (16, torch.float32)], ids=str)
 def test_large_output_streams(T, dtype):
-    """Outputs beyond 4 MiB are written past the caches, forward and backward."""
+    """Outputs beyond 1 MB are written past the caches, forward and backward."""
     qkv = inputs((1, T, 140, 16, 64), dtype=dtype)
     assert_close_to_reference(op, reference, (qkv, 0.125))
     grad_out = randn(1, T, 140, 1024, dtype=dtype, seed=1)
